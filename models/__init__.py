@@ -1,0 +1,58 @@
+"""Networks by name.
+
+>>> model = build_model("seaformer_t", num_classes=8)
+>>> logits = model(torch.randn(1, 3, 64, 64))  # (1, 8, 8, 8)
+"""
+
+import torch
+from torch import nn
+
+from ssaseg.models import seaformer
+from ssaseg.models.checkpoint import CheckpointError, load_model, save_model
+from ssaseg.models.classifier import CLASSIFIERS, LOSS_WEIGHTS, Distillation
+from ssaseg.models.segmenter import Segmenter
+
+__all__ = [
+    "CLASSIFIERS",
+    "LOSS_WEIGHTS",
+    "CheckpointError",
+    "Distillation",
+    "Segmenter",
+    "build_model",
+    "list_models",
+    "load_model",
+    "save_model",
+]
+
+# Name → function (name, drop_path) → (backbone, decoder). A decoder tells its output's `channels`.
+NETWORKS = dict.fromkeys(seaformer.VARIANTS, seaformer.build)
+
+
+def list_models() -> list[str]:
+    """Names that `build_model` takes."""
+    return sorted(NETWORKS)
+
+
+def build_model(
+    name: str,
+    num_classes: int,
+    classifier: str = "ssa",
+    *,
+    drop_path: float | None = None,
+    dropout: float = 0.1,
+    distillation: Distillation | None = None,
+) -> Segmenter:
+    """A network with fresh weights, initialised as its official run starts without pre-training; in training mode.
+
+    `drop_path` in [0, 1): None takes the network's own rate. `dropout` in [0, 1): channels dropped before the
+    classifier. Raises ValueError for an unknown name or a number that makes no sense.
+    """
+    if name not in NETWORKS:
+        raise ValueError(f"model {name!r} is not known\nknown: {', '.join(list_models())}")
+    if classifier not in CLASSIFIERS:
+        raise ValueError(f"classifier {classifier!r} is not known\nknown: {', '.join(CLASSIFIERS)}")
+    if num_classes < 1:
+        raise ValueError(f"num_classes is {num_classes}, expected at least 1")
+    backbone, decoder = NETWORKS[name](name, drop_path)
+    head = CLASSIFIERS[classifier](decoder.channels, num_classes, dropout, distillation or Distillation())
+    return Segmenter(backbone, decoder, head, name, classifier)

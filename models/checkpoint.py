@@ -1,0 +1,121 @@
+"""A checkpoint describes itself: one safetensors file whose header rebuilds model, classes and preprocessing."""
+
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+
+from ssaseg.models.segmenter import Segmenter
+
+FORMAT = "ssaseg-1"
+# What a header always has, beside `format, model, classifier, classes`; mean and std are ImageNet's, RGB in [0, 255].
+DEFAULTS: Mapping[str, Any] = {
+    "palette": None,
+    "mean": [123.675, 116.28, 103.53],
+    "std": [58.395, 57.12, 57.375],
+    "protocol": {"scale": None, "multiple": None},
+    "recipe": None,
+    "step": 0,
+    "scores": {},
+}
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be read, or does not fit; the message says which file and what to do."""
+
+
+def save_model(path: str | os.PathLike[str], model: Segmenter, metadata: Mapping[str, Any]) -> None:
+    """Writes the whole state dict and `metadata` (JSON values) as safetensors, atomically.
+
+    `format`, `model` and `classifier` are filled in from the model, what else is missing from `DEFAULTS`; classes
+    without a name are numbered. Until the new file is complete on the disk the old one stays. Raises ValueError where
+    `classes` does not fit the model, OSError where the disk refuses.
+    """
+    numbered = {"classes": [f"class_{k}" for k in range(model.num_classes)]}
+    fixed = {"format": FORMAT, "model": model.name, "classifier": model.classifier_name}
+    known = {**DEFAULTS, **numbered, **metadata, **fixed}
+    if len(known["classes"]) != model.num_classes:
+        raise ValueError(f"metadata names {len(known['classes'])} classes, the model has {model.num_classes}")
+    tensors = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
+    content = save(tensors, {key: json.dumps(value) for key, value in known.items()})
+    write_bytes(Path(path), content)
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Writes a file that is either the old one or the new one whole, also after a crash or on a full disk."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def load_model(path: str | os.PathLike[str]) -> tuple[Segmenter, dict[str, Any]]:
+    """(model in evaluation mode on the CPU, metadata). Loading is strict.
+
+    Raises CheckpointError where the file is not such a checkpoint, is truncated or does not fit its own header,
+    FileNotFoundError where there is none.
+    """
+    from ssaseg.models import build_model
+
+    tensors, metadata = read_checkpoint(path)
+    try:
+        model = build_model(metadata["model"], len(metadata["classes"]), metadata["classifier"])
+    except ValueError as error:
+        raise CheckpointError(f"{path}: {error}") from None
+    load_strict(model, tensors, str(path))
+    return model.eval(), metadata
+
+
+def read_checkpoint(path: str | os.PathLike[str]) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """Tensors and parsed metadata of a checkpoint; errors as `load_model`."""
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{path}: no such checkpoint")
+    try:
+        with safe_open(path, framework="pt") as file:
+            header = file.metadata() or {}
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
+        metadata = {key: json.loads(value) for key, value in header.items()} if "format" in header else {}
+    except (SafetensorError, ValueError, OSError) as error:
+        raise CheckpointError(
+            f"{path}: cannot be read as a safetensors checkpoint ({error})\n"
+            "expected a file written by `ssaseg train` or `ssaseg convert`; truncated, or a .pth to convert?"
+        ) from None
+    if metadata.get("format") != FORMAT or not {"model", "classifier", "classes"} <= metadata.keys():
+        raise CheckpointError(
+            f"{path}: its header does not describe an ssaseg model (format {metadata.get('format')!r})\n"
+            f"expected format {FORMAT!r}; official checkpoints are turned into it by `ssaseg convert`"
+        )
+    return tensors, {**DEFAULTS, **metadata}
+
+
+def load_strict(model: torch.nn.Module, tensors: Mapping[str, torch.Tensor], source: str) -> None:
+    """Loads a state dict, or raises CheckpointError naming the first key that is missing, unexpected or misshapen."""
+    own = model.state_dict()
+    missing = [key for key in own if key not in tensors]
+    unexpected = [key for key in tensors if key not in own]
+    shapes = [key for key in own if key in tensors and own[key].shape != tensors[key].shape]
+    if not (missing or unexpected or shapes):
+        model.load_state_dict(dict(tensors))
+        return
+    if shapes:
+        key = shapes[0]
+        detail = f"{key} is {tuple(tensors[key].shape)}, expected {tuple(own[key].shape)}"
+    else:
+        detail = f"first: {(missing + unexpected)[0]}"
+    raise CheckpointError(
+        f"{source}: does not fit the model: {len(missing)} keys missing, {len(unexpected)} unexpected, "
+        f"{len(shapes)} of another shape\n{detail}"
+    )

@@ -1,0 +1,172 @@
+"""Pixel-level classifiers: the plain 1×1 convolution, and SSA-Seg's with prototypes that adapt to the image.
+
+A network is handed its classifier and knows none by name. What it relies on:
+
+- `forward(feature)` → logits; pure: no buffer written, no randomness in evaluation.
+- `training_step(feature, labels, pairs)` → `TrainingStep`; owns dropout, upsampling conventions and float32 islands.
+- `step_pairs(labels)` → what a loss must know of the *whole* optimiser step before its first micro-batch.
+- `update(memories)`, after the optimiser's step: state that is not learnt by gradient. Nothing by default.
+- `training_only()`: prefixes of the state dict that a deploy form drops.
+
+Axes: N images, K classes, C channels, h×w feature pixels, P = h·w, G groups of images.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ssaseg.models import distillation, losses
+from ssaseg.models.distillation import PrototypeProjections
+
+# Order in which losses are logged; the weights are those of the official code (spec: section "Training").
+LOSS_WEIGHTS: Mapping[str, float] = {
+    "main_ce": 1.0,
+    "coarse_ce": 1.0,
+    "teacher_ce": 1.0,
+    "main_dice": 1.0,
+    "teacher_dice": 1.0,
+    "response": 1.0,
+    "semantic": 10.0,
+    "spatial": 0.4,
+}
+
+
+@dataclass(frozen=True)
+class Distillation:
+    """Settings of the training losses: images per group, and a weight per term (0 switches a term off)."""
+
+    group: int = 4
+    weights: Mapping[str, float] = field(default_factory=lambda: dict(LOSS_WEIGHTS))
+
+
+class TrainingStep(NamedTuple):
+    """What a classifier gives back in training: logits (N,K,h,w), weighted losses by name, and food for `update`."""
+
+    logits: Tensor
+    losses: dict[str, Tensor]
+    memory: Any = None
+
+
+class Classifier(nn.Module):
+    """What every classifier shares: the 1×1 convolution `conv_seg` with channel dropout before it, and the contract."""
+
+    def __init__(self, channels: int, num_classes: int, dropout: float, settings: Distillation) -> None:
+        super().__init__()
+        self.channels, self.num_classes, self.settings = channels, num_classes, settings
+        self.dropout = nn.Dropout2d(dropout)
+        self.conv_seg = nn.Conv2d(channels, num_classes, 1)
+        nn.init.normal_(self.conv_seg.weight, 0.0, 0.01)
+        nn.init.zeros_(self.conv_seg.bias)  # type: ignore[arg-type]
+
+    def coarse(self, feature: Tensor) -> Tensor:
+        """Logits of the 1×1 convolution alone. (N,C,h,w) → (N,K,h,w)."""
+        return self.conv_seg(self.dropout(feature))
+
+    def step_pairs(self, labels: Tensor) -> Tensor:
+        """Number of (image, class) pairs in labels (N,H,W): the dice's denominator. A scalar tensor."""
+        return (losses.class_pixels(labels, self.num_classes) > 0).sum().float()
+
+    def update(self, memories: list[Any]) -> None:
+        """Takes in what the step's micro-batches left in `TrainingStep.memory`; nothing here."""
+
+    def training_only(self) -> tuple[str, ...]:
+        """State-dict prefixes, relative to the classifier, that inference never reads."""
+        return ()
+
+
+class LinearClassifier(Classifier):
+    """The plain classifier: channel dropout, 1×1 convolution."""
+
+    def forward(self, feature: Tensor) -> Tensor:
+        """(N,C,h,w) → logits (N,K,h,w)."""
+        return self.coarse(feature)
+
+    def training_step(self, feature: Tensor, labels: Tensor, pairs: Tensor | None = None) -> TrainingStep:
+        """One loss: cross entropy at the labels' size, align_corners=False, averaged over all pixels, ignored too."""
+        logits = self.coarse(feature)
+        with torch.autocast(feature.device.type, enabled=False):
+            terms = losses.full_resolution_terms(logits, labels, align_corners=False, dice=False)
+            main = terms.cross_entropy.sum() / labels.numel()
+        return TrainingStep(logits, {"main_ce": self.settings.weights["main_ce"] * main})
+
+
+class Adapted(NamedTuple):
+    """The SSA classifier's intermediate results for one batch."""
+
+    coarse: Tensor  # (N,K,h,w) logits before adaptation
+    spatial_feature: Tensor  # (N,C,h,w) F_p
+    feature: Tensor  # (N,C,h,w) F + F_p
+    semantic: Tensor  # (N,K,C) adapted semantic prototypes S'
+    spatial: Tensor  # (N,K,C) adapted spatial prototypes P'
+    logits: Tensor  # (N,K,h,w)
+
+
+class SSAClassifier(Classifier):
+    """SSA-Seg: semantic (SEPA) and spatial (SPPA) prototypes adapted to the image, compared by cosine.
+
+    Source: arXiv 2405.06525, sections 3.2 and 3.3. All arithmetic is float32, under autocast too: its 1e-12 and its
+    sums over thousands of pixels do not exist in half precision.
+    """
+
+    def __init__(self, channels: int, num_classes: int, dropout: float, settings: Distillation) -> None:
+        super().__init__(channels, num_classes, dropout, settings)
+        self.spatial_conv = nn.Conv2d(channels, channels, 3, padding=1, groups=channels)
+        self.spatial_prototypes = nn.Parameter(torch.randn(num_classes, channels))
+        self.student = PrototypeProjections(channels)
+        self.teacher = PrototypeProjections(channels)
+
+    def forward(self, feature: Tensor) -> Tensor:
+        """(N,C,h,w) → logits (N,K,h,w) in [−15, 15], float32."""
+        return self.adapt(feature).logits
+
+    def adapt(self, feature: Tensor) -> Adapted:
+        """(N,C,h,w) → everything that the classifier computes on the way to its logits."""
+        with torch.autocast(feature.device.type, enabled=False):
+            feature = feature.float()
+            coarse = self.coarse(feature)
+            spatial_feature = self.spatial_conv(feature)
+            scores = coarse.flatten(2)  # (N,K,P)
+            by_class = scores.softmax(dim=1)
+            mass = by_class.sum(dim=2, keepdim=True) + losses.EPS
+            semantic_mean = by_class @ feature.flatten(2).transpose(1, 2) / mass  # (N,K,C)
+            spatial_mean = scores.softmax(dim=2) @ spatial_feature.flatten(2).transpose(1, 2)  # (N,K,C)
+            # The orders differ, and trained weights depend on them: the image's mean first for semantic prototypes,
+            # the fixed table first for spatial ones.
+            semantic, spatial, prototypes = self.student(
+                (semantic_mean, self.semantic_prototypes), (self.spatial_prototypes, spatial_mean)
+            )
+            adapted = feature + spatial_feature
+            return Adapted(coarse, spatial_feature, adapted, semantic, spatial, cosine_logits(adapted, prototypes))
+
+    @property
+    def semantic_prototypes(self) -> Tensor:
+        """Fixed semantic prototypes (K,C): the weight of the 1×1 convolution."""
+        return self.conv_seg.weight.flatten(1)
+
+    def training_step(self, feature: Tensor, labels: Tensor, pairs: Tensor | None = None) -> TrainingStep:
+        """Weighted losses of online multi-domain distillation by name; terms of weight 0 are not listed.
+
+        labels (N,H,W) integer in [0, K) or 255. `pairs`: (image, class) pairs per micro-batch, averaged over the
+        optimiser's step; None takes this batch for the whole step.
+        """
+        student = self.adapt(feature)
+        with torch.autocast(feature.device.type, enabled=False):
+            teacher = distillation.teach(self, feature.float(), student, labels)
+            terms = distillation.terms(student, teacher, labels, pairs, self.settings)
+        return TrainingStep(student.logits, terms)
+
+    def training_only(self) -> tuple[str, ...]:
+        """The teacher branch."""
+        return ("teacher.",)
+
+
+def cosine_logits(feature: Tensor, prototypes: Tensor) -> Tensor:
+    """15 · cosine of each pixel with each prototype. (N,C,h,w), (N,K,C) → (N,K,h,w)."""
+    pixels = feature.flatten(2).transpose(1, 2)  # (N,P,C)
+    return 15 * losses.cosine(prototypes, pixels).unflatten(2, feature.shape[-2:])
+
+
+CLASSIFIERS: Mapping[str, type[Classifier]] = {"linear": LinearClassifier, "ssa": SSAClassifier}
