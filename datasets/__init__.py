@@ -1,0 +1,113 @@
+"""Data sets by name, and the error that every one of them raises.
+
+Nothing heavy is imported here: OpenCV and NumPy come in with the data set that is built.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    import numpy as np
+
+Palette = tuple[tuple[int, int, int], ...]
+
+
+class DataError(ValueError):
+    """Data that cannot be used. At most three lines: the file and what is wrong, what was expected, the likely mend."""
+
+
+class Dataset(Protocol):
+    """Images with labels.
+
+    An image is BGR uint8 (H, W, 3); a label is uint8 (H, W) of train ids 0..K-1, where 255 is ignored. Raw ids, as a file
+    holds them, become train ids by `label_lut[raw]`; where `valid_raw[raw]` is false the id means nothing: an error.
+    """
+
+    classes: tuple[str, ...]
+    palette: Palette  # RGB, 0..255, one colour a class
+    label_lut: np.ndarray  # uint8 (256,)
+    valid_raw: np.ndarray  # bool (256,)
+
+    def __len__(self) -> int: ...
+
+    def name(self, index: int) -> str:
+        """Path below the image folder, without suffix."""
+
+    def load(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        """Image and label of train ids, checked."""
+
+    def load_raw(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        """Image and label of raw ids, unchecked: the fast way, for a caller that looks ids up after cropping."""
+
+    def load_image(self, index: int) -> np.ndarray:
+        """The image alone."""
+
+    def label_error(self, index: int) -> DataError:
+        """What to raise where an id of `load_raw` is not valid."""
+
+
+def build_dataset(dataset: str, split: str, *, root: Path, options: Mapping[str, Any]) -> Dataset:
+    """Build the data set called `dataset` for `split` ("train" or "val").
+
+    `options` are the keys of a recipe's `data` section; folders in them are below `root`. Raises DataError for an unknown
+    name or split, and for data that is missing or does not fit together.
+    """
+    if dataset not in BUILDERS:
+        raise DataError(f"data.dataset={dataset}: no such data set\nexpected one of: {', '.join(BUILDERS)}")
+    if split not in ("train", "val"):
+        raise DataError(f"split {split!r}: no such split\nexpected one of: train, val")
+    return BUILDERS[dataset](split, root, options)
+
+
+def list_datasets() -> list[str]:
+    """Names that `build_dataset` knows."""
+    return list(BUILDERS)
+
+
+def default_palette(count: int) -> Palette:
+    """`count` (at most 256) distinct RGB colours, 0..255: PASCAL VOC's colour map.
+
+    The index's bits go to red, green, blue in turn, and fill each from its top bit down.
+    """
+    colours = []
+    for index in range(count):
+        channels = [0, 0, 0]
+        for bit in range(8):
+            channels[bit % 3] |= (index >> bit & 1) << (7 - bit // 3)
+        colours.append((channels[0], channels[1], channels[2]))
+    return tuple(colours)
+
+
+def _folder(split: str, root: Path, options: Mapping[str, Any]) -> Dataset:
+    from ssaseg.datasets.pairs import PairDataset
+
+    folders = options.get(split)
+    if not folders:
+        raise DataError(f"data.{split}: not given\nexpected two folders, such as {{images: a, masks: b}}")
+    keys = ("image_suffixes", "mask_suffix", "ignore_index", "reduce_zero_label", "raw_to_train", "cache")
+    return PairDataset(
+        Path(root) / folders["images"],
+        Path(root) / folders["masks"],
+        options["classes"],
+        options.get("palette"),
+        **{key: options[key] for key in keys if key in options},
+    )
+
+
+def _synthetic(split: str, root: Path, options: Mapping[str, Any]) -> Dataset:
+    from ssaseg.datasets.synthetic import CLASSES, SyntheticScenes
+
+    # The scenes decide what is in them: a recipe may repeat the names, not change them.
+    if options.get("classes") and tuple(options["classes"]) != CLASSES:
+        raise DataError(f"data.classes: not those of the synthetic scenes\nexpected [{', '.join(CLASSES)}]")
+    scenes = options["synthetic"]
+    return SyntheticScenes(scenes[split], scenes["height"], scenes["width"], scenes["seed"], split)
+
+
+BUILDERS: dict[str, Callable[[str, Path, Mapping[str, Any]], Dataset]] = {
+    "folder": _folder,
+    "synthetic": _synthetic,
+}

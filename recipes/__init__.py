@@ -1,0 +1,105 @@
+"""Recipes: one YAML file says everything that decides a training's numbers.
+
+A recipe may extend others and is checked against the schema when it is read; `key=value` words change single keys.
+"""
+
+import itertools
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from ssaseg.recipes.messages import explain
+from ssaseg.recipes.reading import FLOAT, Layer, RecipeError, apply_overrides, read_recipe, recipe_file, shipped_recipes
+from ssaseg.recipes.schema import Recipe
+
+__all__ = [
+    "Recipe",
+    "RecipeError",
+    "dump_recipe",
+    "list_recipes",
+    "load_recipe",
+    "parse_recipe",
+    "recipe_file",
+    "standalone_text",
+]
+
+
+def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a shipped recipe or a file, resolve `extends`, apply `key=value` words, and check the result.
+
+    Args:
+        name_or_path: a shipped name such as "demo", or the path of a YAML file.
+        overrides: words such as "optim.lr=1e-3", "train.amp=off", "augment.crop=[360,480]".
+
+    Raises:
+        RecipeError: anything that is wrong, in at most three lines.
+    """
+    path = recipe_file(name_or_path)
+    layer = read_recipe(path)
+    layer.values.setdefault("name", path.stem)
+    return _check(apply_overrides(layer, overrides), name_or_path)
+
+
+def parse_recipe(data: Mapping[str, Any], source: str) -> Recipe:
+    """Check a resolved recipe that is already a mapping, such as the one inside a checkpoint.
+
+    Args:
+        data: the mapping; as parsed from JSON, keys of `raw_to_train` may be text.
+        source: where it comes from; opens the error message, and its stem is the name where none is given.
+
+    Raises:
+        RecipeError: anything that is wrong, in at most three lines.
+    """
+    return _check(Layer({"name": Path(source).stem, **data}, {}), source)
+
+
+def dump_recipe(recipe: Recipe) -> str:
+    """The recipe as YAML with every key and no `extends`: it runs as it is, and loads back equal."""
+    return _dump(recipe.model_dump())
+
+
+def standalone_text(name_or_path: str) -> str:
+    """The recipe as one file that needs no other and takes the name of the file it is written to.
+
+    That is the file itself, comments and all; where it extends others, its header and all keys.
+    """
+    path = recipe_file(name_or_path)
+    text = path.read_text(encoding="utf-8")
+    recipe = load_recipe(name_or_path)
+    if not re.search(r"^extends\b", text, flags=re.MULTILINE):
+        return text
+    header = "".join(itertools.takewhile(lambda line: line.startswith("#"), text.splitlines(keepends=True)))
+    return f"{header}\n{_dump(recipe.model_dump(exclude={'name'}))}"
+
+
+def list_recipes() -> list[str]:
+    """Names of the shipped recipes that can be run."""
+    return shipped_recipes()
+
+
+def _check(layer: Layer, source: str) -> Recipe:
+    try:
+        return Recipe.model_validate(layer.values)
+    except ValidationError as error:
+        raise RecipeError(explain(error, source, layer.places)) from None
+
+
+def _dump(values: dict[str, Any]) -> str:
+    return yaml.dump(values, Dumper=_Dumper, sort_keys=False, width=120, allow_unicode=True)
+
+
+class _Dumper(yaml.SafeDumper):
+    """Lists on one line, no anchors, and text that YAML 1.2 would read as a number in quotes."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+
+_Dumper.add_implicit_resolver("tag:yaml.org,2002:float", FLOAT, None)
+_Dumper.add_representer(
+    tuple, lambda dumper, items: dumper.represent_sequence("tag:yaml.org,2002:seq", items, flow_style=True)
+)

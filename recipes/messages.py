@@ -1,0 +1,117 @@
+"""What is wrong with a recipe, in at most three lines: where, which key, what was expected, what was got, the mend."""
+
+import difflib
+from collections.abc import Iterator, Mapping
+from typing import Any, get_args, get_origin
+
+from pydantic import BaseModel, ValidationError
+
+from ssaseg.recipes.reading import Keys, short
+from ssaseg.recipes.schema import Recipe
+
+_EXPECTED = {
+    "int_type": "a whole number",
+    "int_parsing": "a whole number",
+    "float_type": "a number",
+    "finite_number": "a finite number",
+    "string_type": "text (in quotes where it looks like a number)",
+    "string_too_short": "text that is not empty",
+    "string_pattern_mismatch": "text without slashes or a dot in front",
+    "bool_type": "true or false",
+    "bool_parsing": "true or false",
+    "tuple_type": "a list",
+    "dict_type": "a mapping of `key: value`",
+    "model_type": "a section of `key: value` lines",
+    "greater_than": "a number above {gt:g}",
+    "greater_than_equal": "{ge:g} or more",
+    "less_than": "a number below {lt:g}",
+    "less_than_equal": "{le:g} or less",
+    "literal_error": "{expected}",
+    "too_long": "a list of {max_length}",
+    "too_short": "a list of at least {min_length}",
+}
+
+
+def explain(error: ValidationError, source: str, places: Mapping[Keys, str]) -> str:
+    """The first problem, and how many more there are.
+
+    Args:
+        error: what the schema found.
+        source: the recipe's name or file, for keys that were written nowhere.
+        places: where each key was written ("file:line"), by its path.
+    """
+    # A mistyped key is also a missing one: the unknown key is the cause and comes first.
+    problems = sorted(error.errors(include_url=False), key=lambda problem: problem["type"] != "extra_forbidden")
+    loc, what, mend = _tell(problems[0])
+    place = next((places[loc[:end]] for end in range(len(loc), 0, -1) if loc[:end] in places), source)
+    lines = [f"{place}: {what}", mend]
+    if len(problems) > 1:
+        lines.append(f"({len(problems) - 1} more problem{'s' if len(problems) > 2 else ''})")
+    return "\n".join(line for line in lines if line)
+
+
+def _tell(problem: Mapping[str, Any]) -> tuple[Keys, str, str]:
+    """Which key, what is wrong with it, and the mend (or what the key means)."""
+    kind, got, context = problem["type"], problem["input"], problem.get("ctx", {})
+    loc = tuple(part for part in problem["loc"] if part != "[key]")  # pydantic's word for "the key, not the value"
+    if kind == "across_keys":
+        loc, mend = tuple(context["key"].split(".")), context["mend"]
+        return loc, f"{_dotted(loc)}: expected {context['expected']}, got {short(context['got'])}", mend
+    if kind == "extra_forbidden":
+        return loc, f"unknown key {_dotted(loc)}", _did_you_mean(loc)
+    if kind == "missing" and isinstance(loc[-1], str):
+        return loc, f"{_dotted(loc)} is missing", _description(loc)
+    if kind == "missing":  # the second number of a pair
+        return loc[:-1], f"{_dotted(loc[:-1])}: expected a longer list, got {short(got)}", _description(loc)
+    expected = _EXPECTED.get(kind, problem["msg"]).format(**context)
+    return loc, f"{_dotted(loc)}: expected {expected}, got {short(got)}", _description(loc)
+
+
+def _did_you_mean(loc: Keys) -> str:
+    *above, word = map(str, loc)
+    section = _section(tuple(above))
+    siblings = list(section.model_fields)
+    near = difflib.get_close_matches(word, siblings, n=1)
+    if near:
+        return f"did you mean {'.'.join([*above, near[0]])}?"
+    elsewhere = [key for key in _all_keys(Recipe) if difflib.get_close_matches(word, [key.rpartition(".")[2]], n=1)]
+    if elsewhere:
+        return f"did you mean {' or '.join(elsewhere[:2])}?"
+    return f"known keys {'of ' + '.'.join(above) if above else 'at the top'}: {', '.join(siblings)}"
+
+
+def _all_keys(section: type[BaseModel], above: str = "") -> Iterator[str]:
+    for name, field in section.model_fields.items():
+        yield above + name
+        below = _section_of(field.annotation)
+        if below is not None and get_origin(field.annotation) is not dict:  # below a dict are the user's own names
+            yield from _all_keys(below, f"{above}{name}.")
+
+
+def _section(loc: Keys) -> type[BaseModel]:
+    """The section that holds the keys below `loc`; parts that are no keys of ours (`rules.head`) are passed over."""
+    section: type[BaseModel] = Recipe
+    for part in loc:
+        field = section.model_fields.get(part)
+        section = (_section_of(field.annotation) if field else None) or section
+    return section
+
+
+def _section_of(annotation: Any) -> type[BaseModel] | None:
+    """The section inside an annotation: `Data`, `Folders | None`, `dict[str, Rule]`."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    return next((found for found in map(_section_of, get_args(annotation)) if found), None)
+
+
+def _description(loc: Keys) -> str:
+    for end in range(len(loc), 0, -1):
+        field = _section(loc[: end - 1]).model_fields.get(loc[end - 1])
+        if field is not None:
+            return f"{_dotted(loc[:end])}: {field.description}"
+    return ""
+
+
+def _dotted(loc: Keys) -> str:
+    """`("augment", "crop", 1)` as augment.crop[1]."""
+    return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in loc).lstrip(".")

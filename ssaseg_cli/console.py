@@ -1,0 +1,95 @@
+"""What the commands share: errors for the user, the device, tables, and files that are never half written."""
+
+import os
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # imported where they are used: `--help` must not pay for them
+    import torch
+    from rich.console import Console
+
+
+class CommandError(Exception):
+    """Something the user can mend; the command prints the message (at most three lines) and exits.
+
+    Args:
+        message: what was got, what was expected, the mend.
+        exit_code: 2 the user's or the input's fault, 3 a numerical failure.
+    """
+
+    def __init__(self, message: str, exit_code: int = 2) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
+def select_device(name: str) -> "torch.device":
+    """The device for "auto" (CUDA where there is one), "cpu" or "cuda".
+
+    Raises:
+        CommandError: "cuda" was asked for and PyTorch finds none.
+    """
+    import torch
+
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and not torch.cuda.is_available():
+        why = "this PyTorch is built without CUDA" if torch.version.cuda is None else "PyTorch finds no GPU"
+        raise CommandError(f"--device cuda: {why}\nuse --device cpu, or --device auto to take what there is")
+    return torch.device(name)
+
+
+def make_console(stderr: bool = False) -> "Console":
+    """A rich console; into a file or pipe it writes plain lines, wide enough not to break a table's rows."""
+    from rich.console import Console
+
+    console = Console(stderr=stderr, highlight=False, soft_wrap=True)
+    return console if console.is_terminal else Console(stderr=stderr, highlight=False, soft_wrap=True, width=160)
+
+
+def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]], title: str | None = None) -> None:
+    """Print a table on stdout: the first column reads as names, the others as numbers."""
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
+    for index, column in enumerate(columns):
+        table.add_column(column, justify="left" if index == 0 else "right")
+    for row in rows:
+        table.add_row(*(Text(cell) for cell in row))  # as Text: "[void]" in a class name is no markup
+    make_console().print(table)
+
+
+def write_atomic(path: Path, write: bytes | Callable[[Path], object]) -> None:
+    """Write a file so that `path` holds either the old content or all of the new, whatever happens in between.
+
+    Args:
+        path: the file; its folder must exist.
+        write: the content, or a function that writes it to the path it is given (same folder and suffix).
+
+    Raises:
+        OSError: the disk is full, the folder cannot be written; `path` is as before, nothing is left behind.
+    """
+    # One fixed name: what a killed process leaves behind is overwritten by the next one. The suffix stays, since
+    # writers such as matplotlib choose their format by it.
+    temporary = path.with_name(f".{path.stem}.partial{path.suffix}")
+    try:
+        if isinstance(write, bytes):
+            temporary.write_bytes(write)
+        else:
+            write(temporary)
+        _flush_to_disk(temporary)
+        os.replace(temporary, path)
+    except BaseException:  # Ctrl-C too
+        temporary.unlink(missing_ok=True)
+        raise
+    _flush_to_disk(path.parent)  # the new name itself
+
+
+def _flush_to_disk(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

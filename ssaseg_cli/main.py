@@ -1,0 +1,357 @@
+"""The commands: each a signature, a docstring with an example, and one call into its verb's file.
+
+Heavy imports (torch, pydantic, rich) stay inside the functions, so that every `--help` answers at once.
+"""
+
+import os
+import sys
+from pathlib import Path
+from typing import Any, NoReturn
+
+import click
+
+from ssaseg.cli.console import CommandError
+
+CLASSIFIERS = click.Choice(["ssa", "linear"])
+SAVED = ("index", "color", "overlay", "probs", "rle", "coarse")
+# Told by name: importing them would import torch and pydantic, also where nothing went wrong.
+USERS_FAULT = {"RecipeError", "DataError", "CheckpointError"}
+
+existing_file = click.Path(exists=True, dir_okay=False, path_type=Path)
+device_option = click.option(
+    "--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True, help="Where to compute."
+)
+json_option = click.option("--json", "json_out", metavar="FILE|-", help="Write the figures as JSON; - is stdout.")
+
+
+class CommandGroup(click.Group):
+    """Turns what a command returns or raises into an exit code, and an error into at most three lines."""
+
+    def main(self, *args: Any, **extra: Any) -> NoReturn:
+        extra["standalone_mode"] = False
+        try:
+            code = super().main(*args, **extra)
+        except Exception as error:
+            if os.environ.get("SSASEG_DEBUG") == "1":
+                raise
+            code = _report(error)
+        sys.exit(code)
+
+
+def _report(error: Exception) -> int:
+    """Print an error that the user can mend and return the exit code; any other is a bug and goes on as it is."""
+    if isinstance(error, click.Abort):  # click's name for Ctrl-C
+        click.echo("stopped", err=True)
+        return 130
+    if isinstance(error, click.UsageError) and error.ctx is not None:
+        if type(error).__name__ == "NoArgsIsHelpError":  # click 8.2 and later
+            click.echo(error.format_message(), err=True)
+            return error.exit_code
+        lines = f"{error.format_message()}\n`{error.ctx.command_path} --help` shows how to call it"
+        code = error.exit_code
+    elif isinstance(error, click.ClickException):
+        lines, code = error.format_message(), error.exit_code
+    elif isinstance(error, OSError):
+        where = f"{error.filename}: " if error.filename is not None else ""
+        lines, code = f"{where}{error.strerror or error}", 2
+    elif isinstance(error, CommandError):
+        lines, code = str(error), error.exit_code
+    elif isinstance(error, FloatingPointError):
+        lines, code = str(error), 3
+    elif any(kind.__name__ in USERS_FAULT for kind in type(error).__mro__):
+        lines, code = str(error), 2
+    elif type(error).__name__ == "OutOfMemoryError":  # torch's
+        lines, code = f"{error}".partition(". ")[0] + "\nuse a smaller train.micro_batch, crop or image", 2
+    else:
+        raise error
+    click.echo(click.style("error: ", fg="red") + "\n".join(lines.splitlines()[:3]), err=True)
+    return code
+
+
+@click.group(cls=CommandGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(package_name="ssaseg", prog_name="ssaseg")
+def cli() -> None:
+    """Light semantic segmentation with the SSA classifier: train, evaluate, predict, measure, convert.
+
+    \b
+    Example:
+      ssaseg train demo --out runs/demo
+      ssaseg predict runs/demo/best.safetensors photos --out labels --save index,overlay
+
+    Exit codes: 0 done; 1 partly done or warnings; 2 wrong input; 3 numerical failure; 130 Ctrl-C; 143 SIGTERM.
+    SSASEG_DEBUG=1 shows an error's traceback.
+    """
+
+
+@cli.command()
+@click.argument("recipe")
+@click.argument("overrides", metavar="[KEY=VALUE]...", nargs=-1)
+@click.option("--out", type=click.Path(file_okay=False, path_type=Path), help="Run folder.  [default: runs/RECIPE]")
+@click.option("--resume", is_flag=True, help="Go on in the run folder, exactly where it stopped.")
+@device_option
+@click.option("--dry-run", is_flag=True, help="Build everything, run one step, tell memory and time, write nothing.")
+@click.option("--print-config", is_flag=True, help="Print the recipe with every key, and stop.")
+def train(
+    recipe: str,
+    overrides: tuple[str, ...],
+    out: Path | None,
+    resume: bool,
+    device: str,
+    dry_run: bool,
+    print_config: bool,
+) -> int:
+    """Train a recipe.
+
+    RECIPE is a shipped name (`ssaseg recipes list`) or a YAML file; KEY=VALUE changes any of its keys.
+
+    \b
+    Example:
+      ssaseg train demo
+      ssaseg train my.yaml optim.lr=1e-4 train.micro_batch=8 --out runs/small-lr
+      ssaseg train my.yaml --out runs/small-lr --resume
+    """
+    from ssaseg.recipes import dump_recipe, load_recipe
+
+    resolved = load_recipe(recipe, overrides)
+    if print_config:
+        click.echo(dump_recipe(resolved), nl=False)
+        return 0
+    from ssaseg.cli.train import run_train
+
+    return run_train(resolved, out or Path("runs") / resolved.name, resume, device, dry_run)
+
+
+@cli.command("eval")
+@click.argument("checkpoint", type=existing_file)
+@click.option("--data", metavar="RECIPE", help="Recipe that names the data.  [default: the one in the checkpoint]")
+@click.option("--root", type=click.Path(path_type=Path), help="Folder of the data, instead of the recipe's data.root.")
+@click.option("--split", type=click.Choice(["train", "val"]), default="val", show_default=True)
+@json_option
+@device_option
+@click.option("--limit", type=click.IntRange(min=1), metavar="N", help="Only the first N images.")
+def evaluate(
+    checkpoint: Path,
+    data: str | None,
+    root: Path | None,
+    split: str,
+    json_out: str | None,
+    device: str,
+    limit: int | None,
+) -> int:
+    """Score a checkpoint on labelled images.
+
+    Prints IoU and accuracy per class, mIoU, aAcc and mAcc [%], and the protocol they belong to.
+
+    \b
+    Example:
+      ssaseg eval runs/demo/best.safetensors
+      ssaseg eval best.safetensors --data camvid-seaformer_b-ssa --root data/camvid --json scores.json
+    """
+    from ssaseg.cli.evaluate import run_eval
+
+    return run_eval(checkpoint, data, root, split, json_out, device, limit)
+
+
+def _kinds(context: click.Context, parameter: click.Parameter, value: str) -> tuple[str, ...]:
+    kinds = tuple(dict.fromkeys(kind.strip() for kind in value.split(",")))
+    unknown = [kind for kind in kinds if kind not in SAVED]
+    if unknown:
+        raise click.BadParameter(f"{unknown[0]!r} is none of {', '.join(SAVED)}", context, parameter)
+    return kinds
+
+
+@cli.command()
+@click.argument("checkpoint", type=existing_file)
+@click.argument("inputs", metavar="INPUT...", nargs=-1, required=True)
+@click.option("--out", required=True, type=click.Path(file_okay=False, path_type=Path), help="Folder to write to.")
+@click.option("--save", default="index", show_default=True, callback=_kinds, help=f"Comma list of {', '.join(SAVED)}.")
+@click.option("--skip-existing", is_flag=True, help="Leave out images whose results are all there.")
+@device_option
+def predict(
+    checkpoint: Path, inputs: tuple[str, ...], out: Path, save: tuple[str, ...], skip_existing: bool, device: str
+) -> int:
+    """Label images.
+
+    Each INPUT is a file, a folder (searched recursively, structure kept) or a quoted glob. Results are written to
+    OUT/KIND/; an image that cannot be read is reported and left out, and the exit code is 1.
+
+    \b
+    index    palette PNG of class numbers      color    PNG of class colours
+    overlay  colours over the image            probs    .npz of probabilities
+    rle      COCO run lengths, OUT/rle.json    coarse   the labels before SSA adapts them
+
+    \b
+    Example:
+      ssaseg predict best.safetensors photos 'more/**/*.jpg' --out labels --save index,overlay
+    """
+    from ssaseg.cli.predict import run_predict
+
+    return run_predict(checkpoint, inputs, out, save, skip_existing, device)
+
+
+@cli.command()
+@click.argument("target", metavar="NAME|CHECKPOINT")
+@click.option("--classifier", type=CLASSIFIERS, help="Only this one.  [default: both, or the checkpoint's]")
+@click.option("--classes", type=click.IntRange(2, 255), default=150, show_default=True, help="For a NAME.")
+@click.option(
+    "--size",
+    nargs=2,
+    type=click.IntRange(min=32),
+    metavar="H W",
+    default=(512, 512),
+    help="Input [pixels].  [default: 512 512]",
+)
+@json_option
+@device_option
+@click.option("--runs", type=click.IntRange(min=1), default=30, show_default=True, help="Timed passes.")
+def profile(
+    target: str,
+    classifier: str | None,
+    classes: int,
+    size: tuple[int, int],
+    json_out: str | None,
+    device: str,
+    runs: int,
+) -> int:
+    """Measure parameters, compute, time, memory.
+
+    Parameters [M], multiply-accumulates [GMACs], latency [ms] and peak memory; linear and ssa side by side.
+
+    \b
+    Example:
+      ssaseg profile seaformer_b --size 512 512
+      ssaseg profile runs/demo/best.safetensors --json profile.json
+    """
+    from ssaseg.cli.profiling import run_profile
+
+    return run_profile(target, classifier, classes, size, json_out, device, runs)
+
+
+@cli.command()
+@click.argument("source", type=existing_file)
+@click.argument("destination", type=click.Path(dir_okay=False, path_type=Path))
+@click.option("--model", metavar="NAME", help="Network the weights are of; ours know it themselves.")
+@click.option("--classifier", type=CLASSIFIERS, help="Classifier the weights are of; ours know it themselves.")
+@click.option("--dataset", metavar="NAME", help="Data set of the class names.  [default: ade20k where there are 150]")
+@click.option("--allow-partial", is_flag=True, help="Go on where keys are missing, unexpected or of another shape.")
+def convert(
+    source: Path, destination: Path, model: str | None, classifier: str | None, dataset: str | None, allow_partial: bool
+) -> int:
+    """Convert official weights to ours, or back.
+
+    DESTINATION's suffix says into what: .safetensors (ours) or .pth (official names). Prints which keys matched,
+    were missing, unexpected or of another shape.
+
+    \b
+    Example:
+      ssaseg convert official.pth ours.safetensors --model seaformer_b --classifier ssa
+      ssaseg convert ours.safetensors official.pth
+    """
+    from ssaseg.cli.convert import run_convert
+
+    return run_convert(source, destination, model, classifier, dataset, allow_partial)
+
+
+@cli.group()
+def recipes() -> None:
+    """List, show and copy recipes.
+
+    \b
+    Example:
+      ssaseg recipes list
+    """
+
+
+@recipes.command("list")
+def list_command() -> None:
+    """Print the recipes' names.
+
+    \b
+    Example:
+      ssaseg recipes list
+    """
+    from ssaseg.recipes import list_recipes, recipe_file
+
+    names = list_recipes()
+    for name in names:
+        first_line = recipe_file(name).read_text(encoding="utf-8").partition("\n")[0]
+        click.echo(f"{name:{max(map(len, names))}}  {first_line.lstrip('# ')}")
+
+
+@recipes.command()
+@click.argument("name")
+def show(name: str) -> None:
+    """Print a recipe as it is written.
+
+    `ssaseg train NAME --print-config` prints every key instead.
+
+    \b
+    Example:
+      ssaseg recipes show demo
+    """
+    from ssaseg.recipes import recipe_file
+
+    click.echo(recipe_file(name).read_text(encoding="utf-8"), nl=False)
+
+
+@recipes.command()
+@click.argument("name")
+@click.argument("destination", type=click.Path(path_type=Path), required=False)
+def copy(name: str, destination: Path | None) -> None:
+    """Copy a recipe to change it.
+
+    DESTINATION is NAME.yaml here by default, and must not exist. The copy is one file, whatever NAME extends.
+
+    \b
+    Example:
+      ssaseg recipes copy demo my.yaml
+    """
+    from ssaseg.recipes import standalone_text
+
+    destination = destination or Path(f"{name}.yaml")
+    text = standalone_text(name)
+    try:
+        with destination.open("x", encoding="utf-8") as file:  # "x": never over a file somebody has edited
+            file.write(text)
+    except FileExistsError:
+        raise CommandError(f"{destination}: is there already\ngive another name as DESTINATION, or remove it") from None
+    click.echo(f"wrote {destination}; run it with `ssaseg train {destination}`")
+
+
+@cli.group()
+def data() -> None:
+    """Write out the built-in data set.
+
+    \b
+    Example:
+      ssaseg data export scenes --count 20
+    """
+
+
+@data.command()
+@click.argument("out", type=click.Path(file_okay=False, path_type=Path))
+@click.option("--count", type=click.IntRange(min=1), metavar="N", default=16, show_default=True, help="Scenes.")
+@click.option("--split", type=click.Choice(["train", "val"]), default="val", show_default=True)
+@click.option(
+    "--size",
+    nargs=2,
+    type=click.IntRange(min=64),
+    metavar="H W",
+    default=(160, 160),
+    help="[pixels]  [default: 160 160]",
+)
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="As data.synthetic.seed.")
+def export(out: Path, count: int, split: str, size: tuple[int, int], seed: int) -> None:
+    """Write built-in scenes as files.
+
+    Images go to OUT/images/SPLIT, masks to OUT/annotations/SPLIT: the layout that a recipe with data.dataset folder
+    reads. The same seed, split and size give the same scenes as in training.
+
+    \b
+    Example:
+      ssaseg data export scenes --count 20
+    """
+    from ssaseg.datasets.synthetic import export_scenes
+
+    images = export_scenes(out, count, split=split, height=size[0], width=size[1], seed=seed)
+    click.echo(f"wrote {len(images)} scenes to {images[0].parent} and their masks to {out / 'annotations' / split}")
