@@ -1,0 +1,41 @@
+# The two commands a fresh machine needs: `make demo` and `make test`. Both may be run again and again.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+RUN := runs/demo
+
+.PHONY: setup demo test lint types clean
+
+setup: $(VENV)/.installed
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt torch
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[dev]"
+	touch $@
+
+# Trains on the built-in scenes, evaluates, labels a folder, and fails unless something was learnt.
+demo: setup
+	rm -rf $(RUN)
+	$(BIN)/ssaseg train demo --out $(RUN) --device cpu
+	$(BIN)/ssaseg eval $(RUN)/best.safetensors --json $(RUN)/eval.json --device cpu
+	$(BIN)/ssaseg data export $(RUN)/scenes --split val --count 12
+	$(BIN)/ssaseg predict $(RUN)/best.safetensors $(RUN)/scenes/images --out $(RUN)/labels --save index,overlay,coarse --device cpu
+	$(BIN)/python benchmarks/check_demo.py $(RUN)
+
+test: setup
+	$(BIN)/pytest
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+# mypy wants the import names as folders: a tree of links to the real ones.
+types: setup
+	rm -rf build/typing && mkdir -p build/typing/ssaseg
+	ln -s ../../../ssaseg_cli build/typing/ssaseg/cli
+	ln -s ../../../models ../../../datasets ../../../recipes build/typing/ssaseg/
+	cd build/typing && ../../$(BIN)/mypy --config-file ../../pyproject.toml --cache-dir ../../.mypy_cache -p ssaseg
+
+clean:
+	rm -rf build dist runs *.egg-info .pytest_cache .ruff_cache .mypy_cache
