@@ -22,8 +22,9 @@ class DataError(ValueError):
 class Dataset(Protocol):
     """Images with labels.
 
-    An image is BGR uint8 (H, W, 3); a label is uint8 (H, W) of train ids 0..K-1, where 255 is ignored. Raw ids, as a file
-    holds them, become train ids by `label_lut[raw]`; where `valid_raw[raw]` is false the id means nothing: an error.
+    An image is BGR uint8 (H, W, 3); a label is uint8 (H, W) of train ids 0..K-1, where 255 is ignored. Raw ids, as a
+    file holds them, become train ids by `label_lut[raw]`; where `valid_raw[raw]` is false the id means nothing: an
+    error.
     """
 
     classes: tuple[str, ...]
@@ -52,8 +53,8 @@ class Dataset(Protocol):
 def build_dataset(dataset: str, split: str, *, root: Path, options: Mapping[str, Any]) -> Dataset:
     """Build the data set called `dataset` for `split` ("train" or "val").
 
-    `options` are the keys of a recipe's `data` section; folders in them are below `root`. Raises DataError for an unknown
-    name or split, and for data that is missing or does not fit together.
+    `options` are the keys of a recipe's `data` section; folders in them are below `root`. Raises DataError for an
+    unknown name or split, and for data that is missing or does not fit together.
     """
     if dataset not in BUILDERS:
         raise DataError(f"data.dataset={dataset}: no such data set\nexpected one of: {', '.join(BUILDERS)}")
@@ -97,12 +98,9 @@ def _folder(split: str, root: Path, options: Mapping[str, Any]) -> Dataset:
     )
 
 
-def _synthetic(split: str, root: Path, options: Mapping[str, Any]) -> Dataset:
-    from ssaseg.datasets.synthetic import CLASSES, SyntheticScenes
+def _synthetic(split: str, _root: Path, options: Mapping[str, Any]) -> Dataset:
+    from ssaseg.datasets.synthetic import SyntheticScenes
 
-    # The scenes decide what is in them: a recipe may repeat the names, not change them.
-    if options.get("classes") and tuple(options["classes"]) != CLASSES:
-        raise DataError(f"data.classes: not those of the synthetic scenes\nexpected [{', '.join(CLASSES)}]")
     scenes = options["synthetic"]
     return SyntheticScenes(scenes[split], scenes["height"], scenes["width"], scenes["seed"], split)
 
