@@ -89,13 +89,15 @@ def _folder(split: str, root: Path, options: Mapping[str, Any]) -> Dataset:
     if not folders:
         raise DataError(f"data.{split}: not given\nexpected two folders, such as {{images: a, masks: b}}")
     keys = ("image_suffixes", "mask_suffix", "ignore_index", "reduce_zero_label", "raw_to_train", "cache")
-    return PairDataset(
+    pairs = PairDataset(
         Path(root) / folders["images"],
         Path(root) / folders["masks"],
         options["classes"],
         options.get("palette"),
         **{key: options[key] for key in keys if key in options},
     )
+    pairs.preload()  # where there is a cache: now, so that the loader's workers share its pages
+    return pairs
 
 
 def _synthetic(split: str, _root: Path, options: Mapping[str, Any]) -> Dataset:
