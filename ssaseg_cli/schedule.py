@@ -1,0 +1,41 @@
+"""Learning rates and parameter groups by mmsegmentation 0.x's rules, which the published numbers were trained with."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from ssaseg.models.upstream import official_keys
+
+
+def learning_rate(base: float, step: int, steps: int, optim: Any) -> float:
+    """The rate of a group with base rate `base` at `step` (counted from 0) of `steps`; `optim`: the recipe's section.
+
+    (base − min_lr) · (1 − step/steps)^power + min_lr; in the first `warmup` steps that decaying value is multiplied by
+    a line from `warmup_ratio` to 1. Source: mmcv 1.7, `PolyLrUpdaterHook`; mmseg 1.x begins to decay at `warmup`.
+    """
+    rate = (base - optim.min_lr) * (1 - step / steps) ** optim.power + optim.min_lr
+    if step < optim.warmup:
+        rate *= 1 - (1 - step / optim.warmup) * (1 - optim.warmup_ratio)
+    return rate
+
+
+def param_groups(model: nn.Module, lr: float, weight_decay: float, rules: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Groups of parameters of one rate and one decay, for AdamW; `base_lr` is what the schedule starts from.
+
+    A rule's key is looked for in a parameter's *official* name, so `head` means everything behind the backbone and
+    `norm` the official spelling; keys are tried in alphabetical order, longer ones first, and the first that is found
+    counts. A rule has `lr` and `decay`, multipliers. Source: mmcv 1.7, `DefaultOptimizerConstructor`.
+    """
+    keys = sorted(sorted(rules), key=len, reverse=True)
+    official = official_keys(model)
+    groups: dict[tuple[float, float], dict[str, Any]] = {}
+    for name, parameter in model.named_parameters():
+        rule = next((rules[key] for key in keys if key in official[name]), None)
+        multipliers = (rule.lr, rule.decay) if rule else (1.0, 1.0)
+        rate = lr * multipliers[0]
+        new = {"params": [], "names": [], "lr": rate, "base_lr": rate, "weight_decay": weight_decay * multipliers[1]}
+        group = groups.setdefault(multipliers, new)
+        group["params"].append(parameter)
+        group["names"].append(name)
+    return list(groups.values())

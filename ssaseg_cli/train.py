@@ -1,0 +1,243 @@
+"""`ssaseg train`: one visible loop."""
+
+import contextlib
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+from torch import Tensor
+
+from ssaseg.cli import report
+from ssaseg.cli.console import CommandError, select_device
+from ssaseg.cli.job import Job, build_job, describe, metadata, open_folder, write_start
+from ssaseg.cli.schedule import learning_rate
+from ssaseg.cli.state import save_state
+from ssaseg.cli.watch import Window
+from ssaseg.datasets.colour import prepare_batch
+from ssaseg.models import save_model
+from ssaseg.recipes import Recipe
+
+AMP_TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def run_train(recipe: Recipe, out: Path, resume: bool, device: str, dry_run: bool) -> int:
+    """Trains `recipe` in the folder `out`. Returns the exit code: 0, or 130 / 143 after a signal, state saved.
+
+    Raises CommandError for what the user can mend, FloatingPointError where a loss or a weight is not finite.
+    """
+    chosen = select_device(device)
+    if recipe.train.amp == "fp16" and chosen.type == "cpu":
+        raise CommandError("train.amp: fp16 needs a GPU\nexpected off or bf16 on a CPU; use train.amp=bf16")
+    stored = None if dry_run else open_folder(out, recipe, resume)
+    job = build_job(recipe, out, chosen, stored)
+    if dry_run:
+        return rehearse(job)
+    describe(job)
+    write_start(job)
+    with job.stop:
+        return train(job)
+
+
+def train(job: Job) -> int:
+    """The loop. Returns the exit code."""
+    recipe, progress = job.recipe, job.progress
+    window = Window(job)
+    while True:
+        # What a resumed run finds already done is not done again.
+        fresh = progress.evaluated < progress.step
+        if fresh and due(progress.step, recipe.train.eval_every, recipe.train.steps) and not evaluate(job):
+            return job.stop.exit_code
+        if progress.step == recipe.train.steps:
+            break
+
+        rate = set_learning_rate(job, progress.step)
+        window.start_waiting()
+        batches = [next(job.batches) for _ in range(job.micro_batches)]
+        window.stop_waiting()
+        losses = train_step(job, batches)
+        progress.step += 1
+        window.add(progress.step, batches, losses)
+
+        # Reading a loss makes a GPU wait, so that is left to the log; a CPU has nothing to wait for.
+        logging = due(progress.step, recipe.train.log_every, recipe.train.steps)
+        if logging or job.device.type == "cpu":
+            window.check()
+        if logging:
+            window.write(rate)
+        if due(progress.step, recipe.train.save_every, recipe.train.steps) or job.stop.requested:
+            window.check()
+            save(job)
+        if job.stop.requested:
+            click.echo(f"stopped after step {progress.step}; state saved, go on with --resume", err=True)
+            return job.stop.exit_code
+    window.close()
+    report.draw_curves(job.folder / "metrics.jsonl", job.folder / "curves.png")
+    click.echo(f"done: best mIoU {progress.best_miou:.2f} %, {job.folder / 'best.safetensors'}", err=True)
+    return 0
+
+
+def train_step(job: Job, batches: list[Any]) -> dict[str, Tensor]:
+    """One optimiser step over its micro-batches. Returns the losses, averaged over them, on the device.
+
+    Every random number of step i comes from (seed, i): a resumed run draws what the undisturbed one would have drawn.
+    """
+    recipe, model, optimizer, scaler = job.recipe, job.model, job.optimizer, job.scaler
+    torch.manual_seed(step_seed(recipe.train.seed, job.progress.step))
+    model.train()
+    # The dice is divided by a number of the whole step, which its first micro-batch must know already.
+    labels = (batch.labels.to(job.device, non_blocking=True) for batch in batches)
+    pairs = torch.stack([model.classifier.step_pairs(label) for label in labels]).mean()
+    totals: dict[str, Tensor] = {}
+    for batch in batches:
+        images, label = prepare_batch(batch, recipe.data.mean, recipe.data.std, job.device)
+        with autocast(job.device, recipe.train.amp):
+            losses = model(images, label, pairs)
+        scaler.scale(torch.stack(list(losses.values())).sum() / len(batches)).backward()
+        for name, loss in losses.items():
+            totals[name] = totals.get(name, 0) + loss.detach() / len(batches)
+    if recipe.optim.grad_clip:
+        scaler.unscale_(optimizer)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.optim.grad_clip)
+    scaler.step(optimizer)
+    scaler.update()
+    optimizer.zero_grad(set_to_none=True)
+    model.update()
+    return totals
+
+
+def due(step: int, every: int, steps: int) -> bool:
+    """Whether something done `every` steps, and after the last, is due after `step`; never at step 0."""
+    return step > 0 and (step % every == 0 or step == steps)
+
+
+def step_seed(seed: int, step: int) -> int:
+    """A seed for each step of each run: a 64-bit mix, so that neighbours share nothing."""
+    mixed = (seed * 0x9E3779B97F4A7C15 + step + 1) & 0xFFFFFFFFFFFFFFFF
+    mixed = ((mixed ^ (mixed >> 30)) * 0xBF58476D1CE4E5B9) & 0xFFFFFFFFFFFFFFFF
+    return (mixed ^ (mixed >> 27)) & 0x7FFFFFFFFFFFFFFF
+
+
+def set_learning_rate(job: Job, step: int) -> float:
+    """Sets every group's rate for `step`; returns the base rate's value, for the log."""
+    optim, steps = job.recipe.optim, job.recipe.train.steps
+    for group in job.optimizer.param_groups:
+        group["lr"] = learning_rate(group["base_lr"], step, steps, optim)
+    return learning_rate(optim.lr, step, steps, optim)
+
+
+# ---- evaluating and saving ---------------------------------------------------------------------------------------
+
+
+def autocast(device: torch.device, amp: str) -> contextlib.AbstractContextManager[Any]:
+    """Mixed precision of a recipe's `train.amp` on `device`."""
+    return torch.autocast(device.type, dtype=AMP_TYPES.get(amp, torch.bfloat16), enabled=amp != "off")
+
+
+# ---- evaluating and saving ---------------------------------------------------------------------------------------
+
+
+class Interrupted(Exception):
+    """Leaves an evaluation when the run is asked to stop."""
+
+
+def evaluate(job: Job) -> bool:
+    """Evaluates, logs, keeps the best weights, draws pictures. False where a signal broke it off, state saved."""
+    from ssaseg.cli.evaluate import evaluate_model
+
+    recipe, progress = job.recipe, job.progress
+
+    def stop_if_asked(*_: Any) -> None:
+        if job.stop.requested:
+            raise Interrupted
+
+    started = time.perf_counter()
+    job.model.eval()
+    try:
+        confusion = evaluate_model(
+            job.model,
+            job.val_set,
+            recipe.test.model_dump(),
+            recipe.data.mean,
+            recipe.data.std,
+            job.device,
+            amp=recipe.train.amp,
+            workers=min(recipe.train.workers, 1),
+            progress=stop_if_asked,
+        )
+    except Interrupted:
+        save(job)
+        click.echo(f"stopped while evaluating step {progress.step}; state saved, go on with --resume", err=True)
+        return False
+    scores = confusion.scores()
+    progress.evaluated = progress.step
+    progress.scores = {"mIoU": scores["mIoU"], "aAcc": scores["aAcc"], "mAcc": scores["mAcc"]}
+    assert job.log is not None
+    seconds = time.perf_counter() - started
+    job.log.write({"step": progress.step, **progress.scores, "eval_seconds": round(seconds, 2)})
+    click.echo(
+        f"step {progress.step}: mIoU {scores['mIoU']:.2f} %, aAcc {scores['aAcc']:.2f} % ({seconds:.0f} s)", err=True
+    )
+    if scores["mIoU"] > progress.best_miou:
+        progress.best_miou = scores["mIoU"]
+        save_model(job.folder / "best.safetensors", job.model, metadata(job))
+    save(job)
+    report.draw_curves(job.folder / "metrics.jsonl", job.folder / "curves.png")
+    write_predictions(job)
+    return True
+
+
+def save(job: Job) -> None:
+    """Writes the training state, then its weights; never weights that are not finite over good ones."""
+    finite = torch.stack([parameter.isfinite().all() for parameter in job.model.parameters()]).all()
+    if not finite:
+        raise FloatingPointError(
+            f"step {job.progress.step}: a weight is not finite, nothing was overwritten\n"
+            "lower optim.lr, set optim.grad_clip=1 or train.amp=off; the last good state is still there"
+        )
+    recipe = job.recipe.model_dump(mode="json")
+    save_state(job.folder, job.progress, job.model, job.optimizer, job.scaler, recipe)
+    save_model(job.folder / "last.safetensors", job.model, metadata(job))
+
+
+def write_predictions(job: Job, images: int = 4) -> None:
+    """`predictions.png`: for the same validation images each time: image, label, coarse and final prediction."""
+    from ssaseg.cli.evaluate import predict_labels
+
+    rows = []
+    palette = job.val_set.palette
+    step = max(len(job.val_set) // images, 1)
+    for index in range(0, min(len(job.val_set), step * images), step):
+        image, labels = job.val_set.load(index)
+        result = predict_labels(
+            job.model, image, job.recipe.test.model_dump(), job.recipe.data.mean, job.recipe.data.std, job.device
+        )
+        maps = [labels, result.labels] if result.coarse is None else [labels, result.coarse, result.labels]
+        rows.append([image, *(report.overlay(image, each, palette) for each in maps)])
+    report.write_grid(job.folder / "predictions.png", rows)
+
+
+def rehearse(job: Job) -> int:
+    """`--dry-run`: one step of everything, then memory and time to expect. Writes nothing."""
+    describe(job)
+    window = Window(job)
+    started = time.perf_counter()
+    set_learning_rate(job, 0)
+    batches = [next(job.batches) for _ in range(job.micro_batches)]
+    losses = train_step(job, batches)
+    window.add(1, batches, losses)
+    window.check()
+    seconds = time.perf_counter() - started
+    if job.device.type == "cuda":
+        memory = f"{torch.cuda.max_memory_allocated() / 2**20:.0f} MiB of GPU memory"
+    else:
+        import resource
+
+        unit = 2**20 if sys.platform == "darwin" else 2**10  # ru_maxrss is bytes there, KiB elsewhere
+        memory = f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit:.0f} MiB of resident memory"
+    hours = seconds * job.recipe.train.steps / 3600
+    click.echo(f"dry run: one step took {seconds:.2f} s (the first is slow) and {memory} at its peak")
+    click.echo(f"all {job.recipe.train.steps} steps: at most {hours:.2f} h without evaluation; nothing was written")
+    return 0

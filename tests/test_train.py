@@ -1,0 +1,259 @@
+"""Training as a user starts, stops and resumes it, on tiny built-in scenes."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner, Result
+from safetensors.torch import load_file
+
+from ssaseg.cli.main import cli
+from ssaseg.cli.schedule import learning_rate, param_groups
+from ssaseg.models import build_model
+from ssaseg.recipes import load_recipe
+
+# Augmentation, two workers, two micro-batches, dropout and drop path: whatever could make a resumed run differ.
+TINY = [
+    "data.synthetic.height=64", "data.synthetic.width=64", "data.synthetic.train=12", "data.synthetic.val=2",
+    "augment.scale=[64,64]", "augment.crop=[64,64]", "model.drop_path=0.2", "model.dropout=0.1", "distill.group=2",
+    "train.batch=4", "train.micro_batch=2", "train.steps=6", "train.workers=2", "train.log_every=2",
+    "train.eval_every=3", "train.save_every=2",
+]  # fmt: skip
+
+
+def run(*arguments: str) -> Result:
+    return CliRunner().invoke(cli, ["train", "demo", *TINY, "--device", "cpu", *arguments])
+
+
+def start(out: Path, *arguments: str, prelude: str = "") -> subprocess.Popen[str]:
+    """`ssaseg train` in a process of its own, after `prelude` (Python) has been run in it."""
+    script = f"{prelude}\nfrom ssaseg.cli.main import cli\ncli()"
+    command = [sys.executable, "-c", script, "train", "demo", *TINY, "--device", "cpu", "--out", str(out), *arguments]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
+
+
+def finish(process: subprocess.Popen[str]) -> tuple[int, str]:
+    _, errors = process.communicate(timeout=120)
+    return process.returncode, errors
+
+
+def assert_same_weights(first: Path, second: Path) -> None:
+    ours, theirs = load_file(first), load_file(second)
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("undisturbed") / "run"
+    code, errors = finish(start(out))
+    assert code == 0, errors
+    return out
+
+
+def test_run_folder(undisturbed: Path) -> None:
+    files = {path.name for path in undisturbed.iterdir()}
+    assert files == {
+        "config.yaml", "metrics.jsonl", "curves.png", "batch.png", "predictions.png", "last.safetensors",
+        "best.safetensors", "state.pt", "env.json",
+    }  # fmt: skip
+    records = [json.loads(line) for line in (undisturbed / "metrics.jsonl").read_text().splitlines()]
+    assert [record["step"] for record in records if "loss" in record] == [2, 4, 6]
+    assert [record["step"] for record in records if "mIoU" in record] == [3, 6]
+    terms = {"main_ce", "coarse_ce", "teacher_ce", "main_dice", "teacher_dice", "response", "semantic", "spatial"}
+    assert all(terms <= record.keys() for record in records if "loss" in record)
+    total = sum(records[0][term] for term in terms)
+    assert records[0]["loss"] == pytest.approx(total)
+    # The resolved recipe runs itself.
+    assert load_recipe(str(undisturbed / "config.yaml")).train.steps == 6
+
+
+DIE = "import os, signal\ndef die(): os.kill(os.getpid(), signal.SIGKILL)\n"
+IN_MID_STEP = (
+    DIE
+    + """
+import torch
+calls, step = [], torch.optim.AdamW.step
+def counted(self, *args, **kwargs):
+    calls.append(1)
+    if len(calls) == 4: die()
+    return step(self, *args, **kwargs)
+torch.optim.AdamW.step = counted
+"""
+)
+# The state of step 4 is on the disk under its temporary name, not yet under its own.
+IN_MID_SAVE = (
+    DIE
+    + """
+replace = os.replace
+def counted(source, destination):
+    if str(destination).endswith("state.pt"):
+        counted.calls += 1
+        if counted.calls == 3: die()
+    return replace(source, destination)
+counted.calls = 0
+os.replace = counted
+"""
+)
+
+
+@pytest.mark.parametrize("prelude", [IN_MID_STEP, IN_MID_SAVE], ids=["mid-step", "mid-save"])
+def test_a_killed_run_ends_where_an_undisturbed_one_ends(undisturbed: Path, tmp_path: Path, prelude: str) -> None:
+    out = tmp_path / "run"
+    code, _ = finish(start(out, prelude=prelude))
+    assert code == -signal.SIGKILL
+    code, errors = finish(start(out, "--resume"))
+    assert code == 0, errors
+    assert_same_weights(out / "last.safetensors", undisturbed / "last.safetensors")
+    assert_same_weights(out / "best.safetensors", undisturbed / "best.safetensors")
+    assert not list(out.glob(".*")), "temporary files were left behind"
+    records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert [record["step"] for record in records if "mIoU" in record] == [3, 6]
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_signals_save_first(undisturbed: Path, tmp_path: Path, number: int, code: int) -> None:
+    out = tmp_path / "run"
+    process = start(out, "train.save_every=1000")
+    deadline = time.monotonic() + 60
+    while not (out / "metrics.jsonl").exists() or not (out / "metrics.jsonl").read_text():
+        assert time.monotonic() < deadline
+        assert process.poll() is None, process.communicate()[1]
+        time.sleep(0.02)
+    process.send_signal(number)
+    got, errors = finish(process)
+    assert got == code, errors
+    assert "Traceback" not in errors
+    assert "--resume" in errors
+    got, errors = finish(start(out, "--resume"))
+    assert got == 0, errors
+    assert_same_weights(out / "last.safetensors", undisturbed / "last.safetensors")
+
+
+def test_a_folder_in_use_is_not_overwritten(undisturbed: Path) -> None:
+    before = (undisturbed / "last.safetensors").read_bytes()
+    result = run("--out", str(undisturbed))
+    assert result.exit_code == 2
+    assert "--resume" in result.stderr
+    assert (undisturbed / "last.safetensors").read_bytes() == before
+
+
+def test_resume_refuses_what_would_change_the_result(undisturbed: Path, tmp_path: Path) -> None:
+    result = run("optim.lr=0.5", "--out", str(undisturbed), "--resume")
+    assert result.exit_code == 2
+    assert "optim.lr" in result.stderr
+    result = run("--out", str(tmp_path / "nothing"), "--resume")
+    assert result.exit_code == 2
+
+
+def test_resume_of_a_finished_run_changes_nothing(undisturbed: Path) -> None:
+    before = (undisturbed / "last.safetensors").read_bytes()
+    assert run("--out", str(undisturbed), "--resume").exit_code == 0
+    assert (undisturbed / "last.safetensors").read_bytes() == before
+
+
+def test_unreadable_state(undisturbed: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    out.mkdir()
+    (out / "config.yaml").write_bytes((undisturbed / "config.yaml").read_bytes())
+    (out / "state.pt").write_bytes((undisturbed / "state.pt").read_bytes()[:1000])
+    result = run("--out", str(out), "--resume")
+    assert result.exit_code == 2
+    assert "state.pt" in result.stderr
+    assert len(result.stderr.splitlines()) <= 3
+
+
+def test_a_loss_that_is_not_finite_names_step_and_images(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    result = run("optim.lr=1e30", "optim.warmup=0", "train.save_every=1", "train.workers=0", "--out", str(out))
+    assert result.exit_code == 3
+    message = result.stderr[result.stderr.index("error:") :]
+    assert "step 2" in message
+    assert "images: " in message
+    assert len(message.splitlines()) <= 3
+    assert all(value.isfinite().all() for value in load_file(out / "last.safetensors").values())
+
+
+def test_disk_full_leaves_the_previous_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "run"
+    replace, saves = os.replace, []
+
+    def full(source: str, destination: Path) -> None:
+        if Path(destination).name in ("state.pt", "last.safetensors"):
+            saves.append(destination)
+            if len(saves) > 2:
+                raise OSError(28, "No space left on device")
+        replace(source, destination)
+
+    monkeypatch.setattr(os, "replace", full)
+    result = run("train.workers=0", "train.eval_every=1000", "--out", str(out))
+    assert result.exit_code == 2
+    assert "No space left" in result.stderr
+    assert "Traceback" not in result.stderr
+    state = torch.load(out / "state.pt", weights_only=True)
+    assert state["progress"]["step"] == 2
+    assert not list(out.glob(".state*"))
+
+
+def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    result = run("--out", str(tmp_path / "file" / "run"))
+    assert result.exit_code == 2
+    assert "Traceback" not in result.stderr
+
+
+def test_dry_run_writes_nothing(tmp_path: Path) -> None:
+    result = run("train.workers=0", "--dry-run", "--out", str(tmp_path / "run"))
+    assert result.exit_code == 0, result.stderr
+    assert "nothing was written" in result.stdout
+    assert not (tmp_path / "run").exists()
+
+
+def test_linear_classifier_and_bf16_train(tmp_path: Path) -> None:
+    result = run("model.classifier=linear", "train.amp=bf16", "train.workers=0", "--out", str(tmp_path / "run"))
+    assert result.exit_code == 0, result.stderr
+    records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert records[0]["loss"] == pytest.approx(records[0]["main_ce"])
+
+
+@pytest.mark.parametrize(
+    ("override", "word"),
+    [("model.name=seaformer_x", "seaformer_b"), ("model.classifier=best", "linear"), ("train.amp=fp16", "bf16")],
+)
+def test_what_a_recipe_may_not_say(tmp_path: Path, override: str, word: str) -> None:
+    result = run(override, "--out", str(tmp_path / "run"))
+    assert result.exit_code == 2
+    assert word in result.stderr
+    assert len(result.stderr.splitlines()) <= 3
+
+
+def test_learning_rate_is_mmcvs() -> None:
+    optim = load_recipe("demo", ["optim.warmup=1500", "optim.lr=2e-4"]).optim
+    # Written out by hand: the decayed rate, and in warm-up a line from 1e-6 of it.
+    assert learning_rate(2e-4, 0, 160000, optim) == pytest.approx(2e-10)
+    assert learning_rate(2e-4, 750, 160000, optim) == pytest.approx(2e-4 * (1 - 750 / 160000) * 0.5000005)
+    assert learning_rate(2e-4, 1500, 160000, optim) == pytest.approx(2e-4 * (1 - 1500 / 160000))
+    assert learning_rate(2e-4, 159999, 160000, optim) == pytest.approx(2e-4 / 160000)
+
+
+def test_parameter_groups_match_official_names() -> None:
+    model = build_model("seaformer_b", 150)
+    rules = load_recipe("camvid-seaformer_b-ssa").optim.rules
+    groups = param_groups(model, 1e-4, 0.01, rules)
+    where = {name: (group["lr"], group["weight_decay"]) for group in groups for name in group["names"]}
+    assert len(where) == len(list(model.parameters()))
+    # Everything behind the backbone learns ten times as fast and keeps its decay, its norms too.
+    head = {value for name, value in where.items() if not name.startswith("backbone.")}
+    assert head == {(1e-4 * 10, 0.01)}
+    # The backbone's norms are called `bn` officially, so `norm` does not free them of decay.
+    assert where["backbone.stem.norm.weight"] == (1e-4, 0.01)
+    positions = [value for name, value in where.items() if name.endswith("_position")]
+    assert len(positions) == 32
+    assert set(positions) == {(1e-4, 0.0)}
