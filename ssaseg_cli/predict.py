@@ -1,0 +1,323 @@
+"""Labelling images from files, folders and globs: reading, inference and writing overlap, memory stays flat.
+
+Threads read and write, since OpenCV, Pillow and zlib work outside Python's lock; the main thread runs the network. A
+fixed number of images is on its way at any time.
+
+Axes: K classes, H×W pixels of an image.
+"""
+
+import glob
+import os
+import signal
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack, closing, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from ssaseg.cli.console import CommandError, select_device
+from ssaseg.cli.evaluate import Prediction, at_full_size, infer, progress_bar
+from ssaseg.cli.results import SUFFIXES, RleFile, Style, encode, labelled_images, replace_file, rle_lines, style_of
+from ssaseg.datasets import DataError, default_palette
+from ssaseg.datasets.pairs import IMAGE_SUFFIXES, read_image
+from ssaseg.datasets.transforms import test_image
+from ssaseg.models import Segmenter, load_model
+
+# Threads that read, and as many that write. Each holds an image, hence fewer than a large machine could run.
+THREADS = max(2, min(8, (os.cpu_count() or 1) // 2))
+SMALLEST = 32  # shortest side that a network takes [pixels]
+
+Item = TypeVar("Item")
+Made = TypeVar("Made")
+
+
+class Source(NamedTuple):
+    """An image to label."""
+
+    path: Path
+    relative: str  # below the input it was found in
+    name: str  # of its results, below their folder and without suffix
+
+
+class Decoded(NamedTuple):
+    """An image as read, and the network's input made of it; both BGR uint8 (·,·,3)."""
+
+    image: np.ndarray
+    resized: np.ndarray
+
+
+class Labelled(NamedTuple):
+    """An image with its results, to be written."""
+
+    source: Source
+    image: np.ndarray  # BGR uint8 (H,W,3)
+    prediction: Prediction
+
+
+# ---- the command -------------------------------------------------------------------------------------------------
+
+
+def run_predict(
+    checkpoint: Path, inputs: Sequence[str], out: Path, save: Sequence[str], skip_existing: bool, device: str
+) -> int:
+    """Labels every image of `inputs` into `out`/<kind>/; returns 0, or 1 where some image could not be read.
+
+    save: kinds of results: index, color, overlay, probs, rle, coarse. skip_existing: leave out images whose results of
+    every kind are there. Raises CommandError for inputs without images, results that would overwrite each other, an
+    `out` that cannot be written, and `coarse` of a classifier that does not adapt; OSError where a result cannot be
+    written.
+    """
+    chosen = select_device(device)
+    model, metadata = load_model(checkpoint)
+    if "coarse" in save and not hasattr(model.classifier, "adapt"):
+        raise CommandError(
+            f"{checkpoint}: classifier {model.classifier_name} adapts nothing, so there is no coarse result\n"
+            "leave coarse out of --save"
+        )
+    found = find_sources(inputs, out)
+    make_folders(out, save)
+    known = labelled_images(out / "rle.json") if skip_existing and "rle" in save else set()
+    sources = [each for each in found if not (skip_existing and is_done(each, out, save, known))]
+    palette = metadata["palette"] or default_palette(len(metadata["classes"]))
+    style = style_of(metadata["classes"], palette)
+    started = time.perf_counter()
+    with stop_on_sigterm(), ExitStack() as stack:
+        rle = None
+        if "rle" in save and sources:
+            redone = {source.relative for source in sources}
+            rle = stack.enter_context(RleFile(out / "rle.json", keep=known - redone))
+        labeller = Labeller(model.to(chosen).eval(), metadata, out, save, style, chosen)
+        done = label_all(labeller, sources, rle)
+    seconds = time.perf_counter() - started
+    unread = len(sources) - done
+    counts = f"labelled {done} of {len(found)} images in {seconds:.1f} s ({done / max(seconds, 1e-9):.1f} images/s)"
+    skipped = f"; {len(found) - len(sources)} were there" if len(found) > len(sources) else ""
+    print(f"{counts}{skipped}{f'; {unread} could not be read' if unread else ''}: {out}")
+    return 1 if unread else 0
+
+
+@dataclass(frozen=True)
+class Labeller:
+    """What does not change from image to image, and the three things done to each."""
+
+    model: Segmenter
+    metadata: Mapping[str, Any]
+    out: Path
+    save: Sequence[str]
+    style: Style
+    device: torch.device
+
+    def read(self, source: Source) -> Decoded | Exception:
+        """The image and the network's input, or why there is none."""
+        protocol = self.metadata["protocol"]
+        try:
+            image = read_image(source.path)
+            resized = test_image(image, protocol["scale"], protocol["multiple"])
+            if min(resized.shape[:2]) < SMALLEST:
+                size = f"{resized.shape[1]}x{resized.shape[0]}"
+                raise DataError(f"{source.path}: too small: {size} pixels; sides of {SMALLEST} are the least")
+            return Decoded(image, resized)
+        except (DataError, OSError) as error:
+            return error
+
+    def predict(self, sources: Sequence[Source]) -> Generator[Labelled, None, None]:
+        """Results of the images that can be read; the others are named on stderr."""
+        with (
+            progress_bar(len(sources), "labelled") as advance,
+            closing(in_order(self.read, sources, THREADS)) as decoded,
+        ):
+            for source, got in zip(sources, decoded, strict=True):
+                if isinstance(got, Exception):
+                    report_unread(source, got)
+                else:
+                    yield Labelled(source, got.image, self.infer(got))
+                advance(1)
+
+    def infer(self, decoded: Decoded) -> Prediction:
+        """One forward pass, whatever kinds of results are wanted."""
+        mean, std = self.metadata["mean"], self.metadata["std"]
+        logits = infer(self.model, torch.from_numpy(decoded.resized), mean, std, self.device, "off")
+        middle, size = decoded.resized.shape[:2], decoded.image.shape[:2]
+        return at_full_size(logits, middle, size, "coarse" in self.save, "probs" in self.save)
+
+    def write(self, done: Labelled) -> list[str]:
+        """Writes the files of one image; returns what goes into `rle.json`."""
+        for kind in self.save:
+            if kind != "rle":
+                content = encode(kind, done.image, done.prediction, self.style)
+                replace_file(target(self.out, kind, done.source), content)
+        if "rle" not in self.save:
+            return []
+        return rle_lines(done.source.relative, done.prediction.labels, self.style.classes)
+
+
+def label_all(labeller: Labeller, sources: Sequence[Source], rle: RleFile | None) -> int:
+    """Reads, labels and writes all at the same time; returns the number of images done."""
+    done = 0
+    with closing(labeller.predict(sources)) as ready, closing(in_order(labeller.write, ready, THREADS)) as written:
+        for lines in written:
+            done += 1
+            if rle is not None:
+                rle.add(lines)
+    return done
+
+
+def in_order(function: Callable[[Item], Made], items: Iterable[Item], threads: int) -> Generator[Made, None, None]:
+    """`function` of each item, in the items' order, by `threads` threads that are at most `threads` items ahead.
+
+    An exception of `function` is raised in its turn; whoever stops early closes the iterator, which waits for what has
+    been begun.
+    """
+    with ThreadPoolExecutor(threads) as pool:
+        pending: deque[Future[Made]] = deque()
+        try:
+            for item in items:
+                pending.append(pool.submit(function, item))
+                if len(pending) > threads:
+                    yield pending.popleft().result()
+            while pending:
+                yield pending.popleft().result()
+        finally:
+            for future in pending:
+                future.cancel()
+
+
+def report_unread(source: Source, error: Exception) -> None:
+    """One line on stderr: the name and the reason."""
+    reason = str(error).partition("\n")[0]
+    if isinstance(error, OSError) and error.strerror:
+        reason = f"{source.path}: {error.strerror}"
+    tqdm.write(f"skipped: {reason}", file=sys.stderr)  # above the bar, where there is one
+
+
+@contextmanager
+def stop_on_sigterm() -> Iterator[None]:
+    """SIGTERM ends the command in order, as Ctrl-C does: results on their way are written; exit code 143."""
+
+    def stop(*_: object) -> None:
+        sys.exit(143)
+
+    try:
+        before = signal.signal(signal.SIGTERM, stop)
+    except ValueError:  # not the main thread: whoever runs us there decides about signals
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+# ---- what to read and where to write -----------------------------------------------------------------------------
+
+
+def find_sources(inputs: Sequence[str], out: Path) -> list[Source]:
+    """Images of all inputs, each file once, in the order given and sorted within an input; results in `out` are none.
+
+    Raises CommandError for an input that gives no image, and for two images whose results would be the same file.
+    """
+    results = {(out / kind).resolve() for kind in SUFFIXES}
+    found: dict[str, tuple[Path, str]] = {}
+    for given in inputs:
+        images = [(path, relative) for path, relative in _expand(given) if results.isdisjoint(path.resolve().parents)]
+        if not images:
+            suffixes = " ".join(suffix.lstrip(".") for suffix in IMAGE_SUFFIXES)
+            raise CommandError(f"{given}: no image found\nlooked for {_where(given)}; types: {suffixes}")
+        for path, relative in images:
+            found.setdefault(os.path.abspath(path), (path, relative))
+    return _name(list(found.values()))
+
+
+def _where(given: str) -> str:
+    if Path(given).is_dir():
+        return "images in this folder and below, results of --out left out"
+    return "images that match this pattern" if glob.has_magic(given) else "a file or folder of this name"
+
+
+def _expand(given: str) -> list[tuple[Path, str]]:
+    """(file, path below the input) of one file, folder or glob. A glob's structure starts at its first wildcard."""
+    path = Path(given)
+    if path.is_file():
+        return [(path, path.name)]
+    if path.is_dir():
+        return [(each, each.relative_to(path).as_posix()) for each in _walk(path)]
+    if not glob.has_magic(given):
+        return []
+    fixed = []
+    for part in path.parts:
+        if glob.has_magic(part):
+            break
+        fixed.append(part)
+    base = Path(*fixed)
+    matches = sorted(Path(match) for match in glob.glob(given, recursive=True))
+    return [(match, match.relative_to(base).as_posix()) for match in matches if _is_image(match) and match.is_file()]
+
+
+def _walk(folder: Path) -> Iterator[Path]:
+    """Visible image files below a folder, sorted; links to folders are not followed. Raises OSError, never skips."""
+
+    def stop(error: OSError) -> None:
+        raise error
+
+    for where, folders, files in os.walk(folder, onerror=stop):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        yield from (Path(where, name) for name in sorted(files) if not name.startswith(".") and _is_image(Path(name)))
+
+
+def _is_image(path: Path) -> bool:
+    return path.suffix.lower() in IMAGE_SUFFIXES
+
+
+def _name(found: Sequence[tuple[Path, str]]) -> list[Source]:
+    """Names for results: the relative path without suffix, with it where two would be one."""
+    names = [relative.removesuffix(Path(relative).suffix) for _, relative in found]
+    while True:
+        groups: dict[str, list[int]] = {}
+        for index, name in enumerate(names):
+            groups.setdefault(name, []).append(index)
+        shared = [index for group in groups.values() if len(group) > 1 for index in group]
+        # A name that just took its suffix back may meet another one: hence the loop.
+        short = [index for index in shared if names[index] != found[index][1]]
+        if not short:
+            break
+        for index in short:
+            names[index] = found[index][1]
+    if shared:
+        first, second = (found[index][0] for index in shared[:2])
+        raise CommandError(
+            f"{first} and {second}: their results would both be called {names[shared[0]]}\n"
+            "give the folder that holds both inputs, or run the command once for each with another --out"
+        )
+    return [Source(path, relative, name) for (path, relative), name in zip(found, names, strict=True)]
+
+
+def target(out: Path, kind: str, source: Source) -> Path:
+    """The file of one result."""
+    return out / kind / f"{source.name}{SUFFIXES[kind]}"
+
+
+def is_done(source: Source, out: Path, save: Sequence[str], known: set[str]) -> bool:
+    """Whether every result asked for is there; `known`: images in `rle.json`."""
+    return all(source.relative in known if kind == "rle" else target(out, kind, source).is_file() for kind in save)
+
+
+def make_folders(out: Path, save: Sequence[str]) -> None:
+    """Makes `out` and a folder per kind, and tries to write there, before any work is done. Raises CommandError."""
+    for folder in [out, *(out / kind for kind in save if kind != "rle")]:
+        probe = folder / ".writable"
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            probe.touch()
+            probe.unlink()
+        except OSError as error:
+            raise CommandError(
+                f"{folder}: results cannot be written here ({error.strerror})\nchoose another --out"
+            ) from None
