@@ -1,6 +1,6 @@
 """Fails unless the demo has learnt something: `python benchmarks/check_demo.py RUN`, after `make demo`'s other steps.
 
-The mIoU must be at least three times that of always predicting the commonest class, and every pair of look-alike
+The mIoU must be at least three times always the commonest class, and every pair of look-alike
 classes, which are drawn by the same function and differ in their surroundings alone, must be told apart clearly better
 than by chance (balanced accuracy over the pixels of the pair, 50 % being chance).
 """
@@ -23,7 +23,7 @@ def main(run: Path) -> int:
     confusion = np.asarray(result["confusion"])  # rows: labels, columns: predictions
     miou, majority = result["mIoU"], result["majority_miou"]
     good = miou >= 3 * majority
-    print(f"mIoU {miou:.2f} %, {miou / majority:.1f} times that of always predicting the commonest class ({majority:.2f} %)")
+    print(f"mIoU {miou:.2f} %, {miou / majority:.1f} times the commonest class everywhere ({majority:.2f} %)")
     for pair in LOOK_ALIKES:
         indices = [names.index(name) for name in pair]
         counts = confusion[np.ix_(indices, indices)]

@@ -4,9 +4,6 @@
 >>> logits = model(torch.randn(1, 3, 64, 64))  # (1, 8, 8, 8)
 """
 
-import torch
-from torch import nn
-
 from ssaseg.models import seaformer
 from ssaseg.models.checkpoint import CheckpointError, load_model, save_model
 from ssaseg.models.classifier import CLASSIFIERS, LOSS_WEIGHTS, Distillation

@@ -2,7 +2,6 @@
 
 import json
 import os
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -44,21 +43,27 @@ def save_model(path: str | os.PathLike[str], model: Segmenter, metadata: Mapping
         raise ValueError(f"metadata names {len(known['classes'])} classes, the model has {model.num_classes}")
     tensors = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
     content = save(tensors, {key: json.dumps(value) for key, value in known.items()})
-    write_bytes(Path(path), content)
+    write_atomic(Path(path), content)
 
 
-def write_bytes(path: Path, content: bytes) -> None:
-    """Writes a file that is either the old one or the new one whole, also after a crash or on a full disk."""
+def write_atomic(path: Path, content: bytes, sync: bool = True) -> None:
+    """Writes a file that is either the old one or the new one whole, also after a crash or on a full disk.
+
+    Its folder is made. `sync=False` does not force it to the disk: for what can be made again. Raises OSError, with the
+    old file as it was and nothing beside it.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    # One fixed name: what a killed process leaves behind, the next one overwrites.
+    temporary = path.with_name(f".{path.name}.partial")
     try:
-        with os.fdopen(descriptor, "wb") as file:
+        with temporary.open("wb") as file:
             file.write(content)
             file.flush()
-            os.fsync(file.fileno())
+            if sync:
+                os.fsync(file.fileno())
         os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
+    except BaseException:  # Ctrl-C too
+        temporary.unlink(missing_ok=True)
         raise
 
 
@@ -96,7 +101,8 @@ def read_checkpoint(path: str | os.PathLike[str]) -> tuple[dict[str, torch.Tenso
     if metadata.get("format") != FORMAT or not {"model", "classifier", "classes"} <= metadata.keys():
         raise CheckpointError(
             f"{path}: its header does not describe an ssaseg model (format {metadata.get('format')!r})\n"
-            f"expected format {FORMAT!r}; official checkpoints are turned into it by `ssaseg convert`"
+            f"expected format {FORMAT!r}: official segmentation checkpoints are turned into it by `ssaseg convert`,\n"
+            "a pre-trained backbone alone is for a recipe's model.pretrained"
         )
     return tensors, {**DEFAULTS, **metadata}
 

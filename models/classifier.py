@@ -11,7 +11,7 @@ A network is handed its classifier and knows none by name. What it relies on:
 Axes: N images, K classes, C channels, h×w feature pixels, P = h·w, G groups of images.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -52,6 +52,8 @@ class TrainingStep(NamedTuple):
 
 class Classifier(nn.Module):
     """What every classifier shares: the 1×1 convolution `conv_seg` with channel dropout before it, and the contract."""
+
+    training_step: Callable[..., TrainingStep]
 
     def __init__(self, channels: int, num_classes: int, dropout: float, settings: Distillation) -> None:
         super().__init__()

@@ -97,22 +97,27 @@ def _image_terms(
     logits: Tensor, label: Tensor, pixels: Tensor, align_corners: bool, dice: bool, gradient: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """One image of `full_resolution_terms`. (K,h,w), (H,W), (K,) → two scalars and their gradients (K,h,w)."""
-    classes, height, width = logits.shape
+    classes, height, _ = logits.shape
     rows = interpolation_matrix(label.shape[0], height, align_corners, logits.device)  # (H,h)
-    columns = interpolation_matrix(label.shape[1], width, align_corners, logits.device)  # (W,w)
-    wide = logits @ columns.T  # (K,h,W): the horizontal step, one h-th of an image's worth
+    columns = interpolation_matrix(label.shape[1], logits.shape[2], align_corners, logits.device)  # (W,w)
+    # The horizontal step first, one h-th of an image's worth. Rows lead, so that the vertical step of a band, and its
+    # transpose, is one matrix product over classes and columns together.
+    wide = logits.transpose(0, 1) @ columns.T  # (h,K,W)
     sums = _BandSums.zeros(wide)
     for start, stop in _bands(label.shape[0], classes * label.shape[1], logits.device):
         # A band of output rows reads few input rows; which ones, geometry alone decides.
         first, last = _source_rows(start, stop, label.shape[0], height, align_corners)
         _add_band(sums, wide, label[start:stop], rows[start:stop, first:last], slice(first, last), dice, gradient)
+    entropy_grad = (sums.entropy_grad @ columns).transpose(0, 1)  # (K,h,w)
+    if not dice:
+        return sums.entropy, torch.zeros_like(sums.entropy), entropy_grad, torch.zeros_like(logits)
     numerator, denominator = 2 * sums.overlap + 1, sums.area + pixels + 1
     present = (pixels > 0).float()
     dices = (present * (1 - numerator / denominator)).sum()
     # d dice / d sigmoid = numerator/denominator² everywhere, and −2/denominator more where the label is the class.
-    slope = (present * numerator / denominator**2)[:, None, None] * sums.slope_all
-    slope = slope - (present * 2 / denominator)[:, None, None] * sums.slope_label
-    return sums.entropy, dices, sums.entropy_grad @ columns, slope @ columns
+    slope = sums.slope_all.mul_((present * numerator / denominator**2).unsqueeze(1))
+    slope.addcmul_(sums.slope_label, (present * 2 / denominator).unsqueeze(1), value=-1.0)
+    return sums.entropy, dices, entropy_grad, (slope @ columns).transpose(0, 1)
 
 
 class _BandSums(NamedTuple):
@@ -121,42 +126,42 @@ class _BandSums(NamedTuple):
     entropy: Tensor  # scalar
     area: Tensor  # (K,) sum of sigmoids
     overlap: Tensor  # (K,) sum of sigmoids where the label is the class
-    entropy_grad: Tensor  # (K,h,W) softmax minus one-hot, brought down to h rows
-    slope_all: Tensor  # (K,h,W) sigmoid's slope s(1−s), brought down
-    slope_label: Tensor  # (K,h,W) the same, only where the label is the class
+    entropy_grad: Tensor  # (h,K,W) softmax minus one-hot, brought down to h rows
+    slope_all: Tensor  # (h,K,W) sigmoid's slope s(1−s), brought down
+    slope_label: Tensor  # (h,K,W) the same, only where the label is the class
 
     @classmethod
     def zeros(cls, wide: Tensor) -> "_BandSums":
-        per_class = wide.new_zeros(wide.shape[0])
+        per_class = wide.new_zeros(wide.shape[1])
         return cls(wide.new_zeros(()), per_class, per_class.clone(), *(torch.zeros_like(wide) for _ in range(3)))
 
 
 def _add_band(
     sums: _BandSums, wide: Tensor, label: Tensor, rows: Tensor, source: slice, dice: bool, gradient: bool
 ) -> None:
-    """Adds one band to `sums`. wide (K,h,W), label (R,W), rows (R,r): the band's share of the row interpolation."""
+    """Adds one band to `sums`. wide (h,K,W), label (R,W), rows (R,r): the band's share of the row interpolation."""
     valid = label != IGNORE
-    index = torch.where(valid, label, 0).long().unsqueeze(0)  # (1,R,W)
-    weight = valid.float()
-    logits = rows @ wide[:, source]  # (K,R,W)
-    top = logits.amax(dim=0)
+    index = torch.where(valid, label, 0).long().unsqueeze(1)  # (R,1,W)
+    weight = valid.float().unsqueeze(1)
+    logits = (rows @ wide[source].flatten(1)).unflatten(1, wide.shape[1:])  # (R,K,W)
+    top = logits.amax(dim=1, keepdim=True)
     softmax = (logits - top).exp_()
-    total = softmax.sum(dim=0)
-    sums.entropy.add_(((total.log() + top - logits.gather(0, index)[0]) * weight).sum())
+    total = softmax.sum(dim=1, keepdim=True)
+    sums.entropy.add_(((total.log() + top - logits.gather(1, index)) * weight).sum())
     if gradient:
-        softmax.mul_(weight / total).scatter_add_(0, index, -weight.unsqueeze(0))
-        sums.entropy_grad[:, source].add_(rows.T @ softmax)
+        softmax.mul_(weight / total).scatter_add_(1, index, -weight)
+        sums.entropy_grad[source].flatten(1).addmm_(rows.T, softmax.flatten(1))
     if not dice:
         return
     sigmoid = logits.sigmoid_()
-    own = sigmoid.gather(0, index)[0] * weight  # (R,W) the label's own class
-    sums.area.add_(sigmoid.sum(dim=(1, 2)))
+    own = sigmoid.gather(1, index) * weight  # (R,1,W) the label's own class
+    sums.area.add_(sigmoid.sum(dim=(0, 2)))
     sums.overlap.scatter_add_(0, index.flatten(), own.flatten())
     if gradient:
-        slope = torch.addcmul(sigmoid, sigmoid, sigmoid, value=-1.0)
-        sums.slope_all[:, source].add_(rows.T @ slope)
-        only_label = slope.zero_().scatter_(0, index, (own * (1 - own)).unsqueeze(0))
-        sums.slope_label[:, source].add_(rows.T @ only_label)
+        slope = torch.addcmul(sigmoid, sigmoid, sigmoid, value=-1.0, out=softmax)
+        sums.slope_all[source].flatten(1).addmm_(rows.T, slope.flatten(1))
+        only_label = slope.zero_().scatter_(1, index, own * (1 - own))
+        sums.slope_label[source].flatten(1).addmm_(rows.T, only_label.flatten(1))
 
 
 def interpolation_matrix(outputs: int, inputs: int, align_corners: bool, device: torch.device) -> Tensor:

@@ -185,7 +185,7 @@ class SeaFormer(nn.Module):
         self.sea = nn.ModuleList(
             nn.Sequential(
                 # The rate grows anew in each stage, not once over the whole network.
-                *(SeaBlock(width, key_dim, variant.heads, ratio, p) for p in torch.linspace(0, rate, depth).tolist())
+                *(SeaBlock(width, key_dim, variant.heads, ratio, rate * i / max(depth - 1, 1)) for i in range(depth))
             )
             for width, depth, key_dim, ratio in zip(
                 widths, variant.depths, variant.key_dims, variant.mlp_ratios, strict=True

@@ -17,7 +17,9 @@ class Segmenter(nn.Module):
         self, backbone: nn.Module, decoder: nn.Module, classifier: Classifier, name: str, classifier_name: str
     ) -> None:
         super().__init__()
-        self.backbone, self.decoder, self.classifier = backbone, decoder, classifier
+        self.backbone: nn.Module = backbone
+        self.decoder: nn.Module = decoder
+        self.classifier: Classifier = classifier
         self.name, self.classifier_name, self.num_classes = name, classifier_name, classifier.num_classes
         self.memories: list[Any] = []
 

@@ -58,13 +58,23 @@ SEAFORMER: dict[str, Rows] = {
 # By the part of a network's name before its size.
 TABLES = {"seaformer": SEAFORMER}
 
-# Official keys that hold nothing a model of ours computes with, and why.
+# Beginnings of official keys that hold nothing a model of ours computes with, and what they are.
 NOT_USED = {
     "decode_head.ssa_loss.criterion.empty_weight": "a buffer that no loss reads",
     "auxiliary_head.": "a training-only head that these configurations do not have",
     "linear.": "the ImageNet classifier",
     "head.": "the ImageNet classifier",
 }
+
+# Official keys of a whole network that ours does not hold, by classifier: what an exported file lacks.
+LEFT_OUT = {"ssa": ("decode_head.ssa_loss.criterion.empty_weight",), "linear": ()}
+
+# Last parts of keys that a file may hold or lack: counters, and indices that follow from the geometry.
+DERIVED = ("num_batches_tracked", "attention_bias_idxs", "attention_bias_idxs_seg", "relative_position_index")
+
+# Official keys that tell what a file is: of any segmentation network, and of one with the SSA classifier.
+CLASSES_KEY = "decode_head.conv_seg.weight"
+SSA_KEY = "decode_head.center_pos.weight"
 
 
 def official_keys(model: nn.Module) -> dict[str, str]:

@@ -1,9 +1,10 @@
-"""What the commands share: errors for the user, the device, tables, and files that are never half written."""
+"""What the commands share: errors for the user, the device, tables, and `--json`."""
 
-import os
-from collections.abc import Callable, Iterable, Sequence
+import json
+import sys
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # imported where they are used: `--help` must not pay for them
     import torch
@@ -61,35 +62,18 @@ def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]], title: st
     make_console().print(table)
 
 
-def write_atomic(path: Path, write: bytes | Callable[[Path], object]) -> None:
-    """Write a file so that `path` holds either the old content or all of the new, whatever happens in between.
-
-    Args:
-        path: the file; its folder must exist.
-        write: the content, or a function that writes it to the path it is given (same folder and suffix).
-
-    Raises:
-        OSError: the disk is full, the folder cannot be written; `path` is as before, nothing is left behind.
-    """
-    # One fixed name: what a killed process leaves behind is overwritten by the next one. The suffix stays, since
-    # writers such as matplotlib choose their format by it.
-    temporary = path.with_name(f".{path.stem}.partial{path.suffix}")
-    try:
-        if isinstance(write, bytes):
-            temporary.write_bytes(write)
-        else:
-            write(temporary)
-        _flush_to_disk(temporary)
-        os.replace(temporary, path)
-    except BaseException:  # Ctrl-C too
-        temporary.unlink(missing_ok=True)
-        raise
-    _flush_to_disk(path.parent)  # the new name itself
+def require_folder(json_out: str | None) -> None:
+    """Raises CommandError, before any work is done, where `--json` names a folder that is not there."""
+    if json_out not in (None, "-") and not Path(str(json_out)).parent.is_dir():
+        raise CommandError(f"--json {json_out}: no such folder\nmake it first, or give - for stdout")
 
 
-def _flush_to_disk(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+def write_json(json_out: str | None, report: Mapping[str, Any]) -> None:
+    """`--json`: nowhere, to stdout ("-"), or to a file."""
+    from ssaseg.models.checkpoint import write_atomic
+
+    text = json.dumps(report, indent=1, allow_nan=False) + "\n"
+    if json_out == "-":
+        sys.stdout.write(text)
+    elif json_out is not None:
+        write_atomic(Path(json_out), text.encode())

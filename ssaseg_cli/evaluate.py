@@ -6,7 +6,6 @@ go to the network input's size first and to the image's own size second; a singl
 Axes: K classes, H×W pixels of the image as it was read, h×w of the network's input.
 """
 
-import json
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -19,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ssaseg.cli.console import CommandError, print_table, select_device, write_atomic
+from ssaseg.cli.console import CommandError, print_table, require_folder, select_device, write_json
 from ssaseg.cli.metrics import Confusion
 from ssaseg.datasets import Dataset, build_dataset
 from ssaseg.datasets.colour import normalize
@@ -335,18 +334,3 @@ def print_report(report: Mapping[str, Any]) -> None:
     print(f"{means}   (always the commonest class: mIoU {cell(report['majority_miou'])} %)")
     print(f"{report['images_per_s']:.1f} images/s, reading and scoring included")
     print(f"protocol: {report['statement']}")
-
-
-def require_folder(json_out: str | None) -> None:
-    """Raises CommandError, before any work is done, where `--json` names a folder that is not there."""
-    if json_out not in (None, "-") and not Path(str(json_out)).parent.is_dir():
-        raise CommandError(f"--json {json_out}: no such folder\nmake it first, or give - for stdout")
-
-
-def write_json(json_out: str | None, report: Mapping[str, Any]) -> None:
-    """`--json`: nowhere, to stdout ("-"), or to a file."""
-    text = json.dumps(report, indent=1, allow_nan=False) + "\n"
-    if json_out == "-":
-        sys.stdout.write(text)
-    elif json_out is not None:
-        write_atomic(Path(json_out), text.encode())

@@ -16,7 +16,7 @@ from ssaseg.cli.state import Progress, load_state, refuse_changes
 from ssaseg.cli.watch import StopSignal
 from ssaseg.datasets.colour import prepare_batch
 from ssaseg.models import Segmenter
-from ssaseg.models.checkpoint import write_bytes
+from ssaseg.models.checkpoint import write_atomic
 from ssaseg.recipes import Recipe, dump_recipe
 
 
@@ -176,7 +176,7 @@ def describe(job: Job) -> None:
 def write_start(job: Job) -> None:
     """The run folder's first files: recipe, environment, log, and a picture of the first batch with its labels."""
     folder = job.folder
-    write_bytes(folder / "config.yaml", dump_recipe(job.recipe).encode())
+    write_atomic(folder / "config.yaml", dump_recipe(job.recipe).encode())
     images = {"training_images": len(job.train_set), "validation_images": len(job.val_set)}
     extra = {"seed": job.recipe.train.seed, **images}
     report.write_environment(folder / "env.json", str(job.device), report.command_line(), extra)

@@ -12,6 +12,10 @@ import click
 
 from ssaseg.cli.console import CommandError
 
+# PyTorch's CPU threads wait for one another by spinning. Where a loader's worker needs the same core, they spin through
+# its whole time slice, and a step takes up to fifty times as long; a short spin costs nothing that could be measured.
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+
 CLASSIFIERS = click.Choice(["ssa", "linear"])
 SAVED = ("index", "color", "overlay", "probs", "rle", "coarse")
 # Told by name: importing them would import torch and pydantic, also where nothing went wrong.

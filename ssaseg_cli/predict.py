@@ -25,11 +25,12 @@ from tqdm import tqdm
 
 from ssaseg.cli.console import CommandError, select_device
 from ssaseg.cli.evaluate import Prediction, at_full_size, infer, progress_bar
-from ssaseg.cli.results import SUFFIXES, RleFile, Style, encode, labelled_images, replace_file, rle_lines, style_of
+from ssaseg.cli.results import SUFFIXES, RleFile, Style, encode, labelled_images, rle_lines, style_of
 from ssaseg.datasets import DataError, default_palette
 from ssaseg.datasets.pairs import IMAGE_SUFFIXES, read_image
 from ssaseg.datasets.transforms import test_image
 from ssaseg.models import Segmenter, load_model
+from ssaseg.models.checkpoint import write_atomic
 
 # Threads that read, and as many that write. Each holds an image, hence fewer than a large machine could run.
 THREADS = max(2, min(8, (os.cpu_count() or 1) // 2))
@@ -153,7 +154,7 @@ class Labeller:
         for kind in self.save:
             if kind != "rle":
                 content = encode(kind, done.image, done.prediction, self.style)
-                replace_file(target(self.out, kind, done.source), content)
+                write_atomic(target(self.out, kind, done.source), content, sync=False)
         if "rle" not in self.save:
             return []
         return rle_lines(done.source.relative, done.prediction.labels, self.style.classes)

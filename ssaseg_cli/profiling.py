@@ -21,8 +21,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from ssaseg.cli.console import CommandError, print_table, select_device
-from ssaseg.cli.evaluate import label_map, require_folder, write_json
+from ssaseg.cli.console import CommandError, print_table, require_folder, select_device, write_json
+from ssaseg.cli.evaluate import label_map
 from ssaseg.models import CLASSIFIERS, Segmenter, build_model, list_models, load_model
 
 WARM_UP = 3  # passes before the first timed one

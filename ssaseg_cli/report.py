@@ -1,5 +1,6 @@
 """What a training run leaves for people to look at: metrics, curves, pictures of batches and of predictions."""
 
+import io
 import json
 import platform
 import sys
@@ -9,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from ssaseg.models.checkpoint import write_bytes
+from ssaseg.models.checkpoint import write_atomic
 
 TERMS_APART = {"step", "time", "lr", "loss", "images_per_s", "data_wait", "grad_norm"}
 
@@ -21,7 +22,7 @@ class MetricsLog:
         """Goes on after `step`: lines of later steps, written before a run was killed, are dropped."""
         self.path = path
         kept = [record for record in read_metrics(path) if record["step"] <= step] if path.exists() else []
-        write_bytes(path, "".join(json.dumps(record) + "\n" for record in kept).encode())
+        write_atomic(path, "".join(json.dumps(record) + "\n" for record in kept).encode())
 
     def write(self, record: dict[str, Any]) -> None:
         """Appends one line."""
@@ -57,7 +58,7 @@ def write_environment(path: Path, device: str, command: Sequence[str], extra: di
         "threads": torch.get_num_threads(),
         **extra,
     }
-    write_bytes(path, (json.dumps(content, indent=2) + "\n").encode())
+    write_atomic(path, (json.dumps(content, indent=2) + "\n").encode())
 
 
 def draw_curves(metrics: Path, destination: Path) -> None:
@@ -83,10 +84,10 @@ def draw_curves(metrics: Path, destination: Path) -> None:
     score.set(title="validation mIoU [%]", xlabel="step")
     for axes in (losses, rate, score):
         axes.grid(alpha=0.3)
-    temporary = destination.with_name(f".{destination.name}.part.png")
-    figure.savefig(temporary, dpi=110)
+    picture = io.BytesIO()
+    figure.savefig(picture, dpi=110)
     pyplot.close(figure)
-    temporary.replace(destination)
+    write_atomic(destination, picture.getvalue())
 
 
 def overlay(image: np.ndarray, labels: np.ndarray, palette: Sequence[Sequence[int]]) -> np.ndarray:
@@ -109,7 +110,7 @@ def write_grid(path: Path, rows: Iterable[Sequence[np.ndarray]], width: int = 32
     if lines:
         widest = max(line.shape[1] for line in lines)
         lines = [np.pad(line, ((0, 4), (0, widest - line.shape[1]), (0, 0))) for line in lines]
-        write_bytes(path, cv2.imencode(".png", np.concatenate(lines))[1].tobytes())
+        write_atomic(path, cv2.imencode(".png", np.concatenate(lines))[1].tobytes())
 
 
 def command_line() -> list[str]:

@@ -82,18 +82,6 @@ def rle_lines(name: str, labels: np.ndarray, classes: Sequence[str]) -> list[str
     return lines
 
 
-def replace_file(path: Path, content: bytes) -> None:
-    """Writes a result so that it is there whole or not at all; not forced to the disk: it can be made again."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.partial")
-    try:
-        temporary.write_bytes(content)
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-
-
 class RleFile:
     """`rle.json`: a JSON list with one object a line, written as images get done and put in place at the end.
 

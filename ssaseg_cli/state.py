@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from ssaseg.cli.console import CommandError
-from ssaseg.models.checkpoint import write_bytes
+from ssaseg.models.checkpoint import write_atomic
 
 FILE = "state.pt"
 # Keys that may differ between a run and its resumption without changing what is computed.
@@ -49,15 +49,11 @@ def save_state(
         "recipe": recipe,
     }
     torch.save(content, buffer)
-    write_bytes(folder / FILE, buffer.getvalue())
+    write_atomic(folder / FILE, buffer.getvalue())
 
 
 def load_state(folder: Path) -> dict[str, Any] | None:
     """The state saved in `folder`, None where a run was stopped before its first save. Errors: CommandError."""
-    for leftover in folder.glob(".*.*"):
-        # A run that was killed while it wrote leaves its temporary file behind.
-        if leftover.name.startswith((f".{FILE}.", ".last.safetensors.", ".best.safetensors.")):
-            leftover.unlink()
     path = folder / FILE
     if not path.exists():
         return None

@@ -17,7 +17,7 @@ import torch
 from click.testing import CliRunner, Result
 from PIL import Image
 
-from ssaseg.cli.console import CommandError, print_table, select_device, write_atomic
+from ssaseg.cli.console import CommandError, print_table, select_device
 from ssaseg.cli.main import cli
 from ssaseg.recipes import RecipeError, load_recipe
 
@@ -247,26 +247,3 @@ def test_tables_keep_long_rows_and_brackets(capsys: pytest.CaptureFixture[str]) 
     print_table(["class", "IoU [%]"], [["[void] " + "x" * 100, "12.30"]], title="scores")
     row = next(line for line in capsys.readouterr().out.splitlines() if "[void]" in line)
     assert row.split() == ["[void]", "x" * 100, "12.30"]
-
-
-def test_atomic_write_leaves_the_old_file_or_all_of_the_new(tmp_path: Path) -> None:
-    file = tmp_path / "last.bin"
-    write_atomic(file, b"one")
-    write_atomic(file, lambda path: path.write_bytes(b"two"))
-    assert file.read_bytes() == b"two"
-
-    def half(path: Path) -> None:
-        path.write_bytes(b"thr")
-        raise OSError(errno.ENOSPC, "No space left on device", str(path))
-
-    with pytest.raises(OSError, match="No space left"):
-        write_atomic(file, half)
-    assert file.read_bytes() == b"two"
-    with pytest.raises(FileNotFoundError):
-        write_atomic(tmp_path / "gone" / "x.bin", b"x")
-    assert [path.name for path in tmp_path.iterdir()] == ["last.bin"]
-
-
-def test_atomic_write_hands_on_the_suffix(tmp_path: Path) -> None:
-    write_atomic(tmp_path / "curves.png", lambda path: path.write_text(path.suffix))
-    assert (tmp_path / "curves.png").read_text() == ".png"

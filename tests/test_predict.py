@@ -258,15 +258,14 @@ def test_a_full_disk_stops_the_run_and_leaves_no_half_file(
 ) -> None:
     for index in range(3):
         write(tmp_path / f"in/{index}.png")
-    real = Path.write_bytes
+    real = os.replace
 
-    def full(path: Path, content: bytes) -> int:
-        if "1.png" in path.name:
-            real(path, content[:10])
+    def full(temporary: Path, path: Path) -> None:
+        if path.name == "1.png":
             raise OSError(28, "No space left on device", str(path))
-        return real(path, content)
+        real(temporary, path)
 
-    monkeypatch.setattr(Path, "write_bytes", full)
+    monkeypatch.setattr(os, "replace", full)
     with pytest.raises(OSError, match="No space left"):
         run_predict(checkpoint, [str(tmp_path / "in")], tmp_path / "out", ("index",), False, "cpu")
     assert set(files(tmp_path / "out")) <= {"index/0.png", "index/2.png"}

@@ -1,0 +1,133 @@
+"""Checkpoint files as they come: read without running anything in them, unwrapped, told apart.
+
+Pickles go through PyTorch's restricted reader. Genuine timm checkpoints hold an `argparse.Namespace` and NumPy
+numbers, so these inert types are let in; any other type is refused by name and never constructed.
+"""
+
+import argparse
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from ssaseg.cli.console import CommandError
+from ssaseg.models.upstream import NOT_USED
+
+# Where a training script keeps the weights; the first that holds tensors wins, so averaged weights before raw ones.
+NESTINGS = ("state_dict_ema", "state_dict", "model")
+OURS = "ssaseg-"
+# Booleans, numbers, text and dates; not objects or records, whose bytes could be anything.
+INERT_DTYPES = "?bhilqBHILQefdgFDGSUMm"
+
+
+@dataclass(frozen=True)
+class Weights:
+    """What a checkpoint file holds."""
+
+    tensors: dict[str, Tensor]  # by official key with its `backbone.`, or by our key where `header` says so
+    nesting: str  # where they were found, for the report
+    header: dict[str, Any] | None = None  # metadata of a file of ours
+    meta: Mapping[str, Any] | None = None  # what an official file says about itself, such as CLASSES
+
+    @property
+    def is_backbone(self) -> bool:
+        """Without decoder and classifier, as an ImageNet checkpoint."""
+        return not any(key.startswith(("decode_head.", "classifier.")) for key in self.tensors)
+
+
+def read_weights(path: Path) -> Weights:
+    """Reads a pickle (.pth, .pth.tar, zip or legacy) or a safetensors file, ours or official.
+
+    Raises CommandError where it is truncated, holds a type that is not let in, or no tensors; FileNotFoundError.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such checkpoint")
+    content, header = _read_safetensors(path) if path.suffix.lower() == ".safetensors" else (_read_pickle(path), None)
+    tensors, nesting = _unwrap(content)
+    if not tensors:
+        raise CommandError(f"{path}: no tensors in it\nlooked under {', '.join(NESTINGS)} and at the top")
+    if header is not None:
+        return Weights(tensors, nesting, header=header)
+    meta = content.get("meta")
+    return Weights(_official(tensors), nesting, meta=meta if isinstance(meta, Mapping) else None)
+
+
+def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
+    """Tensors, and the header where the file is one of ours."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            header = file.metadata() or {}
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
+        # Others write plain text there ("format": "pt"); ours are JSON values.
+        ours = header.get("format", "").startswith(f'"{OURS}')
+        return tensors, {key: json.loads(value) for key, value in header.items()} if ours else None
+    except (SafetensorError, ValueError) as error:
+        raise CommandError(f"{path}: cannot be read as safetensors ({error})\nis it truncated?") from None
+
+
+def _read_pickle(path: Path) -> Any:
+    try:
+        with torch.serialization.safe_globals(inert_types()):
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except OSError:
+        raise
+    except Exception as error:  # a damaged pickle may end in any of a dozen types
+        raise CommandError(f"{path}: {_reason(str(error))}") from None
+
+
+def inert_types() -> list[Any]:
+    """What a pickle may construct beside tensors and plain containers: types whose construction runs nothing."""
+    reconstruct, scalar = np.empty(0).__reduce__()[0], np.float64(0).__reduce__()[0]
+    # NumPy 2 moved them, and files name the place where they were written.
+    moved = [
+        (function, f"numpy.{core}.multiarray.{name}")
+        for core in ("core", "_core")
+        for function, name in ((reconstruct, "_reconstruct"), (scalar, "scalar"))
+    ]
+    dtypes = {type(np.dtype(code)) for code in INERT_DTYPES}
+    return [argparse.Namespace, np.dtype, np.ndarray, *dtypes, *moved]
+
+
+def _reason(error: str) -> str:
+    """What PyTorch's many lines come to: the type that was refused, or that the file is damaged."""
+    refused = re.search(r"(?:GLOBAL |<class ')([\w.]+)", error)
+    if refused is not None:
+        return (
+            f"holds a {refused[1]}, which is refused: unpickling it could run code\n"
+            "nothing was executed; save the state dict alone with torch.save, where the file is trusted"
+        )
+    lines = [line.strip() for line in error.splitlines() if line.strip()] or ["unexpected end"]
+    detail = next((line for line in lines if "Error:" in line or "error:" in line), lines[0])
+    return f"cannot be read as a checkpoint; is it truncated, or no PyTorch file?\n{detail[:200]}"
+
+
+def _unwrap(content: Any) -> tuple[dict[str, Tensor], str]:
+    """The state dict, by the first of `NESTINGS` that holds tensors, or the content itself."""
+    if not isinstance(content, Mapping):
+        return {}, ""
+    for nesting in NESTINGS:
+        tensors = _tensors(content.get(nesting))
+        if tensors:
+            return tensors, nesting
+    return _tensors(content), "top level"
+
+
+def _tensors(state: Any) -> dict[str, Tensor]:
+    """Its tensors, without the `module.` that DistributedDataParallel puts before every key."""
+    if not isinstance(state, Mapping):
+        return {}
+    return {str(key).removeprefix("module."): value for key, value in state.items() if isinstance(value, Tensor)}
+
+
+def _official(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """With `backbone.` before every key where no key has it: an ImageNet checkpoint is a bare backbone."""
+    if any(key.startswith(("backbone.", "decode_head.")) for key in tensors):
+        return tensors
+    return {key if key.startswith(tuple(NOT_USED)) else f"backbone.{key}": value for key, value in tensors.items()}
