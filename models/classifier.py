@@ -68,8 +68,8 @@ class Classifier(nn.Module):
         return self.conv_seg(self.dropout(feature))
 
     def step_pairs(self, labels: Tensor) -> Tensor:
-        """Number of (image, class) pairs in labels (N,H,W): the dice's denominator. A scalar tensor."""
-        return (losses.class_pixels(labels, self.num_classes) > 0).sum().float()
+        """What `training_step` must know of the labels (N,H,W) of a whole step, averaged over them; here nothing."""
+        return torch.zeros((), device=labels.device)
 
     def update(self, memories: list[Any]) -> None:
         """Takes in what the step's micro-batches left in `TrainingStep.memory`; nothing here."""
@@ -159,6 +159,10 @@ class SSAClassifier(Classifier):
             teacher = distillation.teach(self, feature.float(), student, labels)
             terms = distillation.terms(student, teacher, labels, pairs, self.settings)
         return TrainingStep(student.logits, terms)
+
+    def step_pairs(self, labels: Tensor) -> Tensor:
+        """Number of (image, class) pairs in labels (N,H,W): the dice's denominator."""
+        return (losses.class_pixels(labels, self.num_classes) > 0).sum().float()
 
     def training_only(self) -> tuple[str, ...]:
         """The teacher branch."""

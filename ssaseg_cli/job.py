@@ -180,7 +180,7 @@ def write_start(job: Job) -> None:
     images = {"training_images": len(job.train_set), "validation_images": len(job.val_set)}
     extra = {"seed": job.recipe.train.seed, **images}
     report.write_environment(folder / "env.json", str(job.device), report.command_line(), extra)
-    job.log = report.MetricsLog(folder / "metrics.jsonl", job.progress.step)
+    job.log = report.MetricsLog(folder / "metrics.jsonl", job.progress.step, job.progress.evaluated)
     if not (folder / "batch.png").exists():
         write_batch(job)
 

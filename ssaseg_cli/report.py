@@ -18,10 +18,11 @@ TERMS_APART = {"step", "time", "lr", "loss", "images_per_s", "data_wait", "grad_
 class MetricsLog:
     """`metrics.jsonl`: a line per log interval (mean losses) and per evaluation (`mIoU` in percent)."""
 
-    def __init__(self, path: Path, step: int) -> None:
-        """Goes on after `step`: lines of later steps, written before a run was killed, are dropped."""
+    def __init__(self, path: Path, step: int, evaluated: int) -> None:
+        """Goes on after `step`, last evaluated at `evaluated`: what a killed run wrote beyond its state is dropped."""
         self.path = path
-        kept = [record for record in read_metrics(path) if record["step"] <= step] if path.exists() else []
+        before = read_metrics(path) if path.exists() else []
+        kept = [record for record in before if record["step"] <= (evaluated if "mIoU" in record else step)]
         write_atomic(path, "".join(json.dumps(record) + "\n" for record in kept).encode())
 
     def write(self, record: dict[str, Any]) -> None:

@@ -37,21 +37,21 @@ def run_train(recipe: Recipe, out: Path, resume: bool, device: str, dry_run: boo
         return rehearse(job)
     describe(job)
     write_start(job)
-    with job.stop:
-        return train(job)
+    with job.stop, contextlib.closing(Window(job)) as window:
+        return train(job, window)
 
 
-def train(job: Job) -> int:
+def train(job: Job, window: Window) -> int:
     """The loop. Returns the exit code."""
     recipe, progress = job.recipe, job.progress
-    window = Window(job)
     while True:
         # What a resumed run finds already done is not done again.
         fresh = progress.evaluated < progress.step
         if fresh and due(progress.step, recipe.train.eval_every, recipe.train.steps) and not evaluate(job):
             return job.stop.exit_code
         if progress.step == recipe.train.steps:
-            break
+            click.echo(f"done: best mIoU {progress.best_miou:.2f} %, {job.folder / 'best.safetensors'}", err=True)
+            return 0
 
         rate = set_learning_rate(job, progress.step)
         window.start_waiting()
@@ -61,22 +61,21 @@ def train(job: Job) -> int:
         progress.step += 1
         window.add(progress.step, batches, losses)
 
-        # Reading a loss makes a GPU wait, so that is left to the log; a CPU has nothing to wait for.
-        logging = due(progress.step, recipe.train.log_every, recipe.train.steps)
-        if logging or job.device.type == "cpu":
+        log, save_now, evaluate_next = (
+            due(progress.step, every, recipe.train.steps)
+            for every in (recipe.train.log_every, recipe.train.save_every, recipe.train.eval_every)
+        )
+        stop = job.stop.requested
+        # Reading a loss makes a GPU wait, so that is left to the log and to what builds on it; a CPU need not wait.
+        if log or save_now or evaluate_next or stop or job.device.type == "cpu":
             window.check()
-        if logging:
+        if log:
             window.write(rate)
-        if due(progress.step, recipe.train.save_every, recipe.train.steps) or job.stop.requested:
-            window.check()
+        if save_now or evaluate_next or stop:
             save(job)
-        if job.stop.requested:
+        if stop:
             click.echo(f"stopped after step {progress.step}; state saved, go on with --resume", err=True)
             return job.stop.exit_code
-    window.close()
-    report.draw_curves(job.folder / "metrics.jsonl", job.folder / "curves.png")
-    click.echo(f"done: best mIoU {progress.best_miou:.2f} %, {job.folder / 'best.safetensors'}", err=True)
-    return 0
 
 
 def train_step(job: Job, batches: list[Any]) -> dict[str, Tensor]:
@@ -128,9 +127,6 @@ def set_learning_rate(job: Job, step: int) -> float:
     return learning_rate(optim.lr, step, steps, optim)
 
 
-# ---- evaluating and saving ---------------------------------------------------------------------------------------
-
-
 def autocast(device: torch.device, amp: str) -> contextlib.AbstractContextManager[Any]:
     """Mixed precision of a recipe's `train.amp` on `device`."""
     return torch.autocast(device.type, dtype=AMP_TYPES.get(amp, torch.bfloat16), enabled=amp != "off")
@@ -144,7 +140,10 @@ class Interrupted(Exception):
 
 
 def evaluate(job: Job) -> bool:
-    """Evaluates, logs, keeps the best weights, draws pictures. False where a signal broke it off, state saved."""
+    """Evaluates, logs, keeps the best weights, draws pictures. False where a signal broke it off.
+
+    The weights were saved, and so found finite, before.
+    """
     from ssaseg.cli.evaluate import evaluate_model
 
     recipe, progress = job.recipe, job.progress
@@ -168,7 +167,6 @@ def evaluate(job: Job) -> bool:
             progress=stop_if_asked,
         )
     except Interrupted:
-        save(job)
         click.echo(f"stopped while evaluating step {progress.step}; state saved, go on with --resume", err=True)
         return False
     scores = confusion.scores()
@@ -222,7 +220,7 @@ def write_predictions(job: Job, images: int = 4) -> None:
 def rehearse(job: Job) -> int:
     """`--dry-run`: one step of everything, then memory and time to expect. Writes nothing."""
     describe(job)
-    window = Window(job)
+    window = Window(job, bar=False)
     started = time.perf_counter()
     set_learning_rate(job, 0)
     batches = [next(job.batches) for _ in range(job.micro_batches)]

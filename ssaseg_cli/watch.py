@@ -46,7 +46,7 @@ class StopSignal:
 class Window:
     """The steps since the last log line: their losses, still on the device, and the images they came from."""
 
-    def __init__(self, job: "Job") -> None:
+    def __init__(self, job: "Job", bar: bool = True) -> None:
         from tqdm import tqdm
 
         self.job = job
@@ -56,7 +56,9 @@ class Window:
         self.waited = 0.0
         self.started = time.perf_counter()
         total, done = job.recipe.train.steps, job.progress.step
-        self.bar = tqdm(total=total, initial=done, disable=not sys.stderr.isatty(), unit="step", dynamic_ncols=True)
+        self.bar = tqdm(
+            total=total, initial=done, disable=not (bar and sys.stderr.isatty()), unit="step", dynamic_ncols=True
+        )
 
     def start_waiting(self) -> None:
         """Before asking the loader for data."""
