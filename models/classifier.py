@@ -3,6 +3,7 @@
 A network is handed its classifier and knows none by name. What it relies on:
 
 - `forward(feature)` → logits; pure: no buffer written, no randomness in evaluation.
+- `stages(feature)` → logits, and the logits before adaptation where the classifier `adapts`.
 - `training_step(feature, labels, pairs)` → `TrainingStep`; owns dropout, upsampling conventions and float32 islands.
 - `step_pairs(labels)` → what a loss must know of the *whole* optimiser step before its first micro-batch.
 - `update(memories)`, after the optimiser's step: state that is not learnt by gradient. Nothing by default.
@@ -54,6 +55,7 @@ class Classifier(nn.Module):
     """What every classifier shares: the 1×1 convolution `conv_seg` with channel dropout before it, and the contract."""
 
     training_step: Callable[..., TrainingStep]
+    adapts = False
 
     def __init__(self, channels: int, num_classes: int, dropout: float, settings: Distillation) -> None:
         super().__init__()
@@ -66,6 +68,10 @@ class Classifier(nn.Module):
     def coarse(self, feature: Tensor) -> Tensor:
         """Logits of the 1×1 convolution alone. (N,C,h,w) → (N,K,h,w)."""
         return self.conv_seg(self.dropout(feature))
+
+    def stages(self, feature: Tensor) -> tuple[Tensor, Tensor | None]:
+        """(N,C,h,w) → logits (N,K,h,w), and those before adaptation where there is one."""
+        return self(feature), None
 
     def step_pairs(self, labels: Tensor) -> Tensor:
         """What `training_step` must know of the labels (N,H,W) of a whole step, averaged over them; here nothing."""
@@ -113,6 +119,8 @@ class SSAClassifier(Classifier):
     sums over thousands of pixels do not exist in half precision.
     """
 
+    adapts = True
+
     def __init__(self, channels: int, num_classes: int, dropout: float, settings: Distillation) -> None:
         super().__init__(channels, num_classes, dropout, settings)
         self.spatial_conv = nn.Conv2d(channels, channels, 3, padding=1, groups=channels)
@@ -123,6 +131,11 @@ class SSAClassifier(Classifier):
     def forward(self, feature: Tensor) -> Tensor:
         """(N,C,h,w) → logits (N,K,h,w) in [−15, 15], float32."""
         return self.adapt(feature).logits
+
+    def stages(self, feature: Tensor) -> tuple[Tensor, Tensor | None]:
+        """(N,C,h,w) → final and coarse logits, both (N,K,h,w), in one pass."""
+        adapted = self.adapt(feature)
+        return adapted.logits, adapted.coarse
 
     def adapt(self, feature: Tensor) -> Adapted:
         """(N,C,h,w) → everything that the classifier computes on the way to its logits."""

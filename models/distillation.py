@@ -87,10 +87,13 @@ def terms(
 ) -> dict[str, Tensor]:
     """The weighted losses by name, averaged over groups; the dices over the (image, class) pairs of the step."""
     weights, members = settings.weights, teacher.members
+    pixels = losses.class_pixels(labels, student.logits.shape[1])
+    branches = {"main": student.logits, "coarse": student.coarse, "teacher": teacher.logits}
     found: dict[str, Tensor] = {}
-    found |= _upsampled("main", student.logits, labels, members, pairs, weights["main_dice"] != 0)
-    found |= _upsampled("coarse", student.coarse, labels, members, pairs, False)
-    found |= _upsampled("teacher", teacher.logits, labels, members, pairs, weights["teacher_dice"] != 0)
+    for name, logits in branches.items():
+        dice = bool(weights.get(f"{name}_dice"))
+        if dice or weights[f"{name}_ce"]:
+            found |= _upsampled(name, logits, labels, pixels, members, pairs, dice)
     if weights["response"]:
         found["response"] = losses.response_loss(student.logits, teacher.logits, teacher.labels, members)
     images = members.new_ones(len(labels))
@@ -104,14 +107,14 @@ def terms(
 
 
 def _upsampled(
-    name: str, logits: Tensor, labels: Tensor, members: Tensor, pairs: Tensor | None, dice: bool
+    name: str, logits: Tensor, labels: Tensor, pixels: Tensor, members: Tensor, pairs: Tensor | None, dice: bool
 ) -> dict[str, Tensor]:
     """Cross entropy (and dice) of one branch at the labels' size, upsampled with align_corners=True."""
-    image = losses.full_resolution_terms(logits, labels, align_corners=True, dice=dice)
+    image = losses.full_resolution_terms(logits, labels, align_corners=True, dice=dice, pixels=pixels)
     # The main term's mean counts ignored pixels in its denominator (mmseg's avg_non_ignore=False), the others' not.
     everything = torch.full_like(image.valid, float(labels[0].numel()))
-    pixels = everything if name == "main" else image.valid
-    found = {f"{name}_ce": losses.group_ratio(image.cross_entropy, pixels, members)}
+    counted = everything if name == "main" else image.valid
+    found = {f"{name}_ce": losses.group_ratio(image.cross_entropy, counted, members)}
     if dice:
         # Without pairs this batch is the whole step; with them the loop's mean over micro-batches restores the sum.
         count = image.pairs.sum() if pairs is None else pairs

@@ -44,16 +44,18 @@ class ImageTerms(NamedTuple):
     pairs: Tensor  # classes present
 
 
-def full_resolution_terms(logits: Tensor, labels: Tensor, align_corners: bool, dice: bool) -> ImageTerms:
+def full_resolution_terms(
+    logits: Tensor, labels: Tensor, align_corners: bool, dice: bool, pixels: Tensor | None = None
+) -> ImageTerms:
     """Cross entropy and dice of logits upsampled bilinearly to the labels' size, summed per image.
 
     logits (N,K,h,w) float, labels (N,H,W) integer. The upsampled logits exist for one band of one image at a time, and
     backward keeps only gradients of the size of `logits`: their memory does not depend on H×W or N·H×W·K.
     Dice of a present class: 1 − (2Σpt + 1) / (Σp + Σt + 1), p = sigmoid, t = its mask, Σ over all pixels of the image.
-    Without `dice` that term is 0.
+    Without `dice` that term is 0. `pixels`: `class_pixels` of the labels, where it is known already.
     """
-    # Outside the differentiable function, since it depends on the labels alone.
-    pixels = class_pixels(labels, logits.shape[1])
+    if pixels is None:
+        pixels = class_pixels(labels, logits.shape[1])
     cross_entropy, dices = _FullResolutionTerms.apply(logits.float(), labels, pixels, align_corners, dice)
     return ImageTerms(cross_entropy, dices, pixels.sum(dim=1), (pixels > 0).sum(dim=1).float())
 

@@ -99,7 +99,8 @@ def _section(loc: Keys) -> type[BaseModel]:
 
 def _section_of(annotation: Any) -> type[BaseModel] | None:
     """The section inside an annotation: `Data`, `Folders | None`, `dict[str, Rule]`."""
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+    # Python 3.10 takes `tuple[int, int]` for a class.
+    if isinstance(annotation, type) and get_origin(annotation) is None and issubclass(annotation, BaseModel):
         return annotation
     return next((found for found in map(_section_of, get_args(annotation)) if found), None)
 

@@ -248,7 +248,7 @@ class Train(Section):
         Literal["off", "bf16", "fp16"],
         BeforeValidator(lambda value: "off" if value is False else value),  # YAML 1.1 and JSON know `off` as false
     ] = Field(default="off", description="arithmetic of the network: off (float32), bf16, or fp16 (CUDA only)")
-    seed: int = Field(default=0, ge=0, description="seed of initialisation, order and augmentation")
+    seed: int = Field(default=0, ge=0, lt=2**32, description="seed of initialisation, order and augmentation")
     workers: int = Field(
         default=2, ge=0, description="processes that load and augment images; 0: none but the main one"
     )
@@ -290,6 +290,14 @@ class Recipe(Section):
     distill: Distill = Field(default=Distill(), description="distillation of the SSA classifier")
 
     @model_validator(mode="after")
+    def _something_is_learnt(self) -> "Recipe":
+        weights = self.distill.weights.model_dump()
+        used = {"main_ce": weights["main_ce"]} if self.model.classifier == "linear" else weights
+        if not any(used.values()):
+            raise wrong(f"distill.weights.{next(iter(used))}", 0, "a loss with a weight above 0", "set it to 1")
+        return self
+
+    @model_validator(mode="after")
     def _batch_is_made_of_whole_parts(self) -> "Recipe":
         batch, micro, group = self.train.batch, self.train.micro_batch, self.distill.group
         if micro is None or micro == batch:
@@ -298,7 +306,7 @@ class Recipe(Section):
         mend = f"with this batch and group: {', '.join([*fits, 'null'])}"
         if batch % micro:
             raise wrong("train.micro_batch", micro, f"a divisor of train.batch, {batch}", mend)
-        if micro % group:
+        if micro % group and self.model.classifier != "linear":
             # A class mean over half a group would make the loss depend on how the step was cut.
             raise wrong("train.micro_batch", micro, f"a multiple of distill.group, {group}", mend)
         return self

@@ -37,6 +37,8 @@ def select_device(name: str) -> "torch.device":
     if name == "cuda" and not torch.cuda.is_available():
         why = "this PyTorch is built without CUDA" if torch.version.cuda is None else "PyTorch finds no GPU"
         raise CommandError(f"--device cuda: {why}\nuse --device cpu, or --device auto to take what there is")
+    # TF32, cuDNN's default, has ten bits of mantissa: scores would depend on the GPU, and float32 would not be float32.
+    torch.backends.cudnn.allow_tf32 = False
     return torch.device(name)
 
 

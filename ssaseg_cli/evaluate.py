@@ -30,7 +30,6 @@ from ssaseg.recipes import Recipe, load_recipe, parse_recipe
 
 # Full-size logits held at once [elements]: as much as a CPU's cache, or a GiB of a GPU; at least one class.
 CPU_ELEMENTS, GPU_ELEMENTS = 2**18, 2**28
-AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 WORKERS = 2  # processes that decode ahead
 
 
@@ -59,7 +58,6 @@ def predict_labels(
     mean: Sequence[float],
     std: Sequence[float],
     device: torch.device,
-    amp: str = "off",
     coarse: bool = True,
     probabilities: bool = False,
 ) -> Prediction:
@@ -69,23 +67,18 @@ def predict_labels(
     `probabilities` K·H·W float32 numbers are held; without, one class's H·W at a time.
     """
     resized = test_image(image, protocol["scale"], protocol["multiple"])
-    logits = infer(model, torch.from_numpy(resized), mean, std, device, amp)
+    logits = infer(model, torch.from_numpy(resized), mean, std, device)
     return at_full_size(logits, resized.shape[:2], image.shape[:2], coarse, probabilities)
 
 
 @torch.inference_mode()
 def infer(
-    model: Segmenter, resized: Tensor, mean: Sequence[float], std: Sequence[float], device: torch.device, amp: str
+    model: Segmenter, resized: Tensor, mean: Sequence[float], std: Sequence[float], device: torch.device
 ) -> Logits:
     """Logits of a network input, BGR uint8 (h,w,3)."""
     pixels = normalize(resized.unsqueeze(0).to(device, non_blocking=True), mean, std)
-    with torch.autocast(device.type, AUTOCAST.get(amp), enabled=amp != "off"):
-        feature = model.decoder(model.backbone(pixels))
-        adapt = getattr(model.classifier, "adapt", None)
-        if adapt is not None:
-            adapted = adapt(feature)
-            return Logits(adapted.logits.float(), adapted.coarse.float())
-        return Logits(model.classifier(feature).float(), None)
+    final, coarse = model.classifier.stages(model.decoder(model.backbone(pixels)))
+    return Logits(final.float(), None if coarse is None else coarse.float())
 
 
 @torch.inference_mode()
@@ -144,14 +137,13 @@ def evaluate_model(
     mean: Sequence[float],
     std: Sequence[float],
     device: torch.device,
-    amp: str = "off",
     workers: int = 0,
     limit: int | None = None,
     progress: Callable[[int], object] | None = None,
 ) -> Confusion:
     """Counts of `model` on the first `limit` images (None: all) of `dataset`; the model's mode is as before afterwards.
 
-    `workers` processes decode and resize ahead; 0: none. `amp`: off, bf16 or fp16. `progress` is called with 1 after
+    `workers` processes decode and resize ahead; 0: none.  `progress` is called with 1 after
     each image. Memory depends on the largest image, not on their number. Raises what the data set raises.
     """
     count = len(dataset) if limit is None else min(limit, len(dataset))
@@ -163,7 +155,7 @@ def evaluate_model(
     try:
         with closing(loader):  # ends the processes also where `limit` or an error stops early
             for resized, label, _ in islice(loader, count):
-                logits = infer(model, resized, mean, std, device, amp)
+                logits = infer(model, resized, mean, std, device)
                 confusion.update(label_map(logits.final, resized.shape[:2], label.shape), label)
                 if progress is not None:
                     progress(1)

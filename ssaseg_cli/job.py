@@ -46,6 +46,7 @@ class Job:
 def metadata(job: Job) -> dict[str, Any]:
     """The header of the run's checkpoints."""
     data = job.recipe.data
+    evaluated = job.progress.evaluated == job.progress.step
     return {
         "classes": list(job.val_set.classes),
         "palette": [list(colour) for colour in job.val_set.palette],
@@ -54,7 +55,7 @@ def metadata(job: Job) -> dict[str, Any]:
         "protocol": job.recipe.test.model_dump(mode="json"),
         "recipe": job.recipe.model_dump(mode="json"),
         "step": job.progress.step,
-        "scores": job.progress.scores,
+        "scores": job.progress.scores if evaluated else {},  # never those of other weights
     }
 
 
@@ -72,6 +73,11 @@ def open_folder(out: Path, recipe: Recipe, resume: bool) -> dict[str, Any] | Non
     if not (out / "config.yaml").exists():
         raise CommandError(f"{out}: no run to resume here (no config.yaml)\nstart one without --resume")
     stored = load_state(out)
+    if stored is None and (out / "last.safetensors").exists():
+        raise CommandError(
+            f"{out}: state.pt is missing beside last.safetensors, so the run cannot go on\n"
+            f"start a new one with --out and model.pretrained={out / 'last.safetensors'}"
+        )
     if stored is not None:
         refuse_changes(stored["recipe"], recipe.model_dump(mode="json"), out)
     return stored
@@ -143,8 +149,11 @@ def load_start(model: Segmenter, path: str) -> None:
     click.echo(str(load_pretrained(model, Path(path))), err=True)
 
 
-def check_labels(*datasets: Any, sample: int = 64) -> None:
-    """Looks at a sample of each split before the first step. Raises CommandError for errors, prints warnings."""
+def check_labels(*datasets: Any, sample: int = 512) -> None:
+    """Looks at up to `sample` pairs of each split before the first step; the loader checks the others as it reads them.
+
+    Raises CommandError for errors, prints warnings.
+    """
     from ssaseg.datasets.check import check_dataset
 
     problems = [problem for dataset in datasets for problem in check_dataset(dataset, sample)]

@@ -13,7 +13,7 @@ import click
 from ssaseg.cli.console import CommandError
 
 # PyTorch's CPU threads wait for one another by spinning. Where a loader's worker needs the same core, they spin through
-# its whole time slice, and a step takes up to fifty times as long; a short spin costs nothing that could be measured.
+# its whole time slice, and a step can take many times as long; a short spin gives the core away soon.
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 CLASSIFIERS = click.Choice(["ssa", "linear"])

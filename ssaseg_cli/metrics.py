@@ -100,14 +100,6 @@ class Confusion:
             "mRecall": nan_mean(acc),
         }
 
-    def pair_accuracy(self, first: int, second: int) -> float:
-        """How well two classes are told apart [%]: the mean recall of both; 50 is chance, NaN where one has no pixel.
-
-        Counts only pixels whose label and whose prediction are among the two.
-        """
-        pair = self.matrix[np.ix_([first, second], [first, second])]
-        return float(percent(pair.diagonal(), pair.sum(axis=1)).mean())
-
     def majority_miou(self) -> float:
         """The mIoU [%] of predicting the commonest class everywhere: what a model must beat to have learnt anything."""
         labelled = self.matrix.sum(axis=1)

@@ -78,7 +78,7 @@ def run_predict(
     """
     chosen = select_device(device)
     model, metadata = load_model(checkpoint)
-    if "coarse" in save and not hasattr(model.classifier, "adapt"):
+    if "coarse" in save and not model.classifier.adapts:
         raise CommandError(
             f"{checkpoint}: classifier {model.classifier_name} adapts nothing, so there is no coarse result\n"
             "leave coarse out of --save"
@@ -145,7 +145,7 @@ class Labeller:
     def infer(self, decoded: Decoded) -> Prediction:
         """One forward pass, whatever kinds of results are wanted."""
         mean, std = self.metadata["mean"], self.metadata["std"]
-        logits = infer(self.model, torch.from_numpy(decoded.resized), mean, std, self.device, "off")
+        logits = infer(self.model, torch.from_numpy(decoded.resized), mean, std, self.device)
         middle, size = decoded.resized.shape[:2], decoded.image.shape[:2]
         return at_full_size(logits, middle, size, "coarse" in self.save, "probs" in self.save)
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from ssaseg.models.checkpoint import write_atomic
 
-TERMS_APART = {"step", "time", "lr", "loss", "images_per_s", "data_wait", "grad_norm"}
+TERMS_APART = {"step", "lr", "loss", "images_per_s", "data_wait"}
 
 
 class MetricsLog:

@@ -3,19 +3,21 @@
 import contextlib
 import sys
 import time
+from math import isnan
 from pathlib import Path
 from typing import Any
 
 import click
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from ssaseg.cli import report
 from ssaseg.cli.console import CommandError, select_device
 from ssaseg.cli.job import Job, build_job, describe, metadata, open_folder, write_start
 from ssaseg.cli.schedule import learning_rate
 from ssaseg.cli.state import save_state
-from ssaseg.cli.watch import Window
+from ssaseg.cli.watch import MEND, Window
 from ssaseg.datasets.colour import prepare_batch
 from ssaseg.models import save_model
 from ssaseg.recipes import Recipe
@@ -47,10 +49,13 @@ def train(job: Job, window: Window) -> int:
     while True:
         # What a resumed run finds already done is not done again.
         fresh = progress.evaluated < progress.step
-        if fresh and due(progress.step, recipe.train.eval_every, recipe.train.steps) and not evaluate(job):
-            return job.stop.exit_code
+        if fresh and due(progress.step, recipe.train.eval_every, recipe.train.steps):
+            with window.aside():
+                finished = evaluate(job)
+            if not finished:
+                return job.stop.exit_code
         if progress.step == recipe.train.steps:
-            click.echo(f"done: best mIoU {progress.best_miou:.2f} %, {job.folder / 'best.safetensors'}", err=True)
+            tqdm.write(f"done: best mIoU {progress.best_miou:.2f} %, run folder {job.folder}", file=sys.stderr)
             return 0
 
         rate = set_learning_rate(job, progress.step)
@@ -72,9 +77,10 @@ def train(job: Job, window: Window) -> int:
         if log:
             window.write(rate)
         if save_now or evaluate_next or stop:
-            save(job)
+            with window.aside():
+                save(job)
         if stop:
-            click.echo(f"stopped after step {progress.step}; state saved, go on with --resume", err=True)
+            tqdm.write(f"stopped after step {progress.step}; state saved, go on with --resume", file=sys.stderr)
             return job.stop.exit_code
 
 
@@ -87,8 +93,10 @@ def train_step(job: Job, batches: list[Any]) -> dict[str, Tensor]:
     torch.manual_seed(step_seed(recipe.train.seed, job.progress.step))
     model.train()
     # The dice is divided by a number of the whole step, which its first micro-batch must know already.
-    labels = (batch.labels.to(job.device, non_blocking=True) for batch in batches)
-    pairs = torch.stack([model.classifier.step_pairs(label) for label in labels]).mean()
+    pairs = None
+    if len(batches) > 1:
+        labels = (batch.labels.to(job.device, non_blocking=True) for batch in batches)
+        pairs = torch.stack([model.classifier.step_pairs(label) for label in labels]).mean()
     totals: dict[str, Tensor] = {}
     for batch in batches:
         images, label = prepare_batch(batch, recipe.data.mean, recipe.data.std, job.device)
@@ -140,9 +148,9 @@ class Interrupted(Exception):
 
 
 def evaluate(job: Job) -> bool:
-    """Evaluates, logs, keeps the best weights, draws pictures. False where a signal broke it off.
+    """Evaluates in float32, logs, keeps the best weights, draws pictures. False where a signal broke it off.
 
-    The weights were saved, and so found finite, before.
+    The weights were saved, and so found finite, before; the state that says "evaluated" comes last.
     """
     from ssaseg.cli.evaluate import evaluate_model
 
@@ -153,7 +161,8 @@ def evaluate(job: Job) -> bool:
             raise Interrupted
 
     started = time.perf_counter()
-    job.model.eval()
+    # Validation images come in many sizes; each would be tuned for.
+    tuned, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, False
     try:
         confusion = evaluate_model(
             job.model,
@@ -162,38 +171,38 @@ def evaluate(job: Job) -> bool:
             recipe.data.mean,
             recipe.data.std,
             job.device,
-            amp=recipe.train.amp,
             workers=min(recipe.train.workers, 1),
             progress=stop_if_asked,
         )
     except Interrupted:
-        click.echo(f"stopped while evaluating step {progress.step}; state saved, go on with --resume", err=True)
+        tqdm.write(f"stopped while evaluating step {progress.step}; state saved, go on with --resume", file=sys.stderr)
         return False
+    finally:
+        torch.backends.cudnn.benchmark = tuned
     scores = confusion.scores()
-    progress.evaluated = progress.step
-    progress.scores = {"mIoU": scores["mIoU"], "aAcc": scores["aAcc"], "mAcc": scores["mAcc"]}
+    # JSON has no NaN; it stands here for "nothing was labelled".
+    figures = {key: None if isnan(scores[key]) else scores[key] for key in ("mIoU", "aAcc", "mAcc")}  # type: ignore[literal-required]
+    progress.evaluated, progress.scores = progress.step, figures
     assert job.log is not None
     seconds = time.perf_counter() - started
-    job.log.write({"step": progress.step, **progress.scores, "eval_seconds": round(seconds, 2)})
-    click.echo(
-        f"step {progress.step}: mIoU {scores['mIoU']:.2f} %, aAcc {scores['aAcc']:.2f} % ({seconds:.0f} s)", err=True
-    )
-    if scores["mIoU"] > progress.best_miou:
+    job.log.write({"step": progress.step, **figures, "eval_seconds": round(seconds, 2)})
+    text = f"step {progress.step}: mIoU {scores['mIoU']:.2f} %, aAcc {scores['aAcc']:.2f} % ({seconds:.0f} s)"
+    tqdm.write(text, file=sys.stderr)
+    if (figures["mIoU"] or 0.0) > progress.best_miou:
         progress.best_miou = scores["mIoU"]
         save_model(job.folder / "best.safetensors", job.model, metadata(job))
-    save(job)
     report.draw_curves(job.folder / "metrics.jsonl", job.folder / "curves.png")
     write_predictions(job)
+    save(job)
     return True
 
 
 def save(job: Job) -> None:
     """Writes the training state, then its weights; never weights that are not finite over good ones."""
-    finite = torch.stack([parameter.isfinite().all() for parameter in job.model.parameters()]).all()
-    if not finite:
+    values = [value for value in job.model.state_dict().values() if value.is_floating_point()]
+    if not torch.stack([value.isfinite().all() for value in values]).all():
         raise FloatingPointError(
-            f"step {job.progress.step}: a weight is not finite, nothing was overwritten\n"
-            "lower optim.lr, set optim.grad_clip=1 or train.amp=off; the last good state is still there"
+            f"step {job.progress.step}: a weight or a norm's statistic is not finite; nothing was overwritten\n{MEND}"
         )
     recipe = job.recipe.model_dump(mode="json")
     save_state(job.folder, job.progress, job.model, job.optimizer, job.scaler, recipe)
@@ -202,6 +211,7 @@ def save(job: Job) -> None:
 
 def write_predictions(job: Job, images: int = 4) -> None:
     """`predictions.png`: for the same validation images each time: image, label, coarse and final prediction."""
+    job.model.eval()
     from ssaseg.cli.evaluate import predict_labels
 
     rows = []

@@ -1,16 +1,23 @@
 """Watching a run: the wish to stop, and the steps since the last line of the log."""
 
+import contextlib
 import signal
 import sys
 import time
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-import click
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 if TYPE_CHECKING:
     from ssaseg.cli.job import Job
+
+# The recipe of a run is fixed, and going on unchanged would end the same way.
+MEND = (
+    "start a new run, model.pretrained=RUN/last.safetensors, with a lower optim.lr, optim.grad_clip=1 or train.amp=off"
+)
 
 
 class StopSignal:
@@ -47,8 +54,6 @@ class Window:
     """The steps since the last log line: their losses, still on the device, and the images they came from."""
 
     def __init__(self, job: "Job", bar: bool = True) -> None:
-        from tqdm import tqdm
-
         self.job = job
         self.steps: list[tuple[int, list[str], Tensor]] = []
         self.checked = 0
@@ -86,8 +91,7 @@ class Window:
             if not good:
                 values = ", ".join(f"{name} {value:g}" for name, value in zip(self.names, losses.tolist(), strict=True))
                 raise FloatingPointError(
-                    f"step {step}: a loss is not finite ({values})\nimages: {', '.join(images)}\n"
-                    f"nothing was overwritten; lower optim.lr, set optim.grad_clip=1 or train.amp=off"
+                    f"step {step}: a loss is not finite ({values})\nimages: {', '.join(images)}\n{MEND}"
                 )
 
     def write(self, rate: float) -> None:
@@ -105,12 +109,17 @@ class Window:
         job.log.write({**record, "images_per_s": round(speed, 2), "data_wait": round(waiting, 4)})
         terms = " ".join(f"{name} {value:.3f}" for name, value in losses.items())
         line = f"loss {loss:.3f} ({terms}) lr {rate:.2e} {speed:.1f} images/s, data wait {waiting:.0%}"
-        if self.bar.disable:
-            clock = f"{int(left // 3600)}:{int(left % 3600 // 60):02d}:{int(left % 60):02d}"
-            click.echo(f"step {step}/{job.recipe.train.steps} {line}, ETA {clock}", err=True)
-        else:
-            self.bar.set_postfix_str(f"loss {loss:.3f} lr {rate:.1e} {speed:.1f} img/s wait {waiting:.0%}")
+        clock = f"{int(left // 3600)}:{int(left % 3600 // 60):02d}:{int(left % 60):02d}"
+        tqdm.write(f"step {step}/{job.recipe.train.steps} {line}, ETA {clock}", file=sys.stderr)  # above a bar
+        self.bar.set_postfix_str(f"loss {loss:.3f}")
         self.steps, self.checked, self.waited, self.started = [], 0, 0.0, time.perf_counter()
+
+    @contextlib.contextmanager
+    def aside(self) -> Iterator[None]:
+        """What is done inside does not count as training time."""
+        began = time.perf_counter()
+        yield
+        self.started += time.perf_counter() - began
 
     def close(self) -> None:
         """Ends the progress bar."""

@@ -152,19 +152,6 @@ def test_limit_progress_workers_and_mode() -> None:
     np.testing.assert_array_equal(threaded.matrix, first.matrix)
 
 
-def test_bfloat16_is_close_and_labels_stay_at_full_size() -> None:
-    torch.manual_seed(0)
-    model, image = build_model("seaformer_t", 5).eval(), Pairs().images[0]
-    protocol = {"scale": None, "multiple": None}
-    exact, rough = (
-        predict_labels(model, image, protocol, MEAN, STD, CPU, amp=amp, probabilities=True) for amp in ("off", "bf16")
-    )
-    assert rough.labels.shape == image.shape[:2]
-    assert exact.probabilities is not None
-    np.testing.assert_allclose(rough.probabilities, exact.probabilities, atol=0.1)
-    assert (rough.probabilities != exact.probabilities).any()
-
-
 RECIPE = {
     "model": {"name": "seaformer_t"},
     "data": {"dataset": "synthetic", "synthetic": {"height": 64, "width": 96, "train": 2, "val": 3, "seed": 0}},

@@ -185,7 +185,7 @@ def test_signals_to_the_group_reach_only_the_command(number: signal.Signals, tmp
         caught = []
         signal.signal({int(number)}, lambda *_: caught.append(1))
         stream = train_loader(Fake(10), TRANSFORM, 0, 4, 2)
-        next(stream)
+        next(stream), next(stream)  # one from each worker: both have started
         print("ready", flush=True)
         while not caught:
             time.sleep(0.01)

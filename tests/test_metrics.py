@@ -79,16 +79,12 @@ def test_maps_of_two_sizes_are_refused() -> None:
         Confusion(2).update(np.zeros((2, 3), np.uint8), np.zeros((3, 2), np.uint8))
 
 
-def test_majority_and_pair_accuracy_by_hand() -> None:
+def test_majority_by_hand() -> None:
     # Classes 0, 1, 2 with 5, 3, 2 labelled pixels; always answering 0 would give IoU 50, 0, 0.
     label = [[0, 0, 0, 0, 0, 1, 1, 1, 2, 2]]
     prediction = [[0, 0, 0, 0, 1, 1, 2, 0, 1, 0]]
     confusion = count(4, (label, prediction))
     assert confusion.majority_miou() == pytest.approx(50 / 3)
-    # Among 0 and 1: recall 4/5 of class 0; class 1 is right once, wrong once, and its third answer is neither.
-    assert confusion.pair_accuracy(0, 1) == pytest.approx((80 + 50) / 2)
-    assert confusion.pair_accuracy(1, 0) == confusion.pair_accuracy(0, 1)
-    assert np.isnan(confusion.pair_accuracy(0, 3))
 
 
 def test_takes_tensors_of_any_integer_type() -> None:

@@ -349,9 +349,9 @@ def test_build_dataset(tmp_path: Path) -> None:
 
 
 def test_camvid_reads_whole() -> None:
-    root = Path(__file__).parents[2] / "shared/data/camvid"
+    root = Path(__file__).parents[1] / "data/camvid"
     if not root.is_dir():
-        pytest.skip("CamVid is not beside the repository")
+        pytest.skip("CamVid is not in data/camvid")
     dataset = PairDataset(root / "images/val", root / "annotations/val", [str(number) for number in range(11)])
     assert len(dataset) == 101
     seen = np.zeros(256, bool)

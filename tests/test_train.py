@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,9 +14,11 @@ import torch
 from click.testing import CliRunner, Result
 from safetensors.torch import load_file
 
+from ssaseg.cli import train
 from ssaseg.cli.main import cli
 from ssaseg.cli.schedule import learning_rate, param_groups
-from ssaseg.models import build_model
+from ssaseg.models import LOSS_WEIGHTS, build_model
+from ssaseg.models.checkpoint import read_checkpoint
 from ssaseg.recipes import load_recipe
 
 # Augmentation, two workers, two micro-batches, dropout and drop path: whatever could make a resumed run differ.
@@ -88,7 +91,8 @@ def counted(self, *args, **kwargs):
 torch.optim.AdamW.step = counted
 """
 )
-# The state of step 4 is on the disk under its temporary name, not yet under its own.
+# A state is on the disk under its temporary name, not yet under its own. Saves: after step 2, after step 3, after its
+# evaluation, after step 4, …
 IN_MID_SAVE = (
     DIE
     + """
@@ -96,15 +100,24 @@ replace = os.replace
 def counted(source, destination):
     if str(destination).endswith("state.pt"):
         counted.calls += 1
-        if counted.calls == 3: die()
+        if counted.calls == NUMBER: die()
     return replace(source, destination)
 counted.calls = 0
 os.replace = counted
 """
 )
+AFTER_EVALUATION, AFTER_STEP_4 = (IN_MID_SAVE.replace("NUMBER", str(number)) for number in (3, 4))
+# Slow enough for a signal to arrive before the last step.
+SLOWLY = """
+import time, torch
+step = torch.optim.AdamW.step
+torch.optim.AdamW.step = lambda self, *args, **kwargs: (time.sleep(0.5), step(self, *args, **kwargs))[1]
+"""
 
 
-@pytest.mark.parametrize("prelude", [IN_MID_STEP, IN_MID_SAVE], ids=["mid-step", "mid-save"])
+@pytest.mark.parametrize(
+    "prelude", [IN_MID_STEP, AFTER_EVALUATION, AFTER_STEP_4], ids=["mid-step", "after-evaluation", "mid-save"]
+)
 def test_a_killed_run_ends_where_an_undisturbed_one_ends(undisturbed: Path, tmp_path: Path, prelude: str) -> None:
     out = tmp_path / "run"
     code, _ = finish(start(out, prelude=prelude))
@@ -121,7 +134,7 @@ def test_a_killed_run_ends_where_an_undisturbed_one_ends(undisturbed: Path, tmp_
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_signals_save_first(undisturbed: Path, tmp_path: Path, number: int, code: int) -> None:
     out = tmp_path / "run"
-    process = start(out, "train.save_every=1000")
+    process = start(out, "train.save_every=1000", prelude=SLOWLY)
     deadline = time.monotonic() + 60
     while not (out / "metrics.jsonl").exists() or not (out / "metrics.jsonl").read_text():
         assert time.monotonic() < deadline
@@ -202,6 +215,56 @@ def test_disk_full_leaves_the_previous_state(tmp_path: Path, monkeypatch: pytest
     assert not list(out.glob(".state*"))
 
 
+def test_a_norm_that_is_not_finite_reaches_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "run"
+    step = train.train_step
+
+    def poisoned(job: train.Job, batches: list[object]) -> dict[str, torch.Tensor]:
+        losses = step(job, batches)
+        if job.progress.step == 2:
+            job.model.get_buffer("backbone.stem.norm.running_var").fill_(float("nan"))
+        return losses
+
+    monkeypatch.setattr(train, "train_step", poisoned)
+    result = run("train.workers=0", "--out", str(out))
+    assert result.exit_code == 3
+    assert "step 3" in result.stderr
+    assert torch.load(out / "state.pt", weights_only=True)["progress"]["step"] == 2
+    assert not (out / "best.safetensors").exists()
+    assert all(value.isfinite().all() for value in load_file(out / "last.safetensors").values())
+
+
+def test_scores_belong_to_the_weights_beside_them(undisturbed: Path) -> None:
+    _, last = read_checkpoint(undisturbed / "last.safetensors")
+    assert last["step"] == 6
+    assert last["scores"]["mIoU"] == json.loads((undisturbed / "metrics.jsonl").read_text().splitlines()[-1])["mIoU"]
+
+
+def test_resume_without_state_does_not_start_over(undisturbed: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    shutil.copytree(undisturbed, out)
+    (out / "state.pt").unlink()
+    before = (out / "last.safetensors").read_bytes()
+    result = run("--out", str(out), "--resume")
+    assert result.exit_code == 2
+    assert "state.pt" in result.stderr
+    assert (out / "last.safetensors").read_bytes() == before
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("amp", ["fp16", "bf16", "off"])
+def test_on_a_gpu(tmp_path: Path, amp: str) -> None:
+    arguments = ["train", "demo", *TINY, f"train.amp={amp}", "--device", "cuda", "--out", str(tmp_path / "run")]
+    result = CliRunner().invoke(cli, arguments)
+    assert result.exit_code == 0, result.stderr
+    state = torch.load(tmp_path / "run" / "state.pt", weights_only=True)
+    state["progress"].update(step=4, evaluated=3)
+    torch.save(state, tmp_path / "run" / "state.pt")
+    result = CliRunner().invoke(cli, [*arguments, "--resume"])
+    assert result.exit_code == 0, result.stderr
+    assert "step 6" in result.stderr
+
+
 def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     result = run("--out", str(tmp_path / "file" / "run"))
@@ -225,7 +288,13 @@ def test_linear_classifier_and_bf16_train(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("override", "word"),
-    [("model.name=seaformer_x", "seaformer_b"), ("model.classifier=best", "linear"), ("train.amp=fp16", "bf16")],
+    [
+        ("model.name=seaformer_x", "seaformer_b"),
+        ("model.classifier=best", "linear"),
+        ("train.amp=fp16", "bf16"),
+        ("train.seed=4294967296", "train.seed"),
+        (f"distill.weights={{{', '.join(f'{name}: 0' for name in LOSS_WEIGHTS)}}}", "distill.weights.main_ce"),
+    ],
 )
 def test_what_a_recipe_may_not_say(tmp_path: Path, override: str, word: str) -> None:
     result = run(override, "--out", str(tmp_path / "run"))
