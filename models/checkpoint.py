@@ -1,5 +1,6 @@
 """A checkpoint describes itself: one safetensors file whose header rebuilds model, classes and preprocessing."""
 
+import contextlib
 import json
 import os
 from collections.abc import Mapping
@@ -49,21 +50,30 @@ def save_model(path: str | os.PathLike[str], model: Segmenter, metadata: Mapping
 def write_atomic(path: Path, content: bytes, sync: bool = True) -> None:
     """Writes a file that is either the old one or the new one whole, also after a crash or on a full disk.
 
-    Its folder is made. `sync=False` does not force it to the disk: for what can be made again. Raises OSError, with the
+    Its folder is made; a link is followed; a device or pipe, which cannot be replaced, is written directly.
+    `sync=False` does not force the file to the disk: for what can be made again. Raises OSError naming `path`, with the
     old file as it was and nothing beside it.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.exists() and not path.is_file() and not path.is_dir():
+        path.write_bytes(content)
+        return
+    target = path.resolve()
     # One fixed name: what a killed process leaves behind, the next one overwrites.
-    temporary = path.with_name(f".{path.name}.partial")
+    temporary = target.with_name(f".{target.name}.partial")
     try:
+        target.parent.mkdir(parents=True, exist_ok=True)
         with temporary.open("wb") as file:
             file.write(content)
             file.flush()
             if sync:
                 os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:  # Ctrl-C too
-        temporary.unlink(missing_ok=True)
+        os.replace(temporary, target)
+    except BaseException as error:  # Ctrl-C too
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            amount = f"{len(content) / 2**20:.1f} MiB were to be written; what was there before stays"
+            raise OSError(error.errno, f"{error.strerror or error} ({amount})", str(path)) from None
         raise
 
 

@@ -1,6 +1,5 @@
 """A training run's parts: built, checked and described before its first step."""
 
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -62,13 +61,17 @@ def metadata(job: Job) -> dict[str, Any]:
 def open_folder(out: Path, recipe: Recipe, resume: bool) -> dict[str, Any] | None:
     """The state to go on from, None for a run from the start. Raises CommandError where `out` does not fit the wish."""
     if not resume:
-        if out.exists() and any(out.iterdir()):
+        if out.is_dir() and any(out.iterdir()):
             raise CommandError(
                 f"{out}: the run folder is not empty\ngo on in it with --resume, or choose another --out"
             )
-        out.mkdir(parents=True, exist_ok=True)
-        if not os.access(out, os.W_OK):
-            raise CommandError(f"{out}: the run folder cannot be written\nchoose another with --out")
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+            (out / ".writable").touch()
+            (out / ".writable").unlink()
+        except OSError as error:
+            reason = f"the run folder cannot be written ({error.strerror})"
+            raise CommandError(f"{out}: {reason}\nchoose another with --out") from None
         return None
     if not (out / "config.yaml").exists():
         raise CommandError(f"{out}: no run to resume here (no config.yaml)\nstart one without --resume")
@@ -91,7 +94,7 @@ def build_job(recipe: Recipe, out: Path, device: torch.device, stored: dict[str,
     options = recipe.data.model_dump()
     root = Path(recipe.data.root)
     train_set, val_set = (build_dataset(recipe.data.dataset, s, root=root, options=options) for s in ("train", "val"))
-    check_labels(train_set, val_set)
+    check_labels({"training": train_set, "validation": val_set})
     torch.manual_seed(recipe.train.seed)
     weights = recipe.distill.weights.model_dump()
     try:
@@ -149,20 +152,19 @@ def load_start(model: Segmenter, path: str) -> None:
     click.echo(str(load_pretrained(model, Path(path))), err=True)
 
 
-def check_labels(*datasets: Any, sample: int = 512) -> None:
+def check_labels(splits: dict[str, Any], sample: int = 512) -> None:
     """Looks at up to `sample` pairs of each split before the first step; the loader checks the others as it reads them.
 
-    Raises CommandError for errors, prints warnings.
+    Raises CommandError for the first error; prints warnings where there is none.
     """
     from ssaseg.datasets.check import check_dataset
 
-    problems = [problem for dataset in datasets for problem in check_dataset(dataset, sample)]
-    for problem in problems:
-        if problem.severity == "warning":
-            click.echo(f"warning: {problem.text}", err=True)
-    errors = [problem.text for problem in problems if problem.severity == "error"]
+    problems = [(name, problem) for name, split in splits.items() for problem in check_dataset(split, sample)]
+    errors = [problem.text for _, problem in problems if problem.severity == "error"]
     if errors:
         raise CommandError(errors[0] + (" (the first of several problems)" if len(errors) > 1 else ""))
+    for name, problem in problems:
+        click.echo(f"warning, {name} split: {problem.text}", err=True)
 
 
 def describe(job: Job) -> None:

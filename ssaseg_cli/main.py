@@ -64,6 +64,10 @@ def _report(error: Exception) -> int:
         lines, code = str(error), 3
     elif any(kind.__name__ in USERS_FAULT for kind in type(error).__mro__):
         lines, code = str(error), 2
+    elif isinstance(error, RuntimeError) and "DataLoader worker" in str(error):
+        # Raised by a signal handler wherever the command happens to be.
+        lines = "a process that loads images was ended from outside, most often because the memory was used up"
+        lines, code = f"{lines}\nuse fewer train.workers or data.cache=false; --resume goes on from the last save", 2
     elif type(error).__name__ == "OutOfMemoryError":  # torch's
         lines, code = f"{error}".partition(". ")[0] + "\nuse a smaller train.micro_batch, crop or image", 2
     else:
@@ -82,7 +86,7 @@ def cli() -> None:
       ssaseg train demo --out runs/demo
       ssaseg predict runs/demo/best.safetensors photos --out labels --save index,overlay
 
-    Exit codes: 0 done; 1 partly done or warnings; 2 wrong input; 3 numerical failure; 130 Ctrl-C; 143 SIGTERM.
+    Exit codes: 0 done; 1 done in part; 2 wrong input; 3 numerical failure; 130 Ctrl-C; 143 SIGTERM.
     SSASEG_DEBUG=1 shows an error's traceback.
     """
 
@@ -177,7 +181,8 @@ def predict(
     """Label images.
 
     Each INPUT is a file, a folder (searched recursively, structure kept) or a quoted glob. Results are written to
-    OUT/KIND/; an image that cannot be read is reported and left out, and the exit code is 1.
+    OUT/KIND/; an image that cannot be read is reported and left out, and the exit code is 1. Results of earlier runs
+    stay unless the same image is labelled again; so do the entries of OUT/rle.json.
 
     \b
     index    palette PNG of class numbers      color    PNG of class colours
@@ -196,7 +201,7 @@ def predict(
 @cli.command()
 @click.argument("target", metavar="NAME|CHECKPOINT")
 @click.option("--classifier", type=CLASSIFIERS, help="Only this one.  [default: both, or the checkpoint's]")
-@click.option("--classes", type=click.IntRange(2, 255), default=150, show_default=True, help="For a NAME.")
+@click.option("--classes", type=click.IntRange(2, 255), help="For a NAME.  [default: 150]")
 @click.option(
     "--size",
     nargs=2,
@@ -211,7 +216,7 @@ def predict(
 def profile(
     target: str,
     classifier: str | None,
-    classes: int,
+    classes: int | None,
     size: tuple[int, int],
     json_out: str | None,
     device: str,

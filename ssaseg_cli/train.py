@@ -17,7 +17,7 @@ from ssaseg.cli.console import CommandError, select_device
 from ssaseg.cli.job import Job, build_job, describe, metadata, open_folder, write_start
 from ssaseg.cli.schedule import learning_rate
 from ssaseg.cli.state import save_state
-from ssaseg.cli.watch import MEND, Window
+from ssaseg.cli.watch import Window, mend
 from ssaseg.datasets.colour import prepare_batch
 from ssaseg.models import save_model
 from ssaseg.recipes import Recipe
@@ -33,6 +33,8 @@ def run_train(recipe: Recipe, out: Path, resume: bool, device: str, dry_run: boo
     chosen = select_device(device)
     if recipe.train.amp == "fp16" and chosen.type == "cpu":
         raise CommandError("train.amp: fp16 needs a GPU\nexpected off or bf16 on a CPU; use train.amp=bf16")
+    if dry_run and resume:
+        raise CommandError("--dry-run writes nothing and goes on with nothing\nleave out --resume")
     stored = None if dry_run else open_folder(out, recipe, resume)
     job = build_job(recipe, out, chosen, stored)
     if dry_run:
@@ -202,7 +204,8 @@ def save(job: Job) -> None:
     values = [value for value in job.model.state_dict().values() if value.is_floating_point()]
     if not torch.stack([value.isfinite().all() for value in values]).all():
         raise FloatingPointError(
-            f"step {job.progress.step}: a weight or a norm's statistic is not finite; nothing was overwritten\n{MEND}"
+            f"step {job.progress.step}: a weight or a norm's statistic is not finite; nothing was overwritten\n"
+            + mend(job.folder)
         )
     recipe = job.recipe.model_dump(mode="json")
     save_state(job.folder, job.progress, job.model, job.optimizer, job.scaler, recipe)
@@ -245,7 +248,8 @@ def rehearse(job: Job) -> int:
 
         unit = 2**20 if sys.platform == "darwin" else 2**10  # ru_maxrss is bytes there, KiB elsewhere
         memory = f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit:.0f} MiB of resident memory"
-    hours = seconds * job.recipe.train.steps / 3600
+    total = int(seconds * job.recipe.train.steps)
+    clock = f"{total // 3600} h {total % 3600 // 60} min {total % 60} s"
     click.echo(f"dry run: one step took {seconds:.2f} s (the first is slow) and {memory} at its peak")
-    click.echo(f"all {job.recipe.train.steps} steps: at most {hours:.2f} h without evaluation; nothing was written")
+    click.echo(f"all {job.recipe.train.steps} steps: at most {clock} without evaluation; nothing was written")
     return 0

@@ -5,6 +5,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,10 +15,12 @@ from tqdm import tqdm
 if TYPE_CHECKING:
     from ssaseg.cli.job import Job
 
-# The recipe of a run is fixed, and going on unchanged would end the same way.
-MEND = (
-    "start a new run, model.pretrained=RUN/last.safetensors, with a lower optim.lr, optim.grad_clip=1 or train.amp=off"
-)
+
+def mend(folder: Path) -> str:
+    """What to do after a number that is not finite: a run's recipe is fixed, and going on would end the same way."""
+    weights = folder / "last.safetensors"
+    start = f"model.pretrained={weights}, " if weights.exists() else ""
+    return f"start a new run with {start}a lower optim.lr, optim.grad_clip=1 or train.amp=off"
 
 
 class StopSignal:
@@ -91,7 +94,8 @@ class Window:
             if not good:
                 values = ", ".join(f"{name} {value:g}" for name, value in zip(self.names, losses.tolist(), strict=True))
                 raise FloatingPointError(
-                    f"step {step}: a loss is not finite ({values})\nimages: {', '.join(images)}\n{MEND}"
+                    f"step {step}: a loss is not finite ({values})\nimages: {', '.join(images)}\n"
+                    + mend(self.job.folder)
                 )
 
     def write(self, rate: float) -> None:

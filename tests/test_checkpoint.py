@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from ssaseg.models import CheckpointError, Segmenter, build_model, load_model, save_model
+from ssaseg.models.checkpoint import write_atomic
 
 METADATA: dict[str, Any] = {
     "classes": ["sky", "road", "Bäume"],
@@ -167,3 +168,12 @@ def test_folder_that_cannot_be_written(tmp_path: Path) -> None:
     with pytest.raises(OSError, match="file"):
         save_model(tmp_path / "file" / "model.safetensors", network(), METADATA)
     assert (tmp_path / "file").read_text() == "not a folder"
+
+
+def test_links_are_followed_and_devices_stay_devices(tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    write_atomic(tmp_path / "link", b"content")
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "real").read_bytes() == b"content"
+    write_atomic(Path(os.devnull), b"content")
+    assert Path(os.devnull).is_char_device()
