@@ -25,6 +25,7 @@ from ssaseg.datasets.transforms import DRAWS, TrainTransform, test_image
 PREFETCH = 2
 # First word of the seeds, so that epochs and samples do not share random numbers.
 EPOCH, SAMPLE = 0, 1
+SIGNALS = {signal.SIGINT, signal.SIGTERM}
 
 
 class Batch(NamedTuple):
@@ -156,22 +157,26 @@ class _Caught(torch.utils.data.Dataset[Any]):
 
 def _run(work: Any, keys: Iterable[Any], workers: int, pin_memory: bool = False) -> Iterator[Any]:
     """`work[key]` for each key, in order, computed ahead by `workers` processes."""
-    iterator = iter(
-        DataLoader(
-            _Caught(work),
-            batch_size=None,
-            sampler=keys,
-            num_workers=workers,
-            collate_fn=_unchanged,
-            pin_memory=pin_memory,
-            prefetch_factor=PREFETCH if workers else None,
-            worker_init_fn=_start_worker,
-            # Forked workers share the pages of a data set's cache; elsewhere forking is unsafe.
-            multiprocessing_context="fork" if workers and sys.platform == "linux" else None,
-            # Otherwise it draws from the global generator, and a resumed run's dropout would differ.
-            generator=torch.Generator(),
-        )
+    loader = DataLoader(
+        _Caught(work),
+        batch_size=None,
+        sampler=keys,
+        num_workers=workers,
+        collate_fn=_unchanged,
+        pin_memory=pin_memory,
+        prefetch_factor=PREFETCH if workers else None,
+        worker_init_fn=_start_worker,
+        # Forked workers share the pages of a data set's cache; elsewhere forking is unsafe.
+        multiprocessing_context="fork" if workers and sys.platform == "linux" else None,
+        # Otherwise it draws from the global generator, and a resumed run's dropout would differ.
+        generator=torch.Generator(),
     )
+    # Held back until each worker has said that signals are not for it: see `_start_worker`.
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    try:
+        iterator = iter(loader)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
     try:
         while (item := next(iterator, None)) is not None:
             if isinstance(item, Exception):
@@ -193,3 +198,4 @@ def _start_worker(_worker: int) -> None:
     if hasattr(os, "setpgid"):
         # Ctrl-C, and a SIGTERM to the whole process group, would end workers while the command still saves.
         os.setpgid(0, 0)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)

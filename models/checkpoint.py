@@ -54,20 +54,19 @@ def write_atomic(path: Path, content: bytes, sync: bool = True) -> None:
     `sync=False` does not force the file to the disk: for what can be made again. Raises OSError naming `path`, with the
     old file as it was and nothing beside it.
     """
-    if path.exists() and not path.is_file() and not path.is_dir():
-        path.write_bytes(content)
-        return
     target = path.resolve()
     # One fixed name: what a killed process leaves behind, the next one overwrites.
     temporary = target.with_name(f".{target.name}.partial")
+    replaceable = not target.exists() or target.is_file() or target.is_dir()
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("wb") as file:
+        with (temporary if replaceable else target).open("wb") as file:
             file.write(content)
             file.flush()
-            if sync:
+            if sync and replaceable:
                 os.fsync(file.fileno())
-        os.replace(temporary, target)
+        if replaceable:
+            os.replace(temporary, target)
     except BaseException as error:  # Ctrl-C too
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)

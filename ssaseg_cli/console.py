@@ -1,6 +1,7 @@
 """What the commands share: errors for the user, the device, tables, and `--json`."""
 
 import json
+import os
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -64,10 +65,27 @@ def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]], title: st
     make_console().print(table)
 
 
-def require_folder(json_out: str | None) -> None:
-    """Raises CommandError, before any work is done, where `--json` names a folder that is not there."""
-    if json_out not in (None, "-") and not Path(str(json_out)).parent.is_dir():
-        raise CommandError(f"--json {json_out}: no such folder\nmake it first, or give - for stdout")
+def json_target(json_out: str | None) -> str | None:
+    """`--json` as given, once it is sure, before any work is done, that it can be written; `/dev/stdout` becomes "-".
+
+    Raises CommandError for an empty name, a folder, and a file whose folder is missing or cannot be written.
+    """
+    if json_out in (None, "-", "/dev/stdout"):
+        return json_out and "-"
+    path = Path(str(json_out)).resolve()  # a link's folder is the one that is written
+    if not json_out:
+        wrong = "is empty"
+    elif path.is_dir():
+        wrong = f"{json_out}: is a folder"
+    elif path.exists() and not path.is_file():  # a device or pipe is opened, not replaced
+        wrong = "" if os.access(path, os.W_OK) else f"{json_out}: cannot be written"
+    elif not path.parent.is_dir():
+        wrong = f"{json_out}: no such folder"
+    else:
+        wrong = "" if os.access(path.parent, os.W_OK | os.X_OK) else f"{json_out}: its folder cannot be written"
+    if wrong:
+        raise CommandError(f"--json {wrong}\ngive a file in a folder that can be written, or - for stdout")
+    return json_out
 
 
 def write_json(json_out: str | None, report: Mapping[str, Any]) -> None:

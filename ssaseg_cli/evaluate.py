@@ -18,8 +18,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ssaseg.cli.console import CommandError, print_table, require_folder, select_device, write_json
+from ssaseg.cli.console import CommandError, json_target, print_table, select_device, write_json
 from ssaseg.cli.metrics import Confusion
+from ssaseg.cli.watch import StopSignal
 from ssaseg.datasets import Dataset, build_dataset
 from ssaseg.datasets.colour import normalize
 from ssaseg.datasets.loader import eval_loader
@@ -143,7 +144,7 @@ def evaluate_model(
 ) -> Confusion:
     """Counts of `model` on the first `limit` images (None: all) of `dataset`; the model's mode is as before afterwards.
 
-    `workers` processes decode and resize ahead; 0: none.  `progress` is called with 1 after
+    `workers` processes decode and resize ahead; 0: none. `progress` is called with 1 after
     each image. Memory depends on the largest image, not on their number. Raises what the data set raises.
     """
     count = len(dataset) if limit is None else min(limit, len(dataset))
@@ -201,35 +202,24 @@ def run_eval(
 
     data: a recipe's name or file instead of the recipe inside the checkpoint; its `test` section then decides resizing.
     root: instead of the recipe's `data.root`. json_out: a file for the figures, "-" for stdout without the table.
-    Raises CommandError where data and checkpoint do not fit, and what loading either raises.
+    Raises CommandError where data and checkpoint do not fit or no pixel is labelled, and what loading either raises;
+    SystemExit after Ctrl-C (130) and SIGTERM (143).
     """
     chosen = select_device(device)
-    require_folder(json_out)
+    json_out = json_target(json_out)
     model, metadata = load_model(checkpoint)
     recipe = _recipe(checkpoint, metadata, data)
     protocol = recipe.test.model_dump() if data else metadata["protocol"]
-    dataset = build_dataset(
-        recipe.data.dataset, split, root=Path(root or recipe.data.root), options=recipe.data.model_dump()
-    )
+    dataset = _dataset(recipe, split, root)
     _require_same_classes(checkpoint, metadata["classes"], recipe.name, dataset.classes)
     count = len(dataset) if limit is None else min(limit, len(dataset))
     started = time.perf_counter()
-    with progress_bar(count, "evaluated") as progress:
-        confusion = evaluate_model(
-            model.to(chosen),
-            dataset,
-            protocol,
-            metadata["mean"],
-            metadata["std"],
-            chosen,
-            workers=WORKERS,
-            limit=limit,
-            progress=progress,
-        )
-        matrix = confusion.matrix  # waits for the device
+    confusion = _count(model.to(chosen), dataset, protocol, metadata, chosen, count)
+    _require_labels(confusion, f"{split} split of recipe {recipe.name} ({count} images)")  # waits for the device
     report = {
         "checkpoint": str(checkpoint),
-        "step": metadata["step"],
+        # Weights of other people, which `convert` brings, count from 0 and know no recipe.
+        "step": metadata["step"] if metadata["step"] or metadata["recipe"] else None,
         "model": model.name,
         "classifier": model.classifier_name,
         "recipe": recipe.name,
@@ -240,12 +230,46 @@ def run_eval(
         "protocol": dict(protocol),
         "statement": state_protocol(protocol, split, count, len(dataset)),
         **_figures(confusion, dataset.classes),
-        "confusion": matrix.tolist(),
+        "confusion": confusion.matrix.tolist(),
     }
     if json_out != "-":
         print_report(report)
     write_json(json_out, report)
     return 0
+
+
+def _count(
+    model: Segmenter,
+    dataset: Dataset,
+    protocol: Mapping[str, Any],
+    metadata: Mapping[str, Any],
+    device: torch.device,
+    count: int,
+) -> Confusion:
+    """`evaluate_model` on `count` images, with progress on stderr.
+
+    Ctrl-C and SIGTERM take effect between two images: in the middle of taking one over, the worker that hands it over
+    would tell of a broken connection.
+    """
+    done = 0
+    with StopSignal() as stop:
+        try:
+            with progress_bar(count, "evaluated") as advance:
+
+                def progress(images: int) -> None:
+                    nonlocal done
+                    done += images
+                    advance(images)
+                    if stop.requested:
+                        raise KeyboardInterrupt
+
+                mean, std = metadata["mean"], metadata["std"]
+                return evaluate_model(model, dataset, protocol, mean, std, device, WORKERS, count, progress)
+        except (KeyboardInterrupt, RuntimeError):  # RuntimeError: the signal met a worker that was only starting
+            if not stop.requested:
+                raise
+            print(f"stopped after {done} of {count} images", file=sys.stderr)
+            sys.exit(stop.exit_code)
 
 
 def _recipe(checkpoint: Path, metadata: Mapping[str, Any], data: str | None) -> Recipe:
@@ -254,6 +278,21 @@ def _recipe(checkpoint: Path, metadata: Mapping[str, Any], data: str | None) -> 
     if metadata["recipe"] is None:
         raise CommandError(f"{checkpoint}: the checkpoint holds no recipe that would name its data\ngive --data RECIPE")
     return parse_recipe(metadata["recipe"], str(checkpoint))
+
+
+def _dataset(recipe: Recipe, split: str, root: Path | None) -> Dataset:
+    if root is not None and recipe.data.dataset == "synthetic":
+        raise CommandError(f"--root {root}: recipe {recipe.name} has built-in scenes, which have no root\nleave it out")
+    root = Path(recipe.data.root) if root is None else root
+    return build_dataset(recipe.data.dataset, split, root=root, options=recipe.data.model_dump())
+
+
+def _require_labels(confusion: Confusion, images: str) -> None:
+    if not confusion.matrix.any():
+        raise CommandError(
+            f"no labelled pixel in the {images}: every one is ignored\n"
+            "check its data.ignore_index, data.reduce_zero_label and data.raw_to_train"
+        )
 
 
 def _require_same_classes(checkpoint: Path, model: Sequence[str], recipe: str, data: Sequence[str]) -> None:
@@ -320,7 +359,8 @@ def print_report(report: Mapping[str, Any]) -> None:
         (row["name"], *(cell(row[key]) for key in ("IoU", "Acc", "Dice", "pixel_share")), row["remark"])
         for row in report["classes"]
     ]
-    title = f"{report['checkpoint']}: {report['model']} {report['classifier']}, step {report['step']}"
+    step = "" if report["step"] is None else f", step {report['step']}"
+    title = f"{report['checkpoint']}: {report['model']} {report['classifier']}{step}"
     print_table(("class", "IoU [%]", "Acc [%]", "Dice [%]", "pixels [%]", ""), rows, title)
     means = "   ".join(f"{key} {cell(report[key])} %" for key in ("mIoU", "aAcc", "mAcc"))
     print(f"{means}   (always the commonest class: mIoU {cell(report['majority_miou'])} %)")

@@ -8,13 +8,12 @@ Axes: K classes, H×W pixels of an image.
 
 import glob
 import os
-import signal
 import sys
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -26,6 +25,7 @@ from tqdm import tqdm
 from ssaseg.cli.console import CommandError, select_device
 from ssaseg.cli.evaluate import Prediction, at_full_size, infer, progress_bar
 from ssaseg.cli.results import SUFFIXES, RleFile, Style, encode, labelled_images, rle_lines, style_of
+from ssaseg.cli.watch import StopSignal
 from ssaseg.datasets import DataError, default_palette
 from ssaseg.datasets.pairs import IMAGE_SUFFIXES, read_image
 from ssaseg.datasets.transforms import test_image
@@ -69,12 +69,12 @@ class Labelled(NamedTuple):
 def run_predict(
     checkpoint: Path, inputs: Sequence[str], out: Path, save: Sequence[str], skip_existing: bool, device: str
 ) -> int:
-    """Labels every image of `inputs` into `out`/<kind>/; returns 0, or 1 where some image could not be read.
+    """Labels every image of `inputs` into `out`/<kind>/; returns 0, or 1 where some image was skipped.
 
-    save: kinds of results: index, color, overlay, probs, rle, coarse. skip_existing: leave out images whose results of
-    every kind are there. Raises CommandError for inputs without images, results that would overwrite each other, an
-    `out` that cannot be written, and `coarse` of a classifier that does not adapt; OSError where a result cannot be
-    written.
+    save: kinds of results: index, color, overlay, probs, rle, coarse. skip_existing: leave out images whose results
+    of every kind are there. After Ctrl-C or SIGTERM what is on its way is written, and 130 or 143 returned. Raises
+    CommandError for inputs without images, results that would overwrite each other, an `out` that cannot be written,
+    and `coarse` of a classifier that does not adapt; OSError where a result cannot be written.
     """
     chosen = select_device(device)
     model, metadata = load_model(checkpoint)
@@ -85,24 +85,24 @@ def run_predict(
         )
     found = find_sources(inputs, out)
     make_folders(out, save)
-    known = labelled_images(out / "rle.json") if skip_existing and "rle" in save else set()
+    known = labelled_images(out / "rle.json") if "rle" in save else set()
     sources = [each for each in found if not (skip_existing and is_done(each, out, save, known))]
     palette = metadata["palette"] or default_palette(len(metadata["classes"]))
     style = style_of(metadata["classes"], palette)
     started = time.perf_counter()
-    with stop_on_sigterm(), ExitStack() as stack:
-        rle = None
-        if "rle" in save and sources:
-            redone = {source.relative for source in sources}
-            rle = stack.enter_context(RleFile(out / "rle.json", keep=known - redone))
+    with StopSignal() as stop, ExitStack() as stack:
+        rle = stack.enter_context(RleFile(out / "rle.json")) if "rle" in save and sources else None
         labeller = Labeller(model.to(chosen).eval(), metadata, out, save, style, chosen)
-        done = label_all(labeller, sources, rle)
+        done = label_all(labeller, sources, rle, stop)
+    if stop.requested:
+        print(f"stopped: {done} of {len(sources)} images are done; --skip-existing does the others", file=sys.stderr)
+        return stop.exit_code
     seconds = time.perf_counter() - started
-    unread = len(sources) - done
+    left_out = len(sources) - done
     counts = f"labelled {done} of {len(found)} images in {seconds:.1f} s ({done / max(seconds, 1e-9):.1f} images/s)"
-    skipped = f"; {len(found) - len(sources)} were there" if len(found) > len(sources) else ""
-    print(f"{counts}{skipped}{f'; {unread} could not be read' if unread else ''}: {out}")
-    return 1 if unread else 0
+    there = f"; {len(found) - len(sources)} were there" if len(found) > len(sources) else ""
+    print(f"{counts}{there}{f'; {left_out} skipped' if left_out else ''}: {out}")
+    return 1 if left_out else 0
 
 
 @dataclass(frozen=True)
@@ -123,14 +123,14 @@ class Labeller:
             image = read_image(source.path)
             resized = test_image(image, protocol["scale"], protocol["multiple"])
             if min(resized.shape[:2]) < SMALLEST:
-                size = f"{resized.shape[1]}x{resized.shape[0]}"
-                raise DataError(f"{source.path}: too small: {size} pixels; sides of {SMALLEST} are the least")
+                got = f"got {resized.shape[1]}x{resized.shape[0]} pixels as the network's input"
+                raise DataError(f"{source.path}: too small: {got}, expected {SMALLEST}x{SMALLEST} or more")
             return Decoded(image, resized)
         except (DataError, OSError) as error:
             return error
 
-    def predict(self, sources: Sequence[Source]) -> Generator[Labelled, None, None]:
-        """Results of the images that can be read; the others are named on stderr."""
+    def predict(self, sources: Sequence[Source], stop: StopSignal) -> Generator[Labelled, None, None]:
+        """Results of the images that can be read, up to a signal to stop; the others are named on stderr."""
         with (
             progress_bar(len(sources), "labelled") as advance,
             closing(in_order(self.read, sources, THREADS)) as decoded,
@@ -141,6 +141,8 @@ class Labeller:
                 else:
                     yield Labelled(source, got.image, self.infer(got))
                 advance(1)
+                if stop.requested:
+                    return
 
     def infer(self, decoded: Decoded) -> Prediction:
         """One forward pass, whatever kinds of results are wanted."""
@@ -149,25 +151,29 @@ class Labeller:
         middle, size = decoded.resized.shape[:2], decoded.image.shape[:2]
         return at_full_size(logits, middle, size, "coarse" in self.save, "probs" in self.save)
 
-    def write(self, done: Labelled) -> list[str]:
-        """Writes the files of one image; returns what goes into `rle.json`."""
+    def write(self, done: Labelled) -> tuple[str, list[str]]:
+        """Writes the files of one image; returns its name and lines in `rle.json`."""
         for kind in self.save:
             if kind != "rle":
                 content = encode(kind, done.image, done.prediction, self.style)
                 write_atomic(target(self.out, kind, done.source), content, sync=False)
         if "rle" not in self.save:
-            return []
-        return rle_lines(done.source.relative, done.prediction.labels, self.style.classes)
+            return done.source.relative, []
+        lines = rle_lines(done.source.relative, done.prediction.labels, self.style.classes)
+        return done.source.relative, lines
 
 
-def label_all(labeller: Labeller, sources: Sequence[Source], rle: RleFile | None) -> int:
+def label_all(labeller: Labeller, sources: Sequence[Source], rle: RleFile | None, stop: StopSignal) -> int:
     """Reads, labels and writes all at the same time; returns the number of images done."""
     done = 0
-    with closing(labeller.predict(sources)) as ready, closing(in_order(labeller.write, ready, THREADS)) as written:
-        for lines in written:
+    with (
+        closing(labeller.predict(sources, stop)) as ready,
+        closing(in_order(labeller.write, ready, THREADS)) as written,
+    ):
+        for name, lines in written:
             done += 1
             if rle is not None:
-                rle.add(lines)
+                rle.add(name, lines)
     return done
 
 
@@ -199,24 +205,6 @@ def report_unread(source: Source, error: Exception) -> None:
     tqdm.write(f"skipped: {reason}", file=sys.stderr)  # above the bar, where there is one
 
 
-@contextmanager
-def stop_on_sigterm() -> Iterator[None]:
-    """SIGTERM ends the command in order, as Ctrl-C does: results on their way are written; exit code 143."""
-
-    def stop(*_: object) -> None:
-        sys.exit(143)
-
-    try:
-        before = signal.signal(signal.SIGTERM, stop)
-    except ValueError:  # not the main thread: whoever runs us there decides about signals
-        yield
-        return
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
 # ---- what to read and where to write -----------------------------------------------------------------------------
 
 
@@ -228,7 +216,10 @@ def find_sources(inputs: Sequence[str], out: Path) -> list[Source]:
     results = {(out / kind).resolve() for kind in SUFFIXES}
     found: dict[str, tuple[Path, str]] = {}
     for given in inputs:
-        images = [(path, relative) for path, relative in _expand(given) if results.isdisjoint(path.resolve().parents)]
+        there = _expand(given)
+        images = [(path, relative) for path, relative in there if results.isdisjoint(path.resolve().parents)]
+        if there and not images:
+            raise CommandError(f"{given}: no image but results below --out {out}, which are left out\nchange --out")
         if not images:
             suffixes = " ".join(suffix.lstrip(".") for suffix in IMAGE_SUFFIXES)
             raise CommandError(f"{given}: no image found\nlooked for {_where(given)}; types: {suffixes}")
@@ -239,7 +230,7 @@ def find_sources(inputs: Sequence[str], out: Path) -> list[Source]:
 
 def _where(given: str) -> str:
     if Path(given).is_dir():
-        return "images in this folder and below, results of --out left out"
+        return "images in this folder and below"
     return "images that match this pattern" if glob.has_magic(given) else "a file or folder of this name"
 
 
@@ -262,15 +253,19 @@ def _expand(given: str) -> list[tuple[Path, str]]:
     return [(match, match.relative_to(base).as_posix()) for match in matches if _is_image(match) and match.is_file()]
 
 
-def _walk(folder: Path) -> Iterator[Path]:
-    """Visible image files below a folder, sorted; links to folders are not followed. Raises OSError, never skips."""
+def _walk(folder: Path, inside: frozenset[Path] = frozenset()) -> Iterator[Path]:
+    """Visible image files below a folder, sorted. Raises OSError, never skips.
 
-    def stop(error: OSError) -> None:
-        raise error
-
-    for where, folders, files in os.walk(folder, onerror=stop):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        yield from (Path(where, name) for name in sorted(files) if not name.startswith(".") and _is_image(Path(name)))
+    Links are followed, as in training data, except back into a folder that the walk is `inside` of, or above it.
+    """
+    real = folder.resolve()
+    if any(each.is_relative_to(real) for each in inside):
+        return
+    visible = sorted(each for each in folder.iterdir() if not each.name.startswith("."))
+    yield from (each for each in visible if _is_image(each) and not each.is_dir())
+    for each in visible:
+        if each.is_dir():
+            yield from _walk(each, inside | {real})
 
 
 def _is_image(path: Path) -> bool:

@@ -21,10 +21,11 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from ssaseg.cli.console import CommandError, print_table, require_folder, select_device, write_json
+from ssaseg.cli.console import CommandError, json_target, print_table, select_device, write_json
 from ssaseg.cli.evaluate import label_map
 from ssaseg.models import CLASSIFIERS, Segmenter, build_model, list_models, load_model
 
+CLASSES = 150  # of a network by name: ADE20K's, as in published figures
 WARM_UP = 3  # passes before the first timed one
 EVERY_OPERATION = "every operation"
 MODULES_ONLY = "modules only (the papers' way)"
@@ -42,19 +43,20 @@ POOLINGS = (nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveMaxPool2d, nn.AdaptiveAvgPool
 def run_profile(
     target: str,
     classifier: str | None,
-    classes: int,
+    classes: int | None,
     size: Sequence[int],
     json_out: str | None,
     device: str,
     runs: int = 30,
 ) -> int:
-    """Measures a network by name (with `classes` classes) or checkpoint on one image of `size` (height, width).
+    """Measures a network by name or checkpoint on one image of `size` (height, width).
 
-    classifier: "linear" or "ssa"; None takes both for a name, its own for a checkpoint. json_out: file, "-" for stdout
-    without the table, or None. runs: timed passes. Returns 0. Raises CommandError for a target that is neither.
+    classifier: "linear" or "ssa"; None takes both for a name, its own for a checkpoint. classes: of a name; None is
+    150. json_out: file, "-" for stdout without the table, or None. runs: timed passes. Returns 0. Raises CommandError
+    for a target that is neither, and a classifier or number of classes that is not the checkpoint's.
     """
     chosen = select_device(device)
-    require_folder(json_out)
+    json_out = json_target(json_out)
     models = _models(target, classifier, classes)
     image = torch.randn(1, 3, *size, generator=torch.Generator().manual_seed(0)).to(chosen)
     columns = [{"classifier": each.classifier_name, **count(each, image)} for each in models]
@@ -82,7 +84,7 @@ def run_profile(
     return 0
 
 
-def _models(target: str, classifier: str | None, classes: int) -> list[Segmenter]:
+def _models(target: str, classifier: str | None, classes: int | None) -> list[Segmenter]:
     """The networks to compare, in evaluation mode on the CPU.
 
     Without gradients: the flop counter hooks them on whatever a module is called with, and cannot where it is a bare
@@ -90,7 +92,7 @@ def _models(target: str, classifier: str | None, classes: int) -> list[Segmenter
     """
     if target in list_models():
         names = [classifier] if classifier else list(CLASSIFIERS)
-        return [build_model(target, classes, name).eval().requires_grad_(False) for name in names]
+        return [build_model(target, classes or CLASSES, name).eval().requires_grad_(False) for name in names]
     if not Path(target).is_file():
         near = difflib.get_close_matches(target, list_models(), n=1)
         mend = f"did you mean {near[0]}?" if near else f"networks: {', '.join(list_models())}"
@@ -100,6 +102,11 @@ def _models(target: str, classifier: str | None, classes: int) -> list[Segmenter
         raise CommandError(
             f"{target}: its classifier is {model.classifier_name}, not {classifier}\n"
             f"leave out --classifier, or profile the network by name: {model.name}"
+        )
+    if classes not in (None, model.num_classes):
+        raise CommandError(
+            f"{target}: it has {model.num_classes} classes, not {classes}\n"
+            f"leave out --classes, or profile the network by name: {model.name}"
         )
     return [model.requires_grad_(False)]
 

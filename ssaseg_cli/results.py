@@ -6,6 +6,7 @@ Axes: K classes, H×W pixels of an image.
 import io
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -82,47 +83,71 @@ def rle_lines(name: str, labels: np.ndarray, classes: Sequence[str]) -> list[str
     return lines
 
 
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Gives an OSError, which a full disk raises without a name, the file's."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno, error.strerror or str(error), str(path)) from None
+
+
 class RleFile:
     """`rle.json`: a JSON list with one object a line, written as images get done and put in place at the end.
 
-    Ctrl-C and errors put in place what there is: always a whole list of whole images. Images of the present file that
-    `keep` names are taken over.
+    Images of the present file that this run did not do follow those it did. Ctrl-C and errors put in place what there
+    is: always a whole list of whole images. OSErrors name `path`.
     """
 
-    def __init__(self, path: Path, keep: set[str]) -> None:
-        self.path, self.keep = path, keep
+    def __init__(self, path: Path) -> None:
+        self.path = path
         self.temporary = path.with_name(f".{path.name}.partial")
+        self.done: set[str] = set()
+        self.separator = "[\n"  # before the next object
+        self.whole = True  # False while an image is being written, and where that failed
 
     def __enter__(self) -> "RleFile":
-        self.file = self.temporary.open("w", encoding="utf-8")
-        if self.keep:
-            for name, line in read_rle(self.path):
-                if name in self.keep:
-                    self.add([line])
+        with naming(self.path):
+            # A file name that is no Unicode becomes the escape that JSON has for it.
+            self.file = self.temporary.open("w", encoding="utf-8", errors="backslashreplace")
         return self
 
-    def add(self, lines: Sequence[str]) -> None:
-        """Appends the objects of one image, in one piece: Ctrl-C comes before it or after it."""
-        if lines:
-            self.file.write(f"{self._separator()}\n" + ",\n".join(lines))
+    def add(self, name: str, lines: Sequence[str]) -> None:
+        """Appends the objects of one image."""
+        self.whole = False
+        with naming(self.path):
+            self._append(lines)
+        self.done.add(name)
+        self.whole = True
 
-    def _separator(self) -> str:
-        return "," if self.file.tell() else "["
+    def _append(self, lines: Sequence[str]) -> None:
+        self.file.write(self.separator + ",\n".join(lines))
+        self.separator = ",\n"
 
     def __exit__(self, kind: type[BaseException] | None, error: object, trace: TracebackType | None) -> None:
         try:
-            with self.file:
-                empty = self.file.tell() == 0
-                self.file.write("[]\n" if empty else "\n]\n")
-            if kind is None or not empty:  # an error before the first image leaves the old file
-                self.temporary.replace(self.path)
+            with naming(self.path):
+                with self.file:
+                    if self.whole and self.done:
+                        self._take_over()
+                if self.whole and self.done:  # otherwise the old file stays
+                    self.temporary.replace(self.path)
         finally:
-            self.temporary.unlink(missing_ok=True)
+            with suppress(OSError):
+                self.temporary.unlink(missing_ok=True)
+
+    def _take_over(self) -> None:
+        """Appends what the present file has of other images, and ends the list."""
+        if self.path.exists():
+            for name, line in read_rle(self.path):
+                if name not in self.done:
+                    self._append([line])
+        self.file.write("\n]\n")
 
 
 def read_rle(path: Path) -> Iterator[tuple[str, str]]:
     """(image, JSON object) of each line of a file that `RleFile` wrote. Raises CommandError for any other file."""
-    with path.open(encoding="utf-8") as file:
+    with path.open(encoding="utf-8", errors="replace") as file:
         for line in file:
             text = line.strip().removesuffix(",")
             if text in ("[", "]", "[]"):
@@ -130,10 +155,10 @@ def read_rle(path: Path) -> Iterator[tuple[str, str]]:
             try:
                 yield json.loads(text)["image"], text
             except (ValueError, KeyError, TypeError):
-                mend = "move it away, or leave out --skip-existing"
+                mend = "move it away, or choose another --out: the entries of other images are kept"
                 raise CommandError(f"{path}: not a list that `ssaseg predict` wrote\n{mend}") from None
 
 
 def labelled_images(path: Path) -> set[str]:
     """Images in an `rle.json`; none where there is no file."""
-    return {name for name, _ in read_rle(path)} if path.is_file() else set()
+    return {name for name, _ in read_rle(path)} if path.exists() else set()

@@ -17,7 +17,7 @@ import torch
 from click.testing import CliRunner, Result
 from PIL import Image
 
-from ssaseg.cli.console import CommandError, print_table, select_device
+from ssaseg.cli.console import CommandError, json_target, print_table, select_device, write_json
 from ssaseg.cli.main import cli
 from ssaseg.recipes import RecipeError, load_recipe
 
@@ -241,6 +241,27 @@ def test_select_device(monkeypatch: pytest.MonkeyPatch) -> None:
         select_device("cuda")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert select_device("auto") == select_device("cuda") == torch.device("cuda")
+
+
+def test_json_that_cannot_be_written_is_told_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "scores.json"
+    assert json_target(str(file)) == str(file)
+    assert (json_target(None), json_target("-"), json_target("/dev/stdout")) == (None, "-", "-")
+    for given, said in {"": "is empty", str(tmp_path): "is a folder", str(file / "x"): "no such folder"}.items():
+        with pytest.raises(CommandError, match=f"--json.*{said}\ngive a file"):
+            json_target(given)
+    monkeypatch.setattr(os, "access", lambda *_: False)  # modes do not bind root
+    with pytest.raises(CommandError, match="its folder cannot be written"):
+        json_target(str(file))
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no file that is always full here")
+def test_json_to_a_device() -> None:
+    assert json_target("/dev/full") == "/dev/full"
+    with pytest.raises(OSError, match="No space left on device: '/dev/full'"):
+        write_json("/dev/full", {"mIoU": 1})
+    write_json("/dev/null", {"mIoU": 1})
+    assert Path("/dev/null").is_char_device()
 
 
 def test_tables_keep_long_rows_and_brackets(capsys: pytest.CaptureFixture[str]) -> None:

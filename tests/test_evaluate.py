@@ -1,6 +1,7 @@
 """Evaluation: the protocol's pixels against a plain formulation, and the command on a tiny checkpoint."""
 
 import json
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -220,6 +221,41 @@ def test_json_to_a_file(checkpoint: Path, tmp_path: Path) -> None:
         run_eval(checkpoint, None, None, "val", str(tmp_path / "missing" / "scores.json"), "cpu")
 
 
+def test_a_signal_stops_between_two_images(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    real = evaluate.infer
+
+    def infer(*given: Any) -> Any:
+        signal.raise_signal(signal.SIGTERM)
+        return real(*given)
+
+    monkeypatch.setattr(evaluate, "infer", infer)
+    with pytest.raises(SystemExit) as caught:
+        run_eval(checkpoint, None, None, "val", None, "cpu")
+    assert caught.value.code == 143
+    assert capsys.readouterr() == ("", "stopped after 1 of 3 images\n")
+
+
+def test_built_in_scenes_have_no_root(checkpoint: Path, tmp_path: Path) -> None:
+    with pytest.raises(CommandError, match="built-in scenes, which have no root"):
+        run_eval(checkpoint, None, tmp_path, "val", None, "cpu")
+
+
+def test_a_split_without_a_labelled_pixel(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = evaluate.build_dataset
+
+    def all_ignored(*given: Any, **options: Any) -> Any:
+        dataset = real(*given, **options)
+        load = dataset.load
+        monkeypatch.setattr(dataset, "load", lambda index: (load(index)[0], np.full_like(load(index)[1], 255)))
+        return dataset
+
+    monkeypatch.setattr(evaluate, "build_dataset", all_ignored)
+    with pytest.raises(CommandError, match=r"(?s)no labelled pixel in the val split of recipe .* data.ignore_index"):
+        run_eval(checkpoint, None, None, "val", None, "cpu")
+
+
 def test_classes_that_differ_are_named(tmp_path: Path) -> None:
     from ssaseg.datasets.synthetic import CLASSES
 
@@ -236,7 +272,7 @@ def test_classes_that_differ_are_named(tmp_path: Path) -> None:
 def test_a_checkpoint_without_recipe_needs_data(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     import yaml
 
-    path = write_checkpoint(tmp_path / "bare.safetensors", recipe=None)
+    path = write_checkpoint(tmp_path / "bare.safetensors", recipe=None, step=0)
     with pytest.raises(CommandError, match="give --data RECIPE"):
         run_eval(path, None, None, "val", None, "cpu")
     recipe = tmp_path / "mine.yaml"
@@ -244,6 +280,9 @@ def test_a_checkpoint_without_recipe_needs_data(tmp_path: Path, capsys: pytest.C
     assert run_eval(path, str(recipe), None, "val", "-", "cpu", limit=1) == 0
     report = json.loads(capsys.readouterr().out)
     assert (report["recipe"], report["protocol"]["scale"]) == ("mine", [128, 64])
+    assert report["step"] is None
+    evaluate.print_report(report)
+    assert ", step" not in capsys.readouterr().out
 
 
 def test_absent_classes_are_marked_not_nan(capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,6 +20,7 @@ from ssaseg.cli import predict
 from ssaseg.cli.console import CommandError
 from ssaseg.cli.evaluate import predict_labels
 from ssaseg.cli.predict import find_sources, in_order, run_predict
+from ssaseg.cli.results import RleFile, labelled_images
 from ssaseg.models import build_model, load_model, save_model
 
 CLASSES = ["road", "car", "tree", "sky", "void"]
@@ -154,6 +156,18 @@ def test_globs_folders_and_what_is_left_out(tmp_path: Path) -> None:
     assert relative("x/**/*") == ["1.jpg", "y/2.JPG", "y/3.png"]
     assert relative("x/*/*.png") == ["y/3.png"]
     assert relative(".") == ["x/1.jpg", "x/y/2.JPG", "x/y/3.png"]  # not the results of a run before
+    for given in ("out", "out/index/1.png", "out/*/*.png"):
+        with pytest.raises(CommandError, match=r"results below --out .* left out"):
+            relative(given)
+
+
+def test_links_to_folders_are_followed_but_not_round_in_circles(tmp_path: Path) -> None:
+    for name in ("in/a.jpg", "in/sub/b.jpg", "far/c.jpg"):
+        write(tmp_path / name)
+    for link, folder in {"in/far": "far", "in/sub/up": "in", "in/out": ".", "far/back": "in"}.items():
+        (tmp_path / link).symlink_to(tmp_path / folder)
+    found = find_sources([str(tmp_path / "in")], tmp_path / "out")
+    assert [source.relative for source in found] == ["a.jpg", "far/c.jpg", "sub/b.jpg"]
 
 
 @pytest.mark.parametrize(
@@ -178,9 +192,9 @@ def test_damaged_images_are_named_and_the_rest_is_done(
     told = capsys.readouterr()
     lines = [line for line in told.err.splitlines() if line.startswith("skipped: ")]
     assert [Path(line.split()[1].rstrip(":")).name for line in lines] == ["b.jpg", "c.png", "d.png"]
-    assert "too small: 90x31" in lines[2]
+    assert "too small: got 90x31 pixels as the network's input, expected 32x32 or more" in lines[2]
     assert "labelled 2 of 5 images" in told.out
-    assert "3 could not be read" in told.out
+    assert "3 skipped" in told.out
 
 
 def test_a_folder_that_cannot_be_written(checkpoint: Path, tmp_path: Path) -> None:
@@ -227,30 +241,94 @@ def test_skip_existing_does_what_is_missing(
         run_predict(checkpoint, inputs, out, save, True, "cpu")
 
 
-@pytest.mark.parametrize("error", [KeyboardInterrupt(), SystemExit(143)])
-def test_an_interrupted_run_leaves_whole_files(
-    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException
+def stop_at_the_fifth(monkeypatch: pytest.MonkeyPatch, *signals: int) -> None:
+    """The process gets signals while it labels the fifth image."""
+    real, calls = predict.infer, []
+
+    def infer(*given: Any) -> Any:
+        calls.append(1)
+        for number in signals if len(calls) == 5 else ():
+            signal.raise_signal(number)
+        return real(*given)
+
+    monkeypatch.setattr(predict, "infer", infer)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_stopped_run_finishes_what_it_has_begun(
+    checkpoint: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    number: int,
+    code: int,
 ) -> None:
     for index in range(8):
         write(tmp_path / f"in/{index}.png", picture(seed=index))
-    real, calls = predict.infer, []
+    stop_at_the_fifth(monkeypatch, number)
+    out, inputs = tmp_path / "out", [str(tmp_path / "in")]
+    assert run_predict(checkpoint, inputs, out, ("index", "rle"), False, "cpu") == code
+    assert files(out) == [*(f"index/{index}.png" for index in range(5)), "rle.json"]
+    assert labelled_images(out / "rle.json") == {f"{index}.png" for index in range(5)}
+    told = capsys.readouterr()
+    assert told.err == "stopped: 5 of 8 images are done; --skip-existing does the others\n"
+    assert told.out == ""
+    monkeypatch.undo()
+    assert run_predict(checkpoint, inputs, out, ("index", "rle"), True, "cpu") == 0
+    assert len(labelled_images(out / "rle.json")) == 8
+    whole = json.loads((out / "rle.json").read_text())
+    stop_at_the_fifth(monkeypatch, number)
+    assert run_predict(checkpoint, inputs, out, ("rle",), False, "cpu") == code
+    kept = json.loads((out / "rle.json").read_text())
+    assert sorted(map(str, kept)) == sorted(map(str, whole))  # also what this run did not get to
 
-    def stop_at_the_fifth(*given: Any) -> Any:
-        calls.append(1)
-        if len(calls) == 5:
-            raise error
-        return real(*given)
 
-    monkeypatch.setattr(predict, "infer", stop_at_the_fifth)
+def test_a_second_ctrl_c_leaves_whole_files(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for index in range(8):
+        write(tmp_path / f"in/{index}.png", picture(seed=index))
+    stop_at_the_fifth(monkeypatch, signal.SIGINT, signal.SIGINT)
     out = tmp_path / "out"
-    with pytest.raises(type(error)):
+    with pytest.raises(KeyboardInterrupt):
         run_predict(checkpoint, [str(tmp_path / "in")], out, ("index", "rle"), False, "cpu")
-    assert files(out) == [*(f"index/{index}.png" for index in range(4)), "rle.json"]
-    done = {entry["image"] for entry in json.loads((out / "rle.json").read_text())}
-    assert done <= {f"{index}.png" for index in range(4)}
+    assert set(files(out)) - {"rle.json"} == {f"index/{index}.png" for index in range(4)}
+    assert labelled_images(out / "rle.json") <= {f"{index}.png" for index in range(4)}
     monkeypatch.undo()
     assert run_predict(checkpoint, [str(tmp_path / "in")], out, ("index", "rle"), True, "cpu") == 0
     assert len({entry["image"] for entry in json.loads((out / "rle.json").read_text())}) == 8
+
+
+def test_rle_keeps_what_a_run_did_not_do(checkpoint: Path, tmp_path: Path) -> None:
+    out, rle = tmp_path / "out", tmp_path / "out" / "rle.json"
+    for name in "ab":
+        write(tmp_path / f"in/{name}.png", picture(seed=ord(name)))
+    assert run_predict(checkpoint, [str(tmp_path / "in")], out, ("rle",), False, "cpu") == 0
+    before = json.loads(rle.read_text())
+    write(tmp_path / "in/a.png", picture(64, 64))
+    (tmp_path / "in/b.png").write_text("damaged by now")
+    write(tmp_path / "c.png")
+    inputs = [str(tmp_path / "in"), str(tmp_path / "c.png")]
+    assert run_predict(checkpoint, inputs, out, ("rle",), False, "cpu") == 1
+    after = json.loads(rle.read_text())
+    assert {entry["image"] for entry in after} == {"a.png", "b.png", "c.png"}
+    assert all(entry["segmentation"]["size"] == [64, 64] for entry in after if entry["image"] == "a.png")
+    kept = [[entry for entry in entries if entry["image"] == "b.png"] for entries in (before, after)]
+    assert kept[0] == kept[1] != []
+    rle.write_bytes(b"\xff")
+    with pytest.raises(CommandError, match="not a list that `ssaseg predict` wrote"):
+        run_predict(checkpoint, inputs, out, ("rle",), False, "cpu")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no file that is always full here")
+@pytest.mark.parametrize("length", [10, 100_000])  # noticed when the file is closed, or while it is written
+def test_a_full_disk_leaves_the_old_rle(tmp_path: Path, length: int) -> None:
+    path = tmp_path / "rle.json"
+    path.write_text("[]\n")
+    (tmp_path / ".rle.json.partial").symlink_to("/dev/full")
+    with pytest.raises(OSError, match="No space left") as caught, RleFile(path) as rle:
+        rle.add("a.png", ["{" + " " * length + "}"])
+    assert caught.value.filename == str(path)
+    assert os.listdir(tmp_path) == ["rle.json"]
+    assert path.read_text() == "[]\n"
 
 
 def test_a_full_disk_stops_the_run_and_leaves_no_half_file(

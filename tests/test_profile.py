@@ -33,7 +33,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def profiled(capsys: pytest.CaptureFixture[str], target: str, **changes: Any) -> dict[str, Any]:
-    given = {"classifier": None, "classes": 150, "size": (512, 512), "json_out": "-", "device": "cpu", "runs": 1}
+    given = {"classifier": None, "classes": None, "size": (512, 512), "json_out": "-", "device": "cpu", "runs": 1}
     assert run_profile(target, **{**given, **changes}) == 0
     return json.loads(capsys.readouterr().out)
 
@@ -71,6 +71,8 @@ def test_a_checkpoint_brings_its_classifier_and_classes(capsys: pytest.CaptureFi
     assert [column["classifier"] for column in report["columns"]] == ["linear"]
     with pytest.raises(CommandError, match="its classifier is linear, not ssa"):
         profiled(capsys, str(path), classifier="ssa")
+    with pytest.raises(CommandError, match="it has 6 classes, not 20"):
+        profiled(capsys, str(path), classes=20)
 
 
 @pytest.mark.parametrize(("target", "said"), [("seaformer_bb", "did you mean seaformer_b"), ("x.safetensors", "there")])
