@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -32,8 +32,9 @@ def check_dataset(dataset: Dataset, sample: int | None = None) -> list[Problem]:
     """Everything wrong with `sample` evenly spaced pairs, or with all of them (None, and sets of up to 512 pairs).
 
     Errors: images and masks that are damaged or differ in size, masks in colours, palettes in another order, ids out of
-    range. Warnings, where all pairs are read: classes without a pixel, masks without an image. At most ten errors are
-    told in full, one more says how many there are besides. Scenes drawn by a program are sound by construction: [].
+    range; and where none of these, not one labelled pixel. Warnings, where all pairs are read: classes without a pixel
+    (if there is no error, which would explain them), masks without an image. At most ten errors are told in full, one
+    more says how many there are besides. Scenes drawn by a program are sound by construction: [].
     """
     if not isinstance(dataset, PairDataset):
         return []
@@ -43,13 +44,20 @@ def check_dataset(dataset: Dataset, sample: int | None = None) -> list[Problem]:
     errors = []
     for index in indices:
         errors += [str(error) for error in _errors(dataset, index, index in decoded, pixels)]
+    per_class = np.bincount(dataset.label_lut, pixels, 256)[: len(dataset.classes)]
+    if not errors and not per_class.any():
+        errors = [
+            f"no labelled pixel in the {len(indices)} masks that were read; ids in them: {_ids(pixels)}\n"
+            f"expected pixels of {len(dataset.classes)} classes; these ids are all ignored\n"
+            f"check data.ignore_index, data.reduce_zero_label and data.raw_to_train"
+        ]
     problems = [Problem("error", text) for text in errors[:TOLD]]
     if len(errors) > TOLD:
         problems.append(
             Problem("error", f"{len(errors) - TOLD} more errors in the {len(indices)} pairs that were read")
         )
     if len(indices) == len(dataset):
-        problems += [Problem("warning", text) for text in _warnings(dataset, pixels)]
+        problems += [Problem("warning", text) for text in _warnings(dataset, pixels, [] if errors else per_class)]
     return problems
 
 
@@ -92,20 +100,25 @@ def _image_size(dataset: PairDataset, index: int, decode: bool) -> tuple[int, in
     return height, width
 
 
-def _warnings(dataset: PairDataset, pixels: np.ndarray) -> Iterator[str]:
-    """What a whole set's ids, int64 (256,) pixels per raw id, and its unpaired files suggest."""
-    per_class = np.bincount(dataset.label_lut, pixels, 256)[: len(dataset.classes)]
-    absent = [name for name, count in zip(dataset.classes, per_class, strict=True) if count == 0]
+def _warnings(dataset: PairDataset, pixels: np.ndarray, per_class: Iterable[float]) -> Iterator[str]:
+    """What a whole set's ids suggest, and its unpaired files.
+
+    `pixels`: int64 (256,), per raw id; `per_class`: pixels per train id, or nothing where they would mislead.
+    """
+    absent = [name for name, count in zip(dataset.classes, per_class, strict=False) if count == 0]
     if absent:
-        ids = ", ".join(str(value) for value in np.flatnonzero(pixels)[:20])
         yield (
-            f"{len(absent)} of {len(dataset.classes)} classes have no pixel in {len(dataset)} masks: {_some(absent)}\n"
-            f"ids in the masks: {ids}{', …' if np.count_nonzero(pixels) > 20 else ''}\n"
-            f"check the order of data.classes, data.reduce_zero_label and data.raw_to_train"
+            f"{len(absent)} of {len(dataset.classes)} classes have no pixel in {len(dataset)} masks: {_some(absent)}; "
+            f"ids there: {_ids(pixels)}; check data.classes, reduce_zero_label, raw_to_train"
         )
     if dataset.unused_masks:
-        files = [file.name for file in dataset.unused_masks]
-        yield f"{len(files)} masks have no image and are not used: {_some(files)}"
+        count, files = len(dataset.unused_masks), [str(file) for file in dataset.unused_masks]
+        yield f"{count} mask{'s have' if count > 1 else ' has'} no image: {_some(files, 3)}"
+
+
+def _ids(pixels: np.ndarray) -> str:
+    """The raw ids that occur, the first 20 of them."""
+    return _some([str(value) for value in np.flatnonzero(pixels)], 20)
 
 
 def _evenly(count: int, sample: int) -> list[int]:
@@ -114,5 +127,5 @@ def _evenly(count: int, sample: int) -> list[int]:
     return [at * count // sample for at in range(sample)]
 
 
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:8]) + (", …" if len(names) > 8 else "")
+def _some(names: list[str], most: int = 8) -> str:
+    return ", ".join(names[:most]) + (", …" if len(names) > most else "")

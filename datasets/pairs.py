@@ -14,7 +14,7 @@ from pathlib import Path
 
 import cv2
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from ssaseg.datasets import DataError, default_palette
 
@@ -127,21 +127,25 @@ class PairDataset:
         """The error for a palette file whose indices number the recipe's colours in another order, or None.
 
         `colours`: RGB (N, 3), the file's own. Most must be the recipe's: a file that merely carries some tool's
-        palette may share a colour or two with the recipe by chance.
+        palette, PASCAL VOC's above all, may share a colour or two with the recipe by chance.
         """
         if colours is None or not self.palette_given:
             return None
         owner = {colour: train_id for train_id, colour in enumerate(self.palette)}
-        used = np.flatnonzero(np.bincount(raw.ravel(), minlength=256))
+        counts = np.bincount(raw.ravel(), minlength=256)
+        # Ignored ids, often 255, have no class: neither they nor the unused entries before them are evidence.
+        last = int(np.flatnonzero((counts > 0) & (self.label_lut != IGNORED)).max(initial=-1))
+        own = [(int(red), int(green), int(blue)) for red, green, blue in colours[: last + 1]]
         known, wrong = [], []
-        for value in range(min(int(used.max()) + 1, len(colours))):
-            red, green, blue = (int(channel) for channel in colours[value])
-            found = owner.get((red, green, blue))
-            known.append(found is not None)
+        for value, colour in enumerate(own):
             train_id = int(self.label_lut[value])
-            if found is not None and value in used and train_id != IGNORED and found != train_id:
+            if train_id == IGNORED:
+                continue
+            found = owner.get(colour)
+            known.append(found is not None)
+            if found is not None and counts[value] and found != train_id:
                 wrong.append((value, self.classes[train_id], self.classes[found]))
-        if not wrong or 2 * sum(known) <= len(known):
+        if not wrong or 2 * sum(known) <= len(known) or tuple(own) == default_palette(len(own)):
             return None
         value, read_as, shown_as = wrong[0]
         return DataError(
@@ -216,7 +220,7 @@ def read_image(path: Path) -> np.ndarray:
     except cv2.error:
         image = None
     if image is None:
-        raise _unreadable(path, "image", f"{len(data)} bytes that OpenCV cannot decode")
+        raise _unreadable(path, "image", "not an image of a known type" if data else "empty file")
     return image
 
 
@@ -233,6 +237,8 @@ def read_mask(path: Path) -> tuple[np.ndarray, np.ndarray | None]:
             mode = file.mode
             ids = np.array(file)
             colours = np.array(file.getpalette(), np.uint8).reshape(-1, 3) if mode == "P" else None
+    except UnidentifiedImageError:  # its text is about Python's objects
+        raise _unreadable(path, "mask", "not an image of a known type" if data else "empty file") from None
     except _DAMAGE as error:
         raise _unreadable(path, "mask", str(error) or type(error).__name__) from None
     if ids.ndim != 2:

@@ -13,7 +13,16 @@ import yaml
 from pydantic import ValidationError
 
 from ssaseg.recipes.messages import explain
-from ssaseg.recipes.reading import FLOAT, Layer, RecipeError, apply_overrides, read_recipe, recipe_file, shipped_recipes
+from ssaseg.recipes.reading import (
+    FLOAT,
+    FOLDER,
+    Layer,
+    RecipeError,
+    apply_overrides,
+    read_recipe,
+    recipe_file,
+    shipped_recipes,
+)
 from ssaseg.recipes.schema import Recipe
 
 __all__ = [
@@ -39,6 +48,11 @@ def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
         RecipeError: anything that is wrong, in at most three lines.
     """
     path = recipe_file(name_or_path)
+    if path.parent == FOLDER and path.stem.startswith("_"):
+        raise RecipeError(
+            f"{name_or_path}: a base for recipes to extend, not one to run\n"
+            f"write `extends: {path.stem}` in a file of your own, or use one of: {', '.join(list_recipes())}"
+        )
     layer = read_recipe(path)
     layer.values.setdefault("name", path.stem)
     return _check(apply_overrides(layer, overrides), name_or_path)

@@ -71,6 +71,7 @@ def _did_you_mean(loc: Keys) -> str:
     *above, word = map(str, loc)
     section = _section(tuple(above))
     siblings = list(section.model_fields)
+    word = word.lower()  # as all keys are
     near = difflib.get_close_matches(word, siblings, n=1)
     if near:
         return f"did you mean {'.'.join([*above, near[0]])}?"

@@ -14,6 +14,7 @@ import yaml
 
 FOLDER = Path(__file__).parent
 COMMAND_LINE = "command line"
+SYNTAX = "a recipe has `key: value` lines, indented by spaces, and quotes around text that holds `: ` or ` #`"
 Keys = tuple[Any, ...]  # names from the recipe's root down to a value
 
 
@@ -54,8 +55,10 @@ def recipe_file(name: str, beside: Path | None = None) -> Path:
         beside: folder that a path is relative to; the current directory where absent.
 
     Raises:
-        RecipeError: there is no such file; names the nearest shipped recipes.
+        RecipeError: no name, or there is no such file; names the nearest shipped recipes.
     """
+    if not name.strip():
+        raise RecipeError(f"a recipe's name is empty\nshipped recipes: {', '.join(shipped_recipes())}")
     is_path = Path(name).suffix in (".yaml", ".yml") or len(Path(name).parts) != 1
     path = (beside or Path()) / Path(name).expanduser() if is_path else FOLDER / f"{name}.yaml"
     if path.exists():
@@ -114,7 +117,8 @@ def apply_overrides(layer: Layer, overrides: Sequence[str]) -> Layer:
         try:
             value, _ = _parse(text, "")
         except RecipeError as error:
-            raise RecipeError(f"{word}: {str(error).partition(': ')[2]}\nin a shell, put quotes around it") from error
+            what = str(error).splitlines()[0].partition(": ")[2]
+            raise RecipeError(f"{word}: {what}\nin a shell, put quotes around it") from error
         above = {keys[:end]: COMMAND_LINE for end in range(1, len(keys))}
         places = {**above, **layer.places, keys: COMMAND_LINE}
         layer = Layer(_set(layer.values, keys, value, word), places)
@@ -153,7 +157,8 @@ def _read_file(path: Path) -> Layer:
     if values is None:
         raise RecipeError(f"{path}: the recipe is empty\n`ssaseg recipes copy demo` writes one to start from")
     if not isinstance(values, dict):
-        raise RecipeError(f"{path}: expected `key: value` lines, got {short(values)}")
+        mend = "`ssaseg recipes show demo` shows what a recipe looks like"
+        raise RecipeError(f"{path}: expected `key: value` lines, got {short(values)}\n{mend}")
     return Layer(values, places)
 
 
@@ -167,11 +172,12 @@ def _parse(text: str, source: str) -> tuple[Any, dict[Keys, str]]:
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else 1
         what = " ".join(part for part in (error.context, error.problem) if part)
-        raise RecipeError(f"{source}:{line}: not valid YAML: {what}") from error
+        raise RecipeError(f"{source}:{line}: not valid YAML: {what}\n{SYNTAX}") from error
     except yaml.YAMLError as error:  # a control character, found before there are lines
-        raise RecipeError(f"{source}: not valid YAML: {str(error).splitlines()[0]}") from error
+        raise RecipeError(f"{source}: not valid YAML: {str(error).splitlines()[0]}\n{SYNTAX}") from error
     except RecursionError as error:  # an alias inside its own anchor
-        raise RecipeError(f"{source}: nested too deeply, or an alias that holds itself") from error
+        what = "nested too deeply, or an alias that holds itself"
+        raise RecipeError(f"{source}: {what}\nwrite the values out") from error
 
 
 def _build(loader: _Loader, node: yaml.Node, at: Keys, source: str, places: dict[Keys, str]) -> Any:
@@ -184,11 +190,12 @@ def _build(loader: _Loader, node: yaml.Node, at: Keys, source: str, places: dict
         place = f"{source}:{key_node.start_mark.line + 1}"
         key = loader.construct_object(key_node) if isinstance(key_node, yaml.ScalarNode) else None
         if key is None:
-            raise RecipeError(f"{place}: a key must be a word or a number")
+            raise RecipeError(f"{place}: a key must be a word or a number\n{SYNTAX}")
         path = (*at, key)
         if key in mapping:  # YAML forbids it, PyYAML silently keeps the last one
             dotted = ".".join(map(str, path))
-            raise RecipeError(f"{place}: {dotted} is there twice, first on line {places[path].rpartition(':')[2]}")
+            first = places[path].rpartition(":")[2]
+            raise RecipeError(f"{place}: {dotted} is there twice, first on line {first}\nkeep one of them")
         places[path] = place
         mapping[key] = _build(loader, value_node, path, source, places)
     return mapping

@@ -239,7 +239,7 @@ class Optim(Section):
 class Train(Section):
     """How long, how much at once, how often."""
 
-    steps: Count = Field(description="optimiser steps")
+    steps: int = Field(ge=1, le=100_000_000, description="optimiser steps")
     batch: Count = Field(default=16, description="images per step, whatever the memory: micro-batches add up to it")
     micro_batch: Count | None = Field(
         default=None, description="images at once (BatchNorm sees these); null: the whole batch"
@@ -302,8 +302,11 @@ class Recipe(Section):
         batch, micro, group = self.train.batch, self.train.micro_batch, self.distill.group
         if micro is None or micro == batch:
             return self
-        fits = [str(part) for part in range(group, batch, group) if batch % part == 0]
+        step = 1 if self.model.classifier == "linear" else group
+        fits = [str(part) for part in range(step, batch, step) if batch % part == 0]
         mend = f"with this batch and group: {', '.join([*fits, 'null'])}"
+        if not fits:
+            mend = "use train.micro_batch=null" + (f", or distill.group={micro}" if batch % micro == 0 else "")
         if batch % micro:
             raise wrong("train.micro_batch", micro, f"a divisor of train.batch, {batch}", mend)
         if micro % group and self.model.classifier != "linear":

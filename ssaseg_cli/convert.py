@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ssaseg.cli.console import CommandError
 from ssaseg.cli.foreign import Weights, read_weights
+from ssaseg.datasets import synthetic
 from ssaseg.datasets.labels import label_space, list_label_spaces
 from ssaseg.models import Segmenter, build_model, list_models, load_model, save_model
 from ssaseg.models.checkpoint import write_atomic
@@ -337,9 +338,11 @@ def dataset_metadata(name: str) -> dict[str, Any]:
             f"--dataset {name}: no such data set\nexpected one of: {', '.join(list_label_spaces())}, or a recipe"
         ) from None
     data, test = recipe.data, recipe.test
+    scenes = data.dataset == "synthetic"  # whose classes no recipe states
+    palette = synthetic.PALETTE if scenes else data.palette
     return {
-        "classes": list(data.classes),
-        "palette": data.palette and [list(colour) for colour in data.palette],
+        "classes": list(synthetic.CLASSES if scenes else data.classes),
+        "palette": palette and [list(colour) for colour in palette],
         "mean": list(data.mean),
         "std": list(data.std),
         "protocol": {"scale": test.scale and list(test.scale), "multiple": test.multiple},
@@ -357,7 +360,10 @@ def load_pretrained(model: Segmenter, path: str | Path) -> Report:
     fresh where the number of classes differs. Raises CommandError where less than 95 % of the backbone's tensors
     match, FileNotFoundError where there is no file; `model` is then as before.
     """
-    weights = read_weights(Path(path))
+    try:
+        weights = read_weights(Path(path))
+    except (CommandError, FileNotFoundError) as error:  # both begin with the path
+        raise type(error)(f"model.pretrained={error}") from None
     header, found = weights.header, weights.tensors
     names = official_keys(model) if header is None else {key: key for key in model.state_dict()}
     reading = f"{model.name} to start from"

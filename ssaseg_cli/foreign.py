@@ -5,8 +5,11 @@ numbers, so these inert types are let in; any other type is refused by name and 
 """
 
 import argparse
+import itertools
 import json
+import pickletools
 import re
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +28,10 @@ NESTINGS = ("state_dict_ema", "state_dict", "model")
 OURS = "ssaseg-"
 # Booleans, numbers, text and dates; not objects or records, whose bytes could be anything.
 INERT_DTYPES = "?bhilqBHILQefdgFDGSUMm"
+
+TENSOR_PARTS = ("torch.", "collections.OrderedDict")  # types that every state dict is made of
+PICKLES = 5  # of a legacy file: magic number, version, system, content, keys
+MOST_OPCODES = 1_000_000  # looked at for the name of a type
 
 
 @dataclass(frozen=True)
@@ -74,12 +81,24 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any] | N
 
 def _read_pickle(path: Path) -> Any:
     try:
-        with torch.serialization.safe_globals(inert_types()):
+        # PyTorch's warnings tell of its own files and of issues to open there, not of what the user can do.
+        with warnings.catch_warnings(), torch.serialization.safe_globals(inert_types()):
+            warnings.simplefilter("ignore")
             return torch.load(path, map_location="cpu", weights_only=True)
     except OSError:
         raise
     except Exception as error:  # a damaged pickle may end in any of a dozen types
-        raise CommandError(f"{path}: {_reason(str(error))}") from None
+        refused = re.search(r"(?:GLOBAL |<class ')([\w.]+)", str(error))
+        name = refused[1] if refused is not None else _foreign_type(path)
+    if name is None:
+        raise CommandError(
+            f"{path}: is not a PyTorch checkpoint, or is truncated\n"
+            "expected a whole file as torch.save writes it, by its default pickle protocol, 2"
+        )
+    raise CommandError(
+        f"{path}: holds a {name}, which is refused: unpickling it could run code\n"
+        "nothing was executed; save the state dict alone with torch.save, where the file is trusted"
+    )
 
 
 def inert_types() -> list[Any]:
@@ -95,17 +114,25 @@ def inert_types() -> list[Any]:
     return [argparse.Namespace, np.dtype, np.ndarray, *dtypes, *moved]
 
 
-def _reason(error: str) -> str:
-    """What PyTorch's many lines come to: the type that was refused, or that the file is damaged."""
-    refused = re.search(r"(?:GLOBAL |<class ')([\w.]+)", error)
-    if refused is not None:
-        return (
-            f"holds a {refused[1]}, which is refused: unpickling it could run code\n"
-            "nothing was executed; save the state dict alone with torch.save, where the file is trusted"
-        )
-    lines = [line.strip() for line in error.splitlines() if line.strip()] or ["unexpected end"]
-    detail = next((line for line in lines if "Error:" in line or "error:" in line), lines[0])
-    return f"cannot be read as a checkpoint; is it truncated, or no PyTorch file?\n{detail[:200]}"
+def _foreign_type(path: Path) -> str | None:
+    """The first type that a plain pickle names and no state dict has, by its opcodes alone; None where there is none.
+
+    PyTorch gives up at opcodes newer than protocol 2, before it comes to the types.
+    """
+    recent: list[str] = []  # STACK_GLOBAL takes module and name from the stack: the last two texts
+    with path.open("rb") as file:
+        parts = (pickletools.genops(file) for _ in range(PICKLES))
+        try:
+            for opcode, argument, _ in itertools.islice(itertools.chain.from_iterable(parts), MOST_OPCODES):
+                if opcode.name in ("GLOBAL", "INST"):
+                    recent = str(argument).split(" ")
+                elif "UNICODE" in opcode.name:
+                    recent = [*recent[-1:], str(argument)]
+                if opcode.name in ("GLOBAL", "INST", "STACK_GLOBAL") and not ".".join(recent).startswith(TENSOR_PARTS):
+                    return ".".join(recent)
+        except Exception:  # not a pickle, or its end is missing
+            return None
+    return None
 
 
 def _unwrap(content: Any) -> tuple[dict[str, Tensor], str]:

@@ -309,7 +309,8 @@ def show(name: str) -> None:
 def copy(name: str, destination: Path | None) -> None:
     """Copy a recipe to change it.
 
-    DESTINATION is NAME.yaml here by default, and must not exist. The copy is one file, whatever NAME extends.
+    DESTINATION is NAME.yaml here by default, ends in .yaml or .yml, and must not exist. The copy is one file, whatever
+    NAME extends.
 
     \b
     Example:
@@ -317,13 +318,22 @@ def copy(name: str, destination: Path | None) -> None:
     """
     from ssaseg.recipes import standalone_text
 
-    destination = destination or Path(f"{name}.yaml")
+    destination = destination or Path(f"{Path(name).stem}.yaml")
+    if destination.suffix not in (".yaml", ".yml"):
+        raise CommandError(f"{destination}: `train` takes only .yaml and .yml for files\nuse {destination}.yaml")
     text = standalone_text(name)
     try:
-        with destination.open("x", encoding="utf-8") as file:  # "x": never over a file somebody has edited
-            file.write(text)
+        file = destination.open("x", encoding="utf-8")  # "x": never over a file somebody has edited
     except FileExistsError:
         raise CommandError(f"{destination}: is there already\ngive another name as DESTINATION, or remove it") from None
+    except FileNotFoundError:
+        raise CommandError(f"{destination}: no folder {destination.parent}\nmake it first, or name another") from None
+    try:
+        with file:
+            file.write(text)
+    except OSError as error:  # a full disk: half a recipe would be in the way of the next try
+        destination.unlink()
+        raise OSError(error.errno, error.strerror, str(destination)) from None
     click.echo(f"wrote {destination}; run it with `ssaseg train {destination}`")
 
 

@@ -75,6 +75,16 @@ def test_classes_without_pixels_are_a_warning(tmp_path: Path) -> None:
     assert "1 of 3 classes" in warning
     assert "tree" in warning
     assert "0, 1, 2" in warning
+    assert len(warning.splitlines()) == 1
+    assert texts(check_dataset(make(tmp_path, [mask(0), mask(9)])), "warning") == [], "the error explains them"
+
+
+@pytest.mark.parametrize(("values", "options"), [([255], {}), ([0], {"reduce_zero_label": True})])
+def test_masks_in_which_nothing_is_labelled(tmp_path: Path, values: list[int], options: dict[str, Any]) -> None:
+    (problem,) = check_dataset(make(tmp_path, [mask(*values)] * 2, **options))
+    assert problem.severity == "error"
+    assert "no labelled pixel in the 2 masks" in problem.text
+    assert "data.ignore_index" in problem.text
 
 
 def test_masks_without_image_are_a_warning(tmp_path: Path) -> None:
@@ -82,7 +92,7 @@ def test_masks_without_image_are_a_warning(tmp_path: Path) -> None:
     Image.fromarray(mask(0)).save(tmp_path / "masks/stray.png")
     problems = check_dataset(make(tmp_path, [mask(0, 1, 2)]))
     assert [problem.severity for problem in problems] == ["warning"]
-    assert "stray.png" in problems[0].text
+    assert problems[0].text == f"1 mask has no image: {tmp_path / 'masks/stray.png'}"
 
 
 def test_sample_is_evenly_spaced_and_does_not_judge_the_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

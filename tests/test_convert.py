@@ -12,6 +12,7 @@ import torch
 from click.testing import CliRunner, Result
 from torch import Tensor
 
+from ssaseg.cli.console import CommandError
 from ssaseg.cli.convert import load_pretrained
 from ssaseg.cli.main import cli
 from ssaseg.datasets.labels import label_space
@@ -143,6 +144,13 @@ def test_classes_palette_and_protocol(tmp_path: Path, classes: int, words: list[
     assert result.exit_code == 0, result.output
     metadata = load_model(tmp_path / "ours.safetensors")[1]
     assert {key: metadata[key] for key in ("classes", "palette", "protocol")} == label_space(dataset)._asdict()
+
+
+def test_built_in_scenes_name_the_classes(tmp_path: Path) -> None:
+    torch.save({"state_dict": official_state(network(13, "linear"))}, tmp_path / "official.pth")
+    assert convert(tmp_path / "official.pth", tmp_path / "ours.safetensors", "--dataset", "demo").exit_code == 0
+    metadata = load_model(tmp_path / "ours.safetensors")[1]
+    assert (metadata["classes"][0], metadata["palette"][0]) == ("sky", [135, 206, 250])
 
 
 def test_dataset_of_another_size_or_unknown(tmp_path: Path) -> None:
@@ -288,6 +296,24 @@ def test_malicious_pickle_runs_nothing(tmp_path: Path, zipped: bool, function: s
     assert "refused" in result.output
     assert not trace.exists()
     assert not (tmp_path / "ours.safetensors").exists()
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
+def test_a_plain_pickle_of_any_protocol_is_refused_by_the_name_of_its_type(tmp_path: Path, protocol: int) -> None:
+    path, trace = tmp_path / "evil.pth", tmp_path / "trace"
+    path.write_bytes(pickle.dumps({"state_dict": Bomb(os.system, f"touch {trace}")}, protocol))
+    with pytest.raises(CommandError, match=rf"model\.pretrained=.*evil\.pth: holds a {os.system.__module__}\.system"):
+        load_pretrained(network(), path)
+    assert not trace.exists()
+
+
+def test_pretrained_errors_name_the_key(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"model\.pretrained=.*gone\.pth: no such"):
+        load_pretrained(network(), tmp_path / "gone.pth")
+    (tmp_path / "photo.pth").write_bytes(b"\xff\xd8\xff\xe0" + bytes(range(256)))
+    with pytest.raises(CommandError, match=r"model\.pretrained=.*is not a PyTorch checkpoint, or is truncated"):
+        load_pretrained(network(), tmp_path / "photo.pth")
 
 
 def test_the_bomb_is_live(tmp_path: Path) -> None:

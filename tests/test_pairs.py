@@ -261,6 +261,13 @@ def test_files_that_are_no_pictures(tmp_path: Path, content: bytes) -> None:
         read_image(file)
     with pytest.raises(DataError, match="damaged mask"):
         read_mask(file)
+    file.write_bytes(content[:9])
+    for read in (read_image, read_mask):
+        with pytest.raises(DataError) as error:
+            read(file)
+        told(error, "damaged")
+        assert "BytesIO" not in str(error.value)
+        assert ("empty file" in str(error.value)) == (not content)
 
 
 def test_truncated_mask(tmp_path: Path) -> None:
@@ -313,21 +320,32 @@ def test_ids_out_of_range(tmp_path: Path, mask: np.ndarray, options: dict[str, A
     assert str(dataset.label_error(0)) == str(error.value)
 
 
-def test_palette_file_with_the_recipes_colours_in_another_order(tmp_path: Path) -> None:
-    mask = Image.fromarray(ids(0, 1, 2))
-    mask.putpalette([channel for at in (2, 0, 1) for channel in PALETTE[at]])
+@pytest.mark.parametrize("void", [False, True])
+def test_palette_file_with_the_recipes_colours_in_another_order(tmp_path: Path, void: bool) -> None:
+    mask = Image.fromarray(ids(0, 1, 2, *([255] if void else [])))
+    mask.putpalette([channel for at in (2, 0, 1) for channel in PALETTE[at]] + [7] * 759 * void)
     dataset = folder(tmp_path, palette=PALETTE)
     mask.save(dataset.mask_files[0])
     with pytest.raises(DataError) as error:
         dataset.load(0)
     told(error, "id 0 (sky)", "colour of tree", "data.palette")
-    assert pairs(tmp_path).load(0)[1].max() == 2, "colours nobody chose prove nothing"
-    mask.putpalette([channel for colour in PALETTE for channel in colour])
+    assert 2 in pairs(tmp_path).load(0)[1], "colours nobody chose prove nothing"
+    mask.putpalette([channel for colour in PALETTE for channel in colour] + [7] * 759 * void)
     mask.save(dataset.mask_files[0])
-    assert dataset.load(0)[1].max() == 2
-    mask.putpalette([1, 1, 1, *PALETTE[0], 3, 3, 3])  # one colour in common is chance
+    assert 2 in dataset.load(0)[1]
+    mask.putpalette([1, 1, 1, *PALETTE[0], 3, 3, 3] + [7] * 759 * void)  # one colour in common is chance
     mask.save(dataset.mask_files[0])
-    assert dataset.load(0)[1].max() == 2
+    assert 2 in dataset.load(0)[1]
+
+
+def test_masks_that_merely_carry_pascals_palette_are_not_accused(tmp_path: Path) -> None:
+    voc = default_palette(256)
+    dataset = folder(tmp_path, palette=[voc[at] for at in (2, 0, 1)])
+    for used in ((0, 1, 2), (255,)):
+        mask = Image.fromarray(ids(*used))
+        mask.putpalette([channel for colour in voc for channel in colour])
+        mask.save(dataset.mask_files[0])
+        assert set(np.unique(dataset.load(0)[1])) == set(used)
 
 
 # By name

@@ -148,6 +148,7 @@ def test_standalone_text_needs_no_other_file(tmp_path: Path) -> None:
     ("word", "parts"),
     [
         ("optim.lrr=1", ["unknown key optim.lrr", "did you mean optim.lr?"]),
+        ("optim.Lr=1", ["unknown key optim.Lr", "did you mean optim.lr?"]),
         ("lr=1", ["unknown key lr", "did you mean optim.lr?"]),
         ("optim.foo=1", ["unknown key optim.foo", "known keys of optim: lr, weight_decay"]),
         ("optim.rules.head.lrr=1", ["optim.rules.head.lrr", "did you mean optim.rules.head.lr?"]),
@@ -157,6 +158,7 @@ def test_standalone_text_needs_no_other_file(tmp_path: Path) -> None:
         ("optim.min_lr=1", ["optim.min_lr", "at most optim.lr, 0.00025"]),
         ("optim.betas=[0.9,1]", ["optim.betas[1]: expected a number below 1"]),
         ("train.steps=0", ["train.steps: expected 1 or more, got 0"]),
+        ("train.steps=1000000000", ["train.steps: expected 1e+08 or less"]),
         ("train.steps=1.5", ["train.steps: expected a whole number, got 1.5"]),
         ("train.steps=", ["train.steps: expected a whole number, got nothing"]),
         ("train.batch=true", ["train.batch: expected a whole number, got True"]),
@@ -164,6 +166,7 @@ def test_standalone_text_needs_no_other_file(tmp_path: Path) -> None:
         ("train=3", ["train: expected a section"]),
         ("train.micro_batch=3", ["a divisor of train.batch, 16, got 3", "4, 8, null"]),
         ("train.micro_batch=2", ["a multiple of distill.group, 4, got 2", "4, 8, null"]),
+        ("train={steps: 9, batch: 4, micro_batch: 2}", ["use train.micro_batch=null, or distill.group=2"]),
         ("augment.ratio=[2,0.5]", ["augment.ratio: expected [lowest, highest]", "[2.0, 0.5]"]),
         ("augment.crop=[360]", ["augment.crop: expected a longer list, got [360]", "[height, width]"]),
         ("augment.crop=[1,2,3]", ["augment.crop: expected a list of 2"]),
@@ -203,13 +206,13 @@ def test_a_wrong_override_is_answered_with_key_value_and_mend(word: str, parts: 
     [
         ("", ["bad.yaml: the recipe is empty"]),
         ("# only a comment\n", ["the recipe is empty"]),
-        ("- a\n- b\n", ["expected `key: value` lines"]),
+        ("- a\n- b\n", ["expected `key: value` lines", "recipes show demo"]),
         ("just words\n", ["expected `key: value` lines", "just words"]),
-        ("model: {name: a\n", ["bad.yaml:2: not valid YAML"]),
+        ("model: {name: a\n", ["bad.yaml:2: not valid YAML", "indented by spaces"]),
         ("model:\n\tname: a\n", ["bad.yaml:2: not valid YAML"]),
         ("model: a\n---\nmodel: b\n", ["not valid YAML", "document"]),
         ("model: \x07\n", ["not valid YAML"]),
-        (OWN + "optim: {lr: 1}\n", ["bad.yaml:11: optim is there twice, first on line 9"]),
+        (OWN + "optim: {lr: 1}\n", ["bad.yaml:11: optim is there twice, first on line 9", "keep one"]),
         (OWN.replace("steps: 10", "steps: 10, steps: 11"), ["bad.yaml:10: train.steps is there twice"]),
         ("[a, b]: 1\n", ["a key must be a word or a number"]),
         (OWN.replace("steps", "step"), ["bad.yaml:10: unknown key train.step", "did you mean train.steps?", "1 more"]),
@@ -236,6 +239,8 @@ def test_a_wrong_file_is_answered_with_its_line(tmp_path: Path, text: str, parts
 def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     assert "did you mean demo?" in refusal("dmo")
     assert "shipped recipes: camvid" in refusal("zzz")
+    assert "name is empty" in refusal("")
+    assert "`extends: _camvid`" in refusal("_camvid")
     assert "demo.yaml: no such file" in refusal(str(tmp_path / "demo.yaml"))
     (tmp_path / "folder.yaml").mkdir()
     assert "directory" in refusal(str(tmp_path / "folder.yaml")).lower()
