@@ -19,7 +19,8 @@ from PIL import Image
 
 from ssaseg.cli.console import CommandError, json_target, print_table, select_device, write_json
 from ssaseg.cli.main import cli
-from ssaseg.recipes import RecipeError, load_recipe
+from ssaseg.models import build_model
+from ssaseg.recipes import RecipeError, list_recipes, load_recipe
 
 HEAVY = ("torch", "numpy", "cv2", "pydantic", "yaml", "rich", "matplotlib", "tqdm", "PIL")
 
@@ -271,3 +272,24 @@ def test_tables_keep_long_rows_and_brackets(capsys: pytest.CaptureFixture[str]) 
     print_table(["class", "IoU [%]"], [["[void] " + "x" * 100, "12.30"]], title="scores")
     row = next(line for line in capsys.readouterr().out.splitlines() if "[void]" in line)
     assert row.split() == ["[void]", "x" * 100, "12.30"]
+
+
+def test_readme_commands_exist_with_their_options() -> None:
+    readme = (Path(__file__).parents[1] / "README.md").read_text()
+    lines = [line.split("#")[0].split() for line in readme.splitlines() if line.startswith("ssaseg ")]
+    assert {words[1] for words in lines} == set(cli.commands)
+    for words in lines:
+        command: click.Command = cli.commands[words[1]]
+        if isinstance(command, click.Group):
+            command = command.commands[words[2]]
+        known = {option for parameter in command.params for option in parameter.opts}
+        used = {word.strip("[]") for word in words if word.strip("[]").startswith("--")}
+        assert used <= known, words
+
+
+@pytest.mark.parametrize("name", list_recipes())
+def test_every_recipe_builds(name: str) -> None:
+    recipe = load_recipe(name)
+    with torch.device("meta"):
+        model = build_model(recipe.model.name, max(len(recipe.data.classes), 2), recipe.model.classifier)
+    assert all(parameter.is_meta for parameter in model.parameters())
