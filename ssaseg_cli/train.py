@@ -190,8 +190,9 @@ def evaluate(job: Job) -> bool:
     job.log.write({"step": progress.step, **figures, "eval_seconds": round(seconds, 2)})
     text = f"step {progress.step}: mIoU {scores['mIoU']:.2f} %, aAcc {scores['aAcc']:.2f} % ({seconds:.0f} s)"
     tqdm.write(text, file=sys.stderr)
-    if (figures["mIoU"] or 0.0) > progress.best_miou:
-        progress.best_miou = scores["mIoU"]
+    miou = figures["mIoU"] or 0.0
+    if miou > progress.best_miou:
+        progress.best_miou = miou
         save_model(job.folder / "best.safetensors", job.model, metadata(job))
     report.draw_curves(job.folder / "metrics.jsonl", job.folder / "curves.png")
     write_predictions(job)
@@ -214,9 +215,9 @@ def save(job: Job) -> None:
 
 def write_predictions(job: Job, images: int = 4) -> None:
     """`predictions.png`: for the same validation images each time: image, label, coarse and final prediction."""
-    job.model.eval()
     from ssaseg.cli.evaluate import predict_labels
 
+    job.model.eval()
     rows = []
     palette = job.val_set.palette
     step = max(len(job.val_set) // images, 1)
