@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     import numpy as np
 
 Palette = tuple[tuple[int, int, int], ...]
+IGNORED = 255  # the label of pixels that count nowhere
 
 
 class DataError(ValueError):

@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 
 from ssaseg.datasets import DataError, Dataset
-from ssaseg.datasets.pairs import PairDataset, read_image, read_mask, require_complete
+from ssaseg.datasets.pairs import PairDataset, read_image, read_mask, require_complete, some
 
 # A set of this size is read in about a second, so that a sample would save nothing.
 SMALL = 512
@@ -108,24 +108,20 @@ def _warnings(dataset: PairDataset, pixels: np.ndarray, per_class: Iterable[floa
     absent = [name for name, count in zip(dataset.classes, per_class, strict=False) if count == 0]
     if absent:
         yield (
-            f"{len(absent)} of {len(dataset.classes)} classes have no pixel in {len(dataset)} masks: {_some(absent)}; "
-            f"ids there: {_ids(pixels)}; check data.classes, reduce_zero_label, raw_to_train"
+            f"{len(absent)} of {len(dataset.classes)} classes have no pixel in {len(dataset)} masks: "
+            f"{some(absent, 8)}; ids there: {_ids(pixels)}; check data.classes, reduce_zero_label, raw_to_train"
         )
     if dataset.unused_masks:
         count, files = len(dataset.unused_masks), [str(file) for file in dataset.unused_masks]
-        yield f"{count} mask{'s have' if count > 1 else ' has'} no image: {_some(files, 3)}"
+        yield f"{count} mask{'s have' if count > 1 else ' has'} no image: {some(files, 3)}"
 
 
 def _ids(pixels: np.ndarray) -> str:
     """The raw ids that occur, the first 20 of them."""
-    return _some([str(value) for value in np.flatnonzero(pixels)], 20)
+    return some([str(value) for value in np.flatnonzero(pixels)], 20)
 
 
 def _evenly(count: int, sample: int) -> list[int]:
     """`sample` of the indices 0..count-1 (all if there are fewer), evenly spaced, the first among them."""
     sample = min(count, sample)
     return [at * count // sample for at in range(sample)]
-
-
-def _some(names: list[str], most: int = 8) -> str:
-    return ", ".join(names[:most]) + (", …" if len(names) > most else "")

@@ -16,11 +16,10 @@ import cv2
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from ssaseg.datasets import DataError, default_palette
+from ssaseg.datasets import IGNORED, DataError, default_palette
 
 Decoded = tuple[np.ndarray, np.ndarray, np.ndarray | None]  # image, raw ids, colours of a palette file
 
-IGNORED = 255
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 # What Pillow raises on damaged files, beside OSError: its PNG reader alone uses three types.
 _DAMAGE = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)
@@ -296,9 +295,9 @@ def pair_files(
         first = missing[0]
         near = [file.name for file in _walk((masks / first).parent) if file.name.startswith(Path(first).name)]
         raise DataError(
-            f"{images}: {len(missing)} of {len(image_files)} images have no mask: {_some(missing)}\n"
+            f"{images}: {len(missing)} of {len(image_files)} images have no mask: {some(missing)}\n"
             f"expected {masks / (first + mask_suffix)} for the first"
-            + (f"; found {_some(near)}: set data.mask_suffix to what follows the name" if near else "")
+            + (f"; found {some(near)}: set data.mask_suffix to what follows the name" if near else "")
             + "\nadd the masks, remove the images, or correct data.mask_suffix and the masks' folder"
         )
     names = sorted(image_files)
@@ -343,5 +342,6 @@ def _raise(error: OSError) -> None:
     raise error
 
 
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
+def some(names: Sequence[str], most: int = 3) -> str:
+    """The first `most` names, for a message, and a sign that there are more."""
+    return ", ".join(names[:most]) + (", …" if len(names) > most else "")

@@ -16,7 +16,7 @@ import cv2
 import numpy as np
 from PIL import Image
 
-from ssaseg.datasets import DataError, Palette
+from ssaseg.datasets import IGNORED, DataError, Palette
 
 CLASSES: tuple[str, ...] = (
     "sky", "mountain", "grass", "water", "road", "tree", "house", "car", "boat", "ball", "buoy", "bale", "crate",
@@ -29,7 +29,6 @@ LOOK_ALIKES: tuple[tuple[str, str], ...] = (("ball", "buoy"), ("bale", "crate"))
 SPLITS = ("train", "val")
 
 SKY, MOUNTAIN, GRASS, WATER, ROAD, TREE, HOUSE, CAR, BOAT, BALL, BUOY, BALE, CRATE = range(len(CLASSES))
-IGNORED = 255
 Colour = Sequence[float] | np.ndarray
 _STEPS = np.linspace(0, 1, 256).reshape(1, 256, 1)
 

@@ -15,7 +15,8 @@ from typing import NamedTuple, Protocol
 import cv2
 import numpy as np
 
-IGNORED = 255
+from ssaseg.datasets import IGNORED
+
 MAX_TRIES = 10
 
 # Columns of a row of draws, in the order in which the steps are applied; NaN: the step is not taken.

@@ -42,9 +42,19 @@ def save_model(path: str | os.PathLike[str], model: Segmenter, metadata: Mapping
     known = {**DEFAULTS, **numbered, **metadata, **fixed}
     if len(known["classes"]) != model.num_classes:
         raise ValueError(f"metadata names {len(known['classes'])} classes, the model has {model.num_classes}")
-    tensors = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
-    content = save(tensors, {key: json.dumps(value) for key, value in known.items()})
-    write_atomic(Path(path), content)
+    write_tensors(Path(path), model.state_dict(), known)
+
+
+def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], header: Mapping[str, Any]) -> None:
+    """Writes tensors as safetensors, atomically, with `header` (JSON values)."""
+    stored = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
+    write_atomic(path, save(stored, {key: json.dumps(value) for key, value in header.items()}))
+
+
+def read_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """Tensors and header, as text, of any safetensors file. Raises SafetensorError, or OSError from the system."""
+    with safe_open(path, framework="pt") as file:
+        return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118 (not a dict)
 
 
 def write_atomic(path: Path, content: bytes, sync: bool = True) -> None:
@@ -98,9 +108,7 @@ def read_checkpoint(path: str | os.PathLike[str]) -> tuple[dict[str, torch.Tenso
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path}: no such checkpoint")
     try:
-        with safe_open(path, framework="pt") as file:
-            header = file.metadata() or {}
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
+        tensors, header = read_tensors(path)
         metadata = {key: json.loads(value) for key, value in header.items()} if "format" in header else {}
     except (SafetensorError, ValueError, OSError) as error:
         raise CheckpointError(

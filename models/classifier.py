@@ -154,7 +154,9 @@ class SSAClassifier(Classifier):
                 (semantic_mean, self.semantic_prototypes), (self.spatial_prototypes, spatial_mean)
             )
             adapted = feature + spatial_feature
-            return Adapted(coarse, spatial_feature, adapted, semantic, spatial, cosine_logits(adapted, prototypes))
+            return Adapted(
+                coarse, spatial_feature, adapted, semantic, spatial, losses.cosine_logits(adapted, prototypes)
+            )
 
     @property
     def semantic_prototypes(self) -> Tensor:
@@ -180,12 +182,6 @@ class SSAClassifier(Classifier):
     def training_only(self) -> tuple[str, ...]:
         """The teacher branch."""
         return ("teacher.",)
-
-
-def cosine_logits(feature: Tensor, prototypes: Tensor) -> Tensor:
-    """15 · cosine of each pixel with each prototype. (N,C,h,w), (N,K,C) → (N,K,h,w)."""
-    pixels = feature.flatten(2).transpose(1, 2)  # (N,P,C)
-    return 15 * losses.cosine(prototypes, pixels).unflatten(2, feature.shape[-2:])
 
 
 CLASSIFIERS: Mapping[str, type[Classifier]] = {"linear": LinearClassifier, "ssa": SSAClassifier}

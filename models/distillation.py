@@ -57,8 +57,6 @@ def teach(classifier: "SSAClassifier", feature: Tensor, student: "Adapted", labe
 
     feature (N,C,h,w) float32, labels (N,H,W). Gradients of the teacher's own losses flow into both features.
     """
-    from ssaseg.models.classifier import cosine_logits
-
     small = losses.resize_labels(labels, feature.shape[-2:])
     members = losses.group_matrix(len(labels), classifier.settings.group, feature.device)
     one_hot = losses.one_hot_pixels(small, classifier.num_classes)  # (N,K,P)
@@ -74,7 +72,7 @@ def teach(classifier: "SSAClassifier", feature: Tensor, student: "Adapted", labe
         (torch.einsum("gn,gkc->nkc", members, semantic_mean), classifier.semantic_prototypes),
         (spatial_mean, classifier.spatial_prototypes),
     )
-    return Teaching(small, members, semantic, spatial, cosine_logits(student.feature, prototypes))
+    return Teaching(small, members, semantic, spatial, losses.cosine_logits(student.feature, prototypes))
 
 
 def _means(sums: Tensor, pixels: Tensor, fallback: Tensor) -> Tensor:

@@ -254,6 +254,12 @@ def cosine(rows: Tensor, columns: Tensor) -> Tensor:
     return rows @ columns.transpose(1, 2)
 
 
+def cosine_logits(feature: Tensor, prototypes: Tensor) -> Tensor:
+    """15 · cosine of each pixel with each prototype. (N,C,h,w), (N,K,C) → (N,K,h,w)."""
+    pixels = feature.flatten(2).transpose(1, 2)  # (N,P,C)
+    return 15 * cosine(prototypes, pixels).unflatten(2, feature.shape[-2:])
+
+
 def resize_labels(labels: Tensor, size: tuple[int, int] | torch.Size) -> Tensor:
     """(N,H,W) integer → (N,h,w), nearest neighbour as `F.interpolate` takes it from float labels."""
     small = [F.interpolate(label[None, None].float(), tuple(size), mode="nearest")[0, 0] for label in labels]

@@ -43,12 +43,12 @@ def select_device(name: str) -> "torch.device":
     return torch.device(name)
 
 
-def make_console(stderr: bool = False) -> "Console":
+def make_console() -> "Console":
     """A rich console; into a file or pipe it writes plain lines, wide enough not to break a table's rows."""
     from rich.console import Console
 
-    console = Console(stderr=stderr, highlight=False, soft_wrap=True)
-    return console if console.is_terminal else Console(stderr=stderr, highlight=False, soft_wrap=True, width=160)
+    console = Console(highlight=False, soft_wrap=True)
+    return console if console.is_terminal else Console(highlight=False, soft_wrap=True, width=160)
 
 
 def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]], title: str | None = None) -> None:

@@ -5,7 +5,6 @@ backbone's tensors alone under our keys, with format "ssaseg-backbone-1" in its 
 takes it; `load_model` refuses it, naming the format.
 """
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from io import BytesIO
@@ -21,7 +20,7 @@ from ssaseg.cli.foreign import Weights, read_weights
 from ssaseg.datasets import synthetic
 from ssaseg.datasets.labels import label_space, list_label_spaces
 from ssaseg.models import Segmenter, build_model, list_models, load_model, save_model
-from ssaseg.models.checkpoint import write_atomic
+from ssaseg.models.checkpoint import write_atomic, write_tensors
 from ssaseg.models.upstream import CLASSES_KEY, DERIVED, LEFT_OUT, NOT_USED, SSA_KEY, official_keys
 
 BACKBONE_FORMAT = "ssaseg-backbone-1"
@@ -181,8 +180,6 @@ def _from_official(
 
 def _backbone_from_official(source: Path, destination: Path, weights: Weights, name: str, allow_partial: bool) -> int:
     """A pre-trained backbone alone; see the module's docstring for what the file is."""
-    from safetensors.torch import save
-
     network = _fresh(name, 2, "linear")
     names = {key: theirs for key, theirs in official_keys(network).items() if key.startswith("backbone.")}
     heading = _heading(source, weights, f"{name}, backbone alone")
@@ -190,11 +187,7 @@ def _backbone_from_official(source: Path, destination: Path, weights: Weights, n
     click.echo(report)
     if report.backbone_share < PRETRAINED_SHARE and not (allow_partial and report.matched):
         raise CommandError(_misfit(source, weights.tensors, network, report))
-    header = {"format": BACKBONE_FORMAT, "model": name}
-    content = save(
-        {key: value.contiguous() for key, value in tensors.items()}, {k: json.dumps(v) for k, v in header.items()}
-    )
-    write_atomic(destination, content)
+    write_tensors(destination, tensors, {"format": BACKBONE_FORMAT, "model": name})
     click.echo(f"wrote {destination}: weights to start from, for a recipe's model.pretrained")
     if not report.complete:
         click.echo("warning: partial; see the lists above", err=True)

@@ -144,8 +144,8 @@ def evaluate_model(
 ) -> Confusion:
     """Counts of `model` on the first `limit` images (None: all) of `dataset`; the model's mode is as before afterwards.
 
-    `workers` processes decode and resize ahead; 0: none. `progress` is called with 1 after
-    each image. Memory depends on the largest image, not on their number. Raises what the data set raises.
+    `workers` processes decode and resize ahead; 0: none. `progress` is called with 1 after each
+    image. Memory depends on the largest image, not on their number. Raises what the data set raises.
     """
     count = len(dataset) if limit is None else min(limit, len(dataset))
     confusion = Confusion(model.num_classes, device)
@@ -284,7 +284,9 @@ def _dataset(recipe: Recipe, split: str, root: Path | None) -> Dataset:
     if root is not None and recipe.data.dataset == "synthetic":
         raise CommandError(f"--root {root}: recipe {recipe.name} has built-in scenes, which have no root\nleave it out")
     root = Path(recipe.data.root) if root is None else root
-    return build_dataset(recipe.data.dataset, split, root=root, options=recipe.data.model_dump())
+    # Each image is read once: a cache would hold them all, and fill before the first is scored.
+    options = recipe.data.model_dump() | {"cache": False}
+    return build_dataset(recipe.data.dataset, split, root=root, options=options)
 
 
 def _require_labels(confusion: Confusion, images: str) -> None:

@@ -17,10 +17,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor
 
 from ssaseg.cli.console import CommandError
+from ssaseg.models.checkpoint import read_tensors
 from ssaseg.models.upstream import NOT_USED
 
 # Where a training script keeps the weights; the first that holds tensors wins, so averaged weights before raw ones.
@@ -69,9 +70,7 @@ def read_weights(path: Path) -> Weights:
 def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
     """Tensors, and the header where the file is one of ours."""
     try:
-        with safe_open(path, framework="pt") as file:
-            header = file.metadata() or {}
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
+        tensors, header = read_tensors(path)
         # Others write plain text there ("format": "pt"); ours are JSON values.
         ours = header.get("format", "").startswith(f'"{OURS}')
         return tensors, {key: json.loads(value) for key, value in header.items()} if ours else None

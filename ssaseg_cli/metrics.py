@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, TypedDict
 
 import numpy as np
 
+from ssaseg.datasets import IGNORED
+
 if TYPE_CHECKING:
     import torch
-
-IGNORED = 255
 
 
 class Scores(TypedDict):

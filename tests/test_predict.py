@@ -4,7 +4,6 @@ import json
 import os
 import signal
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,7 @@ from ssaseg.cli.predict import find_sources, in_order, run_predict
 from ssaseg.cli.results import RleFile, labelled_images
 from ssaseg.models import build_model, load_model, save_model
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 CLASSES = ["road", "car", "tree", "sky", "void"]
 PALETTE = [[128, 64, 128], [0, 0, 142], [107, 142, 35], [70, 130, 180], [1, 2, 3]]
 KINDS = ("index", "color", "overlay", "probs", "rle", "coarse")
@@ -33,15 +33,6 @@ def save_checkpoint(path: Path, classifier: str = "ssa", protocol: dict | None =
     metadata = {"classes": CLASSES, "palette": PALETTE, "protocol": protocol or {"scale": None, "multiple": None}}
     save_model(path, build_model("seaformer_t", len(CLASSES), classifier), metadata)
     return path
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Images this small only wait for a second thread."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
