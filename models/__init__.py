@@ -4,7 +4,10 @@
 >>> logits = model(torch.randn(1, 3, 64, 64))  # (1, 8, 8, 8)
 """
 
-from ssaseg.models import seaformer
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from ssaseg.models import afformer, cgrseg, seaformer, segnext
 from ssaseg.models.checkpoint import CheckpointError, load_model, save_model
 from ssaseg.models.classifier import CLASSIFIERS, LOSS_WEIGHTS, Distillation
 from ssaseg.models.segmenter import Segmenter
@@ -22,7 +25,15 @@ __all__ = [
 ]
 
 # Name → function (name, drop_path) → (backbone, decoder). A decoder tells its output's `channels`.
-NETWORKS = dict.fromkeys(seaformer.VARIANTS, seaformer.build)
+NETWORKS: Mapping[str, Callable[..., Any]] = {
+    **dict.fromkeys(afformer.VARIANTS, afformer.build),
+    **dict.fromkeys(cgrseg.VARIANTS, cgrseg.build),
+    **dict.fromkeys(seaformer.VARIANTS, seaformer.build),
+    **dict.fromkeys(segnext.VARIANTS, segnext.build),
+}
+
+# Networks whose paper's plain classifier is more than a 1×1 convolution: what stands for `linear` there.
+GUIDED = dict.fromkeys(cgrseg.VARIANTS, (cgrseg.build_guided, cgrseg.GuidedClassifier))
 
 
 def list_models() -> list[str]:
@@ -50,6 +61,9 @@ def build_model(
         raise ValueError(f"classifier {classifier!r} is not known\nknown: {', '.join(CLASSIFIERS)}")
     if num_classes < 1:
         raise ValueError(f"num_classes is {num_classes}, expected at least 1")
-    backbone, decoder = NETWORKS[name](name, drop_path)
-    head = CLASSIFIERS[classifier](decoder.channels, num_classes, dropout, distillation or Distillation())
+    build, kind = NETWORKS[name], CLASSIFIERS[classifier]
+    if classifier == "linear" and name in GUIDED:
+        build, kind = GUIDED[name]
+    backbone, decoder = build(name, drop_path)
+    head = kind(decoder.channels, num_classes, dropout, distillation or Distillation())
     return Segmenter(backbone, decoder, head, name, classifier)

@@ -94,8 +94,8 @@ class LinearClassifier(Classifier):
 
     def training_step(self, feature: Tensor, labels: Tensor, pairs: Tensor | None = None) -> TrainingStep:
         """One loss: cross entropy at the labels' size, align_corners=False, averaged over all pixels, ignored too."""
-        logits = self.coarse(feature)
-        with torch.autocast(feature.device.type, enabled=False):
+        logits = self(feature)
+        with torch.autocast(logits.device.type, enabled=False):
             terms = losses.full_resolution_terms(logits, labels, align_corners=False, dice=False)
             main = terms.cross_entropy.sum() / labels.numel()
         return TrainingStep(logits, {"main_ce": self.settings.weights["main_ce"] * main})

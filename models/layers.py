@@ -9,18 +9,46 @@ from torch.nn import functional as F
 
 
 class ConvNorm(nn.Sequential):
-    """Convolution without bias, then BatchNorm (eps 1e-5, momentum 0.1); "same" padding for odd kernels.
+    """Convolution, then BatchNorm (eps 1e-5, momentum 0.1); "same" padding for odd kernels (height, width).
 
-    The norm's weight starts at `norm_weight`: 0 silences a residual branch until training wakes it.
+    The norm's weight starts at `norm_weight`: 0 silences a residual branch until training wakes it. A `bias` before a
+    norm is of no use, but some official networks carry it in their checkpoints.
     """
 
     def __init__(
-        self, inputs: int, outputs: int, kernel: int = 1, stride: int = 1, groups: int = 1, norm_weight: float = 1.0
+        self,
+        inputs: int,
+        outputs: int,
+        kernel: int | tuple[int, int] = 1,
+        stride: int = 1,
+        groups: int = 1,
+        norm_weight: float = 1.0,
+        bias: bool = False,
     ) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(inputs, outputs, kernel, stride, kernel // 2, groups=groups, bias=False)
+        height, width = (kernel, kernel) if isinstance(kernel, int) else kernel
+        padding = (height // 2, width // 2)
+        self.conv = nn.Conv2d(inputs, outputs, (height, width), stride, padding, groups=groups, bias=bias)
         self.norm = nn.BatchNorm2d(outputs)
         nn.init.constant_(self.norm.weight, norm_weight)
+
+
+class ConvGroupNorm(nn.Sequential):
+    """1×1 convolution without bias, then GroupNorm of 32 groups (eps 1e-5): mmcv's `ConvModule` with `norm_cfg` GN."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(inputs, outputs, 1, bias=False)
+        self.norm = nn.GroupNorm(32, outputs)
+
+
+class Depthwise(nn.Conv2d):
+    """Depthwise convolution with bias and "same" padding for odd kernels (height, width)."""
+
+    def __init__(self, channels: int, kernel: int | tuple[int, int], stride: int = 1) -> None:
+        height, width = (kernel, kernel) if isinstance(kernel, int) else kernel
+        padding = (height // 2, width // 2)
+        super().__init__(channels, channels, (height, width), stride, padding, groups=channels)
 
 
 class DropPath(nn.Module):
@@ -70,3 +98,9 @@ def init_conv_module(module: nn.Module) -> None:
             nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
             if layer.bias is not None:
                 nn.init.zeros_(layer.bias)
+
+
+def drop_path_rates(last: float, depths: tuple[int, ...]) -> list[float]:
+    """A rate per block of a network, growing evenly from 0 to `last`, over all its stages."""
+    blocks = sum(depths)
+    return [last * block / max(blocks - 1, 1) for block in range(blocks)]

@@ -21,6 +21,10 @@ CLASSIFIER: Rows = [
     ("classifier.", "decode_head."),
 ]
 
+MLP_CONVS = (("expand", "fc1"), ("depthwise", "mid"), ("project", "fc2"))  # of EfficientFormerV2
+MLP_NORMS = (("expand", "norm1"), ("depthwise", "mid_norm"), ("project", "norm2"))
+FUSIONS = (("local", "fuse1"), ("gate", "fuse2"))  # of CGRSeg
+
 SEAFORMER: dict[str, Rows] = {
     "backbone.": [
         ("backbone.stem.", "backbone.smb1.stem_block.0."),
@@ -55,8 +59,127 @@ SEAFORMER: dict[str, Rows] = {
     "classifier.": CLASSIFIER,
 }
 
+AFFORMER: dict[str, Rows] = {
+    "backbone.": [
+        ("backbone.stem.2.", "backbone.stem.1."),
+        *(
+            (f"stages.{i}.embeddings.{j}.", f"patch_embed_stages.{i}.patch_embeds.{j}.patch_conv.")
+            for i in range(4)
+            for j in range(2)
+        ),
+        (".patch_conv.depthwise.", ".patch_conv.dwconv."),
+        (".patch_conv.pointwise.conv.", ".patch_conv.pwconv."),
+        (".patch_conv.pointwise.norm.", ".patch_conv.bn."),
+        *((f"backbone.stages.{i}.", f"backbone.mhca_stages.{i}.") for i in range(4)),
+        ("restore.reduce.", "Restore.conv1."),
+        ("restore.depthwise.conv.", "Restore.dwconv."),
+        ("restore.depthwise.norm.", "Restore.norm_."),
+        ("restore.expand.", "Restore.conv2."),
+        ("encoder.position.", "mhca_blks.0.cpe.proj."),
+        ("encoder.frequencies.high_pass.", "mhca_blks.0.crpe.conv_list."),
+        ("encoder.blocks.", "mhca_blks.0.MHCA_layers."),
+        ("attention_norm.", "norm1."),
+        ("query_key_value.", "factoratt_crpe.qkv."),
+        ("attention_project.", "factoratt_crpe.proj."),
+        ("mlp_norm.", "norm2."),
+        *((f"{block}.expand.", f"{block}.mlp.fc1.") for block in range(6)),
+        *((f"{block}.depthwise.", f"{block}.mlp.dwconv.dwconv.") for block in range(6)),
+        *((f"{block}.project.", f"{block}.mlp.fc2.") for block in range(6)),
+        (".norm.", ".bn."),
+        (".norm_.", ".norm."),  # the one norm that is not called `bn`
+    ],
+    "decoder.": [("decoder.", "decode_head."), (".norm.", ".gn.")],
+    "classifier.": CLASSIFIER,
+}
+
+SEGNEXT: dict[str, Rows] = {
+    "backbone.": [
+        ("stages.0.embed.0.conv.", "patch_embed1.proj.0."),
+        ("stages.0.embed.0.norm.", "patch_embed1.proj.1."),
+        ("stages.0.embed.2.conv.", "patch_embed1.proj.3."),
+        ("stages.0.embed.2.norm.", "patch_embed1.proj.4."),
+        *((f"stages.{i}.embed.conv.", f"patch_embed{i + 1}.proj.") for i in range(1, 4)),
+        *((f"stages.{i}.embed.norm.", f"patch_embed{i + 1}.norm.") for i in range(1, 4)),
+        *((f"stages.{i}.blocks.", f"block{i + 1}.") for i in range(4)),
+        *((f"stages.{i}.norm.", f"norm{i + 1}.") for i in range(4)),
+        ("attention_norm.", "norm1."),
+        ("attention_scale", "layer_scale_1"),
+        ("attention.enter.", "attn.proj_1."),
+        ("attention.leave.", "attn.proj_2."),
+        ("attention.gate.", "attn.spatial_gating_unit."),
+        ("gating_unit.local.", "gating_unit.conv0."),
+        *((f"gating_unit.strips.{i}.{j}.", f"gating_unit.conv{i}_{j + 1}.") for i in range(3) for j in range(2)),
+        ("gating_unit.mix.", "gating_unit.conv3."),
+        ("mlp_norm.", "norm2."),
+        ("mlp_scale", "layer_scale_2"),
+        (".expand.", ".mlp.fc1."),
+        (".depthwise.", ".mlp.dwconv.dwconv."),
+        (".project.", ".mlp.fc2."),
+    ],
+    "decoder.": [
+        ("decoder.enter.", "decode_head.hamburger.ham_in.conv."),
+        ("decoder.leave.", "decode_head.hamburger.ham_out."),
+        ("decoder.", "decode_head."),
+        (".norm.", ".gn."),
+    ],
+    "classifier.": CLASSIFIER,
+}
+
+CGRSEG: dict[str, Rows] = {
+    "backbone.": [
+        *((f"stem.{i}.conv.", f"patch_embed.{i + i // 2}.") for i in (0, 2)),
+        *((f"stem.{i}.norm.", f"patch_embed.{i + i // 2 + 1}.") for i in (0, 2)),
+        *((f"stages.{i}.", f"network.{2 * i}.") for i in range(4)),
+        *((f"downsample.{i}.conv.", f"network.{2 * i + 1}.proj.") for i in range(2)),
+        *((f"downsample.{i}.norm.", f"network.{2 * i + 1}.norm.") for i in range(2)),
+        ("downsample.2.conv.conv.", "network.5.conv."),
+        ("downsample.2.conv.norm.", "network.5.bn."),
+        ("downsample.2.query_local.", "network.5.attn.q.local.0."),
+        ("downsample.2.query.", "network.5.attn.q.proj."),
+        ("downsample.2.", "network.5.attn."),
+        ("attention.scale", "layer_scale_1"),
+        ("mlp.scale", "layer_scale_2"),
+        *((f"mlp.branch.{ours}.conv.", f"mlp.{theirs}.") for ours, theirs in MLP_CONVS),
+        *((f"mlp.branch.{ours}.norm.", f"mlp.{theirs}.") for ours, theirs in MLP_NORMS),
+        ("attention.branch.", "token_mixer."),
+        ("token_mixer.reduce.", "token_mixer.stride_conv."),
+        *((f".{ours}.", f".{theirs}.") for ours, theirs in (("query", "q"), ("key", "k"), ("value", "v"))),
+        (".local.conv.", ".v_local.0."),
+        (".local.norm.", ".v_local.1."),
+        ("bias.table", "attention_biases_seg"),
+        (".talk_before.", ".talking_head1."),
+        (".talk_after.", ".talking_head2."),
+        (".project.conv.", ".proj.1."),
+        (".project.norm.", ".proj.2."),
+        *((f".{part}.conv.", f".{part}.0.") for part in ("stride_conv", "q", "q.proj", "k", "v")),
+        *((f".{part}.norm.", f".{part}.1.") for part in ("stride_conv", "q", "q.proj", "k", "v")),
+    ],
+    "decoder.": [
+        *((f"fuse.{i}.{ours}.", f"SIM.{i}.{theirs}.") for i in range(3) for ours, theirs in FUSIONS),
+        ("decoder.output.", "decoder.linear_fuse."),
+        *((f"{part}.norm.", f"{part}.bn.") for part in ("fuse1", "fuse2", "linear_fuse")),
+        ("decoder.context.", "decoder.trans.transformer_blocks."),
+        ("decoder.rebuild.", "decoder.meta."),
+        ("decoder.descend.", "decoder.conv."),
+        ("attention.local.", "token_mixer.dwconv_hw."),
+        ("attention.horizontal.conv.", "token_mixer.excite.0."),
+        ("attention.horizontal.norm.", "token_mixer.excite.1."),
+        ("attention.vertical.", "token_mixer.excite.3."),
+        (".expand.", ".mlp.fc1."),
+        (".project.", ".mlp.fc2."),
+        (".scale", ".gamma"),
+        ("decoder.", "decode_head."),
+    ],
+    "classifier.": [
+        ("classifier.weigh.", "decode_head.lgc.conv_mask."),
+        ("classifier.enter.", "decode_head.lgc.channel_mul_conv.0."),
+        ("classifier.norm.", "decode_head.lgc.channel_mul_conv.1."),
+        ("classifier.leave.", "decode_head.lgc.channel_mul_conv.3."),
+        *CLASSIFIER,
+    ],
+}
 # By the part of a network's name before its size.
-TABLES = {"seaformer": SEAFORMER}
+TABLES = {"afformer": AFFORMER, "cgrseg": CGRSEG, "seaformer": SEAFORMER, "segnext": SEGNEXT}
 
 # Beginnings of official keys that hold nothing a model of ours computes with, and what they are.
 NOT_USED = {
