@@ -26,11 +26,9 @@ from ssaseg.datasets.colour import normalize
 from ssaseg.datasets.loader import eval_loader
 from ssaseg.datasets.transforms import test_image
 from ssaseg.models import Segmenter, load_model
-from ssaseg.models.layers import resize_bilinear
+from ssaseg.models.labelling import label_map, resize_twice
 from ssaseg.recipes import Recipe, load_recipe, parse_recipe
 
-# Full-size logits held at once [elements]: as much as a CPU's cache, or a GiB of a GPU; at least one class.
-CPU_ELEMENTS, GPU_ELEMENTS = 2**18, 2**28
 WORKERS = 2  # processes that decode ahead
 
 
@@ -97,35 +95,6 @@ def at_full_size(
     if probabilities:
         shares = resize_twice(logits.final, middle, size)[0].softmax(dim=0).half().cpu().numpy()
     return Prediction(labels, before, shares)
-
-
-@torch.inference_mode()
-def label_map(logits: Tensor, middle: tuple[int, ...], size: tuple[int, ...]) -> Tensor:
-    """Arg-max over classes at full size: (1,K,·,·) → uint8 (H,W); of equal logits the lower class wins.
-
-    Bilinear steps work class by class, so the maximum can run along: full-size logits of all classes (7 GB for 150 and
-    a 12-megapixel photograph) never exist, and what a CPU touches stays in its cache. PyTorch's rounding in the last
-    place depends on how many classes it resizes at once; that shows only where two classes are that close.
-    """
-    best = torch.full(tuple(size), -torch.inf, device=logits.device)
-    labels = torch.zeros(tuple(size), dtype=torch.uint8, device=logits.device)
-    elements = CPU_ELEMENTS if logits.device.type == "cpu" else GPU_ELEMENTS
-    step = max(elements // max(best.numel(), middle[0] * middle[1]), 1)
-    for first in range(0, logits.shape[1], step):
-        maps = resize_twice(logits[:, first : first + step], middle, size)[0]
-        values, classes = (maps[0], None) if len(maps) == 1 else maps.max(dim=0)
-        higher = values > best
-        if classes is None:
-            labels.masked_fill_(higher, first)
-        else:
-            labels = torch.where(higher, (classes + first).byte(), labels)
-        best = torch.maximum(best, values)
-    return labels
-
-
-def resize_twice(logits: Tensor, middle: tuple[int, ...], size: tuple[int, ...]) -> Tensor:
-    """The protocol's two bilinear steps (align_corners=False). (1,K,·,·) → (1,K,H,W)."""
-    return resize_bilinear(resize_bilinear(logits, torch.Size(middle)), torch.Size(size))
 
 
 # ---- many images -------------------------------------------------------------------------------------------------

@@ -13,8 +13,9 @@ from torch.nn import functional as F
 
 from ssaseg.cli import evaluate
 from ssaseg.cli.console import CommandError
-from ssaseg.cli.evaluate import evaluate_model, label_map, predict_labels, run_eval
-from ssaseg.models import Segmenter, build_model, save_model
+from ssaseg.cli.evaluate import evaluate_model, predict_labels, run_eval
+from ssaseg.models import Segmenter, build_model, labelling, save_model
+from ssaseg.models.labelling import label_map
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 CPU = torch.device("cpu")
@@ -101,7 +102,7 @@ def test_coarse_labels_come_from_before_the_adaptation(model: Segmenter) -> None
 
 @pytest.mark.parametrize("elements", [1, 3 * 40 * 30, 2**30])
 def test_the_running_maximum_is_the_arg_max(monkeypatch: pytest.MonkeyPatch, elements: int) -> None:
-    monkeypatch.setattr(evaluate, "CPU_ELEMENTS", elements)
+    monkeypatch.setattr(labelling, "CPU_ELEMENTS", elements)
     logits = torch.randn(1, 11, 5, 4, generator=torch.Generator().manual_seed(0))
     middle = F.interpolate(logits, (40, 30), mode="bilinear", align_corners=False)
     for size in ((40, 30), (23, 57)):

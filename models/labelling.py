@@ -1,0 +1,197 @@
+"""The label map of a network's logits at full size, without its logits at full size.
+
+Bilinear steps are separable and linear. Composed, they make an output pixel a convex combination of the few logits
+under it: `rows @ logits @ columns.T`, one row-stochastic matrix an axis. The output is cut into blocks whose pixels
+share these logits, the window. A class whose largest logit in a window is below another's smallest there loses
+everywhere in the block, so that only the others, the candidates, have to be interpolated: few in trained logits.
+
+Axes: K classes, h×w logits, H×W pixels; P×Q pixels in a block, T×U logits in a window; n blocks.
+"""
+
+from collections.abc import Callable
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ssaseg.models.layers import resize_bilinear
+
+# Numbers worked on at once: as many as a CPU's cache holds, or few large operations of a GPU.
+CPU_ELEMENTS, GPU_ELEMENTS = 2**18, 2**24
+# Costs as measured on a CPU, in pixels of one class interpolated by `running_maximum`: of a pixel interpolated block by
+# block, of what comes on top for each block and class, and of the search, for each logit and each logit of a window.
+PIXEL_COST, BLOCK_COST, SEARCH_COST = 2.0, 64.0, 1.0
+
+
+@torch.inference_mode()
+def label_map(logits: Tensor, middle: tuple[int, ...], size: tuple[int, ...]) -> Tensor:
+    """Arg-max over classes at full size: (1,K,h,w) → uint8 (H,W); of equal logits the lower class wins. K ≤ 256.
+
+    `middle`: size of the network's input, `size`: of the image (height, width); equal ones make one bilinear step.
+    Full-size logits of all classes (7 GB for 150 and a 12-megapixel photograph) never exist. The labels are those of
+    `F.interpolate` twice and `argmax`, but where two classes are as close as float32 rounds. Logits that are not
+    finite give a label, no particular one.
+    """
+    logits = logits.float()
+    rows, columns = (cut_axis(*each, str(logits.device)) for each in zip(logits.shape[2:], middle, size, strict=True))
+    found = find_candidates(logits[0], rows, columns)
+    return running_maximum(logits, middle, size) if found is None else label_blocks(logits[0], *found, rows, columns)
+
+
+def elements(device: torch.device) -> int:
+    return CPU_ELEMENTS if device.type == "cpu" else GPU_ELEMENTS
+
+
+def resize_twice(logits: Tensor, middle: tuple[int, ...], size: tuple[int, ...]) -> Tensor:
+    """The protocol's two bilinear steps (align_corners=False). (1,K,h,w) → (1,K,H,W)."""
+    return resize_bilinear(resize_bilinear(logits, torch.Size(middle)), torch.Size(size))
+
+
+# ---- every class -------------------------------------------------------------------------------------------------
+
+
+def running_maximum(logits: Tensor, middle: tuple[int, ...], size: tuple[int, ...]) -> Tensor:
+    """`label_map` by interpolating every class, some at once, while the maximum runs along.
+
+    PyTorch's rounding in the last place depends on how many classes it resizes at once.
+    """
+    best = torch.full(tuple(size), -torch.inf, device=logits.device)
+    labels = torch.zeros(tuple(size), dtype=torch.uint8, device=logits.device)
+    step = max(elements(logits.device) // max(best.numel(), middle[0] * middle[1]), 1)
+    for first in range(0, logits.shape[1], step):
+        maps = resize_twice(logits[:, first : first + step], middle, size)[0]
+        values, classes = (maps[0], None) if len(maps) == 1 else maps.max(dim=0)
+        higher = values > best
+        if classes is None:
+            labels.masked_fill_(higher, first)
+        else:
+            labels = torch.where(higher, (classes + first).byte(), labels)
+        best = torch.maximum(best, values)
+    return labels
+
+
+# ---- candidates only ---------------------------------------------------------------------------------------------
+
+
+class Axis(NamedTuple):
+    """One axis of the output cut into B blocks of P pixels, each with a window of T logits."""
+
+    starts: Tensor  # int64 (B): first logit of a block's window
+    weights: Tensor  # float32 (T,P,B): of the window's logits in each pixel of the block
+    places: Tensor  # int64 (pixels of the axis): block · P + pixel of the block
+    windows: int  # of T logits that the axis has
+
+
+@lru_cache(maxsize=64)
+def cut_axis(source: int, middle: int, target: int, device: str) -> Axis:
+    """Cuts an axis of `target` pixels, interpolated from `source` logits by way of `middle` pixels."""
+    # The weights are the unit vectors interpolated, so that whatever rounds the steps' positions rounds these.
+    matrix = resize_twice(torch.eye(source)[None, None], (source, middle), (source, target))[0, 0]
+    used = (matrix != 0).byte()
+    first, last = used.argmax(dim=0), source - 1 - used.flip(0).argmax(dim=0)
+    T = int((last - first).max()) + 1
+    start = first.clamp(max=source - T)
+    _, run, lengths = start.unique_consecutive(return_inverse=True, return_counts=True)
+    # The runs at both ends are longer; cut in two they do not widen every other block.
+    P = int(lengths.median())
+    within = torch.arange(target) - (lengths.cumsum(0) - lengths)[run]
+    block = (run * target + within // P).unique_consecutive(return_inverse=True)[1]
+    B = int(block[-1]) + 1
+    places = block * P + within % P
+    weights = torch.zeros(T, B * P).index_copy(1, places, matrix.gather(0, start + torch.arange(T)[:, None]))
+    starts = torch.zeros(B, dtype=torch.int64).index_copy(0, block, start)
+    weights = weights.unflatten(1, (B, P)).transpose(1, 2).contiguous()
+    return Axis(starts.to(device), weights.to(device), places.to(device), source - T + 1)
+
+
+def find_candidates(logits: Tensor, rows: Axis, columns: Axis) -> tuple[Tensor, Tensor] | None:
+    """Window (numbered row by row) and class of each candidate in logits (K,h,w): int64 (candidates) both, ascending.
+
+    None where interpolating every class is the faster way, or a logit is not finite.
+    """
+    T, U = len(rows.weights), len(columns.weights)
+    left = affordable(len(logits), rows, columns)
+    if left < 0 or not logits.sum().isfinite():
+        return None
+    found = []
+    step = max(elements(logits.device) // (len(logits) * columns.windows), 1)
+    for top in range(0, rows.windows, step):
+        band = logits[:, top : min(top + step, rows.windows) + T - 1]
+        smallest = over_windows(torch.minimum, band, T, U)
+        reach = over_windows(torch.maximum, band, T, U) >= smallest.amax(dim=0)
+        left -= int(reach.count_nonzero())
+        if left < 0:
+            return None
+        pairs = reach.flatten(1).T.nonzero()
+        found.append(pairs.add_(torch.tensor([top * columns.windows, 0], device=pairs.device)))
+    window, classes = torch.cat(found).unbind(1)
+    return window, classes
+
+
+def affordable(classes: int, rows: Axis, columns: Axis) -> float:
+    """Number of candidates up to which interpolating them alone is the faster way; negative where it never is."""
+    (T, P, _), (U, Q, _) = rows.weights.shape, columns.weights.shape
+    pixels, windows = len(rows.places) * len(columns.places), rows.windows * columns.windows
+    return classes * (pixels - SEARCH_COST * (T + U) * windows) / (PIXEL_COST * P * Q + BLOCK_COST)
+
+
+def over_windows(extreme: Callable[[Tensor, Tensor], Tensor], maps: Tensor, T: int, U: int) -> Tensor:
+    """`torch.minimum` or `torch.maximum` of each window: (K,h,w) → (K,h-T+1,w-U+1)."""
+    for dim, length in ((1, T), (2, U)):
+        count = maps.shape[dim] - length + 1
+        result = maps.narrow(dim, 0, count)
+        for offset in range(1, length):
+            result = extreme(result, maps.narrow(dim, offset, count))
+        maps = result
+    return maps
+
+
+def label_blocks(logits: Tensor, windows: Tensor, classes: Tensor, rows: Axis, columns: Axis) -> Tensor:
+    """Labels (H,W) of logits (K,h,w) among the candidates: classes (candidates) with their windows, ascending."""
+    (_, P, B), (_, Q, C) = rows.weights.shape, columns.weights.shape
+    number = windows.bincount(minlength=rows.windows * columns.windows)
+    window = (rows.starts[:, None] * columns.windows + columns.starts).flatten()
+    first, number = (number.cumsum(0) - number)[window], number[window]  # of each block's candidates
+    labels = classes[first].byte()[:, None].repeat(1, P * Q)
+    # With the most candidates first, the blocks with more than r are a beginning of the list, for each r.
+    order = number.argsort(descending=True)
+    more = (len(order) - number.bincount().cumsum(0)).tolist()
+    step = max(elements(logits.device) // (P * Q), 1)
+    for begin in range(0, more[1], step):
+        blocks = order[begin : min(begin + step, more[1])]
+        down, across = rows.weights[..., blocks // C], columns.weights[..., blocks % C]
+        corner = rows.starts[blocks // C] * logits.shape[2] + columns.starts[blocks % C]
+        best = torch.full((P, Q, len(blocks)), -torch.inf, device=logits.device)
+        label = torch.zeros(best.shape, dtype=torch.uint8, device=logits.device)
+        for r, count in enumerate(more):
+            n = min(count - begin, len(blocks))
+            if n <= 0:
+                break
+            k = classes[first[blocks[:n]] + r]
+            values = interpolate_blocks(logits, k, corner[:n], down[..., :n], across[..., :n])
+            label[..., :n] = torch.where(values > best[..., :n], k.byte(), label[..., :n])
+            best[..., :n] = torch.maximum(values, best[..., :n])
+        labels[blocks] = label.flatten(0, 1).T
+    labels = labels.view(B, C, P, Q).transpose(1, 2).reshape(B * P, C * Q)
+    return labels[rows.places][:, columns.places]
+
+
+def interpolate_blocks(logits: Tensor, classes: Tensor, corner: Tensor, down: Tensor, across: Tensor) -> Tensor:
+    """Pixels (P,Q,n) of one class (n) in each block; its window begins at `corner` (n) of the flattened (h,w).
+
+    Weights: down (T,P,n), across (U,Q,n).
+    """
+    height, width = (torch.arange(len(weights), device=logits.device) for weights in (down, across))
+    offset = width[:, None, None] + height[:, None] * logits.shape[2]  # (U,T,1)
+    window = logits.flatten()[classes * logits[0].numel() + corner + offset]
+    lines = weighted_sum(window[:, :, None], across)  # (T,Q,n)
+    return weighted_sum(lines, down[:, :, None])
+
+
+def weighted_sum(parts: Tensor, weights: Tensor) -> Tensor:
+    """Over the first axis, without holding the products."""
+    total = parts[0] * weights[0]
+    for part, weight in zip(parts[1:], weights[1:], strict=True):
+        total.addcmul_(part, weight)
+    return total
