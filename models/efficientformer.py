@@ -88,9 +88,12 @@ class RelativeBias(nn.Module):
 
     def forward(self, queries: int, keys: int) -> Tensor:
         """→ (h,Q,P)."""
-        table = self.table.unflatten(1, (self.distance.shape[1], -1))
-        offsets = table[:, self.distance[:, None, :, None], self.distance[None, :, None, :]]  # (h,y,x,y',x')
-        bias = offsets.flatten(3).flatten(1, 2)
+        grid, side = self.distance.shape
+        table = self.table.unflatten(1, (side, side))
+        # Axis by axis, since the second, large lookup then reads whole rows: (h,|Δy|,|Δx|) → (h,y,y',|Δx|) → (…,x,x').
+        offsets = table[:, self.distance.flatten()][:, :, self.distance.flatten()]
+        offsets = offsets.view(HEADS, grid, side, grid, side)
+        bias = offsets.transpose(2, 3).reshape(HEADS, grid * grid, side * side)
         if bias.shape[1:] == (queries, keys):
             return bias
         return F.interpolate(bias[None], size=(queries, keys), mode="bicubic", align_corners=False)[0]
@@ -99,6 +102,23 @@ class RelativeBias(nn.Module):
 def split_heads(maps: Tensor) -> Tensor:
     """(N,h·D,H,W) → (N,h,D,P): a head's channels lie together."""
     return maps.flatten(2).unflatten(1, (HEADS, -1))
+
+
+def merge_heads(tokens: Tensor, size: torch.Size) -> Tensor:
+    """(N,h,P,D) → (N,h·D,H,W), laid out channels last as convolutions here are."""
+    return tokens.transpose(1, 2).flatten(2).mT.unflatten(2, size)
+
+
+class TalkingHeads(nn.Conv2d):
+    """1×1 convolution over heads, as a matrix product: attention's maps are not laid out channels last."""
+
+    def __init__(self) -> None:
+        super().__init__(HEADS, HEADS, 1)
+
+    def forward(self, maps: Tensor) -> Tensor:
+        """(N,h,Q,P) → (N,h,Q,P)."""
+        mixed = self.weight.flatten(1) @ maps.flatten(2) + self.bias[:, None]  # type: ignore[index]
+        return mixed.view(maps.shape)
 
 
 class Attention(nn.Module):
@@ -119,8 +139,8 @@ class Attention(nn.Module):
         self.value = ConvNorm(channels, values, bias=True)
         self.local = ConvNorm(values, values, 3, groups=values, bias=True)
         self.bias = RelativeBias(stride=1)
-        self.talk_before = nn.Conv2d(HEADS, HEADS, 1)
-        self.talk_after = nn.Conv2d(HEADS, HEADS, 1)
+        self.talk_before = TalkingHeads()
+        self.talk_after = TalkingHeads()
         self.project = ConvNorm(values, channels, bias=True)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -131,7 +151,7 @@ class Attention(nn.Module):
         scores = split_heads(self.query(x)).mT @ split_heads(self.key(x)) * self.scale  # (N,h,P,P)
         scores = self.talk_before(scores + self.bias(*scores.shape[-2:]))
         weights = self.talk_after(scores.softmax(dim=-1))
-        attended = (split_heads(value) @ weights.mT).flatten(1, 2).unflatten(2, x.shape[-2:])
+        attended = merge_heads(weights @ split_heads(value).mT, x.shape[-2:])
         return self.project(F.gelu(resize_bilinear(attended + self.local(value), size)))
 
 
@@ -158,7 +178,7 @@ class AttentionDownsample(nn.Module):
         query = self.query(self.query_local(x) + x[..., ::2, ::2])
         scores = split_heads(query).mT @ split_heads(self.key(x)) * self.scale  # (N,h,Q,P)
         weights = (scores + self.bias(*scores.shape[-2:])).softmax(dim=-1)
-        attended = (split_heads(value) @ weights.mT).flatten(1, 2).unflatten(2, local.shape[-2:])
+        attended = merge_heads(weights @ split_heads(value).mT, local.shape[-2:])
         return self.project(F.gelu(attended + local)) + self.conv(x)
 
 

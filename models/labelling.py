@@ -33,7 +33,7 @@ def label_map(logits: Tensor, middle: tuple[int, ...], size: tuple[int, ...]) ->
     `F.interpolate` twice and `argmax`, but where two classes are as close as float32 rounds. Logits that are not
     finite give a label, no particular one.
     """
-    logits = logits.float()
+    logits = logits.float().contiguous()
     rows, columns = (cut_axis(*each, str(logits.device)) for each in zip(logits.shape[2:], middle, size, strict=True))
     found = find_candidates(logits[0], rows, columns)
     return running_maximum(logits, middle, size) if found is None else label_blocks(logits[0], *found, rows, columns)

@@ -22,8 +22,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from ssaseg.cli.console import CommandError, json_target, print_table, select_device, write_json
-from ssaseg.cli.evaluate import label_map
 from ssaseg.models import CLASSIFIERS, Segmenter, build_model, list_models, load_model
+from ssaseg.models.labelling import label_map
 
 CLASSES = 150  # of a network by name: ADE20K's, as in published figures
 WARM_UP = 3  # passes before the first timed one
@@ -121,11 +121,8 @@ def count(model: Segmenter, image: Tensor) -> dict[str, Any]:
     """
     only_training = tuple(f"classifier.{prefix}" for prefix in model.classifier.training_only())
     sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
-    image = image.cpu()
-    with torch.inference_mode():
-        with FlopCounterMode(display=False) as operations:
-            model(image)
-        modules = count_modules(model, image)
+    with torch.inference_mode(), FlopCounterMode(display=False) as operations:
+        modules = count_modules(model, image.cpu())
     return {
         "parameters": sum(sizes.values()),
         "parameters_deployed": sum(size for name, size in sizes.items() if not name.startswith(only_training or "?")),

@@ -7,10 +7,12 @@ from typing import Any
 
 import pytest
 import torch
+from click.testing import CliRunner
 from torch import nn
 
-from ssaseg.cli import profiling
+from ssaseg.cli import papertable, profiling
 from ssaseg.cli.console import CommandError
+from ssaseg.cli.main import cli
 from ssaseg.cli.profiling import EVERY_OPERATION, MODULES_ONLY, LiveTensors, count_modules, run_profile
 from ssaseg.models import build_model, save_model
 
@@ -20,6 +22,8 @@ OFFICIAL = {
     "linear": (8605654, 8605654, 1.757585408, 1.77734656),
     "ssa": (8836694, 8733974, 2.073755648, 1.79928416),
 }
+
+TIMINGS = {key: {"p50": 1.0, "p90": 2.0} for key in ("network_ms", "post_ms")}
 
 
 @pytest.fixture(autouse=True)
@@ -112,3 +116,30 @@ def test_live_tensors_follow_what_is_freed() -> None:
     assert live.peak == 4 * 2**20
     del second, third, kept
     assert live.now == 0
+
+
+def test_paper_table(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every published row within 1 % in parameters and 3 % in multiply-accumulates; the printed cells are the rows'."""
+    monkeypatch.setattr(papertable, "measure_latency", lambda models, image, runs: [TIMINGS] * len(models))
+    assert papertable.run_paper_table("-", "cpu", 1) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert [(row["model"], row["classifier"]) for row in report["rows"]] == [
+        (name, kind) for name, kinds in papertable.PAPER.items() for kind in kinds
+    ]
+    assert len(report["rows"]) == 12
+    for row in report["rows"]:
+        assert abs(row["parameters"] / row["paper"]["parameters"] - 1) < 0.01, row
+        assert abs(row["gmacs"][MODULES_ONLY] / row["paper"]["gmacs"] - 1) < 0.03, row
+        assert row["gmacs"][EVERY_OPERATION] > 0.9 * row["paper"]["gmacs"]
+    papertable.print_paper_table(report)
+    table = capsys.readouterr().out
+    for cell in ("3.004 (+0.1 %)", "8.734 (-0.8 %)", "14.899 (-0.0 %)", "66,048", "36.0"):
+        assert cell in table
+
+
+def test_paper_table_runs_and_is_told_apart() -> None:
+    """From the command line, without and with a name."""
+    runner = CliRunner()
+    for words in ([], ["seaformer_t", "--paper-table"], ["--paper-table", "--classes", "3"]):
+        result = runner.invoke(cli, ["profile", *words])
+        assert (result.exit_code, "--paper-table" in result.output) == (2, True), words

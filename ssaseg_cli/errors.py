@@ -1,0 +1,60 @@
+"""How a command ends: what it returns or raises becomes an exit code, and an error at most three lines."""
+
+import os
+import sys
+from typing import Any, NoReturn
+
+import click
+
+from ssaseg.cli.console import CommandError
+
+# Told by name: importing them would import torch and pydantic, also where nothing went wrong.
+USERS_FAULT = {"RecipeError", "DataError", "CheckpointError"}
+
+
+class CommandGroup(click.Group):
+    """Turns what a command returns or raises into an exit code, and an error into at most three lines."""
+
+    def main(self, *args: Any, **extra: Any) -> NoReturn:
+        extra["standalone_mode"] = False
+        try:
+            code = super().main(*args, **extra)
+        except Exception as error:
+            if os.environ.get("SSASEG_DEBUG") == "1":
+                raise
+            code = _report(error)
+        sys.exit(code)
+
+
+def _report(error: Exception) -> int:
+    """Print an error that the user can mend and return the exit code; any other is a bug and goes on as it is."""
+    if isinstance(error, click.Abort):  # click's name for Ctrl-C
+        click.echo("stopped", err=True)
+        return 130
+    if isinstance(error, click.UsageError) and error.ctx is not None:
+        if type(error).__name__ == "NoArgsIsHelpError":  # click 8.2 and later
+            click.echo(error.format_message(), err=True)
+            return error.exit_code
+        lines = f"{error.format_message()}\n`{error.ctx.command_path} --help` shows how to call it"
+        code = error.exit_code
+    elif isinstance(error, click.ClickException):
+        lines, code = error.format_message(), error.exit_code
+    elif isinstance(error, OSError):
+        where = f"{error.filename}: " if error.filename is not None else ""
+        lines, code = f"{where}{error.strerror or error}", 2
+    elif isinstance(error, CommandError):
+        lines, code = str(error), error.exit_code
+    elif isinstance(error, FloatingPointError):
+        lines, code = str(error), 3
+    elif any(kind.__name__ in USERS_FAULT for kind in type(error).__mro__):
+        lines, code = str(error), 2
+    elif isinstance(error, RuntimeError) and "DataLoader worker" in str(error):
+        # Raised by a signal handler wherever the command happens to be.
+        lines = "a process that loads images was ended from outside, most often because the memory was used up"
+        lines, code = f"{lines}\nuse fewer train.workers or data.cache=false; --resume goes on from the last save", 2
+    elif type(error).__name__ == "OutOfMemoryError":  # torch's
+        lines, code = f"{error}".partition(". ")[0] + "\nuse a smaller train.micro_batch, crop or image", 2
+    else:
+        raise error
+    click.echo(click.style("error: ", fg="red") + "\n".join(lines.splitlines()[:3]), err=True)
+    return code
