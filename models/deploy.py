@@ -122,7 +122,7 @@ def trace(network: Deployed, images: Tensor, any_size: bool = True) -> ExportedP
     free: dict[int, Any] = {0: Dim("batch", min=1)}
     if any_size:
         free |= {2: Dim.DYNAMIC, 3: Dim.DYNAMIC}
-    with torch.no_grad(), PoolByProducts():
+    with torch.no_grad():
         program = torch.export.export(network.eval(), (images,), dynamic_shapes={"images": free})
     # What a file would hold for nothing: paths of the machine that exported, the example.
     for module in program.graph_module.modules():
@@ -147,9 +147,9 @@ def smallest(program: ExportedProgram) -> tuple[int, int]:
 
 
 class PoolByProducts(TorchFunctionMode):
-    """While active, adaptive average pooling is two matrix products: exact for any size, and ONNX knows those.
+    """While active, adaptive average pooling is two matrix products, as a graph for ONNX has to have it.
 
-    ONNX has no such pooling, and PyTorch takes it apart for one size only.
+    ONNX has no such pooling, and PyTorch's exporter takes it apart for one size only.
     """
 
     def __torch_function__(

@@ -5,6 +5,10 @@ Sources: SSA-Seg (commit e67fc2f) on mmsegmentation 0.30, which calls the networ
 `decode_head`; the ImageNet checkpoints have the backbone's keys without that prefix.
 """
 
+import re
+from collections.abc import Collection
+from itertools import product
+
 from torch import nn
 
 Rows = list[tuple[str, str]]
@@ -181,28 +185,63 @@ CGRSEG: dict[str, Rows] = {
 # By the part of a network's name before its size.
 TABLES = {"afformer": AFFORMER, "cgrseg": CGRSEG, "seaformer": SEAFORMER, "segnext": SEGNEXT}
 
-# Beginnings of official keys that hold nothing a model of ours computes with, and what they are.
-NOT_USED = {
-    "decode_head.ssa_loss.criterion.empty_weight": "a buffer that no loss reads",
-    "auxiliary_head.": "a training-only head that these configurations do not have",
-    "linear.": "the ImageNet classifier",
-    "head.": "the ImageNet classifier",
+# What a family's official backbone keys begin with, and no other family's.
+MARKS = {
+    "afformer": "backbone.mhca_stages.",
+    "cgrseg": "backbone.network.",
+    "seaformer": "backbone.smb1.",
+    "segnext": "backbone.block1.",
 }
 
-# Official keys of a whole network that ours does not hold, by classifier: what an exported file lacks.
-LEFT_OUT = {"ssa": ("decode_head.ssa_loss.criterion.empty_weight",), "linear": ()}
+# Other names that files have for these tensors: pattern → the name in the tables.
+RENAMED = [
+    # AFFormer's layers list what they share with their encoder once more, see `SHARED`.
+    (re.compile(r"\.MHCA_layers\.\d+\.(?:factoratt_crpe\.)?(cpe|crpe)\."), r".\1."),
+    # mmsegmentation since 1.0 has no module around MSCAN's depthwise convolution, nor have its ImageNet files.
+    (re.compile(r"^(backbone\.block\d+\.\d+\.mlp\.dwconv)\.(weight|bias)$"), r"\1.dwconv.\2"),
+]
+# The way back: all names under which the official AFFormer looks for a shared tensor, {} being the layer.
+SHARED = {
+    "mhca_blks.0.cpe.": ("mhca_blks.0.MHCA_layers.{}.cpe.",),
+    "mhca_blks.0.crpe.": ("mhca_blks.0.MHCA_layers.{}.crpe.", "mhca_blks.0.MHCA_layers.{}.factoratt_crpe.crpe."),
+}
 
-# Last parts of keys that a file may hold or lack: counters, and indices that follow from the geometry.
-DERIVED = ("num_batches_tracked", "attention_bias_idxs", "attention_bias_idxs_seg", "relative_position_index")
+# Official tensors of a whole network that ours does not hold since nothing computes with them: by classifier or
+# family, key (`*` for any text) → what it is. Known when they come in; an exported file lacks them.
+LEFT_OUT: dict[str, dict[str, str]] = {
+    "linear": {},
+    "ssa": {"decode_head.ssa_loss.criterion.empty_weight": "a buffer that no loss reads"},
+    "afformer": {"decode_head.align.*": "a layer that nothing calls"},
+    "cgrseg": {
+        "backbone.*.attention_biases": "ImageNet's biases, for a grid of 7×7",
+        "backbone.*.attention_bias_idxs": "indices into them",
+        "backbone.*.attention_bias_idxs_seg": "indices that follow from the geometry",
+    },
+    "seaformer": {},
+    "segnext": {},
+}
+# Beginnings of keys that belong to something else in the same file, and what that is.
+NOT_USED = {
+    "auxiliary_head.": "a training-only head that these configurations do not have",
+    **dict.fromkeys(("cls_head.", "dist_head.", "head.", "linear.", "norm."), "the ImageNet classifier"),
+}
+# Last parts of keys: of counters, that a file may hold or lack; of what ImageNet files lack and training starts afresh.
+COUNTERS = ("num_batches_tracked",)
+NOT_PRETRAINED = ("attention_biases_seg",)
 
 # Official keys that tell what a file is: of any segmentation network, and of one with the SSA classifier.
 CLASSES_KEY = "decode_head.conv_seg.weight"
 SSA_KEY = "decode_head.center_pos.weight"
 
 
+def family(name: str) -> str:
+    """A network's name without its size."""
+    return name.rpartition("_")[0]
+
+
 def official_keys(model: nn.Module) -> dict[str, str]:
     """Our state-dict key → the official one, for a model from `build_model`, in the order of its state dict."""
-    table = TABLES[str(model.name).rpartition("_")[0]]
+    table = TABLES[family(str(model.name))]
     return {key: _official(key, table) for key in model.state_dict()}
 
 
@@ -211,3 +250,26 @@ def _official(key: str, table: dict[str, Rows]) -> str:
     for ours, theirs in rows:
         key = key.replace(ours, theirs)
     return key
+
+
+def canonical(key: str) -> str:
+    """The name that the tables have for an official key of any dialect."""
+    for pattern, name in RENAMED:
+        key = pattern.sub(name, key)
+    return key
+
+
+def aliases(keys: Collection[str]) -> dict[str, list[str]]:
+    """Of `keys`, a model's official ones: key → further names of the same tensor, for those that have any."""
+    found = {}
+    for key, (part, names) in product(keys, SHARED.items()):
+        before, shared, after = key.partition(part)
+        if shared:
+            layers = sum(other.startswith(f"{before}mhca_blks.") and other.endswith(".norm1.bias") for other in keys)
+            found[key] = [before + name.format(layer) + after for layer in range(layers) for name in names]
+    return found
+
+
+def left_out(model: nn.Module) -> dict[str, str]:
+    """`LEFT_OUT` of one model: official key, with `*`, → what it is."""
+    return {**LEFT_OUT[str(model.classifier_name)], **LEFT_OUT[family(str(model.name))]}

@@ -1,7 +1,8 @@
 """Checkpoint files as they come: read without running anything in them, unwrapped, told apart.
 
 Pickles go through PyTorch's restricted reader. Genuine timm checkpoints hold an `argparse.Namespace` and NumPy
-numbers, so these inert types are let in; any other type is refused by name and never constructed.
+numbers, so these inert types are let in; mmengine's hold curves of its own type, for which a stand-in is built that
+does nothing. Any other type is refused by name and never constructed.
 """
 
 import argparse
@@ -22,7 +23,7 @@ from torch import Tensor
 
 from ssaseg.cli.console import CommandError
 from ssaseg.models.checkpoint import read_tensors
-from ssaseg.models.upstream import NOT_USED
+from ssaseg.models.upstream import NOT_USED, canonical
 
 # Where a training script keeps the weights; the first that holds tensors wins, so averaged weights before raw ones.
 NESTINGS = ("state_dict_ema", "state_dict", "model")
@@ -31,6 +32,8 @@ OURS = "ssaseg-"
 INERT_DTYPES = "?bhilqBHILQefdgFDGSUMm"
 
 TENSOR_PARTS = ("torch.", "collections.OrderedDict")  # types that every state dict is made of
+# Where mmengine's curves say they come from; they name methods of theirs by a `getattr`, which finds nothing here.
+CURVES = "mmengine.logging.history_buffer.HistoryBuffer"
 PICKLES = 5  # of a legacy file: magic number, version, system, content, keys
 MOST_OPCODES = 1_000_000  # looked at for the name of a type
 
@@ -42,7 +45,7 @@ class Weights:
     tensors: dict[str, Tensor]  # by official key with its `backbone.`, or by our key where `header` says so
     nesting: str  # where they were found, for the report
     header: dict[str, Any] | None = None  # metadata of a file of ours
-    meta: Mapping[str, Any] | None = None  # what an official file says about itself, such as CLASSES
+    meta: Mapping[str, Any] | None = None  # what an official file says about itself, such as its classes
 
     @property
     def is_backbone(self) -> bool:
@@ -53,7 +56,8 @@ class Weights:
 def read_weights(path: Path) -> Weights:
     """Reads a pickle (.pth, .pth.tar, zip or legacy) or a safetensors file, ours or official.
 
-    Raises CommandError where it is truncated, holds a type that is not let in, or no tensors; FileNotFoundError.
+    Raises CommandError where it is truncated, holds a type that is not let in, no tensors, or one tensor under two
+    names with two values; FileNotFoundError.
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such checkpoint")
@@ -64,7 +68,7 @@ def read_weights(path: Path) -> Weights:
     if header is not None:
         return Weights(tensors, nesting, header=header)
     meta = content.get("meta")
-    return Weights(_official(tensors), nesting, meta=meta if isinstance(meta, Mapping) else None)
+    return Weights(_official(path, tensors), nesting, meta=meta if isinstance(meta, Mapping) else None)
 
 
 def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
@@ -101,7 +105,10 @@ def _read_pickle(path: Path) -> Any:
 
 
 def inert_types() -> list[Any]:
-    """What a pickle may construct beside tensors and plain containers: types whose construction runs nothing."""
+    """What a pickle may construct beside tensors and plain containers: types whose construction runs nothing.
+
+    A pair is a type or function, and the name in a file that it stands for.
+    """
     reconstruct, scalar = np.empty(0).__reduce__()[0], np.float64(0).__reduce__()[0]
     # NumPy 2 moved them, and files name the place where they were written.
     moved = [
@@ -110,7 +117,12 @@ def inert_types() -> list[Any]:
         for function, name in ((reconstruct, "_reconstruct"), (scalar, "scalar"))
     ]
     dtypes = {type(np.dtype(code)) for code in INERT_DTYPES}
-    return [argparse.Namespace, np.dtype, np.ndarray, *dtypes, *moved]
+    stand_ins = [(_nothing, "builtins.getattr"), (argparse.Namespace, CURVES)]
+    return [argparse.Namespace, np.dtype, np.ndarray, *dtypes, *moved, *stand_ins]
+
+
+def _nothing(*_: Any) -> None:
+    """Stands for `getattr`: whatever a pickle looks for, it gets None."""
 
 
 def _foreign_type(path: Path) -> str | None:
@@ -152,8 +164,18 @@ def _tensors(state: Any) -> dict[str, Tensor]:
     return {str(key).removeprefix("module."): value for key, value in state.items() if isinstance(value, Tensor)}
 
 
-def _official(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """With `backbone.` before every key where no key has it: an ImageNet checkpoint is a bare backbone."""
-    if any(key.startswith(("backbone.", "decode_head.")) for key in tensors):
-        return tensors
-    return {key if key.startswith(tuple(NOT_USED)) else f"backbone.{key}": value for key, value in tensors.items()}
+def _official(path: Path, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """By the names of `ssaseg.models.upstream`, each tensor once."""
+    if not any(key.startswith(("backbone.", "decode_head.")) for key in tensors):
+        # An ImageNet checkpoint is a bare backbone.
+        other = tuple(NOT_USED)
+        tensors = {key if key.startswith(other) else f"backbone.{key}": value for key, value in tensors.items()}
+    first: dict[str, str] = {}
+    for key, value in tensors.items():
+        twin = tensors[first.setdefault(canonical(key), key)]
+        if twin is not value and (twin.dtype != value.dtype or not torch.equal(twin, value)):
+            raise CommandError(
+                f"{path}: {first[canonical(key)]} and {key} differ\n"
+                "expected equal values: they are two names of one tensor, which the official code saves under both"
+            )
+    return {name: tensors[key] for name, key in first.items()}

@@ -4,13 +4,13 @@ Heavy imports (torch, pydantic, rich) stay inside the functions, so that every `
 """
 
 import os
-import sys
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import click
 
 from ssaseg.cli.console import CommandError
+from ssaseg.cli.errors import CommandGroup
 
 # PyTorch's CPU threads wait for one another by spinning. Where a loader's worker needs the same core, they spin through
 # its whole time slice, and a step can take many times as long; a short spin gives the core away soon.
@@ -18,62 +18,12 @@ os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 CLASSIFIERS = click.Choice(["ssa", "linear"])
 SAVED = ("index", "color", "overlay", "probs", "rle", "coarse")
-# Told by name: importing them would import torch and pydantic, also where nothing went wrong.
-USERS_FAULT = {"RecipeError", "DataError", "CheckpointError"}
 
 existing_file = click.Path(exists=True, dir_okay=False, path_type=Path)
 device_option = click.option(
     "--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True, help="Where to compute."
 )
 json_option = click.option("--json", "json_out", metavar="FILE|-", help="Write the figures as JSON; - is stdout.")
-
-
-class CommandGroup(click.Group):
-    """Turns what a command returns or raises into an exit code, and an error into at most three lines."""
-
-    def main(self, *args: Any, **extra: Any) -> NoReturn:
-        extra["standalone_mode"] = False
-        try:
-            code = super().main(*args, **extra)
-        except Exception as error:
-            if os.environ.get("SSASEG_DEBUG") == "1":
-                raise
-            code = _report(error)
-        sys.exit(code)
-
-
-def _report(error: Exception) -> int:
-    """Print an error that the user can mend and return the exit code; any other is a bug and goes on as it is."""
-    if isinstance(error, click.Abort):  # click's name for Ctrl-C
-        click.echo("stopped", err=True)
-        return 130
-    if isinstance(error, click.UsageError) and error.ctx is not None:
-        if type(error).__name__ == "NoArgsIsHelpError":  # click 8.2 and later
-            click.echo(error.format_message(), err=True)
-            return error.exit_code
-        lines = f"{error.format_message()}\n`{error.ctx.command_path} --help` shows how to call it"
-        code = error.exit_code
-    elif isinstance(error, click.ClickException):
-        lines, code = error.format_message(), error.exit_code
-    elif isinstance(error, OSError):
-        where = f"{error.filename}: " if error.filename is not None else ""
-        lines, code = f"{where}{error.strerror or error}", 2
-    elif isinstance(error, CommandError):
-        lines, code = str(error), error.exit_code
-    elif isinstance(error, FloatingPointError):
-        lines, code = str(error), 3
-    elif any(kind.__name__ in USERS_FAULT for kind in type(error).__mro__):
-        lines, code = str(error), 2
-    elif isinstance(error, RuntimeError) and "DataLoader worker" in str(error):
-        # Raised by a signal handler wherever the command happens to be.
-        lines = "a process that loads images was ended from outside, most often because the memory was used up"
-        lines, code = f"{lines}\nuse fewer train.workers or data.cache=false; --resume goes on from the last save", 2
-    elif type(error).__name__ == "OutOfMemoryError":  # torch's
-        lines, code = f"{error}".partition(". ")[0] + "\nuse a smaller train.micro_batch, crop or image", 2
-    else:
-        raise error
-    click.echo(click.style("error: ", fg="red") + "\n".join(lines.splitlines()[:3]), err=True)
-    return code
 
 
 @click.group(cls=CommandGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
@@ -199,7 +149,8 @@ def predict(
 
 
 @cli.command()
-@click.argument("target", metavar="NAME|CHECKPOINT")
+@click.argument("target", metavar="[NAME|CHECKPOINT]", required=False)
+@click.option("--paper-table", is_flag=True, help="The published networks, beside the paper's figures.")
 @click.option("--classifier", type=CLASSIFIERS, help="Only this one.  [default: both, or the checkpoint's]")
 @click.option("--classes", type=click.IntRange(2, 255), help="For a NAME.  [default: 150]")
 @click.option(
@@ -214,7 +165,8 @@ def predict(
 @device_option
 @click.option("--runs", type=click.IntRange(min=1), default=30, show_default=True, help="Timed passes.")
 def profile(
-    target: str,
+    target: str | None,
+    paper_table: bool,
     classifier: str | None,
     classes: int | None,
     size: tuple[int, int],
@@ -230,7 +182,19 @@ def profile(
     Example:
       ssaseg profile seaformer_b --size 512 512
       ssaseg profile runs/demo/best.safetensors --json profile.json
+      ssaseg profile --paper-table
     """
+    if (target is None) != paper_table:
+        raise click.UsageError("give either NAME|CHECKPOINT or --paper-table", click.get_current_context())
+    if target is None:
+        if classifier or classes or size != (512, 512):
+            raise click.UsageError(
+                "--paper-table has its own classifiers, classes and size; leave those options out",
+                click.get_current_context(),
+            )
+        from ssaseg.cli.papertable import run_paper_table
+
+        return run_paper_table(json_out, device, runs)
     from ssaseg.cli.profiling import run_profile
 
     return run_profile(target, classifier, classes, size, json_out, device, runs)
@@ -242,23 +206,44 @@ def profile(
 @click.option("--model", metavar="NAME", help="Network the weights are of; ours know it themselves.")
 @click.option("--classifier", type=CLASSIFIERS, help="Classifier the weights are of; ours know it themselves.")
 @click.option("--dataset", metavar="NAME", help="Data set of the class names.  [default: ade20k where there are 150]")
+@click.option("--classes", metavar="NAME|A,B,...", help="Give the head these classes: rows of the same name are kept.")
 @click.option("--allow-partial", is_flag=True, help="Go on where keys are missing, unexpected or of another shape.")
+@click.option("--output", type=click.Choice(["logits", "logits-full", "labels"]), help="What .onnx and .pt2 give.")
+@click.option("--input", type=click.Choice(["normalized", "rgb"]), help="What .onnx and .pt2 take.")
+@click.option("--size", nargs=2, type=click.IntRange(min=32), metavar="H W", help="The only size .onnx and .pt2 take.")
+@click.option("--verify", metavar="FILE|DIR", help="Images to verify .onnx and .pt2 on, beside random ones and scenes.")
 def convert(
-    source: Path, destination: Path, model: str | None, classifier: str | None, dataset: str | None, allow_partial: bool
+    source: Path,
+    destination: Path,
+    model: str | None,
+    classifier: str | None,
+    dataset: str | None,
+    classes: str | None,
+    allow_partial: bool,
+    **form: Any,
 ) -> int:
-    """Convert official weights to ours, or back.
+    """Convert official weights to ours, or back, or into a deploy form.
 
     DESTINATION's suffix says into what: .safetensors (ours) or .pth (official names). Prints which keys matched,
-    were missing, unexpected or of another shape.
+    were missing, unexpected or of another shape. .onnx and .pt2 (torch.export) are for other programs: without what
+    only training needs, for any batch and size, written once they are verified against PyTorch.
+
+    \b
+    --input   normalized  float32 (N,3,H,W), (RGB - mean) / std    --output  logits       (N,K,h,w), the default
+              rgb         uint8 (N,3,H,W)                                    logits-full  (N,K,H,W)
+                                                                             labels       uint8 (N,H,W)
 
     \b
     Example:
       ssaseg convert official.pth ours.safetensors --model seaformer_b --classifier ssa
       ssaseg convert ours.safetensors official.pth
+      ssaseg convert ade20k.pth start.safetensors --classes camvid-seaformer_b-ssa
+      ssaseg convert ours.safetensors ours.onnx --input rgb --output labels
     """
     from ssaseg.cli.convert import run_convert
 
-    return run_convert(source, destination, model, classifier, dataset, allow_partial)
+    given = {key: value for key, value in form.items() if value is not None}
+    return run_convert(source, destination, model, classifier, dataset, allow_partial, given, classes)
 
 
 @cli.group()
