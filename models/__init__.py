@@ -7,8 +7,6 @@
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import torch
-
 from ssaseg.models import afformer, cgrseg, seaformer, segnext
 from ssaseg.models.checkpoint import CheckpointError, load_model, save_model
 from ssaseg.models.classifier import CLASSIFIERS, LOSS_WEIGHTS, Distillation
@@ -68,6 +66,4 @@ def build_model(
         build, kind = GUIDED[name]
     backbone, decoder = build(name, drop_path)
     head = kind(decoder.channels, num_classes, dropout, distillation or Distillation())
-    # Convolutions follow the layout of their weights; channels last suits depthwise ones, and LayerNorm between them.
-    network = Segmenter(backbone, decoder, head, name, classifier)
-    return network.to(memory_format=torch.channels_last)  # type: ignore[call-overload,no-any-return]
+    return Segmenter(backbone, decoder, head, name, classifier)

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ssaseg.models.classifier import Classifier
@@ -29,13 +30,18 @@ class Segmenter(nn.Module):
         With labels (N,H,W), integers in [0, K) or 255 = ignored: a dict of weighted scalar losses instead, whose sum is
         to be minimised. `pairs`: see `Classifier.training_step`.
         """
-        feature = self.decoder(self.backbone(images))
+        feature = self.feature(images)
         if labels is None:
             return self.classifier(feature)
         step = self.classifier.training_step(feature, labels, pairs)
         if step.memory is not None:
             self.memories.append(step.memory)
         return step.losses
+
+    def feature(self, images: Tensor) -> Any:
+        """What the decoder makes of images (N,3,H,W) for the classifier: most often (N,C,⌈H/8⌉,⌈W/8⌉)."""
+        # Channels last throughout: it suits depthwise convolutions, and the LayerNorms and linear layers between them.
+        return self.decoder(self.backbone(images.contiguous(memory_format=torch.channels_last)))
 
     def update(self) -> None:
         """After the optimiser's step: hands the classifier what the micro-batches of the step left for it."""

@@ -76,7 +76,7 @@ def infer(
 ) -> Logits:
     """Logits of a network input, BGR uint8 (h,w,3)."""
     pixels = normalize(resized.unsqueeze(0).to(device, non_blocking=True), mean, std)
-    final, coarse = model.classifier.stages(model.decoder(model.backbone(pixels)))
+    final, coarse = model.classifier.stages(model.feature(pixels))
     return Logits(final.float(), None if coarse is None else coarse.float())
 
 
