@@ -76,6 +76,8 @@ def run_convert(
                 f"{source}: is a file of ssaseg already (format {weights.header['format']})\n"
                 "for official names let DESTINATION end in .pth; for other classes name them by --classes"
             )
+        if dataset is not None:
+            raise CommandError(f"{source}: its header names its classes, --dataset is for official files\nleave it out")
         return _write(destination, *_open_ours(source, model, classifier), wished)
     name = _model_name(source, weights, model)
     if weights.is_backbone:
@@ -136,8 +138,7 @@ def _backbone_from_official(source: Path, destination: Path, weights: Weights, n
 def _to_official(source: Path, destination: Path, model: str | None, classifier: str | None) -> int:
     """One of our checkpoints under official names, as mmseg 0.x reads them."""
     network, metadata = _open_ours(source, model, classifier)
-    # Ours are channels last in memory, which is nothing for other programs to know.
-    state = {key: value.contiguous() for key, value in network.state_dict().items()}
+    state = network.state_dict()
     keys = official_keys(network)
     further = aliases(keys.values())
     official = {name: state[ours] for ours, key in keys.items() for name in (key, *further.get(key, ()))}
