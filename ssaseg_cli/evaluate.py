@@ -66,7 +66,7 @@ def predict_labels(
     `probabilities` K·H·W float32 numbers are held; without, one class's H·W at a time.
     """
     resized = test_image(image, protocol["scale"], protocol["multiple"])
-    logits = infer(model, torch.from_numpy(resized), mean, std, device)
+    logits = infer(model, torch.tensor(resized), mean, std, device)  # copied: a cached image is read-only
     return at_full_size(logits, resized.shape[:2], image.shape[:2], coarse, probabilities)
 
 
