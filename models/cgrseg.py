@@ -159,11 +159,12 @@ class GuidedClassifier(LinearClassifier):
         return self.coarse(raw * gate + raw)
 
     def prototypes(self, logits: Tensor, feature: Tensor) -> Tensor:
-        """Logits (N,K,h,w), feature (N,C,h,w) → the feature's mean under each class (N,C,K,1), in float32."""
+        """Logits (N,K,h,w), feature (N,C,h,w) → the feature's mean under each class (N,C,K,1)."""
         with torch.autocast(feature.device.type, enabled=False):
             # Over thousands of pixels a softmax leaves numbers that half precision does not have.
             where = logits.float().flatten(2).softmax(dim=2)  # (N,K,P)
-            return (where @ feature.float().flatten(2).mT).mT.unsqueeze(3)
+            means = where @ feature.float().flatten(2).mT
+        return means.mT.unsqueeze(3).to(feature.dtype)
 
 
 def _build(name: str, drop_path: float | None, decoder: type[GuidedDecoder]) -> tuple[EfficientFormerV2, GuidedDecoder]:

@@ -116,7 +116,8 @@ class SSAClassifier(Classifier):
     """SSA-Seg: semantic (SEPA) and spatial (SPPA) prototypes adapted to the image, compared by cosine.
 
     Source: arXiv 2405.06525, sections 3.2 and 3.3. All arithmetic is float32, under autocast too: its 1e-12 and its
-    sums over thousands of pixels do not exist in half precision.
+    sums over thousands of pixels do not exist in half precision. Its weights therefore stay float32, too: for speed
+    there are autocast and `ssaseg.models.fast`, not `.half()`.
     """
 
     adapts = True

@@ -200,7 +200,8 @@ class LightHam(nn.Module):
         """Non-negative (N,C,H,W) → its approximation by R bases; float32 under autocast too, for the sake of EPS."""
         with torch.autocast(x.device.type, enabled=False):
             updates = TRAINING_UPDATES if self.training else UPDATES
-            return factorize(x.flatten(2).float(), self.draw(x), updates).unflatten(2, x.shape[-2:])
+            rebuilt = factorize(x.flatten(2).float(), self.draw(x), updates)
+        return rebuilt.unflatten(2, x.shape[-2:]).to(x.dtype)
 
     def draw(self, x: Tensor) -> Tensor:
         """Initial bases (N,C,R), of unit length over channels, for x (N,C,H,W)."""
