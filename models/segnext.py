@@ -207,7 +207,7 @@ class LightHam(nn.Module):
         """Initial bases (N,C,R), of unit length over channels, for x (N,C,H,W)."""
         if self.training:
             return F.normalize(torch.rand(len(x), self.channels, self.rank, device=x.device), dim=1)
-        return self.bases.float().expand(len(x), -1, -1)
+        return self.bases.float().expand(x.shape[0], -1, -1)  # not len(x), which would tie an export to its batch
 
 
 def factorize(x: Tensor, bases: Tensor, updates: int) -> Tensor:

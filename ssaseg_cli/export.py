@@ -37,7 +37,9 @@ FORMAT = "ssaseg-deploy-1"
 HEADER = "ssaseg.json"  # a .pt2's extra file
 OPSET = 18  # of ONNX: the oldest that PyTorch writes as it is, for old runtimes
 NEEDED = ("onnx", "onnxscript", "onnxruntime")
-EXAMPLE = (160, 224)  # height and width that a graph of any size is traced with [pixels]
+# Height and width that a graph of any size is traced with [pixels]. Networks leave out a resizing to the size that is
+# there; here none meets its own, so that the graph has them all. Where one does later, it changes nothing.
+EXAMPLE = (160, 224)
 TOLERANCE = 1e-4  # of logits, relative to the largest where that is above 1
 DIFFERING = 1e-3  # share of pixels that may have another label, of classes as close as TOLERANCE
 VERIFIED = 8  # of the user's images, at most
