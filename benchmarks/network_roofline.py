@@ -1,0 +1,106 @@
+"""Roofline arithmetic of networks.py: what a pass must do, and the least time in which this machine does it.
+
+Each operation of the eager network takes at least its multiply-accumulates over the speed of a matrix product, or its
+bytes (weights and activations, read and written once) over that of a copy inside the cache. "products" are
+convolutions and matrix products alone, into which all else could be fused: what a compiler may reach at best.
+"""
+
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from network_sides import Case, our_network, seconds
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
+
+
+class Work(TorchDispatchMode):
+    """Collects multiply-accumulates and bytes of each operation that computes, rather than only looks anew."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.products: list[tuple[int, int]] = []  # convolutions and matrix products
+        self.others: list[tuple[int, int]] = []
+        self.macs: dict[str, int] = defaultdict(int)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        given = list(tensors((args, kwargs)))
+        old = {tensor.untyped_storage().data_ptr() for tensor in given}
+        made = list(tensors(result))
+        inplace = func._schema.is_mutable
+        if func.overloadpacket in flop_registry:
+            count = flop_registry[func.overloadpacket](*args, **(kwargs or {}), out_val=result) // 2
+            self.macs[func.overloadpacket.__name__] += count
+            self.products.append((count, sum(map(size_of, given + made))))
+        elif inplace or any(tensor.untyped_storage().data_ptr() not in old for tensor in made):
+            self.others.append((0, sum(map(size_of, given + made))))
+        return result
+
+
+def tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, dict | list | tuple):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from tensors(item)
+
+
+def size_of(tensor: Tensor) -> int:
+    """Bytes, those of an expanded tensor once."""
+    return min(tensor.nbytes, tensor.untyped_storage().nbytes())
+
+
+def reached() -> dict[str, float]:
+    """What this process reaches: matrix products [operations/s], copies inside and outside the cache [bytes/s]."""
+
+    def best(work: Callable[[], object], times: int) -> float:
+        return min(seconds(lambda: [work() for _ in range(times)])[0] / times for _ in range(20))
+
+    def product(dtype: torch.dtype) -> float:
+        square = torch.randn(1024, 1024).to(dtype)
+        # Which operand is transposed makes a difference to bfloat16, and not always the same one.
+        return 2 * 1024**3 / min(best(lambda: square @ square, 3), best(lambda: square @ square.T, 3))
+
+    def copy(count: int, times: int) -> float:
+        source = torch.ones(count)
+        target = torch.empty_like(source)
+        return 2 * source.nbytes / best(lambda: target.copy_(source), times)
+
+    return {
+        "float32 operations/s": product(torch.float32),
+        "bfloat16 operations/s": product(torch.bfloat16),
+        "cache bytes/s": copy(2**18, 200),
+        "memory bytes/s": copy(2**26, 1),
+    }
+
+
+@torch.no_grad()
+def roofline(case: Case, speed: dict[str, float]) -> dict[str, Any]:
+    """Work of one eager pass, and the least time that it takes [ms]: of all operations, and of products alone."""
+    model, images, work = our_network(case), case.images(), Work()
+    with work:
+        model(images)
+
+    def least(operations: list[tuple[int, int]], dtype: str) -> float:
+        shrink = 0.5 if dtype == "bfloat16" else 1.0
+        pace, copy = speed[f"{dtype} operations/s"], speed["cache bytes/s"]
+        return 1e3 * sum(max(2 * macs / pace, shrink * moved / copy) for macs, moved in operations)
+
+    weights = sum(p.nbytes for name, p in model.named_parameters() if "classifier.teacher." not in name)
+    return {
+        "GMAC": {name: macs / 1e9 for name, macs in work.macs.items()},
+        "operations": {"products": len(work.products), "others": len(work.others)},
+        "MB": {
+            "weights": weights / 1e6,
+            "products, with weights": sum(moved for _, moved in work.products) / 1e6,
+            "others": sum(moved for _, moved in work.others) / 1e6,
+        },
+        "at least [ms]": {
+            "all, float32": least(work.products + work.others, "float32"),
+            "products, float32": least(work.products, "float32"),
+            "products, bfloat16": least(work.products, "bfloat16"),
+        },
+    }

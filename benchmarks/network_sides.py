@@ -1,0 +1,173 @@
+"""The sides of networks.py, each in a process of its own: answers one question a line, `python network_sides.py SIDE`.
+
+`ours` and `plain` differ in the package that they import; `mmseg` runs in the interpreter that has mmsegmentation.
+"""
+
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+SIDES = ("ours", "plain", "mmseg")
+THREADS = 2
+PASSES = 3  # of a side before the next one's turn
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is measured."""
+
+    model: str
+    classifier: str
+    classes: int = 150
+    side: int = 512  # of the image [pixels]
+
+    def images(self, batch: int = 1) -> Tensor:
+        return torch.randn(batch, 3, self.side, self.side, generator=torch.Generator().manual_seed(0))
+
+
+@torch.no_grad()
+def our_network(case: Case) -> nn.Module:
+    """Weights from a seed. Norms weigh at random, since fresh ones silence whole branches, and know two images.
+
+    Statistics that fit nothing would let activations grow until float32 sides differ by their rounding alone.
+    """
+    from ssaseg.models import build_model
+
+    torch.manual_seed(0)
+    model = build_model(case.model, case.classes, case.classifier).eval().requires_grad_(False)
+    norms = [layer for layer in model.modules() if isinstance(layer, nn.BatchNorm2d)]
+    for norm in norms:
+        nn.init.uniform_(norm.weight, 0.5, 1.5)
+        norm.train().momentum = 1.0
+    model(case.images(2))
+    return model.eval()
+
+
+def in_form(model: Any, form: str) -> nn.Module:
+    if form == "eager":
+        return model
+    from ssaseg.models.deploy import fold
+    from ssaseg.models.fast import accelerate
+
+    if form == "folded":
+        return fold(model)
+    if form == "bf16":
+        return accelerate(model, torch.bfloat16, compiled=False)
+    return accelerate(model, torch.float32 if form == "compiled" else None)
+
+
+def mmseg_network(case: Case) -> nn.Module:
+    """mmsegmentation's SegNeXt from the configuration in its package; one process has no use for SyncBN."""
+    sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "fixtures"))
+    from make_mmseg_stub import stub_mmcv_ops
+
+    stub_mmcv_ops()
+    import mmseg
+    from mmengine import Config
+    from mmengine.model import revert_sync_batchnorm
+    from mmseg.registry import MODELS
+    from mmseg.utils import register_all_modules
+
+    register_all_modules()
+    file = f"segnext_mscan-{case.model.removeprefix('segnext_')}_1xb16-adamw-160k_ade20k-512x512.py"
+    config = Config.fromfile(Path(mmseg.__file__).parent / ".mim" / "configs" / "segnext" / file).model
+    config.backbone.init_cfg = config.data_preprocessor = None
+    config.decode_head.num_classes = case.classes
+    model = revert_sync_batchnorm(MODELS.build(config)).eval().requires_grad_(False)
+    return Chain(model.backbone, model.decode_head)
+
+
+class Chain(nn.Sequential):
+    """A backbone and its head."""
+
+
+@torch.no_grad()
+def serve(side: str) -> None:
+    """What to build, how long its passes take, how its labels agree: each answer a line of JSON."""
+    torch.set_num_threads(THREADS)
+    networks: dict[str, nn.Module] = {}
+    images = torch.empty(0)
+
+    def once(form: str) -> tuple[float, Tensor]:
+        return seconds(lambda: networks[form](images))
+
+    for line in sys.stdin:
+        question, given = json.loads(line)
+        answer: Any = None
+        if question == "build":
+            case, form = Case(**given["case"]), given["form"]
+            model = mmseg_network(case) if side == "mmseg" else our_network(case)
+            images, networks[form] = case.images(), in_form(model, form)
+            answer, logits = once(form)
+            torch.save(logits.float().contiguous(), given["logits"])
+        elif question == "time":
+            answer = [1e3 * once(given["form"])[0] for _ in range(PASSES)]
+        elif question == "forget":
+            networks.clear()
+            torch.compiler.reset()  # which recompiles only so often, and then no more
+        elif question == "agree":
+            torch.compiler.reset()
+            answer = agreement(Path(given["checkpoint"]), Path(given["images"]), given["count"], given["compiled"])
+        elif question == "about":
+            answer = about(side)
+        print("answer " + json.dumps(answer), flush=True)
+
+
+def seconds(work: Callable[[], Any]) -> tuple[float, Any]:
+    start = time.perf_counter()
+    result = work()
+    return time.perf_counter() - start, result
+
+
+def about(side: str) -> dict[str, str]:
+    if side == "mmseg":
+        import mmseg
+
+        return {"mmsegmentation": mmseg.__version__, "its torch": torch.__version__}
+    import ssaseg.models
+
+    return {"from": str(ssaseg.models.__file__)}
+
+
+def agreement(checkpoint: Path, folder: Path, count: int, compiled: bool | None) -> dict[str, Any]:
+    """Share of pixels that get the same label from the eager network and from the fast path, at the images' own size.
+
+    Over `count` images spread over a folder.
+    """
+    import cv2
+
+    from ssaseg.datasets.colour import normalize
+    from ssaseg.datasets.transforms import test_image
+    from ssaseg.models import load_model
+    from ssaseg.models.fast import accelerate
+    from ssaseg.models.labelling import label_map
+
+    model, metadata = load_model(checkpoint)
+    fast = accelerate(model, compiled=compiled)
+    files = sorted(file for file in folder.iterdir() if file.suffix in {".jpg", ".jpeg", ".png"})
+    shares = []
+    for file in files[:: max(len(files) // count, 1)][:count]:
+        image = cv2.imread(str(file))
+        resized = test_image(image, metadata["protocol"]["scale"], metadata["protocol"]["multiple"])
+        pixels = normalize(torch.from_numpy(resized)[None], metadata["mean"], metadata["std"])
+        maps = [label_map(network(pixels), resized.shape[:2], image.shape[:2]) for network in (model, fast)]
+        shares.append((maps[0] == maps[1]).double().mean().item())
+    return {
+        "model": f"{model.name} {model.classifier_name}",
+        "step": metadata["step"],
+        "images": len(shares),
+        "same labels": statistics.mean(shares),
+        "worst image": min(shares),
+    }
+
+
+if __name__ == "__main__" and sys.argv[1] in SIDES:
+    serve(sys.argv[1])

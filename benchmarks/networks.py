@@ -1,0 +1,352 @@
+"""Networks: ours against mmsegmentation 1.2.2 and against their own plain first version, eager and on the fast path.
+
+    python benchmarks/networks.py --mmseg-python PATH_TO_PYTHON          # writes benchmarks/results/networks.json
+    python benchmarks/networks.py --checkpoint X.safetensors --images DIR  # labels of the fast path as well
+    python benchmarks/networks.py --device cuda [--model NAME ...]       # latencies on a GPU instead
+    python benchmarks/networks.py --smoke                                # small and quick, writes nothing
+
+Protocol: 2 threads, one image of 512×512, 150 classes, float32 unless said. Each side is a process of its own: `ours`,
+`plain` (this repository at the commit --plain, which git takes out), `mmseg` (the environment that
+tests/fixtures/make_mmseg_metrics.py describes, in eager float32). They run in turn, so that all see the same machine;
+a time is the median of its rounds, a ratio the median of the rounds' ratios. Ours in several forms: `eager` as built;
+`folded`; `bf16`, the fast path without its compiler; `compiled`, the fast path in float32; `fast`, all of
+`accelerate`. Our sides have the same weights and must agree where they compute in float32.
+
+Roofline: network_roofline.py says what the bounds are; "measured/bound" is the eager network over all its operations,
+and the compiled ones over products alone.
+"""
+
+import argparse
+import json
+import math
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tarfile
+import tempfile
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from network_roofline import reached, roofline
+from network_sides import THREADS, Case, in_form, our_network, seconds
+
+ROOT = Path(__file__).parents[1]
+SIDES = Path(__file__).with_name("network_sides.py")
+RESULTS = Path(__file__).parent / "results" / "networks.json"
+PLAIN = "59d4974"  # "plainly written": the commit before any of the networks was made fast
+TOLERANCE = 1e-3  # of the largest logit, between float32 sides
+GOALS = {"mmseg/eager": 1.0, "plain/eager": 1.0, "mmseg/fast": 3.0, "plain/fast": 2.0, "labels": 0.995}
+FORMS = ("eager", "folded", "bf16", "compiled", "fast")
+
+# The linear classifier for mmsegmentation, which has no other.
+CASES = [Case("segnext_t", "linear")] + [
+    Case(name, "ssa") for name in ("segnext_t", "afformer_b", "cgrseg_b", "seaformer_b")
+]
+
+
+# ---- the sides ---------------------------------------------------------------------------------------------------
+
+
+class Worker:
+    """network_sides.py in another process, perhaps of another interpreter."""
+
+    def __init__(self, side: str, python: Path | str, folder: Path, path: Path | None = None) -> None:
+        self.side, self.folder = side, folder
+        environment = {
+            **os.environ,
+            "OMP_NUM_THREADS": str(THREADS),
+            "GOMP_SPINCOUNT": "1000",  # a side that waits for its turn shall not spin
+            "TORCHINDUCTOR_CACHE_DIR": str(folder / "compiled"),  # no kernels of an earlier run
+        }
+        if path:
+            environment["PYTHONPATH"] = str(path)
+        pipe = subprocess.PIPE
+        self.log = (folder / f"{side}.log").open("w+")
+        command = [str(python), str(SIDES), side]
+        self.process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=self.log, text=True, env=environment)
+
+    def ask(self, question: str, **given: Any) -> Any:
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        print(json.dumps([question, given]), file=self.process.stdin, flush=True)
+        for line in self.process.stdout:
+            if line.startswith("answer "):  # mmengine prints too
+                return json.loads(line.removeprefix("answer "))
+        self.log.seek(0)
+        raise SystemExit(f"side {self.side!r} ended without an answer to {question!r}:\n{self.log.read()[-2000:]}")
+
+    def close(self) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        self.process.wait()
+        self.log.close()
+
+
+def plain_package(revision: str, folder: Path) -> Path | None:
+    """The package at an earlier commit, below `folder`; None where git does not have it."""
+    names = {"cli": "ssaseg_cli", "models": "models", "datasets": "datasets", "recipes": "recipes"}
+    archive, source = folder / "plain.tar", folder / "plain"
+    command = ["git", "-C", str(ROOT), "archive", "--output", str(archive), revision, *names.values()]
+    try:
+        subprocess.run(command, check=True, capture_output=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    with tarfile.open(archive) as files:
+        files.extractall(source, filter="data")
+    (source / "ssaseg").mkdir()
+    for name, room in names.items():
+        (source / "ssaseg" / name).symlink_to(source / room)
+    return source
+
+
+@contextmanager
+def workers(mmseg_python: Path | None, revision: str, smoke: bool) -> Iterator[dict[str, Worker]]:
+    """The sides that this machine has, by name."""
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        found = {"ours": Worker("ours", sys.executable, folder)}
+        if plain := None if smoke else plain_package(revision, folder):
+            found["plain"] = Worker("plain", sys.executable, folder, plain)
+        if mmseg_python:
+            found["mmseg"] = Worker("mmseg", mmseg_python, folder)
+        for worker in found.values():
+            stack.callback(worker.close)
+        if plain and not found["plain"].ask("about")["from"].startswith(str(plain)):
+            raise SystemExit("the plain side imports another package than its own")
+        yield found
+
+
+# ---- measuring ---------------------------------------------------------------------------------------------------
+
+
+def measure(case: Case, sides: dict[str, Worker], forms: tuple[str, ...], rounds: int) -> dict[str, Any]:
+    """All sides and forms in turn: first pass, median, ratios, and how far results are apart."""
+    turns = {form: (sides["ours"], form) for form in forms}
+    if "plain" in sides:
+        turns["plain"] = (sides["plain"], "eager")
+    if "mmseg" in sides and case.model.startswith("segnext"):
+        turns["mmseg"] = (sides["mmseg"], "eager")
+    first, logits = {}, {}
+    for name, (worker, form) in turns.items():
+        file = worker.folder / "logits.pt"
+        first[name] = worker.ask("build", case=asdict(case), form=form, logits=str(file))
+        logits[name] = torch.load(file)
+        progress(f"{case.model} {case.classifier} {name}: first pass {first[name]:.1f} s")
+    times: dict[str, list[float]] = defaultdict(list)
+    for turn in range(-1, rounds):  # the first warms up
+        for name, (worker, form) in turns.items():
+            spent = statistics.median(worker.ask("time", form=form))
+            if turn >= 0:
+                times[name].append(spent)
+    for worker in sides.values():
+        worker.ask("forget")
+    base = logits["plain" if "plain" in logits else "eager"]
+    return {
+        "case": asdict(case),
+        "first pass [s]": first,
+        "median [ms]": {name: statistics.median(spent) for name, spent in times.items()},
+        "all [ms]": times,
+        "ratios": {
+            f"{slow}/{quick}": statistics.median(a / b for a, b in zip(times[slow], times[quick], strict=True))
+            for slow in ("mmseg", "plain", "eager")
+            for quick in forms
+            if slow in times and slow != quick
+        },
+        "apart, of the largest logit": {
+            name: ((found - base).abs().max() / base.abs().max()).item()
+            for name, found in logits.items()
+            if name != "mmseg"  # weights of its own
+        },
+    }
+
+
+def progress(text: str) -> None:
+    print(f"  {text}", file=sys.stderr, flush=True)
+
+
+def show(result: dict[str, Any]) -> None:
+    """A line per side and form, with the ratios that have goals."""
+    case, median = result["case"], result["median [ms]"]
+    print(f"{case['model']} {case['classifier']}, {case['side']}×{case['side']}")
+    for name, spent in median.items():
+        ratios = [(slow, result["ratios"].get(f"{slow}/{name}")) for slow in ("mmseg", "plain")]
+        said = [f"{slow}/it {ratio:.2f}{verdict(f'{slow}/{name}', ratio)}" for slow, ratio in ratios if ratio]
+        print(f"  {name:9}{spent:8.1f} ms, first pass {result['first pass [s]'][name]:5.1f} s  " + "  ".join(said))
+
+
+def show_bounds(result: dict[str, Any]) -> None:
+    case, bound = result["case"], result["roofline"]
+    size, least = bound["MB"], bound["at least [ms]"]
+    print(
+        f"{case['model']} {case['classifier']}: GMAC "
+        + ", ".join(f"{name} {macs:.3f}" for name, macs in bound["GMAC"].items()),
+        end="; ",
+    )
+    print("MB " + ", ".join(f"{name} {value:.1f}" for name, value in size.items()))
+    print("  at least [ms]: " + ", ".join(f"{name} {value:.1f}" for name, value in least.items()), end="; ")
+    print("measured/bound: " + ", ".join(f"{name} {value:.1f}" for name, value in result["measured/bound"].items()))
+
+
+def verdict(what: str, value: float) -> str:
+    return "" if what not in GOALS else f" (goal {GOALS[what]:g}, {'met' if value >= GOALS[what] else 'MISSED'})"
+
+
+def on_cpu(options: argparse.Namespace, cases: list[Case]) -> dict[str, Any]:
+    torch.set_num_threads(THREADS)
+    forms = ("eager", "folded", "bf16") if options.smoke else FORMS
+    measured, labels = [], {}
+    with workers(options.mmseg_python, options.plain, options.smoke) as sides:
+        missing = {side: "not measured" for side in ("mmseg", "plain") if side not in sides}
+        about = sides["mmseg"].ask("about") if "mmseg" in sides else {}
+        speed: dict[str, float] = {}
+        for case in cases:
+            # The best of all: a bound taken while another program ran would be none.
+            speed = {name: max(value, speed.get(name, 0.0)) for name, value in reached().items()}
+            measured.append(measure(case, sides, forms, options.rounds))
+            show(measured[-1])
+        for file in options.checkpoint:
+            given = {"checkpoint": str(file), "images": str(options.images), "count": options.count}
+            found = sides["ours"].ask("agree", **given, compiled=False if options.smoke else None)
+            labels[f"{file.parent.name}/{file.name}"] = found
+            share = f"{100 * found['same labels']:.3f} %{verdict('labels', found['same labels'])}"
+            print(f"labels of {found['model']}, step {found['step']}: {share}, worst image {found['worst image']:.4f}")
+    for case, result in zip(cases, measured, strict=True):
+        bound = result["roofline"] = roofline(case, speed)
+        kinds = {"eager": "all, float32", "compiled": "products, float32", "fast": "products, bfloat16"}
+        result["measured/bound"] = {
+            form: result["median [ms]"][form] / bound["at least [ms]"][kind]
+            for form, kind in kinds.items()
+            if form in forms
+        }
+        show_bounds(result)
+    print("reached: " + ", ".join(f"{name} {value / 1e9:.1f} G" for name, value in speed.items()))
+    return {"threads": THREADS, "missing": missing, "versions": about, "reached": speed, "cases": measured} | {
+        "same labels, eager float32 and fast": labels
+    }
+
+
+@torch.no_grad()
+def on_cuda(options: argparse.Namespace, cases: list[Case]) -> dict[str, Any]:
+    """Medians [ms] at batch 1 and 16: eager, and `accelerate` without and with the compiler and its CUDA graphs."""
+    found = {}
+    for case in cases:
+        for form in ("eager", "bf16", "fast"):
+            for batch in (1, 16):
+                model = in_form(our_network(case).cuda(), form)
+                images, times = case.images(batch).cuda(), []
+                for turn in range(-5, 30):  # the first compile, capture and warm up
+                    torch.cuda.synchronize()
+                    spent = seconds(lambda model=model, images=images: (model(images), torch.cuda.synchronize()))[0]
+                    if turn >= 0:
+                        times.append(1e3 * spent)
+                key = f"{case.model} {case.classifier}, batch {batch}, {form}"
+                found[key] = statistics.median(times)
+                print(f"{key:45}{found[key]:8.2f} ms", flush=True)
+                del model
+                torch.compiler.reset()
+    return {"median [ms]": found}
+
+
+def main() -> int:
+    """Measures, prints, writes; 1 where sides that compute in float32 disagree."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--mmseg-python", type=Path, help="interpreter that has mmsegmentation 1.2.2")
+    parser.add_argument(
+        "--plain", default=PLAIN, metavar="COMMIT", help="the plain first version (default %(default)s)"
+    )
+    parser.add_argument("--checkpoint", type=Path, action="append", default=[], help="trained with ssaseg; repeatable")
+    parser.add_argument("--images", type=Path, help="folder of images for --checkpoint")
+    parser.add_argument("--count", type=int, default=30, help="of these images (default %(default)s)")
+    parser.add_argument("--model", action="append", help="only these; repeatable")
+    parser.add_argument("--rounds", type=int, default=11)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--smoke", action="store_true", help="small and quick; writes nothing")
+    options = parser.parse_args()
+    if options.checkpoint and not options.images:
+        parser.error("--checkpoint needs --images")
+    with tempfile.TemporaryDirectory() as folder:
+        cases = CASES
+        if options.smoke:
+            GOALS.clear()  # which are for trained weights and whole images
+            cases = [Case("seaformer_t", "ssa", 5, 64), Case("afformer_t", "linear", 5, 64)]
+            options.rounds, options.count = 1, 2
+            options.checkpoint, options.images = [tiny_checkpoint(Path(folder), cases[0])], Path(folder)
+        elif options.device == "cuda":
+            from ssaseg.models import list_models
+
+            cases = [Case(name, classifier) for name in list_models() for classifier in ("linear", "ssa")]
+        cases = [case for case in cases if case.model in (options.model or [case.model])]
+        found = on_cuda(options, cases) if options.device == "cuda" else on_cpu(options, cases)
+    if not options.smoke and (options.device == "cuda" or not options.model):
+        write(options, found)
+    apart = [
+        f"{case['case']['model']} {form} {value:.1e}"
+        for case in found.get("cases", [])
+        for form, value in case["apart, of the largest logit"].items()
+        if form in {"eager", "folded", "compiled"} and not value < TOLERANCE
+    ]
+    print(f"the sides DISAGREE by more than {TOLERANCE}: {apart}" if apart else "the sides agree")
+    return bool(apart)
+
+
+def tiny_checkpoint(folder: Path, case: Case) -> Path:
+    """An untrained model's, and two images beside it."""
+    import cv2
+    import numpy as np
+
+    from ssaseg.models import save_model
+
+    for i in range(2):
+        cv2.imwrite(str(folder / f"{i}.png"), np.random.default_rng(i).integers(0, 255, (60, 80, 3), np.uint8))
+    save_model(folder / "tiny.safetensors", our_network(case), {})  # type: ignore[arg-type]
+    return folder / "tiny.safetensors"
+
+
+def write(options: argparse.Namespace, found: dict[str, Any]) -> None:
+    """A machine without a GPU keeps the figures that one with a GPU has left; there models may come one by one."""
+    results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    command = f"python benchmarks/networks.py --device {options.device} --rounds {options.rounds}"
+    if options.mmseg_python:
+        command += " --mmseg-python PYTHON"
+    if options.checkpoint:
+        command += "".join(f" --checkpoint {file.parent.name}/{file.name}" for file in options.checkpoint)
+        command += f" --images DIR --count {options.count}"
+    versions = {"python": platform.python_version(), "torch": torch.__version__, **found.pop("versions", {})}
+    head = {"command": command, "plain": options.plain, "versions": versions, "on": processor(options.device)}
+    if options.device == "cuda" and results.get("cuda", {}).get("versions") == versions:
+        found["median [ms]"] = results["cuda"]["median [ms]"] | found["median [ms]"]
+    # Above the number of cores: other programs ran beside.
+    results[options.device] = {**head, "load average": os.getloadavg()[0], **rounded(found)}
+    RESULTS.parent.mkdir(exist_ok=True)
+    RESULTS.write_text(json.dumps(results, indent=1) + "\n")
+
+
+def processor(device: str) -> str:
+    if device == "cuda":
+        return torch.cuda.get_device_name()
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+    return f"{(names or [platform.machine()])[0]}, {os.cpu_count()} cores"
+
+
+def rounded(value: Any) -> Any:
+    """Four significant digits."""
+    if isinstance(value, dict):
+        return {key: rounded(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [rounded(item) for item in value]
+    if isinstance(value, float) and value and math.isfinite(value):
+        return round(value, max(3 - math.floor(math.log10(abs(value))), 0))
+    return value
+
+
+if __name__ == "__main__":
+    sys.exit(main())
