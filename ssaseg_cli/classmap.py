@@ -33,6 +33,8 @@ def own_classes(source: Path, dataset: str | None, meta: Mapping[str, Any], clas
         if not same:
             return {"classes": [str(c) for c in stated], "palette": _palette(palette, classes)}
         dataset = same[0]
+    if dataset is None and isinstance(stated, list | tuple):
+        click.echo(f"  classes      the file names {len(stated)}, its head has {classes}: names not taken")
     if dataset is None and classes == len(label_space("ade20k").classes):
         dataset = "ade20k"
     if dataset is None:

@@ -7,6 +7,7 @@ backbone's tensors alone under our keys, with format "ssaseg-backbone-1" in its 
 takes it; `load_model` refuses it, naming the format.
 """
 
+import math
 from collections.abc import Mapping
 from io import BytesIO
 from pathlib import Path
@@ -19,10 +20,10 @@ from torch import Tensor
 from ssaseg.cli.classmap import follow_names, own_classes, wished_classes
 from ssaseg.cli.console import CommandError
 from ssaseg.cli.export import Form, run_export
-from ssaseg.cli.foreign import Weights, read_weights
+from ssaseg.cli.foreign import Weights, read_weights, require_finite
 from ssaseg.cli.matching import Report, likely_model, match, share
 from ssaseg.models import Segmenter, build_model, list_models, load_model, save_model
-from ssaseg.models.checkpoint import write_atomic, write_tensors
+from ssaseg.models.checkpoint import CheckpointError, write_atomic, write_tensors
 from ssaseg.models.upstream import CLASSES_KEY, SSA_KEY, aliases, left_out, official_keys
 
 BACKBONE_FORMAT = "ssaseg-backbone-1"
@@ -60,12 +61,16 @@ def run_convert(
         raise CommandError(f"{destination}: source and destination are the same file\ngive the result another name")
     if classes is not None and destination.suffix.lower() != ".safetensors":
         raise CommandError(f"--classes: only for .safetensors, not {destination}\nconvert to .safetensors first")
+    if destination.suffix.lower() != ".safetensors":
+        for option, given in (("--dataset", dataset), ("--allow-partial", allow_partial)):
+            if given:
+                raise CommandError(f"{option}: only for official weights to .safetensors\nleave it out")
     if destination.suffix.lower() in (".onnx", ".pt2"):
-        return run_export(source, destination, Form(**(form or {})))
+        return run_export(source, destination, *_open_ours(source, model, classifier), Form(**(form or {})))
     if form:
         raise CommandError(f"--{next(iter(form))}: only .onnx and .pt2 have it, not {destination}\nleave it out")
     if destination.suffix.lower() == ".pth":
-        return _to_official(source, destination, model, classifier)
+        return _to_official(destination, *_open_ours(source, model, classifier))
     wished = None if classes is None else wished_classes(classes)
     weights = read_weights(source)
     if wished is not None and weights.is_backbone:
@@ -98,7 +103,7 @@ def _from_official(
     """A whole segmentation network."""
     classes = _rows(weights.tensors.get(CLASSES_KEY))
     if classes == 0:
-        raise CommandError(f"{source}: holds no {CLASSES_KEY}\nexpected it to tell the number of classes")
+        raise CommandError(f"{source}: holds no {CLASSES_KEY} with a row per class\nexpected it, to count classes by")
     network = _fresh(name, classes, classifier or ("ssa" if SSA_KEY in weights.tensors else "linear"))
     heading = _heading(source, weights, f"{name}, {network.classifier_name}, {classes} classes")
     report, tensors = match(network, weights, heading)
@@ -135,9 +140,8 @@ def _backbone_from_official(source: Path, destination: Path, weights: Weights, n
     return 0 if report.complete else 1
 
 
-def _to_official(source: Path, destination: Path, model: str | None, classifier: str | None) -> int:
+def _to_official(destination: Path, network: Segmenter, metadata: dict[str, Any]) -> int:
     """One of our checkpoints under official names, as mmseg 0.x reads them."""
-    network, metadata = _open_ours(source, model, classifier)
     state = network.state_dict()
     keys = official_keys(network)
     further = aliases(keys.values())
@@ -155,8 +159,16 @@ def _to_official(source: Path, destination: Path, model: str | None, classifier:
 
 
 def _open_ours(source: Path, model: str | None, classifier: str | None) -> tuple[Segmenter, dict[str, Any]]:
-    """Network and metadata; what the options say of it must be so."""
-    network, metadata = load_model(source)
+    """Network and metadata; what the options say of it must be so, and its weights must be numbers."""
+    try:
+        network, metadata = load_model(source)
+    except CheckpointError:
+        if source.suffix.lower() == ".safetensors":
+            raise
+        raise CommandError(
+            f"{source}: is no checkpoint of ours\nfirst: ssaseg convert {source} OURS.safetensors"
+        ) from None
+    require_finite(source, network.state_dict())
     for option, wished, own in (
         ("--model", model, network.name),
         ("--classifier", classifier, network.classifier_name),
@@ -201,7 +213,8 @@ def _model_name(source: Path, weights: Weights, wished: str | None) -> str:
 
 def _best_guess(name: str, fitting: float) -> str:
     """`likely_model`'s answer in words."""
-    return f"its tensors look like {name} ({100 * fitting:.0f} % of that backbone)" if name else "no network here fits"
+    percent = math.floor(100 * fitting)  # 100 only where all of it fits
+    return f"its tensors look like {name} ({percent} % of that backbone)" if name else "no network here fits"
 
 
 def _misfit(source: Path, weights: Weights, network: Segmenter, report: Report) -> str:

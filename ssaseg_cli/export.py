@@ -6,6 +6,7 @@ takes and gives. In ONNX it is the model's metadata, JSON values by key; in a .p
 
 import json
 import logging
+import os
 import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -29,7 +30,7 @@ from ssaseg.datasets.colour import normalize, to_planes
 from ssaseg.datasets.pairs import IMAGE_SUFFIXES, read_image
 from ssaseg.datasets.synthetic import SyntheticScenes
 from ssaseg.datasets.transforms import test_image
-from ssaseg.models import Segmenter, load_model
+from ssaseg.models import Segmenter
 from ssaseg.models.checkpoint import write_atomic
 from ssaseg.models.deploy import Deployed, Normalize, PoolByProducts, at_input_size, fold, sides, smallest, trace
 
@@ -86,17 +87,20 @@ class Difference(NamedTuple):
         return f"in {100 * self.share:.3f} % of labels (allowed {100 * DIFFERING:g} %), there by logits of {logits}"
 
 
-def run_export(source: Path, destination: Path, form: Form) -> int:
-    """Writes the checkpoint `source` as .onnx or .pt2, by `destination`'s suffix; prints how far it is from PyTorch.
+def run_export(source: Path, destination: Path, model: Segmenter, metadata: Mapping[str, Any], form: Form) -> int:
+    """Writes `model` as .onnx or .pt2, by `destination`'s suffix, and prints how far that is from PyTorch.
 
-    Returns 0. Raises CommandError, having written nothing: with exit code 3 where the graph differs by more than
-    TOLERANCE or does not run, with 2 where there is none or the extra packages are missing.
+    `source`: the checkpoint that it is from, for messages. Returns 0. Raises CommandError, having written nothing: with
+    exit code 3 where the graph differs by more than TOLERANCE or does not run, with 2 where there is none, the extra
+    packages are missing or `destination` can't be written.
     """
     kind = destination.suffix.lower()
     missing = [name for name in NEEDED if kind == ".onnx" and find_spec(name) is None]
     if missing:
-        raise CommandError(f"{destination}: needs {', '.join(missing)}, not installed\npip install 'ssaseg[onnx]'")
-    model, metadata = load_model(source)
+        raise CommandError(f"{destination}: needs {', '.join(missing)}, not installed\npip install {' '.join(missing)}")
+    destination.parent.mkdir(parents=True, exist_ok=True)  # fails now, rather than after minutes
+    if not os.access(destination.parent, os.W_OK | os.X_OK):
+        raise CommandError(f"{destination}: its folder cannot be written\ngive a file in a folder that can")
     pictures = _own_images(form.verify, metadata["protocol"])
     plain, lean = (_deployed(source, each, metadata, form) for each in (model, fold(model)))
     any_size = "any size" if form.size is None else "{} x {} pixels".format(*form.size)

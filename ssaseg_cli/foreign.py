@@ -56,8 +56,8 @@ class Weights:
 def read_weights(path: Path) -> Weights:
     """Reads a pickle (.pth, .pth.tar, zip or legacy) or a safetensors file, ours or official.
 
-    Raises CommandError where it is truncated, holds a type that is not let in, no tensors, or one tensor under two
-    names with two values; FileNotFoundError.
+    Raises CommandError where it is truncated, holds a type that is not let in, no tensors, a value that is not finite,
+    or one tensor under two names with two values; FileNotFoundError.
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such checkpoint")
@@ -65,10 +65,22 @@ def read_weights(path: Path) -> Weights:
     tensors, nesting = _unwrap(content)
     if not tensors:
         raise CommandError(f"{path}: no tensors in it\nlooked under {', '.join(NESTINGS)} and at the top")
+    require_finite(path, tensors)
     if header is not None:
         return Weights(tensors, nesting, header=header)
     meta = content.get("meta")
     return Weights(_official(path, tensors), nesting, meta=meta if isinstance(meta, Mapping) else None)
+
+
+def require_finite(source: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Raises CommandError for the first tensor with NaN or infinity, which would spoil every prediction."""
+    for key, value in tensors.items():
+        wrong = int(value.numel() - value.isfinite().sum())
+        if wrong:
+            raise CommandError(
+                f"{source}: {key} has {wrong} of {value.numel()} values that are NaN or infinite\n"
+                "expected finite weights; take a checkpoint from before the training went wrong"
+            )
 
 
 def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None]:

@@ -26,7 +26,7 @@ class Report:
     matched: Sequence[str]
     missing: Sequence[str]
     unexpected: Sequence[str]
-    misshapen: Sequence[str]  # with both shapes
+    misshapen: Sequence[str]  # with both shapes, or types where one is of integers
     not_used: Sequence[str]  # known to hold nothing that a model computes with
     fresh: Sequence[str]  # wanted, and known to be in no ImageNet file: as initialised
     backbone: tuple[int, int]  # matched; wanted or unexpected: a deeper network of the same widths is another one
@@ -76,7 +76,7 @@ def match(model: Segmenter, weights: Weights, heading: str = "") -> tuple[Report
     if weights.is_backbone:
         names = {key: names[key] for key in backbone_keys(names)}
         fresh = [names[key] for key in names if official[key].endswith(NOT_PRETRAINED) and names[key] not in found]
-    fits = {ours: theirs in found and found[theirs].shape == own[ours].shape for ours, theirs in names.items()}
+    fits = {ours: theirs in found and _fits(found[theirs], own[ours]) for ours, theirs in names.items()}
     # What may be there or not is taken where it is there, but counts nowhere: shares are of tensors that matter.
     wanted = {o: theirs for o, theirs in names.items() if not official[o].endswith(COUNTERS) and theirs not in fresh}
     fitting = [ours for ours in wanted if fits[ours]]
@@ -90,7 +90,7 @@ def match(model: Segmenter, weights: Weights, heading: str = "") -> tuple[Report
         missing=[theirs for theirs in wanted.values() if theirs not in found],
         unexpected=unexpected,
         misshapen=[
-            f"{theirs} {tuple(found[theirs].shape)}, expected {tuple(own[ours].shape)}"
+            f"{theirs} {_outline_of(found[theirs], own[ours])}, expected {_outline_of(own[ours], found[theirs])}"
             for ours, theirs in wanted.items()
             if theirs in found and not fits[ours]
         ],
@@ -99,6 +99,16 @@ def match(model: Segmenter, weights: Weights, heading: str = "") -> tuple[Report
         backbone=(len(backbone_keys(fitting)), len(backbone_keys([*wanted, *unexpected]))),
     )
     return report, {ours: found[theirs] for ours, theirs in names.items() if fits[ours]}
+
+
+def _fits(found: Tensor, own: Tensor) -> bool:
+    """Of the same shape, and both of them fractions or both integers."""
+    return found.shape == own.shape and found.is_floating_point() == own.is_floating_point()
+
+
+def _outline_of(tensor: Tensor, other: Tensor) -> str:
+    """What tells it from another: its shape, else its type."""
+    return str(tuple(tensor.shape) if tensor.shape != other.shape else tensor.dtype)
 
 
 def _is_known(key: str, patterns: Mapping[str, str]) -> bool:

@@ -186,6 +186,39 @@ def test_one_wrong_key_refuses_a_segmentation_checkpoint(tmp_path: Path, fault: 
     assert load_model(tmp_path / "out" / "ours.safetensors")[1]["model"] == "seaformer_t"
 
 
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (float("inf"), "has 1 of 7 values that are NaN or infinite"),
+        (None, "torch.int64, expected torch.float32"),
+    ],
+)
+def test_weights_that_are_no_numbers(tmp_path: Path, value: float | None, message: str) -> None:
+    state = official_state(network(classes=7))
+    key = "decode_head.conv_seg.bias"
+    state[key] = torch.arange(7) if value is None else state[key].index_fill(0, torch.tensor([3]), value)
+    torch.save({"state_dict": state}, tmp_path / "odd.pth")
+    result = convert(tmp_path / "odd.pth", tmp_path / "ours.safetensors")
+    assert (result.exit_code, len(result.stderr.splitlines())) == (2, 3 if value is None else 2), result.output
+    assert f"{key} {message}" in result.stderr
+    assert not (tmp_path / "ours.safetensors").exists()
+
+
+def test_half_precision_is_taken(tmp_path: Path) -> None:
+    state = {k: v.half() if v.is_floating_point() else v for k, v in official_state(network(classes=7)).items()}
+    torch.save({"state_dict": state}, tmp_path / "half.pth")
+    assert convert(tmp_path / "half.pth", tmp_path / "ours.safetensors").exit_code == 0
+    loaded = load_model(tmp_path / "ours.safetensors")[0]
+    assert torch.equal(loaded.classifier.conv_seg.bias, state["decode_head.conv_seg.bias"].float())
+
+
+def test_class_names_of_another_count_are_left(tmp_path: Path) -> None:
+    content = {"state_dict": official_state(network(classes=7)), "meta": {"CLASSES": ["a", "b"]}}
+    torch.save(content, tmp_path / "official.pth")
+    result = convert(tmp_path / "official.pth", tmp_path / "ours.safetensors")
+    assert (result.exit_code, "the file names 2, its head has 7: names not taken" in result.output) == (0, True)
+
+
 def test_backbone_share_is_enforced(tmp_path: Path) -> None:
     """A pre-trained file may lack 5 % of the backbone's tensors, not more."""
     state = imagenet_state(network())
@@ -348,11 +381,14 @@ def test_destinations_that_make_no_sense(tmp_path: Path) -> None:
         ("ours.safetensors", "x.txt", "expected .safetensors (ours, from official weights) or .pth"),
         ("ours.safetensors", "x.safetensors", "is a file of ssaseg already"),
         ("ours.safetensors", "ours.safetensors", "the same file"),
-        ("official.pth", "x.pth", "cannot be read as a safetensors checkpoint"),
+        ("official.pth", "x.pth", "first: ssaseg convert"),
+        ("official.pth", "x.onnx", "first: ssaseg convert"),
     ]
     for source, destination, message in cases:
         result = convert(tmp_path / source, tmp_path / destination)
         assert (result.exit_code, message in result.output) == (2, True), result.output
     wrong = convert(tmp_path / "ours.safetensors", tmp_path / "x.pth", "--classifier", "linear")
     assert (wrong.exit_code, "its header says ssa" in wrong.output) == (2, True)
+    wrong = convert(tmp_path / "ours.safetensors", tmp_path / "x.pth", "--dataset", "ade20k")
+    assert (wrong.exit_code, "--dataset: only for official weights" in wrong.output) == (2, True)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["official.pth", "ours.safetensors"]

@@ -106,7 +106,7 @@ def test_it_stays_in_evaluation() -> None:
 
 def test_only_of_a_network_of_ours() -> None:
     quick = accelerate(network("seaformer_t"), torch.float32, compiled=False)
-    with pytest.raises(TypeError, match="expected a Segmenter.*got Accelerated"):
+    with pytest.raises(TypeError, match="got Accelerated"):
         accelerate(quick)  # type: ignore[arg-type]
 
 
