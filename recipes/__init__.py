@@ -16,6 +16,7 @@ from ssaseg.recipes.messages import explain
 from ssaseg.recipes.reading import (
     FLOAT,
     FOLDER,
+    LIST,
     Layer,
     RecipeError,
     apply_overrides,
@@ -23,14 +24,16 @@ from ssaseg.recipes.reading import (
     recipe_file,
     shipped_recipes,
 )
-from ssaseg.recipes.schema import Recipe
+from ssaseg.recipes.schema import Recipe, Section, Test
 
 __all__ = [
     "Recipe",
     "RecipeError",
+    "Test",
     "dump_recipe",
     "list_recipes",
     "load_recipe",
+    "parse_protocol",
     "parse_recipe",
     "recipe_file",
     "standalone_text",
@@ -51,7 +54,7 @@ def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
     if path.parent == FOLDER and path.stem.startswith("_"):
         raise RecipeError(
             f"{name_or_path}: a base for recipes to extend, not one to run\n"
-            f"write `extends: {path.stem}` in a file of your own, or use one of: {', '.join(list_recipes())}"
+            f"write `extends: {path.stem}` in a file of your own; {LIST}"
         )
     layer = read_recipe(path)
     layer.values.setdefault("name", path.stem)
@@ -69,6 +72,28 @@ def parse_recipe(data: Mapping[str, Any], source: str) -> Recipe:
         RecipeError: anything that is wrong, in at most three lines.
     """
     return _check(Layer({"name": Path(source).stem, **data}, {}), source)
+
+
+class _Protocol(Section):
+    """A `test` section by itself; as part of a mapping, its errors name keys as a recipe's do."""
+
+    test: Test
+
+
+def parse_protocol(data: Mapping[str, Any], source: str) -> Test:
+    """Check a test-time protocol by itself, such as a checkpoint's; keys that are missing have their defaults.
+
+    Args:
+        data: the mapping, as a recipe's `test` section.
+        source: where it comes from; opens the error message.
+
+    Raises:
+        RecipeError: anything that is wrong, in at most three lines.
+    """
+    try:
+        return _Protocol.model_validate({"test": data}).test
+    except ValidationError as error:
+        raise RecipeError(explain(error, source, {})) from None
 
 
 def dump_recipe(recipe: Recipe) -> str:

@@ -14,6 +14,7 @@ import yaml
 
 FOLDER = Path(__file__).parent
 COMMAND_LINE = "command line"
+LIST = "`ssaseg recipes list` names the shipped ones"
 SYNTAX = "a recipe has `key: value` lines, indented by spaces, and quotes around text that holds `: ` or ` #`"
 Keys = tuple[Any, ...]  # names from the recipe's root down to a value
 
@@ -58,14 +59,13 @@ def recipe_file(name: str, beside: Path | None = None) -> Path:
         RecipeError: no name, or there is no such file; names the nearest shipped recipes.
     """
     if not name.strip():
-        raise RecipeError(f"a recipe's name is empty\nshipped recipes: {', '.join(shipped_recipes())}")
+        raise RecipeError(f"a recipe's name is empty\n{LIST}")
     is_path = Path(name).suffix in (".yaml", ".yml") or len(Path(name).parts) != 1
     path = (beside or Path()) / Path(name).expanduser() if is_path else FOLDER / f"{name}.yaml"
     if path.exists():
         return path
-    names = shipped_recipes()
-    near = difflib.get_close_matches(Path(name).stem, names, n=3, cutoff=0.5)
-    mend = f"did you mean {' or '.join(near)}?" if near else f"shipped recipes: {', '.join(names)}"
+    near = difflib.get_close_matches(Path(name).stem, shipped_recipes(), n=3, cutoff=0.5)
+    mend = f"did you mean {' or '.join(near)}?" if near else LIST
     if is_path:
         raise RecipeError(f"{path}: no such file\na name without folder and suffix is a shipped recipe; {mend}")
     raise RecipeError(f"{name}: no shipped recipe has this name, and a file needs its suffix .yaml\n{mend}")

@@ -34,9 +34,13 @@ def wrong(key: str, got: object, expected: str, mend: str) -> PydanticCustomErro
 
 def _suffixes(suffixes: tuple[str, ...]) -> tuple[str, ...]:
     for suffix in suffixes:
-        if not suffix.startswith(".") or suffix != suffix.lower():
-            raise wrong("data.image_suffixes", suffix, "lower-case suffixes with their dot", "write '.jpg', not 'JPG'")
+        if "." not in suffix:
+            raise wrong("data.image_suffixes", suffix, "ends of file names with their dot", "write '.jpg', not 'JPG'")
     return suffixes
+
+
+def _listed(value: Any) -> Any:
+    return [value] if isinstance(value, str) else value
 
 
 class Section(BaseModel):
@@ -62,10 +66,20 @@ class Model(Section):
 
 
 class Folders(Section):
-    """Where the pairs of one split are, below `data.root`."""
+    """Where one split's images and labels are, below `data.root`."""
 
     images: str = Field(description="folder of the images, below data.root; searched recursively")
-    masks: str = Field(description="folder of the label masks, below data.root; same structure as images")
+    masks: NonEmpty | None = Field(
+        default=None, description="folder of the label masks, below data.root; same structure as images"
+    )
+    names: NonEmpty | None = Field(
+        default=None, description="file that lists the split's images, one name a line, below data.root; null: all"
+    )
+    annotations: (
+        Annotated[tuple[NonEmpty, ...], Strict(False), Field(min_length=1), BeforeValidator(_listed)] | None
+    ) = Field(
+        default=None, description="COCO-format file or list of them, below data.root; the later lie on the earlier"
+    )
 
 
 class Synthetic(Section):
@@ -78,24 +92,43 @@ class Synthetic(Section):
     seed: int = Field(default=0, ge=0, description="seed of the scenes; same seed and index, same picture")
 
 
+# Where a split's labels are, by data set; and the data sets that heed a key of `data`: the others bring their own.
+_LABELS = {"folder": "masks: annotations/*", "coco_json": "annotations: instances_*.json"}
+_IN_VAIN = {"folder": ("annotations",), "coco_json": ("masks", "names")}
+_HEEDED: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys(("classes", "palette", "train", "val"), ("folder", "coco_json")),
+    **dict.fromkeys(
+        ("image_suffixes", "mask_suffix", "ignore_index", "reduce_zero_label", "raw_to_train"), ("folder",)
+    ),
+    "background": ("coco_json",),
+}
+
+
 class Data(Section):
     """Images, labels and what the label values mean."""
 
     dataset: str = Field(
-        default="folder", description="folder (image/mask pairs on disk) or synthetic (drawn on the fly)"
+        default="folder",
+        description="folder (image/mask pairs on disk), coco_json (COCO-format annotations), synthetic (drawn on the "
+        "fly), or a published data set such as ade20k, whose classes and folders are known",
     )
     root: str = Field(default=".", description="folder that holds everything, relative to the current directory")
-    train: Folders | None = Field(default=None, description="image and mask folders of the training split")
-    val: Folders | None = Field(default=None, description="image and mask folders of the validation split")
+    train: Folders | None = Field(default=None, description="where the training split's images and labels are")
+    val: Folders | None = Field(default=None, description="where the validation split's images and labels are")
     image_suffixes: Annotated[tuple[str, ...], Strict(False), Field(min_length=1), AfterValidator(_suffixes)] = Field(
         default=(".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"),
-        description="suffixes that make a file an image, lower case, compared without regard to case",
+        description="ends of file names that make a file an image, compared without regard to case",
     )
     mask_suffix: NonEmpty = Field(
         default=".png", description="what replaces the image's suffix in its mask's file name"
     )
     classes: Annotated[tuple[NonEmpty, ...], Strict(False)] = Field(
-        default=(), description="list of 2 to 255 class names, in the order of the train ids; synthetic brings its own"
+        default=(),
+        description="list of 2 to 255 class names, in the order of the train ids; coco_json may leave it to the files, "
+        "synthetic and published data sets bring their own",
+    )
+    background: NonEmpty | None = Field(
+        default=None, description="class of pixels without annotation, for coco_json; null: they are ignored"
     )
     palette: Annotated[tuple[Colour, ...], Strict(False)] | None = Field(
         default=None, description="one [red, green, blue] of 0..255 per class; null: colours are made up"
@@ -122,20 +155,32 @@ class Data(Section):
 
     @model_validator(mode="after")
     def _what_the_dataset_needs(self) -> "Data":
-        if self.dataset == "folder":
-            for split in ("train", "val"):
-                if getattr(self, split) is None:
-                    mend = f"data.{split}: {{images: images/{split}, masks: annotations/{split}}}"
-                    raise wrong(f"data.{split}", None, "the folders of the split, as dataset is folder", mend)
-            if not self.classes:
-                raise wrong("data.classes", [], "2 to 255 names, as dataset is folder", "list them in train id order")
-        if self.dataset == "synthetic":
-            if self.synthetic is None:
-                mend = "data.synthetic: {height: 160, width: 160, train: 512, val: 64, seed: 0}"
-                raise wrong("data.synthetic", None, "the scenes' size and number, as dataset is synthetic", mend)
-            if self.classes:
-                expected = "none, as dataset is synthetic"
-                raise wrong("data.classes", list(self.classes), expected, "remove the key: the data set brings its own")
+        for split in ("train", "val") if self.dataset in _LABELS else ():
+            folders, example = getattr(self, split), _LABELS[self.dataset].replace("*", split)
+            mend = f"data.{split}: {{images: images/{split}, {example}}}"
+            if folders is None:
+                raise wrong(f"data.{split}", None, f"the folders of the split, as dataset is {self.dataset}", mend)
+            if getattr(folders, example.partition(":")[0]) is None:
+                raise wrong(f"data.{split}", folders.model_dump(exclude_none=True), f"{example} in it", mend)
+            for key in _IN_VAIN[self.dataset]:
+                if getattr(folders, key) is not None:
+                    expected = f"none, as dataset is {self.dataset}"
+                    raise wrong(f"data.{split}.{key}", getattr(folders, key), expected, mend)
+        if self.dataset == "folder" and not self.classes:
+            raise wrong("data.classes", [], "2 to 255 names, as dataset is folder", "list them in train id order")
+        if self.dataset == "synthetic" and self.synthetic is None:
+            mend = "data.synthetic: {height: 160, width: 160, train: 512, val: 64, seed: 0}"
+            raise wrong("data.synthetic", None, "the scenes' size and number, as dataset is synthetic", mend)
+        return self
+
+    @model_validator(mode="after")
+    def _nothing_in_vain(self) -> "Data":
+        """A key that the data set would not heed is an error: who writes it expects an effect."""
+        for key, users in _HEEDED.items():
+            got, default = getattr(self, key), type(self).model_fields[key].default
+            if self.dataset not in users and got != default:
+                mend = f"remove the key (the data set brings its own), or set data.dataset: {users[0]}"
+                raise wrong(f"data.{key}", got, f"none, as dataset is {self.dataset}", mend)
         return self
 
     @model_validator(mode="after")
@@ -192,7 +237,7 @@ class Augment(Section):
 
 
 class Test(Section):
-    """What is done to an image before evaluation and prediction."""
+    """The protocol of evaluation and prediction: what an image becomes before the network, and its logits after it."""
 
     scale: WidthHeight | None = Field(
         default=None, description="[width, height] the image is fitted into; null: not resized"
@@ -200,6 +245,32 @@ class Test(Section):
     multiple: Count | None = Field(
         default=None, description="sides are then resized up to a multiple of this; null: left"
     )
+    mode: Literal["whole", "slide"] = Field(
+        default="whole", description="whole (the image at once) or slide (overlapping windows, logits averaged)"
+    )
+    crop: HeightWidth | None = Field(
+        default=None, description="[height, width] of a window [pixels], each at least 32; only for mode slide"
+    )
+    stride: Annotated[tuple[Count, Count], Strict(False)] | None = Field(
+        default=None, description="[height, width] between windows [pixels], at most crop; only for mode slide"
+    )
+    ratios: Annotated[tuple[Positive, ...], Strict(False), Field(min_length=1)] = Field(
+        default=(1.0,), description="factors of scale; the probabilities of several are averaged"
+    )
+    flip: Switch = Field(default=False, description="average with the probabilities of the mirrored image")
+
+    @model_validator(mode="after")
+    def _windows(self) -> "Test":
+        for key in ("crop", "stride"):
+            given = getattr(self, key)
+            if self.mode == "slide" and given is None:
+                raise wrong(f"test.{key}", None, "[height, width], as mode is slide", "for example [512, 512]")
+            if self.mode == "whole" and given is not None:
+                raise wrong(f"test.{key}", list(given), "null, as mode is whole", "add test.mode: slide")
+        if self.crop and self.stride and (self.stride[0] > self.crop[0] or self.stride[1] > self.crop[1]):
+            expected = f"at most test.crop, {list(self.crop)}"
+            raise wrong("test.stride", list(self.stride), expected, "wider ones leave pixels between the windows")
+        return self
 
 
 class Rule(Section):

@@ -238,7 +238,8 @@ def test_a_wrong_file_is_answered_with_its_line(tmp_path: Path, text: str, parts
 
 def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     assert "did you mean demo?" in refusal("dmo")
-    assert "shipped recipes: camvid" in refusal("zzz")
+    assert " ade20k-seaformer_b-ssa " in refusal("ade20k-seaformer-ssa")
+    assert "`ssaseg recipes list` names the shipped ones" in refusal("zzz")
     assert "name is empty" in refusal("")
     assert "`extends: _camvid`" in refusal("_camvid")
     assert "demo.yaml: no such file" in refusal(str(tmp_path / "demo.yaml"))
