@@ -6,8 +6,11 @@ Nothing heavy is imported here: OpenCV and NumPy come in with the data set that 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
+
+from ssaseg.datasets.published import LAYOUTS
 
 if TYPE_CHECKING:
     import numpy as np
@@ -54,7 +57,8 @@ class Dataset(Protocol):
 def build_dataset(dataset: str, split: str, *, root: Path, options: Mapping[str, Any]) -> Dataset:
     """Build the data set called `dataset` for `split` ("train" or "val").
 
-    `options` are the keys of a recipe's `data` section; folders in them are below `root`. Raises DataError for an
+    `options` are the keys of a recipe's `data` section; folders in them are below `root`. A key of no recipe is
+    `partial`: image files without mask are left out and told, see `PairDataset`. Raises DataError for an
     unknown name or split, and for data that is missing or does not fit together.
     """
     if dataset not in BUILDERS:
@@ -67,6 +71,24 @@ def build_dataset(dataset: str, split: str, *, root: Path, options: Mapping[str,
 def list_datasets() -> list[str]:
     """Names that `build_dataset` knows."""
     return list(BUILDERS)
+
+
+def stated_classes(dataset: str, options: Mapping[str, Any]) -> tuple[list[str], list[list[int]] | None]:
+    """Names and RGB colours (None: nobody chose any) of the classes that a recipe's `data` section means.
+
+    No data is read: of `coco_json` only what `options` say is known, and the list may be empty.
+    """
+    if dataset in LAYOUTS:
+        from ssaseg.datasets.labels import label_space
+
+        labels = label_space(LAYOUTS[dataset].labels)
+        return labels.classes, labels.palette
+    if dataset == "synthetic":
+        from ssaseg.datasets.synthetic import CLASSES, PALETTE
+
+        return list(CLASSES), [list(colour) for colour in PALETTE]
+    palette = options.get("palette")
+    return list(options["classes"]), [list(colour) for colour in palette] if palette else None
 
 
 def default_palette(count: int) -> Palette:
@@ -96,9 +118,64 @@ def _folder(split: str, root: Path, options: Mapping[str, Any]) -> Dataset:
         options["classes"],
         options.get("palette"),
         **{key: options[key] for key in keys if key in options},
+        names=Path(root) / folders["names"] if folders.get("names") else None,
+        partial=options.get("partial", False),
     )
     pairs.preload()  # where there is a cache: now, so that the loader's workers share its pages
     return pairs
+
+
+def _coco(split: str, root: Path, options: Mapping[str, Any]) -> Dataset:
+    from ssaseg.datasets.coco import CocoDataset
+
+    folders = options.get(split)
+    if not folders:
+        raise DataError(f"data.{split}: not given\nexpected such as {{images: val2017, annotations: [instances.json]}}")
+    regions = CocoDataset(
+        Path(root) / folders["images"],
+        [Path(root) / file for file in folders["annotations"]],
+        options.get("classes", ()),
+        options.get("palette"),
+        options.get("background"),
+        options.get("cache", False),
+    )
+    regions.preload()
+    return regions
+
+
+def _published(name: str, split: str, root: Path, options: Mapping[str, Any]) -> Dataset:
+    from ssaseg.datasets.labels import label_space
+    from ssaseg.datasets.pairs import PairDataset
+
+    layout = LAYOUTS[name]
+    labels = label_space(layout.labels)
+    try:
+        pairs = PairDataset(
+            Path(root) / layout.images[split],
+            Path(root) / layout.masks[split],
+            labels.classes,
+            labels.palette,
+            image_suffixes=(layout.image_suffix,),
+            mask_suffix=layout.mask_suffix,
+            reduce_zero_label=layout.reduce_zero_label,
+            cache=options.get("cache", False),
+            names=Path(root) / layout.lists[split] if layout.lists else None,
+            partial=options.get("partial", False),
+        )
+    except DataError as error:  # folders and suffixes are nothing that the recipe could correct
+        found, expected, *_ = str(error).split("\n")
+        raise DataError(f"{found}\n{expected}\n{_layout_mend(name, split, Path(root))}") from None
+    pairs.mend = f"these are not the masks of {name} as published: unpack or prepare them again"
+    pairs.preload()
+    return pairs
+
+
+def _layout_mend(name: str, split: str, root: Path) -> str:
+    layout = LAYOUTS[name]
+    parts = [f"{layout.images[split]}/*{layout.image_suffix}", f"{layout.masks[split]}/*{layout.mask_suffix}"]
+    parts += [layout.lists[split]] if layout.lists else []
+    make = f" or run `ssaseg data prepare {name} --source DIR --root {root}`" if layout.prepared else ""
+    return f"{name} needs {', '.join(parts)} below data.root={root}: correct it (often {layout.root}){make}"
 
 
 def _synthetic(split: str, _root: Path, options: Mapping[str, Any]) -> Dataset:
@@ -109,6 +186,8 @@ def _synthetic(split: str, _root: Path, options: Mapping[str, Any]) -> Dataset:
 
 
 BUILDERS: dict[str, Callable[[str, Path, Mapping[str, Any]], Dataset]] = {
+    **{name: partial(_published, name) for name in LAYOUTS},
     "folder": _folder,
+    "coco_json": _coco,
     "synthetic": _synthetic,
 }

@@ -1,7 +1,7 @@
 """Class names, colours and test sizes of published data sets: what a foreign checkpoint does not say itself.
 
-`labels.json` holds the figures, from mmsegmentation 0.30's `ade.py`, `coco_stuff.py` and `pascal_context.py`
-(Apache-2.0); colours are written as hexadecimal RGB.
+`labels.json` holds the figures, from mmsegmentation 0.30's `ade.py`, `coco_stuff.py`, `pascal_context.py`,
+`cityscapes.py` and `voc.py` (Apache-2.0), and SegNet's 11 classes of CamVid; colours are written as hexadecimal RGB.
 """
 
 import json

@@ -6,10 +6,16 @@ len(dataset) is a permutation seeded by (seed, e), and the augmentation of sampl
 """
 
 import itertools
+import math
 import os
 import signal
 import sys
+import threading
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
+from multiprocessing import active_children
+from multiprocessing.connection import wait
+from multiprocessing.process import BaseProcess
 from typing import Any, NamedTuple
 
 import cv2
@@ -19,13 +25,17 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from ssaseg.datasets import DataError, Dataset
-from ssaseg.datasets.transforms import DRAWS, TrainTransform, test_image
+from ssaseg.datasets.transforms import DRAWS, TrainTransform, scaled_inputs
 
 # Batches or images that a worker prepares ahead of their use: a bound on memory.
 PREFETCH = 2
 # First word of the seeds, so that epochs and samples do not share random numbers.
 EPOCH, SAMPLE = 0, 1
 SIGNALS = {signal.SIGINT, signal.SIGTERM}
+
+
+class WorkerError(RuntimeError):
+    """A process that reads images was ended from outside, or crashed. Three lines: what and where, why, the mend."""
 
 
 class Batch(NamedTuple):
@@ -52,20 +62,21 @@ def train_loader(
 
     Closing the iterator ends the workers. Batches run on over the ends of epochs: no sample is dropped. workers:
     processes; 0 reads in this one. pin_memory: for copies to a CUDA device that do not wait. Raises the data set's own
-    DataError or OSError for a sample that cannot be used.
+    DataError or OSError for a sample that cannot be used, WorkerError where a worker is gone.
     """
     work = TrainWork(dataset, transform, seed)
-    yield from _run(work, _batches(len(dataset), seed, micro_batch, start), workers, pin_memory)
+    yield from read_ahead(work, _batches(len(dataset), seed, micro_batch, start), workers, pin_memory)
 
 
 def eval_loader(
-    dataset: Dataset, scale: Sequence[int] | None, multiple: int | None, workers: int
-) -> Iterator[tuple[Tensor, Tensor, str]]:
-    """Every image in order: network input uint8 (h,w,3) BGR, train ids uint8 (H,W) at the original size, name.
+    dataset: Dataset, scale: Sequence[int] | None, multiple: int | None, workers: int, ratios: Sequence[float] = (1.0,)
+) -> Iterator[tuple[list[Tensor], Tensor, str]]:
+    """Every image in order: network inputs uint8 (h,w,3) BGR, one a ratio; train ids uint8 (H,W) at the original size;
+    name.
 
-    scale, multiple: see `transforms.test_image`. Raises the data set's own DataError or OSError.
+    scale, multiple, ratios: see `transforms.scaled_inputs`. Raises as `train_loader`.
     """
-    yield from _run(_EvalWork(dataset, scale, multiple), range(len(dataset)), workers)
+    yield from read_ahead(_EvalWork(dataset, scale, multiple, ratios), range(len(dataset)), workers)
 
 
 def sample_index(position: int, count: int, seed: int) -> int:
@@ -90,28 +101,68 @@ def _batches(count: int, seed: int, size: int, start: int) -> Iterator[list[tupl
         yield batch
 
 
-class TrainWork:
-    """Makes a whole batch in one worker: the pixels are written once, into the arrays that are handed over."""
+class Work(ABC):
+    """What a worker does, and a note of where it is, which the main process can read when the worker is gone."""
+
+    def __init__(self, dataset: Dataset) -> None:
+        self.dataset = dataset
+        self.notes = torch.full((1, 2), -1)
+        self.own = self.notes[0].numpy()  # an array: a tensor takes 70 us to write to
+
+    @abstractmethod
+    def __getitem__(self, key: Any) -> Any:
+        """What is made for one key. Raises DataError or OSError, which reach the main process as they are."""
+
+    def share_notes(self, workers: int) -> None:
+        """Before workers start: one row each in shared memory, of its process's number and the image's index, or -1."""
+        self.notes = torch.full((max(workers, 1), 2), -1)
+        if workers:
+            _share(self.notes)
+
+    def take_row(self, worker: int) -> None:
+        """In a worker: the row is its own from now on."""
+        self.own = self.notes[worker].numpy()
+        self.own[0] = os.getpid()
+
+    def note(self, index: int) -> None:
+        """The image read from now on; -1: none."""
+        self.own[1] = index
+
+    def image_at(self, process: int) -> str | None:
+        """Name of the image that a worker, by its process's number, was reading; None: it was between two."""
+        for pid, index in self.notes.tolist():
+            if pid == process and index >= 0:
+                return self.dataset.name(index)
+        return None
+
+
+class TrainWork(Work):
+    """Makes a whole batch in one worker: the pixels are written once, into the memory that is handed over."""
 
     def __init__(self, dataset: Dataset, transform: TrainTransform, seed: int) -> None:
-        self.dataset, self.transform, self.seed = dataset, transform, seed
+        super().__init__(dataset)
+        self.transform, self.seed = transform, seed
         self.bad_raw = (~dataset.valid_raw).astype(np.uint8)
         self.checked = bytearray(len(dataset))
         self.rng = np.random.RandomState(0)
 
     def __getitem__(self, samples: list[tuple[int, int]]) -> Batch:
-        images, labels = self.transform.empty((len(samples),))
+        height, width = self.transform.crop
+        images, labels = _pixels(len(samples), height, width, 3), _pixels(len(samples), height, width)
+        arrays = list(zip(images.numpy(), labels.numpy(), strict=True))
         draws = np.empty((len(samples), DRAWS), np.float32)
         sizes = np.empty((len(samples), 2), np.int64)
         for row, (position, index) in enumerate(samples):
             # Seeded anew for every sample, so that nothing is carried over; a new generator would take longer.
             self.rng.seed([SAMPLE, self.seed, position])
+            self.note(index)
             image, raw = self._load(index)
-            sample = self.transform(image, raw, self.rng, self.dataset.label_lut, out=(images[row], labels[row]))
+            sample = self.transform(image, raw, self.rng, self.dataset.label_lut, out=arrays[row])
             draws[row], sizes[row] = sample.draws, sample.size
+        self.note(-1)
         return Batch(
-            torch.from_numpy(images),
-            torch.from_numpy(labels),
+            images,
+            labels,
             torch.from_numpy(draws),
             torch.from_numpy(sizes),
             [self.dataset.name(index) for _, index in samples],
@@ -128,35 +179,77 @@ class TrainWork:
         return image, raw
 
 
-class _EvalWork:
+class _EvalWork(Work):
     """Reads one evaluation image."""
 
-    def __init__(self, dataset: Dataset, scale: Sequence[int] | None, multiple: int | None) -> None:
-        self.dataset, self.scale, self.multiple = dataset, scale, multiple
+    def __init__(
+        self, dataset: Dataset, scale: Sequence[int] | None, multiple: int | None, ratios: Sequence[float]
+    ) -> None:
+        super().__init__(dataset)
+        self.scale, self.multiple, self.ratios = scale, multiple, ratios
 
-    def __getitem__(self, index: int) -> tuple[Tensor, Tensor, str]:
+    def __getitem__(self, index: int) -> tuple[list[Tensor], Tensor, str]:
+        self.note(index)
         image, label = self.dataset.load(index)
-        image = test_image(image, self.scale, self.multiple)
+        arrays = [*scaled_inputs(image, self.scale, self.multiple, self.ratios), label]
         # Arrays of a cache are read-only, which tensors can't be.
-        image, label = (np.require(array, requirements=["C", "W"]) for array in (image, label))
-        return torch.from_numpy(image), torch.from_numpy(label), self.dataset.name(index)
+        *inputs, labels = (torch.from_numpy(np.require(array, requirements=["C", "W"])) for array in arrays)
+        self.note(-1)
+        return inputs, labels, self.dataset.name(index)
 
 
 class _Caught(torch.utils.data.Dataset[Any]):
     """Returns errors in the data instead of raising them: DataLoader would bury them in the text of a traceback."""
 
-    def __init__(self, work: Any) -> None:
+    def __init__(self, work: Work) -> None:
         self.work = work
 
     def __getitem__(self, key: Any) -> Any:
         try:
-            return self.work[key]
-        except (DataError, OSError) as error:
+            item = self.work[key]
+            if torch.utils.data.get_worker_info() is not None:
+                # Here, where its lack can be told: PyTorch's thread would print a traceback, and the command wait.
+                _share(item)
+            return item
+        except (DataError, OSError, WorkerError) as error:
             return error
 
 
-def _run(work: Any, keys: Iterable[Any], workers: int, pin_memory: bool = False) -> Iterator[Any]:
-    """`work[key]` for each key, in order, computed ahead by `workers` processes."""
+def _pixels(*shape: int) -> Tensor:
+    """Uninitialised uint8; in a worker in shared memory, so that nothing is copied on handing it over."""
+    if torch.utils.data.get_worker_info() is None:
+        return torch.empty(shape, dtype=torch.uint8)
+    size = math.prod(shape)
+    try:
+        storage = torch.UntypedStorage._new_shared(size)
+    except RuntimeError:
+        raise _no_room(size) from None
+    return torch.empty(0, dtype=torch.uint8).set_(storage).view(shape)
+
+
+def _share(item: Any) -> None:
+    """Move the tensors in nested sequences to shared memory, where they are not there already."""
+    if isinstance(item, Tensor):
+        try:
+            item.share_memory_()
+        except RuntimeError:
+            raise _no_room(item.nbytes) from None
+    elif isinstance(item, list | tuple):
+        for part in item:
+            _share(part)
+
+
+def _no_room(size: int) -> WorkerError:
+    return WorkerError(
+        f"the shared memory (/dev/shm) is full: no room for {size / 2**20:.1f} MiB of pixels\n"
+        f"expected room for {PREFETCH} batches a worker and two more\n"
+        "give the container more, as docker's --shm-size does, or use fewer train.workers, or train.workers=0"
+    )
+
+
+def read_ahead(work: Work, keys: Iterable[Any], workers: int, pin_memory: bool = False) -> Iterator[Any]:
+    """`work[key]` for each key, in order, computed ahead by `workers` processes, which live as long as the iterator."""
+    work.share_notes(workers)
     loader = DataLoader(
         _Caught(work),
         batch_size=None,
@@ -171,14 +264,11 @@ def _run(work: Any, keys: Iterable[Any], workers: int, pin_memory: bool = False)
         # Otherwise it draws from the global generator, and a resumed run's dropout would differ.
         generator=torch.Generator(),
     )
-    # Held back until each worker has said that signals are not for it: see `_start_worker`.
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    others = active_children()
+    iterator = _start(loader)
+    processes = [child for child in active_children() if child not in others]
     try:
-        iterator = iter(loader)
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-    try:
-        while (item := next(iterator, None)) is not None:
+        while (item := _take(iterator, processes, work)) is not None:
             if isinstance(item, Exception):
                 raise item
             yield item
@@ -187,12 +277,65 @@ def _run(work: Any, keys: Iterable[Any], workers: int, pin_memory: bool = False)
         del iterator
 
 
+def _start(loader: DataLoader[Any]) -> Iterator[Any]:
+    """The loader's iterator, with this process's handling of signals as it was."""
+    handler = signal.getsignal(signal.SIGCHLD) if hasattr(signal, "SIGCHLD") else None
+    # Held back until each worker has said that signals are not for it: see `_start_worker`.
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    try:
+        iterator = iter(loader)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    if handler is not None and threading.current_thread() is threading.main_thread():
+        # PyTorch's handler raises wherever the command happens to be, in the middle of a step or of saving. Without it
+        # a worker that is gone shows when its work is missed, at most five seconds later.
+        signal.signal(signal.SIGCHLD, handler)
+    return iterator
+
+
+def _take(iterator: Iterator[Any], processes: Sequence[BaseProcess], work: Work) -> Any:
+    """The next item, None after the last. Raises WorkerError where it cannot come because a worker is gone."""
+    try:
+        return next(iterator, None)
+    except (RuntimeError, OSError, EOFError):
+        # A broken connection shows a moment before its process has ended.
+        ended = wait([process.sentinel for process in processes], timeout=2) if processes else []
+        for process in processes:
+            if process.sentinel in ended:
+                process.join()
+        gone = next((process for process in processes if process.exitcode), None)
+        if gone is None:
+            raise
+        raise WorkerError(_obituary(gone.exitcode or 0, work.image_at(gone.pid or 0))) from None
+
+
+def _obituary(exitcode: int, image: str | None) -> str:
+    """Three lines on a worker that ended with `exitcode` (negative: a signal's number) while it read `image`."""
+    names = {-number: number.name for number in signal.Signals}
+    how = names.get(exitcode, f"exit code {exitcode}")
+    causes = {
+        "SIGKILL": "killed from outside: most often the system, because the memory was used up",
+        "SIGBUS": "most often the shared memory (/dev/shm) was used up",
+        "SIGSEGV": "its decoder crashed: most often on a damaged file",
+    }
+    where, look = (f"while it read image {image}", ", or look at that image") if image else ("between two images", "")
+    return (
+        f"a process that reads images ended with {how} {where}\n"
+        f"{causes.get(how, 'ended from outside, or by a crash')}\n"
+        f"use fewer train.workers, a smaller train.micro_batch or data.cache=false{look}"
+    )
+
+
 def _unchanged(item: Any) -> Any:
     return item
 
 
-def _start_worker(_worker: int) -> None:
+def _start_worker(worker: int) -> None:
     """A worker has one thread, and signals meant for the command do not reach it: the main process says when to end."""
+    info = torch.utils.data.get_worker_info()
+    assert info is not None
+    assert isinstance(info.dataset, _Caught)
+    info.dataset.work.take_row(worker)
     cv2.setNumThreads(0)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if hasattr(os, "setpgid"):

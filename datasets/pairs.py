@@ -6,23 +6,20 @@ and 255 where a pixel is ignored.
 
 from __future__ import annotations
 
-import io
 import os
-import struct
 from collections.abc import Iterator, Mapping, Sequence, Set
+from itertools import pairwise
 from pathlib import Path
 
 import cv2
 import numpy as np
-from PIL import Image, UnidentifiedImageError
 
 from ssaseg.datasets import IGNORED, DataError, default_palette
+from ssaseg.datasets.decoding import read_image, read_mask
 
 Decoded = tuple[np.ndarray, np.ndarray, np.ndarray | None]  # image, raw ids, colours of a palette file
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
-# What Pillow raises on damaged files, beside OSError: its PNG reader alone uses three types.
-_DAMAGE = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)
 
 
 class PairDataset:
@@ -31,10 +28,12 @@ class PairDataset:
     Suffixes are matched whatever their case, folders are searched recursively, hidden files are passed over, and
     pairs are sorted by name. Without `palette` the classes get PASCAL VOC's colours. For the meaning of raw ids see
     `label_table`. `cache` keeps every decoded pair in memory, as read-only arrays; `preload` before forking lets all
-    workers share them.
+    workers share them. `names` is a file that lists the pairs to take, one name a line, as PASCAL VOC's ImageSets do;
+    without it all that is in the folders is taken. With `partial` incomplete pairs are left out, and `incomplete` has
+    the errors that would otherwise be raised for them.
 
-    Raises DataError where a folder is missing or empty, two files would have one name, or an image has no mask; the
-    loading methods raise it for files that cannot be used.
+    Raises DataError where a folder is missing or empty, two files would have one name, an image has no mask, or the
+    list names what is not there; the loading methods raise it for files that cannot be used.
     """
 
     def __init__(
@@ -49,6 +48,8 @@ class PairDataset:
         reduce_zero_label: bool = False,
         raw_to_train: Mapping[int, int] | None = None,
         cache: bool = False,
+        names: Path | None = None,
+        partial: bool = False,
     ) -> None:
         self.classes = tuple(classes)
         self.palette = tuple((r, g, b) for r, g, b in palette) if palette else default_palette(len(self.classes))
@@ -56,10 +57,12 @@ class PairDataset:
         self.palette_given = bool(palette)
         self.ignore_index, self.reduce_zero_label, self.raw_to_train = ignore_index, reduce_zero_label, raw_to_train
         self.label_lut, self.valid_raw = label_table(len(self.classes), ignore_index, reduce_zero_label, raw_to_train)
+        self.mend: str | None = None  # for ids out of range, where the recipe decides nothing about them
         self._bad_raw = (~self.valid_raw).astype(np.uint8)
 
+        self.incomplete: list[DataError] = []
         self._names, self.image_files, self.mask_files, self.unused_masks = pair_files(
-            Path(images), Path(masks), image_suffixes, mask_suffix
+            Path(images), Path(masks), image_suffixes, mask_suffix, names, self.incomplete if partial else None
         )
         self._cache: dict[int, Decoded] | None = {} if cache else None
 
@@ -120,7 +123,8 @@ class PairDataset:
         bad = [int(value) for value in np.flatnonzero(counts * self._bad_raw)]
         found = "; ".join(f"id {value} in {counts[value]} pixels" for value in bad[:3])
         more = f"; {len(bad) - 3} more ids" if len(bad) > 3 else ""
-        return DataError(f"{file}: {found}{more}\nexpected {self._expected()}\n{self._mend(bad, counts, file)}")
+        mend = self.mend or self._mend(bad, counts, file)
+        return DataError(f"{file}: {found}{more}\nexpected {self._expected()}\n{mend}")
 
     def palette_error(self, index: int, raw: np.ndarray, colours: np.ndarray | None) -> DataError | None:
         """The error for a palette file whose indices number the recipe's colours in another order, or None.
@@ -205,104 +209,70 @@ def label_table(
     return table, valid
 
 
-def read_image(path: Path) -> np.ndarray:
-    """Decode an image file to BGR uint8 (H, W, 3), with its EXIF orientation applied.
-
-    Alpha is dropped, grey repeated, 16 bits cut to 8. Raises OSError where the file cannot be read, DataError where
-    it is no image, or only a part of one.
-    """
-    data = path.read_bytes()
-    require_complete(path, data)
-    try:
-        # Not imread: it takes no name that the system's code page cannot hold, and is no faster.
-        image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR) if data else None
-    except cv2.error:
-        image = None
-    if image is None:
-        raise _unreadable(path, "image", "not an image of a known type" if data else "empty file")
-    return image
-
-
-def read_mask(path: Path) -> tuple[np.ndarray, np.ndarray | None]:
-    """Decode a mask file to raw ids uint8 (H, W) and, for palette files, the palette as RGB uint8 (N, 3).
-
-    Pillow reads it, because OpenCV turns a palette's indices into colours; as in mmsegmentation, EXIF orientation is
-    not applied. Raises OSError where the file cannot be read, DataError where it is damaged, in colours, or holds ids
-    over 255.
-    """
-    data = path.read_bytes()
-    try:
-        with Image.open(io.BytesIO(data)) as file:
-            mode = file.mode
-            ids = np.array(file)
-            colours = np.array(file.getpalette(), np.uint8).reshape(-1, 3) if mode == "P" else None
-    except UnidentifiedImageError:  # its text is about Python's objects
-        raise _unreadable(path, "mask", "not an image of a known type" if data else "empty file") from None
-    except _DAMAGE as error:
-        raise _unreadable(path, "mask", str(error) or type(error).__name__) from None
-    if ids.ndim != 2:
-        same = mode in ("RGB", "RGBA") and (ids[..., :1] == ids[..., :3]).all()
-        mend = "its channels are equal: keep one" if same else "replace each colour by its class's index (0, 1, 2, …)"
-        found = f"a mask of {ids.shape[2]} channels (mode {mode})"
-        raise DataError(f"{path}: {found}\nexpected one channel that holds class ids\n{mend}")
-    if ids.dtype != np.uint8:
-        if ids.dtype.kind == "f" or not 0 <= int(ids.min()) <= int(ids.max()) <= 255:
-            found = f"{ids.dtype} values {ids.min()}..{ids.max()}"
-            raise DataError(f"{path}: {found} in a mask\nexpected class ids 0..255\nstore ids in 8 bits, unscaled")
-        ids = ids.astype(np.uint8)
-    return ids, colours
-
-
-def require_complete(path: Path, data: bytes) -> None:
-    """Raise DataError for a JPEG or PNG file that breaks off: OpenCV 4 only warns, and makes the missing part grey."""
-    if data[:2] == b"\xff\xd8":
-        complete = data.endswith(b"\xff\xd9") or data.find(b"\xff\xd9", _jpeg_scan(data)) >= 0
-    elif data[:4] == b"\x89PNG":
-        complete = data.rfind(b"IEND") >= 0
-    else:
-        return
-    if not complete:
-        raise _unreadable(path, "image", f"its end is missing after {len(data)} bytes")
-
-
-def _jpeg_scan(data: bytes) -> int:
-    """Offset of the first scan: an end marker before it belongs to the thumbnail inside the EXIF segment."""
-    at = 2
-    while at + 4 <= len(data) and data[at] == 0xFF and data[at + 1] != 0xDA:
-        at += 2 + int.from_bytes(data[at + 2 : at + 4], "big")
-    return at
-
-
-def _unreadable(path: Path, kind: str, reason: str) -> DataError:
-    mend = "copy it again, or remove the pair"
-    return DataError(f"{path}: damaged {kind}: {reason}\nexpected a whole file of a known format\n{mend}")
-
-
 def pair_files(
-    images: Path, masks: Path, image_suffixes: Sequence[str], mask_suffix: str
+    images: Path,
+    masks: Path,
+    image_suffixes: Sequence[str],
+    mask_suffix: str,
+    listed: Path | None = None,
+    incomplete: list[DataError] | None = None,
 ) -> tuple[list[str], list[Path], list[Path], list[Path]]:
     """Names, image files and mask files of all pairs, sorted by name, and the mask files that no image claims.
 
-    Raises DataError for a folder that is missing or has no such file, for files of one name, and for images without
-    mask.
+    With a file of names, `listed`, only its pairs count, and no mask is spare: the others are another split's.
+    Raises DataError for a folder that is missing or has no such file, for files of one name, for images without mask,
+    and for listed names without image; of the last two `incomplete`, where it is given, is told instead.
     """
     mask_files = _files_by_name(masks, [mask_suffix], "masks")
     # One folder may hold both, or the masks lie below the images: what counts as a mask is then no image.
     apart = set(mask_files.values()) if masks.is_relative_to(images) else set()
     image_files = _files_by_name(images, image_suffixes, "images", apart)
-    missing = sorted(set(image_files) - set(mask_files))
+    names = sorted(image_files) if listed is None else read_names(listed)
+    absent = [name for name in names if name not in image_files]
+    if absent:
+        error = DataError(
+            f"{listed}: {len(absent)} of {len(names)} names have no image: {some(absent)}\n"
+            f"expected {images / absent[0]} + one of {', '.join(image_suffixes)} for the first\n"
+            "write names as paths below the image folder, without suffix; or add the images"
+        )
+        _raise_or_keep(error, incomplete)
+    missing = [name for name in names if name not in mask_files]
     if missing:
         first = missing[0]
-        near = [file.name for file in _walk((masks / first).parent) if file.name.startswith(Path(first).name)]
-        raise DataError(
-            f"{images}: {len(missing)} of {len(image_files)} images have no mask: {some(missing)}\n"
+        near = [file.name for file in walk((masks / first).parent) if file.name.startswith(Path(first).name)]
+        error = DataError(
+            f"{images}: {len(missing)} of {len(names)} images have no mask: {some(missing)}\n"
             f"expected {masks / (first + mask_suffix)} for the first"
             + (f"; found {some(near)}: set data.mask_suffix to what follows the name" if near else "")
             + "\nadd the masks, remove the images, or correct data.mask_suffix and the masks' folder"
         )
-    names = sorted(image_files)
-    unused = sorted(file for name, file in mask_files.items() if name not in image_files)
+        _raise_or_keep(error, incomplete)
+    names = [name for name in names if name in image_files and name in mask_files]
+    unused = sorted(file for name, file in mask_files.items() if name not in image_files and listed is None)
     return names, [image_files[name] for name in names], [mask_files[name] for name in names], unused
+
+
+def _raise_or_keep(error: DataError, kept: list[DataError] | None) -> None:
+    if kept is None:
+        raise error
+    kept.append(error)
+
+
+def read_names(file: Path) -> list[str]:
+    """The names in a list file, one a line, sorted. Raises DataError where it is missing, empty or no list of names."""
+    try:
+        lines = file.read_text(encoding="utf-8-sig").splitlines()
+    except FileNotFoundError:
+        raise DataError(f"{file}: no such file\nexpected the list of names, one a line") from None
+    except UnicodeDecodeError as error:
+        raise DataError(f"{file}: not UTF-8 text ({error.reason})\nexpected the list of names, one a line") from None
+    names = sorted(line.strip() for line in lines if line.strip())
+    twice = next((name for name, following in pairwise(names) if name == following), None)
+    if twice is not None:
+        raise DataError(f"{file}: {twice} is there twice\nexpected each name once\nremove the repeated lines")
+    if not names:
+        raise DataError(f"{file}: no names in this file\nexpected one name a line")
+    return names
 
 
 def _files_by_name(folder: Path, suffixes: Sequence[str], kind: str, apart: Set[Path] = frozenset()) -> dict[str, Path]:
@@ -313,7 +283,7 @@ def _files_by_name(folder: Path, suffixes: Sequence[str], kind: str, apart: Set[
         )
     endings = sorted((suffix.lower() for suffix in suffixes), key=len, reverse=True)  # _mask.png before .png
     found: dict[str, Path] = {}
-    for path in _walk(folder):
+    for path in walk(folder):
         ending = next((suffix for suffix in endings if path.name.lower().endswith(suffix)), None)
         if ending is None or path in apart:
             continue
@@ -328,7 +298,7 @@ def _files_by_name(folder: Path, suffixes: Sequence[str], kind: str, apart: Set[
     return found
 
 
-def _walk(folder: Path) -> Iterator[Path]:
+def walk(folder: Path) -> Iterator[Path]:
     """Visible files below `folder`, in a fixed order. Links are followed, except back into a folder that holds them."""
     for where, folders, files in os.walk(folder, onerror=_raise, followlinks=True):
         here = Path(where).resolve()

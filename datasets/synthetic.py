@@ -10,11 +10,9 @@ Letters: H, W height and width [pixels]. Sizes of objects are in units of min(H,
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import cv2
 import numpy as np
-from PIL import Image
 
 from ssaseg.datasets import IGNORED, DataError, Palette
 
@@ -77,30 +75,6 @@ class SyntheticScenes:
         return DataError(
             f"{self.name(index)}: an id that no class has\nexpected ids 0..{len(CLASSES) - 1} or {IGNORED}"
         )
-
-
-def export_scenes(
-    folder: Path, count: int, *, split: str = "train", height: int = 160, width: int = 160, seed: int = 0
-) -> list[Path]:
-    """Write `count` scenes below `folder`: images/`split`/*.png and annotations/`split`/*.png (indices, with palette).
-
-    Returns the image files. Files of the same names are overwritten.
-    """
-    scenes = SyntheticScenes(count, height, width, seed, split)
-    images, masks = folder / "images" / split, folder / "annotations" / split
-    images.mkdir(parents=True, exist_ok=True)
-    masks.mkdir(parents=True, exist_ok=True)
-    colours = np.zeros((256, 3), np.uint8)
-    colours[: len(PALETTE)] = PALETTE
-    written = []
-    for index in range(count):
-        image, label = scenes.load(index)
-        mask = Image.fromarray(label)
-        mask.putpalette(colours.tobytes())
-        mask.save(masks / f"{scenes.name(index)}.png")
-        written.append(images / f"{scenes.name(index)}.png")
-        Image.fromarray(image[..., ::-1]).save(written[-1])
-    return written
 
 
 def render(height: int, width: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:

@@ -81,6 +81,25 @@ def test_image(image: np.ndarray, scale: Sequence[int] | None, multiple: int | N
 test_image.__test__ = False  # type: ignore[attr-defined]
 
 
+def scaled_inputs(
+    image: np.ndarray, scale: Sequence[int] | None, multiple: int | None, ratios: Sequence[float] = (1.0,)
+) -> list[np.ndarray]:
+    """`test_image` once for each ratio, a factor of `scale`, or of the image's own size where that is None.
+
+    Sizes are rounded down, as in mmsegmentation 0.30 `datasets/pipelines/test_time_aug.py`: ratios of `scale` itself.
+    The configurations of mmsegmentation 1.x take ratios of the image as it was read, whatever `scale` is.
+    """
+    height, width = image.shape[:2]
+    inputs = []
+    for ratio in ratios:
+        if scale is None and ratio == 1:
+            inputs.append(test_image(image, None, multiple))
+            continue
+        target = [max(int(side * ratio), 1) for side in scale or (width, height)]
+        inputs.append(test_image(image, target, multiple))
+    return inputs
+
+
 class TrainTransform:
     """Random resize, crop, flip and colour draws, with mmsegmentation's pixels for the same random numbers.
 

@@ -9,8 +9,9 @@ import click
 import torch
 
 from ssaseg.cli.console import CommandError
-from ssaseg.datasets import synthetic
+from ssaseg.datasets import stated_classes
 from ssaseg.datasets.labels import label_space, list_label_spaces
+from ssaseg.datasets.published import LAYOUTS
 from ssaseg.models import Segmenter
 
 # What a classifier holds a row per class of, plain or SSA.
@@ -73,8 +74,9 @@ def dataset_metadata(name: str, option: str = "--dataset") -> dict[str, Any]:
 
     Raises CommandError, naming the option, where there is neither.
     """
-    if name in list_label_spaces():
-        return label_space(name)._asdict()
+    labels = LAYOUTS[name].labels if name in LAYOUTS else name
+    if labels in list_label_spaces():
+        return label_space(labels)._asdict()
     from ssaseg.recipes import RecipeError, load_recipe
 
     try:
@@ -83,15 +85,18 @@ def dataset_metadata(name: str, option: str = "--dataset") -> dict[str, Any]:
         raise CommandError(
             f"{option} {name}: no such data set\nexpected one of: {', '.join(list_label_spaces())}, or a recipe"
         ) from None
-    data, test = recipe.data, recipe.test
-    scenes = data.dataset == "synthetic"  # whose classes no recipe states
-    palette = synthetic.PALETTE if scenes else data.palette
+    data = recipe.data
+    classes, palette = stated_classes(data.dataset, data.model_dump())
+    if not classes:
+        raise CommandError(
+            f"{option} {name}: the classes are in its annotation files\nstate data.classes in the recipe"
+        )
     return {
-        "classes": list(synthetic.CLASSES if scenes else data.classes),
-        "palette": palette and [list(colour) for colour in palette],
+        "classes": classes,
+        "palette": palette,
         "mean": list(data.mean),
         "std": list(data.std),
-        "protocol": {"scale": test.scale and list(test.scale), "multiple": test.multiple},
+        "protocol": recipe.test.model_dump(mode="json"),
     }
 
 

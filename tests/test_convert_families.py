@@ -335,7 +335,7 @@ def test_classes_that_make_no_sense(tmp_path: Path) -> None:
     torch.save({"state_dict": bare_backbone(model)}, tmp_path / "imagenet.pth")
     cases = [
         ("ours.safetensors", "x.pth", CAMVID, "--classes: only for .safetensors"),
-        ("ours.safetensors", "x.safetensors", "cityscapes", "--classes cityscapes: no such data set"),
+        ("ours.safetensors", "x.safetensors", "kitti", "--classes kitti: no such data set"),
         ("ours.safetensors", "x.safetensors", "sky,Sky", "empty or there twice"),
         ("official.pth", "x.safetensors", CAMVID, "name them by --dataset"),
         ("imagenet.pth", "x.safetensors", CAMVID, "holds a backbone alone"),

@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 
 from ssaseg.datasets import DataError, build_dataset
+from ssaseg.datasets.exporting import export_scenes
 from ssaseg.datasets.pairs import PairDataset
-from ssaseg.datasets.synthetic import CLASSES, LOOK_ALIKES, PALETTE, SyntheticScenes, export_scenes
+from ssaseg.datasets.synthetic import CLASSES, LOOK_ALIKES, PALETTE, SyntheticScenes
 
 GROUND = {"ball": "grass", "buoy": "water", "bale": "grass", "crate": "road"}
 

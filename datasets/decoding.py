@@ -1,0 +1,103 @@
+"""Image and mask files to pixels, and an error where a file is not whole.
+
+Letters: H, W height and width [pixels].
+"""
+
+import io
+import struct
+from pathlib import Path
+
+import cv2
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+from ssaseg.datasets import DataError
+
+# What Pillow raises on damaged files, beside OSError: its PNG reader alone uses three types.
+_DAMAGE = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)
+
+
+def read_image(path: Path) -> np.ndarray:
+    """Decode an image file to BGR uint8 (H, W, 3), with its EXIF orientation applied.
+
+    Alpha is dropped, grey repeated, 16 bits cut to 8. Raises OSError where the file cannot be read, DataError where
+    it is no image, or only a part of one.
+    """
+    data = path.read_bytes()
+    require_complete(path, data)
+    # Not imread: it takes no name that the system's code page cannot hold, and is no faster.
+    image = _decode(data, cv2.IMREAD_COLOR)
+    if image is None:
+        raise _unreadable(path, "image", "not an image of a known type" if data else "empty file")
+    return image
+
+
+def read_mask(path: Path) -> tuple[np.ndarray, np.ndarray | None]:
+    """Decode a mask file to raw ids uint8 (H, W) and, for palette files, the palette as RGB uint8 (N, 3).
+
+    Pillow reads palettes, because OpenCV turns their indices into colours; as in mmsegmentation, EXIF orientation is
+    not applied. Raises OSError where the file cannot be read, DataError where it is damaged, in colours, or holds ids
+    over 255.
+    """
+    data, broken = path.read_bytes(), False
+    if data[:4] == b"\x89PNG" and data[24:26] == b"\x08\x00":  # 8 bits of grey, as most masks are
+        # OpenCV is faster, and it compares the checksums that Pillow passes over.
+        grey = _decode(data, cv2.IMREAD_UNCHANGED)
+        broken = grey is None
+        if grey is not None and grey.ndim == 2:
+            return grey, None
+    try:
+        with Image.open(io.BytesIO(data)) as file:
+            mode = file.mode
+            ids = np.array(file)
+            colours = np.array(file.getpalette(), np.uint8).reshape(-1, 3) if mode == "P" else None
+    except UnidentifiedImageError:  # its text is about Python's objects
+        raise _unreadable(path, "mask", "not an image of a known type" if data else "empty file") from None
+    except _DAMAGE as error:
+        raise _unreadable(path, "mask", str(error) or type(error).__name__) from None
+    if broken:
+        raise _unreadable(path, "mask", "a checksum is wrong, or its end is missing")
+    if ids.ndim != 2:
+        same = mode in ("RGB", "RGBA") and (ids[..., :1] == ids[..., :3]).all()
+        mend = "its channels are equal: keep one" if same else "replace each colour by its class's index (0, 1, 2, …)"
+        found = f"a mask of {ids.shape[2]} channels (mode {mode})"
+        raise DataError(f"{path}: {found}\nexpected one channel that holds class ids\n{mend}")
+    if ids.dtype != np.uint8:
+        if ids.dtype.kind == "f" or not 0 <= int(ids.min()) <= int(ids.max()) <= 255:
+            found = f"{ids.dtype} values {ids.min()}..{ids.max()}"
+            raise DataError(f"{path}: {found} in a mask\nexpected class ids 0..255\nstore ids in 8 bits, unscaled")
+        ids = ids.astype(np.uint8)
+    return ids, colours
+
+
+def _decode(data: bytes, flags: int) -> np.ndarray | None:
+    """What OpenCV makes of a file's bytes; None where it makes nothing of them."""
+    try:
+        return cv2.imdecode(np.frombuffer(data, np.uint8), flags) if data else None
+    except cv2.error:
+        return None
+
+
+def require_complete(path: Path, data: bytes) -> None:
+    """Raise DataError for a JPEG or PNG file that breaks off: OpenCV 4 only warns, and makes the missing part grey."""
+    if data[:2] == b"\xff\xd8":
+        complete = data.endswith(b"\xff\xd9") or data.find(b"\xff\xd9", _jpeg_scan(data)) >= 0
+    elif data[:4] == b"\x89PNG":
+        complete = data.rfind(b"IEND") >= 0
+    else:
+        return
+    if not complete:
+        raise _unreadable(path, "image", f"its end is missing after {len(data)} bytes")
+
+
+def _jpeg_scan(data: bytes) -> int:
+    """Offset of the first scan: an end marker before it belongs to the thumbnail inside the EXIF segment."""
+    at = 2
+    while at + 4 <= len(data) and data[at] == 0xFF and data[at + 1] != 0xDA:
+        at += 2 + int.from_bytes(data[at + 2 : at + 4], "big")
+    return at
+
+
+def _unreadable(path: Path, kind: str, reason: str) -> DataError:
+    mend = "copy it again, or remove the pair"
+    return DataError(f"{path}: damaged {kind}: {reason}\nexpected a whole file of a known format\n{mend}")
