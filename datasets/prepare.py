@@ -1,0 +1,333 @@
+"""From what one downloads to the layout that is read: which files a data set needs, and the pixels of each mask.
+
+Nothing is written here; `ssaseg data prepare` does that. One row of `DOWNLOADS` a data set: how its download is laid
+out, and what becomes of the raw ids in it. The facts are those of mmsegmentation's converters
+(`tools/dataset_converters`, 1.2.2), which made the masks that the published figures were measured on.
+
+Letters: H, W height and width [pixels].
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import cv2
+import numpy as np
+
+from ssaseg.datasets import IGNORED, DataError
+from ssaseg.datasets.context import CONTEXT_FILE, CONTEXT_IDS, Drawing, draw, drawings
+from ssaseg.datasets.loader import Work, read_ahead
+from ssaseg.datasets.pairs import _files_by_name as files_by_name
+from ssaseg.datasets.pairs import read_mask, read_names, some
+from ssaseg.datasets.published import LAYOUTS, Layout
+
+# COCO has 91 ids for things and 91 for stuff. These things have no pixel anywhere, and no class; 0 is unlabelled.
+COCO_ABSENT = (12, 26, 29, 30, 45, 66, 68, 69, 71, 83, 91)
+# Cityscapes' ids 0..33 of train ids 0..18 (cityscapesscripts/helpers/labels.py); the other ids are ignored.
+CITYSCAPES_IDS = (7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33)
+UNKNOWN = -1  # in a table: an id that means nothing
+PNG_END = b"\0\0\0\0IEND\xaeB`\x82"  # the last chunk of every PNG file
+
+
+class Pair(NamedTuple):
+    """What a download has for one image. Neither file need be there."""
+
+    split: str
+    name: str  # below the image folder, with / and without suffix
+    image: Path
+    mask: Path | Drawing
+
+
+@dataclass(frozen=True)
+class Download:
+    """A data set as it is downloaded."""
+
+    pairs: Callable[[Path], Iterator[Pair]]  # in the folder that holds the download
+    read: Callable[[Any], np.ndarray]  # `Pair.mask` -> raw ids, whole numbers (H, W)
+    table: np.ndarray  # int16: raw id -> id in the mask that is written, or UNKNOWN
+    ids: str  # the known raw ids in words
+
+
+def _coco_table(lower: int) -> np.ndarray:
+    """Masks number the ids that have a class without gaps. `lower`: by how much all ids are below COCO-Stuff-10K's."""
+    known = [value for value in range(183) if value not in COCO_ABSENT]
+    return _table({value - lower: place - lower for place, value in enumerate(known) if value >= lower})
+
+
+def _table(ids: dict[int, int]) -> np.ndarray:
+    table = np.full(max(*ids, IGNORED) + 1, UNKNOWN, np.int16)
+    table[list(ids)] = list(ids.values())
+    return table
+
+
+COCO_164K = _coco_table(1)
+COCO_164K[IGNORED] = IGNORED  # there unlabelled
+
+
+# ---- the downloads -----------------------------------------------------------------------------------------------
+
+
+def _coco_stuff10k(source: Path) -> Iterator[Pair]:
+    try:
+        import scipy.io  # noqa: F401 (an extra: told before any work is done)
+    except ImportError:
+        message = "coco_stuff10k: its masks are .mat files, which take scipy to read\nit is not installed"
+        raise DataError(f"{message}\npip install 'ssaseg[mat]'") from None
+    lists = _folder(source, "imageLists")
+    images, masks = _folder(source, "images"), _folder(source, "annotations")
+    for split, file in (("train", "train.txt"), ("val", "test.txt")):
+        for name in read_names(lists / file):
+            yield Pair(split, name, images / f"{name}.jpg", masks / f"{name}.mat")
+
+
+def _coco_stuff164k(source: Path) -> Iterator[Pair]:
+    for split, folder in (("train", "train2017"), ("val", "val2017")):
+        # All archives unpack to train2017 and val2017. What a preparation in place has made so far, below images/ and
+        # annotations/, comes last: it would pass for the whole.
+        images = _folder(source, folder, f"images/{folder}", holding="*.jpg")
+        maps = _folder(source, f"stuffthingmaps/{folder}", folder, f"annotations/{folder}", holding="*.png")
+        for name, image in sorted(files_by_name(images, [".jpg"], "images").items()):
+            yield Pair(split, name, image, maps / f"{name}.png")
+
+
+def _pascal_context(source: Path) -> Iterator[Pair]:
+    place = next((place for place in ("VOC2010", "VOCdevkit/VOC2010") if (source / place).is_dir()), ".")
+    images = _folder(source, f"{place}/JPEGImages")
+    for drawing in drawings(_folder(source, place, ".", holding=CONTEXT_FILE) / CONTEXT_FILE):
+        yield Pair(drawing.split, drawing.name, images / f"{drawing.name}.jpg", drawing)
+
+
+def _cityscapes(source: Path) -> Iterator[Pair]:
+    for split in ("train", "val"):
+        images, masks = _folder(source, f"leftImg8bit/{split}"), _folder(source, f"gtFine/{split}")
+        for name, image in sorted(files_by_name(images, ["_leftImg8bit.png"], "images").items()):
+            mask = masks / f"{name}_gtFine_labelIds.png"
+            if not mask.is_file() and mask.with_name(mask.name.replace("_labelIds.png", "_polygons.json")).is_file():
+                raise DataError(
+                    f"{mask}: is not there, only its polygons are\nexpected masks beside polygons, as in the archive\n"
+                    "unpack all of gtFine_trainvaltest.zip; masks are not drawn from polygons"
+                )
+            yield Pair(split, name, image, mask)
+
+
+def _folder(source: Path, *places: str, holding: str = "") -> Path:
+    """The first of `places` below `source` that is a folder, with a file of the pattern `holding` in it."""
+    for place in places:
+        if (source / place).is_dir() and (not holding or any((source / place).glob(holding))):
+            return source / place
+    wanted = " or ".join(f"{Path(place) / holding}" for place in places)
+    mend = "give as --source the folder that the downloads are unpacked in, see `ssaseg data prepare --help`"
+    raise DataError(f"{source}: not what was expected in this folder\nexpected {wanted} in it\n{mend}")
+
+
+def _read_mat(file: Path) -> np.ndarray:
+    """Raw ids (H, W): what a COCO-Stuff-10K file holds under S, beside names, captions and superpixels."""
+    from scipy.io import loadmat, whosmat
+
+    try:
+        ids = loadmat(file, variable_names=["S"]).get("S")
+        keys = [] if ids is not None else [name for name, _, _ in whosmat(file)]
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # scipy lets through whatever its parser stumbles over
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        expected = "expected a whole MATLAB 5 file\nunpack the download again"
+        raise DataError(f"{file}: damaged .mat file: {reason}\n{expected}") from None
+    if ids is None:
+        raise DataError(
+            f"{file}: no key S; it has {some(keys, 5) or 'none'}\n"
+            "expected the label map under S, as in COCO-Stuff-10K 1.1\nunpack cocostuff-10k-v1.1.zip again"
+        )
+    return ids
+
+
+def _read_map(file: Path) -> np.ndarray:
+    return read_mask(file)[0]
+
+
+DOWNLOADS: dict[str, Download] = {
+    "coco_stuff10k": Download(_coco_stuff10k, _read_mat, _coco_table(0), "0..182 but for the eleven without a class"),
+    "coco_stuff164k": Download(
+        _coco_stuff164k, _read_map, COCO_164K, "0..181 but for the eleven without a class, or 255"
+    ),
+    # What is none of the 59 classes, among the 459 that PASCAL-Context numbers, is background: 0.
+    "pascal_context_60": Download(
+        _pascal_context,
+        draw,
+        _table(dict.fromkeys(range(460), 0) | {k: i for i, k in enumerate(CONTEXT_IDS)}),
+        "0..459",
+    ),
+    "cityscapes": Download(
+        _cityscapes,
+        _read_map,
+        _table(dict.fromkeys([*range(34), IGNORED], IGNORED) | {k: i for i, k in enumerate(CITYSCAPES_IDS)}),
+        "0..33, or 255",
+    ),
+}
+DOWNLOADS["pascal_context_59"] = DOWNLOADS["pascal_context_60"]  # the same files, read otherwise
+
+
+# ---- what is to be done ------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Plan:
+    """Every file of a data set that can be made: what from, and where to. Folders of targets need not be there."""
+
+    download: Download
+    images: list[tuple[Path, Path]] = field(default_factory=list)  # source, target
+    masks: list[tuple[Path | Drawing, Path]] = field(default_factory=list)  # source, target
+    lists: dict[Path, list[str]] = field(default_factory=dict)  # target, names
+    absent: list[Path] = field(default_factory=list)  # what the download lacks
+
+    def __len__(self) -> int:
+        """Number of files."""
+        return len(self.images) + len(self.masks) + len(self.lists)
+
+    def name(self, index: int) -> str:
+        """Of a mask, for messages."""
+        return str(self.masks[index][1])
+
+
+def find_layout(name: str) -> Layout:
+    """The layout of a published data set. Raises DataError for an unknown name."""
+    if name not in LAYOUTS:
+        raise DataError(f"data set {name!r} is not known\nexpected one of: {', '.join(LAYOUTS)}")
+    return LAYOUTS[name]
+
+
+def plan_preparation(name: str, source: Path, root: Path) -> Plan:
+    """What to make below `root` of the download in `source`, for a name in `DOWNLOADS`.
+
+    Lists come first, then images, then masks: a preparation that breaks off leaves images without masks, which no
+    reader takes, and never a smaller data set that looks whole. Raises DataError where the download is another's or
+    cannot be understood.
+    """
+    layout, plan = find_layout(name), Plan(DOWNLOADS[name])
+    listed: dict[str, list[str]] = {split: [] for split in layout.lists or ()}
+    for pair in plan.download.pairs(source):
+        if layout.lists is not None:
+            listed[pair.split].append(pair.name)
+        if pair.image.is_file():
+            target = root / layout.images[pair.split] / f"{pair.name}{layout.image_suffix}"
+            plan.images.append((pair.image, target))
+        else:
+            plan.absent.append(pair.image)
+        if isinstance(pair.mask, Path) and not pair.mask.is_file():
+            plan.absent.append(pair.mask)
+        else:
+            plan.masks.append((pair.mask, root / layout.masks[pair.split] / f"{pair.name}{layout.mask_suffix}"))
+    plan.lists = {root / (layout.lists or {})[split]: sorted(names) for split, names in listed.items()}
+    return plan
+
+
+def is_whole(mask: Path) -> bool:
+    """Whether a PNG file is there to its end: one that was written by another program may not be."""
+    try:
+        with mask.open("rb") as file:
+            file.seek(-len(PNG_END), os.SEEK_END)
+            return file.read() == PNG_END
+    except OSError:  # not there, or shorter
+        return False
+
+
+class Made(NamedTuple):
+    """The content of a mask's PNG file, or why there is none, in three lines."""
+
+    content: bytes
+    wrong: str = ""
+
+
+def make_masks(plan: Plan, indices: Sequence[int], workers: int) -> Iterator[Made]:
+    """Masks of `plan`, in the order of `indices`, made ahead by `workers` processes (0: in this one)."""
+    return read_ahead(_MaskWork(plan), indices, workers)
+
+
+class _MaskWork(Work):
+    """Makes a mask, in whichever process."""
+
+    def __init__(self, plan: Plan) -> None:
+        super().__init__(plan)  # type: ignore[arg-type]  # it asks for names only
+        self.plan = plan
+
+    def __getitem__(self, index: int) -> Made:
+        self.note(index)
+        source, download = self.plan.masks[index][0], self.plan.download
+        try:
+            ids = to_mask(download.read(source), download, source)
+        except OSError as error:
+            return Made(b"", f"{source}: {error.strerror or error}\nexpected a file that can be read\nfetch it again")
+        except DataError as error:
+            return Made(b"", str(error))
+        finally:
+            self.note(-1)
+        return Made(cv2.imencode(".png", ids)[1].tobytes())
+
+
+def to_mask(raw: np.ndarray, download: Download, source: Path | Drawing) -> np.ndarray:
+    """Ids as they are written, uint8 (H, W). Raises DataError, naming `source`, for ids that mean nothing."""
+    table = download.table
+    if raw.ndim != 2 or not raw.size or raw.dtype.kind not in "iu":
+        found = f"an array of {raw.dtype} with shape {raw.shape}"
+        raise DataError(f"{source}: {found}\nexpected whole numbers, height x width\nunpack the download again")
+    if 0 <= int(raw.min()) <= int(raw.max()) < len(table) and (ids := table[raw]).min() > UNKNOWN:
+        return ids.astype(np.uint8)
+    values, counts = np.unique(raw, return_counts=True)
+    bad = [
+        f"id {value} in {count} pixels"
+        for value, count in zip(values.tolist(), counts.tolist(), strict=True)
+        if not 0 <= value < len(table) or table[value] == UNKNOWN
+    ]
+    raise DataError(
+        f"{source}: {'; '.join(bad[:3])}{f'; {len(bad) - 3} more ids' if len(bad) > 3 else ''}\n"
+        f"expected ids {download.ids}\nis this the data set that was named, and its own version of it?"
+    )
+
+
+# ---- what is there -----------------------------------------------------------------------------------------------
+
+
+class Count(NamedTuple):
+    """A split on disk."""
+
+    images: int
+    masks: int
+    pairs: int
+    published: int
+    lacking: list[str]  # which files should be there, for the first of each kind
+
+
+def count_pairs(layout: Layout, root: Path) -> dict[str, Count]:
+    """Files below `root`, by split, with what is missing among them. Nothing is opened but lists of names."""
+    counts = {}
+    for split, published in layout.counts.items():
+        images = _names(root / layout.images[split], layout.image_suffix)
+        masks = _names(root / layout.masks[split], layout.mask_suffix)
+        lacking = []
+        if layout.lists is not None:
+            file = root / layout.lists[split]
+            names = set(read_names(file)) if file.is_file() else set()
+            lacking = [] if names else [f"the list {file}"]
+            unseen = names - images
+            lacking += _lacking(unseen, "listed names have no image", names)
+            images, masks = images & names, masks & names
+        lacking += _lacking(images - masks, "images have no mask", images)
+        lacking += _lacking(masks - images, "masks have no image", masks)
+        counts[split] = Count(len(images), len(masks), len(images & masks), published, lacking)
+    return counts
+
+
+def _names(folder: Path, suffix: str) -> set[str]:
+    try:
+        return set(files_by_name(folder, [suffix], "files"))
+    except DataError:  # no such folder, or none in it: no reason not to count the rest
+        return set()
+
+
+def _lacking(names: Iterable[str], what: str, among: Iterable[str]) -> list[str]:
+    found = sorted(names)
+    return [f"{len(found)} of {len(set(among))} {what}: {some(found)}"] if found else []
