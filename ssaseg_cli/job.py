@@ -1,6 +1,6 @@
 """A training run's parts: built, checked and described before its first step."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from ssaseg.cli.watch import StopSignal
 from ssaseg.datasets.colour import prepare_batch
 from ssaseg.models import Segmenter
 from ssaseg.models.checkpoint import write_atomic
-from ssaseg.recipes import Recipe, dump_recipe
+from ssaseg.recipes import Recipe, dump_recipe, parse_recipe
 
 
 @dataclass
@@ -82,19 +82,24 @@ def open_folder(out: Path, recipe: Recipe, resume: bool) -> dict[str, Any] | Non
             f"start a new one with --out and model.pretrained={out / 'last.safetensors'}"
         )
     if stored is not None:
-        refuse_changes(stored["recipe"], recipe.model_dump(mode="json"), out)
+        # Parsed, so that keys which came after the run was begun have the default that it went by.
+        before = parse_recipe(stored["recipe"], str(out)).model_dump(mode="json")
+        refuse_changes(before, recipe.model_dump(mode="json"), out)
     return stored
 
 
-def build_job(recipe: Recipe, out: Path, device: torch.device, stored: dict[str, Any] | None) -> Job:
-    """Data, model, optimiser and loader, with the stored state in them; labels are checked first."""
+def build_job(
+    recipe: Recipe, out: Path, device: torch.device, stored: dict[str, Any] | None, check: str = "sample"
+) -> Job:
+    """Data, model, optimiser and loader, with the stored state in them; labels are checked first: `check_labels`."""
     from ssaseg.datasets import build_dataset
     from ssaseg.models import Distillation, build_model
 
     options = recipe.data.model_dump()
     root = Path(recipe.data.root)
     train_set, val_set = (build_dataset(recipe.data.dataset, s, root=root, options=options) for s in ("train", "val"))
-    check_labels({"training": train_set, "validation": val_set})
+    require_same_classes(train_set.classes, val_set.classes)
+    check_labels({"training": train_set, "validation": val_set}, check)
     torch.manual_seed(recipe.train.seed)
     weights = recipe.distill.weights.model_dump()
     try:
@@ -149,20 +154,43 @@ def load_start(model: Segmenter, path: str) -> None:
     """Loads `model.pretrained`, prints the matched share and holds it to at least 95 % of the backbone."""
     from ssaseg.cli.convert import load_pretrained
 
-    click.echo(str(load_pretrained(model, Path(path))), err=True)
+    try:
+        click.echo(str(load_pretrained(model, Path(path))), err=True)
+    except FileNotFoundError as error:
+        raise CommandError(
+            f"{error}\nput it there (`ssaseg recipes show` says where it is from) or name it: model.pretrained=FILE\n"
+            "model.pretrained=null starts from random weights instead, and ends with a lower mIoU"
+        ) from None
 
 
-def check_labels(splits: dict[str, Any], sample: int = 512) -> None:
-    """Looks at up to `sample` pairs of each split before the first step; the loader checks the others as it reads them.
+def require_same_classes(train: Sequence[str], val: Sequence[str]) -> None:
+    """Raises CommandError where the splits' classes differ: annotation files each bring their own."""
+    if tuple(train) != tuple(val):
+        differ = [name for name in (*train, *val) if (name in train) != (name in val)]
+        found = f"only one of them has {', '.join(differ[:3])}" if differ else "their order differs"
+        raise CommandError(
+            f"training and validation split have other classes: {len(train)} and {len(val)}; {found}\n"
+            "state data.classes: the names that count, in the order of the train ids"
+        )
+
+
+def check_labels(splits: dict[str, Any], check: str = "sample") -> None:
+    """Looks through each split before the first step: at up to 512 pairs of it ("sample"; the loader checks the others
+    as it reads them), or at every pixel of all ("all").
 
     Raises CommandError for the first error; prints warnings where there is none.
     """
-    from ssaseg.datasets.check import check_dataset
+    from ssaseg.cli.starting import watch
+    from ssaseg.datasets.check import Problem, check_dataset
 
-    problems = [(name, problem) for name, split in splits.items() for problem in check_dataset(split, sample)]
+    problems: list[tuple[str, Problem]] = []
+    for name, split in splits.items():
+        found = check_dataset(split, 512) if check == "sample" else watch(split, f"checked {name}").problems
+        problems += [(name, problem) for problem in found]
     errors = [problem.text for _, problem in problems if problem.severity == "error"]
     if errors:
-        raise CommandError(errors[0] + (" (the first of several problems)" if len(errors) > 1 else ""))
+        several = " (the first of several problems: `ssaseg data check` tells all)" if len(errors) > 1 else ""
+        raise CommandError(errors[0] + several)
     for name, problem in problems:
         click.echo(f"warning, {name} split: {problem.text}", err=True)
 

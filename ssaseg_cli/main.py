@@ -4,26 +4,22 @@ Heavy imports (torch, pydantic, rich) stay inside the functions, so that every `
 """
 
 import os
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import click
 
 from ssaseg.cli.console import CommandError
+from ssaseg.cli.datacommands import data
 from ssaseg.cli.errors import CommandGroup
+from ssaseg.cli.options import CLASSIFIERS, device_option, existing_file, json_option
 
 # PyTorch's CPU threads wait for one another by spinning. Where a loader's worker needs the same core, they spin through
 # its whole time slice, and a step can take many times as long; a short spin gives the core away soon.
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
-CLASSIFIERS = click.Choice(["ssa", "linear"])
 SAVED = ("index", "color", "overlay", "probs", "rle", "coarse")
-
-existing_file = click.Path(exists=True, dir_okay=False, path_type=Path)
-device_option = click.option(
-    "--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True, help="Where to compute."
-)
-json_option = click.option("--json", "json_out", metavar="FILE|-", help="Write the figures as JSON; - is stdout.")
 
 
 @click.group(cls=CommandGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
@@ -47,6 +43,13 @@ def cli() -> None:
 @click.option("--out", type=click.Path(file_okay=False, path_type=Path), help="Run folder.  [default: runs/RECIPE]")
 @click.option("--resume", is_flag=True, help="Go on in the run folder, exactly where it stopped.")
 @device_option
+@click.option(
+    "--check",
+    type=click.Choice(["sample", "all"]),
+    default="sample",
+    show_default=True,
+    help="Pairs to look at before step 0.",
+)
 @click.option("--dry-run", is_flag=True, help="Build everything, run one step, tell memory and time, write nothing.")
 @click.option("--print-config", is_flag=True, help="Print the recipe with every key, and stop.")
 def train(
@@ -55,6 +58,7 @@ def train(
     out: Path | None,
     resume: bool,
     device: str,
+    check: str,
     dry_run: bool,
     print_config: bool,
 ) -> int:
@@ -76,7 +80,14 @@ def train(
         return 0
     from ssaseg.cli.train import run_train
 
-    return run_train(resolved, out or Path("runs") / resolved.name, resume, device, dry_run)
+    return run_train(resolved, out or Path("runs") / resolved.name, resume, device, dry_run, check)
+
+
+def _ratios(context: click.Context, parameter: click.Parameter, value: str | None) -> list[float] | None:
+    try:
+        return None if value is None else [float(ratio) for ratio in value.split(",")]
+    except ValueError:
+        raise click.BadParameter(f"{value!r} is no list of numbers such as 0.5,1,1.5", context, parameter) from None
 
 
 @cli.command("eval")
@@ -87,6 +98,11 @@ def train(
 @json_option
 @device_option
 @click.option("--limit", type=click.IntRange(min=1), metavar="N", help="Only the first N images.")
+@click.option("--ratios", metavar="A,B,...", callback=_ratios, help="Scales to average, factors of the protocol's.")
+@click.option("--flip/--no-flip", default=None, help="Average with the mirrored image, or not.")
+@click.option("--slide", nargs=2, type=int, metavar="CROP STRIDE", help="Square sliding windows [pixels].")
+@click.option("--whole", is_flag=True, help="The image at once, where the protocol has windows.")
+@click.option("--boundary", is_flag=True, help="Boundary IoU as well (Cheng et al. 2021).")
 def evaluate(
     checkpoint: Path,
     data: str | None,
@@ -95,19 +111,32 @@ def evaluate(
     json_out: str | None,
     device: str,
     limit: int | None,
+    boundary: bool,
+    slide: tuple[int, int] | None,
+    whole: bool,
+    **changes: Any,
 ) -> int:
     """Score a checkpoint on labelled images.
 
-    Prints IoU and accuracy per class, mIoU, aAcc and mAcc [%], and the protocol they belong to.
+    Prints IoU and accuracy per class, mIoU with its 95 % interval over images, fwIoU, aAcc and mAcc [%], and the
+    protocol they belong to: the checkpoint's, or that of --data, but for what --ratios, --flip, --slide and --whole
+    change. Every ratio is a forward pass of its own, the flip doubles them.
 
     \b
     Example:
       ssaseg eval runs/demo/best.safetensors
       ssaseg eval best.safetensors --data camvid-seaformer_b-ssa --root data/camvid --json scores.json
+      ssaseg eval best.safetensors --ratios 0.5,0.75,1,1.25,1.5,1.75 --flip
     """
+    if slide and whole:
+        raise click.UsageError("give either --slide or --whole", click.get_current_context())
     from ssaseg.cli.evaluate import run_eval
 
-    return run_eval(checkpoint, data, root, split, json_out, device, limit)
+    changes = {key: value for key, value in changes.items() if value is not None}
+    if slide or whole:
+        crop, stride = ([side, side] for side in slide) if slide else (None, None)
+        changes |= {"mode": "slide" if slide else "whole", "crop": crop, "stride": stride}
+    return run_eval(checkpoint, data, root, split, json_out, device, limit, changes, boundary)
 
 
 def _kinds(context: click.Context, parameter: click.Parameter, value: str) -> tuple[str, ...]:
@@ -258,7 +287,7 @@ def recipes() -> None:
 
 @recipes.command("list")
 def list_command() -> None:
-    """Print the recipes' names.
+    """Print the recipes' names, by data set.
 
     \b
     Example:
@@ -266,10 +295,13 @@ def list_command() -> None:
     """
     from ssaseg.recipes import list_recipes, recipe_file
 
-    names = list_recipes()
-    for name in names:
-        first_line = recipe_file(name).read_text(encoding="utf-8").partition("\n")[0]
-        click.echo(f"{name:{max(map(len, names))}}  {first_line.lstrip('# ')}")
+    groups = [list(group) for _, group in groupby(list_recipes(), key=lambda name: name.partition("-")[0])]
+    for group in groups:
+        if group != groups[0]:
+            click.echo()
+        for name in group:
+            first_line = recipe_file(name).read_text(encoding="utf-8").partition("\n")[0]
+            click.echo(f"{name:{max(map(len, group))}}  {first_line.lstrip('# ')}")
 
 
 @recipes.command()
@@ -322,40 +354,4 @@ def copy(name: str, destination: Path | None) -> None:
     click.echo(f"wrote {destination}; run it with `ssaseg train {destination}`")
 
 
-@cli.group()
-def data() -> None:
-    """Write out the built-in data set.
-
-    \b
-    Example:
-      ssaseg data export scenes --count 20
-    """
-
-
-@data.command()
-@click.argument("out", type=click.Path(file_okay=False, path_type=Path))
-@click.option("--count", type=click.IntRange(min=1), metavar="N", default=16, show_default=True, help="Scenes.")
-@click.option("--split", type=click.Choice(["train", "val"]), default="val", show_default=True)
-@click.option(
-    "--size",
-    nargs=2,
-    type=click.IntRange(min=64),
-    metavar="H W",
-    default=(160, 160),
-    help="[pixels]  [default: 160 160]",
-)
-@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="As data.synthetic.seed.")
-def export(out: Path, count: int, split: str, size: tuple[int, int], seed: int) -> None:
-    """Write built-in scenes as files.
-
-    Images go to OUT/images/SPLIT, masks to OUT/annotations/SPLIT: the layout that a recipe with data.dataset folder
-    reads. The same seed, split and size give the same scenes as in training.
-
-    \b
-    Example:
-      ssaseg data export scenes --count 20
-    """
-    from ssaseg.datasets.synthetic import export_scenes
-
-    images = export_scenes(out, count, split=split, height=size[0], width=size[1], seed=seed)
-    click.echo(f"wrote {len(images)} scenes to {images[0].parent} and their masks to {out / 'annotations' / split}")
+cli.add_command(data)

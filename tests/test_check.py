@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from ssaseg.datasets import check
-from ssaseg.datasets.check import Problem, check_dataset
+from ssaseg.datasets.check import Problem, check_dataset, count_ids, look_through
 from ssaseg.datasets.pairs import PairDataset
 from ssaseg.datasets.synthetic import SyntheticScenes
 
@@ -113,3 +113,119 @@ def test_turned_images_are_measured_as_they_are_shown(tmp_path: Path, monkeypatc
     exif[0x0112] = 6
     Image.fromarray(np.zeros((8, 10, 3), np.uint8)).save(dataset.image_files[0], exif=exif.tobytes())
     assert check_dataset(dataset) == []
+
+
+# ---- the whole set, as `ssaseg data check` reads it ---------------------------------------------------------------
+
+
+def test_counts_are_per_raw_id_and_per_class(tmp_path: Path) -> None:
+    masks = [mask(0, 5), mask(5, 9), mask(9, 255)]
+    dataset = make(tmp_path, masks, raw_to_train={0: 0, 5: 1, 9: 1, 7: 2})
+    found = look_through(dataset)
+    assert (found.total, found.read) == (3, 3)
+    assert {int(raw): int(found.pixels[raw]) for raw in np.flatnonzero(found.pixels)} == {0: 40, 5: 80, 9: 80, 255: 40}
+    assert found.masks[[0, 5, 9, 255]].tolist() == [1, 2, 2, 1]
+    assert found.images[[0, 1, 2, 255]].tolist() == [1, 3, 0, 1], "two raw ids of one class count an image once"
+    assert found.sizes == {(8, 10): 3}
+    assert found.palettes == {}
+
+
+def test_processes_find_what_one_finds(tmp_path: Path) -> None:
+    dataset = make(tmp_path, [mask(0, 1), mask(0, 9), mask(2, width=9), mask(1)])
+    dataset.image_files[3].write_bytes(b"no image")
+    calls: list[int] = []
+    one, two = look_through(dataset), look_through(dataset, workers=2, progress=calls.append)
+    assert one.problems == two.problems
+    assert [problem.kind for problem in one.problems] == [
+        "ids out of range",
+        "sizes that differ",
+        "image that cannot be read",
+    ]
+    assert one.pixels.tolist() == two.pixels.tolist()
+    assert calls == [1, 1, 1, 1]
+
+
+def test_built_in_scenes_are_counted() -> None:
+    found = look_through(SyntheticScenes(3, 64, 80))
+    assert found.sizes == {(64, 80): 3}
+    assert found.pixels.sum() == 3 * 64 * 80
+    assert found.count("error") == 0
+
+
+def test_more_than_ten_are_counted_by_kind(tmp_path: Path) -> None:
+    dataset = make(tmp_path, [mask(9)] * 12 + [mask(0, width=9)] * 2)
+    assert look_through(dataset).told("error")[-1] == (
+        "4 more errors in the 14 pairs that were read: 2 x ids out of range, 2 x sizes that differ"
+    )
+
+
+def test_incomplete_pairs_are_told_and_the_others_read(tmp_path: Path) -> None:
+    make(tmp_path, [mask(0, 1, 2), mask(0), mask(1)])
+    (tmp_path / "masks/01.png").unlink()
+    found = look_through(PairDataset(tmp_path / "images", tmp_path / "masks", ["a", "b", "c"], partial=True))
+    assert found.read == 2
+    (problem,) = found.problems
+    assert (problem.severity, problem.kind) == ("error", "incomplete")
+    assert "1 of 3 images have no mask: 01" in problem.text
+
+
+@pytest.mark.parametrize(
+    ("values", "reduce", "part"),
+    [
+        ((1, 2), False, "label 0 is in 0 of 2 masks: class 0, sky"),
+        ((1, 2), True, "label 0 is in 0 of 2 masks and id 3, the last class, in none"),
+        ((0, 1, 2), True, "label 0 is in 2 of 2 masks and id 3, the last class, in none"),
+        ((0, 0, 0, 0, 1, 2, 3), True, "59% of the pixels, all ignored"),
+    ],
+)
+def test_doubts_about_label_0(tmp_path: Path, values: tuple[int, ...], reduce: bool, part: str) -> None:
+    found = look_through(make(tmp_path, [mask(*values)] * 2, reduce_zero_label=reduce))
+    doubts = [text for text in found.told("warning") if "reduce_zero_label" in text and "label 0" in text]
+    assert len(doubts) == 1
+    assert part in doubts[0]
+
+
+@pytest.mark.parametrize(
+    ("values", "options"),
+    [
+        ((0, 1, 2), {}),
+        ((1, 2, 3), {"reduce_zero_label": True}),
+        ((0, 1, 2, 3), {"reduce_zero_label": True}),
+        ((1, 2, 3), {"raw_to_train": {1: 0, 2: 1, 3: 2}}),
+    ],
+)
+def test_no_doubt_where_the_ids_fit(tmp_path: Path, values: tuple[int, ...], options: dict[str, Any]) -> None:
+    assert look_through(make(tmp_path, [mask(*values)] * 2, **options)).problems == []
+
+
+def test_data_that_the_decoder_guessed_is_told_by_file(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    dataset = make(tmp_path, [mask(0, 1, 2, height=64, width=64)])
+    noise = np.random.RandomState(0).randint(0, 255, (64, 64, 3), np.uint8)
+    Image.fromarray(noise).save(dataset.image_files[0])
+    data = bytearray(dataset.image_files[0].read_bytes())
+    data[1500:1600] = b"\xff\xc8" * 50
+    dataset.image_files[0].write_bytes(data)
+    (problem,) = look_through(dataset).problems
+    assert problem.severity == "warning"
+    assert problem.text.startswith(f"{dataset.image_files[0]}: damaged inside; its decoder says: Corrupt JPEG data")
+    assert capfd.readouterr().err == ""
+
+
+def test_ids_are_counted_exactly_in_large_masks() -> None:
+    large = np.zeros((5000, 5000), np.uint8)  # more pixels than float32 counts
+    large[4999, 4990:] = 7
+    counts = count_ids(large)
+    assert (int(counts[0]), int(counts[7]), int(counts.sum())) == (24_999_990, 10, 25_000_000)
+
+
+def test_a_picture_of_10000_by_10000_pixels_is_no_fault(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
+    (tmp_path / "images").mkdir()
+    (tmp_path / "masks").mkdir()
+    for kind, suffix in (("images", "jpg"), ("masks", "png")):
+        Image.new("L", (10_000, 10_000), 1).save(tmp_path / f"{kind}/large.{suffix}")
+        Image.new("L", (1, 1), 0).save(tmp_path / f"{kind}/small.{suffix}")
+    found = look_through(PairDataset(tmp_path / "images", tmp_path / "masks", ["a", "b"]), decoded=0)
+    assert found.problems == []
+    assert found.sizes == {(10_000, 10_000): 1, (1, 1): 1}
+    assert found.pixels[:2].tolist() == [1, 10**8]
+    assert [str(each.message) for each in recwarn if "bomb" in str(each.message)] == []

@@ -1,0 +1,347 @@
+"""`ssaseg data init`: folders as people have them, what their ids are taken to mean, and the recipe that is written."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from click.testing import CliRunner, Result
+from PIL import Image
+
+from ssaseg.cli.main import cli
+from ssaseg.cli.starting import sizes
+from ssaseg.datasets import DataError
+from ssaseg.datasets.exporting import export_scenes
+from ssaseg.datasets.survey import (
+    Names,
+    find_folders,
+    guess_labels,
+    read_class_names,
+    split_names,
+)
+from ssaseg.recipes import load_recipe
+
+
+def call(*words: str | Path) -> Result:
+    result = CliRunner().invoke(cli, [str(word) for word in words])
+    assert "Traceback" not in result.output, result.output
+    assert result.exception is None or isinstance(result.exception, SystemExit), repr(result.exception)
+    return result
+
+
+def put(file: Path, values: tuple[int, ...] | None = None, size: tuple[int, int] = (40, 50), mode: str = "RGB") -> Path:
+    """A mask of these ids, or a picture."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    if values is None:
+        Image.fromarray(np.full((*size, 3), 99, np.uint8)).convert(mode).save(file)
+    else:
+        Image.fromarray(np.resize(np.array(values, np.uint8), size)).save(file)
+    return file
+
+
+@pytest.mark.parametrize(
+    ("files", "folders", "ending"),
+    [
+        (
+            "images/train/a.jpg masks/train/a.png images/val/b.jpg masks/val/b.png",
+            {"train": ("images/train", "masks/train"), "val": ("images/val", "masks/val")},
+            ".png",
+        ),
+        (
+            "train/img/x/a.jpg train/labels/x/a.png valid/img/b.JPG valid/labels/b.png",
+            {"train": ("train/img", "train/labels"), "val": ("valid/img", "valid/labels")},
+            ".png",
+        ),
+        (
+            "train_images/a.jpg train_masks/a.png test_images/b.jpg test_masks/b.png",
+            {"train": ("train_images", "train_masks"), "val": ("test_images", "test_masks")},
+            ".png",
+        ),
+        (
+            "train2014/a.jpg annotations/train2014/a_labelTrainIds.png val2014/b.jpg "
+            "annotations/val2014/b_labelTrainIds.png",
+            {"train": ("train2014", "annotations/train2014"), "val": ("val2014", "annotations/val2014")},
+            "_labelTrainIds.png",
+        ),
+        ("train/a.jpg trainannot/a.png", {"all": ("train", "trainannot")}, ".png"),
+        ("JPEGImages/a.jpg SegmentationClass/a.png more/z.jpg", {"all": ("JPEGImages", "SegmentationClass")}, ".png"),
+        ("a.jpg a_mask.png b.jpg b_mask.png", {"all": (".", ".")}, "_mask.png"),
+        ("1.png 10.png 1-gt.png 10-gt.png", {"all": (".", ".")}, "-gt.png"),
+        ("data/a b ä.jpg data/a b ä.png", {"all": ("data", "data")}, ".png"),
+        ("images/a.jpg images/a_mask.png", {"all": ("images", "images")}, "_mask.png"),
+        ("photographs/a.jpg truth/a.png", {"all": ("photographs", "truth")}, ".png"),
+    ],
+)
+def test_folders_are_found(tmp_path: Path, files: str, folders: dict[str, tuple[str, str]], ending: str) -> None:
+    for name in files.replace("a b ä", "a?b?ä").split():
+        file = tmp_path / name.replace("?", " ")
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.touch()
+    found = find_folders(tmp_path)
+    assert found.folders == folders
+    assert found.mask_suffix == ending
+
+
+@pytest.mark.parametrize(
+    ("files", "part"),
+    [
+        ("", "no images here"),
+        ("notes.txt", "no images here"),
+        ("photos/a.jpg", "images, but no masks"),
+        ("images/a.jpg coco.json", "data.dataset: coco_json"),
+        ("images/a.jpg masks/a.jpg", "a mask as JPEG"),
+        ("images/im1.jpg masks/label1.png", "no mask is named as an image"),
+        ("train/images/a.jpg train/masks/a.png val/images/a.jpg val/masks/a_gt.png", "masks that end in .png"),
+    ],
+)
+def test_folders_that_do_not_fit(tmp_path: Path, files: str, part: str) -> None:
+    for name in files.split():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    with pytest.raises(DataError, match=part) as error:
+        find_folders(tmp_path)
+    assert len(str(error.value).splitlines()) <= 3
+
+
+def test_lists_of_pascal_voc_are_used(tmp_path: Path) -> None:
+    for number in range(4):
+        put(tmp_path / f"JPEGImages/{number}.jpg")
+        put(tmp_path / f"SegmentationClass/{number}.png", (0, 1, 255))
+    lists = tmp_path / "ImageSets/Segmentation"
+    lists.mkdir(parents=True)
+    (lists / "train.txt").write_text("0\n2\n")
+    (lists / "val.txt").write_text("3\n")
+    out = tmp_path / "voc.yaml"
+    assert call("data", "init", tmp_path, "--out", out).exit_code == 0
+    data = load_recipe(str(out)).data
+    assert data.train is not None
+    assert data.train.names == "ImageSets/Segmentation/train.txt"
+    assert not list(tmp_path.glob("voc.*.txt"))
+
+
+def test_a_list_of_which_no_image_has_a_mask(tmp_path: Path) -> None:
+    for number in range(3):
+        put(tmp_path / f"JPEGImages/{number}.jpg")
+    put(tmp_path / "SegmentationClass/0.png", (0, 1))
+    (tmp_path / "train.txt").write_text("0\n")
+    (tmp_path / "val.txt").write_text("1\n2\n")
+    result = call("data", "init", tmp_path, "--out", tmp_path / "voc.yaml")
+    assert result.exit_code == 2
+    assert "no image of the val split has a mask" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("ids", "classes", "reduce", "mapped"),
+    [
+        ([0, 1, 2], 3, False, None),
+        ([0, 1, 2, 255], 3, False, None),
+        ([1, 2, 3], 3, True, None),
+        ([1, 2, 3, 255], 3, True, None),
+        ([0, 7, 8, 255], 3, False, {0: 0, 7: 1, 8: 2}),
+        ([2, 3], 2, False, {2: 0, 3: 1}),
+        ([0, 255], 2, False, {0: 0, 255: 1}),
+    ],
+)
+def test_ids_are_given_a_meaning(ids: list[int], classes: int, reduce: bool, mapped: dict[int, int] | None) -> None:
+    labels = guess_labels(ids, None, None)
+    assert (len(labels.classes), labels.reduce_zero_label, labels.raw_to_train) == (classes, reduce, mapped)
+    assert labels.notes
+
+
+@pytest.mark.parametrize(("ids", "part"), [([0], "one class"), ([4, 255], "one class"), (list(range(256)), "grey")])
+def test_ids_that_cannot_be_classes(ids: list[int], part: str) -> None:
+    with pytest.raises(DataError, match=part):
+        guess_labels(ids, None, None)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "names", "colours"),
+    [
+        ("classes.txt", "cat\ndog tired\n", {0: "cat", 1: "dog tired"}, {}),
+        ("labels.txt", "# ids\n3: cat\n7: dog\n", {3: "cat", 7: "dog"}, {}),
+        ("labelmap.txt", "# label:color_rgb:parts:actions\ncat:9,8,7::\ndog:0,0,255::\n", None, {0: (9, 8, 7)}),
+        ("class_dict.csv", "name,r,g,b\ncat,9,8,7\ndog,0,0,255\n", None, {0: (9, 8, 7)}),
+    ],
+)
+def test_class_names_are_read(
+    tmp_path: Path, name: str, text: str, names: dict[int, str] | None, colours: dict[int, tuple[int, int, int]]
+) -> None:
+    (tmp_path / name).write_text(text)
+    read = read_class_names(tmp_path)
+    assert read is not None
+    assert read.names == (names or {0: "cat", 1: "dog"})
+    assert (read.colours == {}) if not colours else (read.colours == {0: (9, 8, 7), 1: (0, 0, 255)})
+
+
+def test_class_names_decide_what_0_means() -> None:
+    two = Names(Path("classes.txt"), {0: "cat", 1: "dog"}, {}, False)
+    assert guess_labels([0, 1, 255], two, None).classes == ["cat", "dog"]
+    reduced = guess_labels([0, 1, 2], two, None)
+    assert (reduced.classes, reduced.reduce_zero_label) == (["cat", "dog"], True)
+    assert any("0 is taken as 'ignored'" in note for note in reduced.notes)
+    unfit = guess_labels([0, 1, 5], two, None)
+    assert unfit.classes == ["class_0", "class_1", "class_5"]
+    assert any("classes.txt is not used" in note for note in unfit.notes)
+    numbered = guess_labels([0, 7], Names(Path("labels.txt"), {0: "cat", 7: "dog", 9: "cow"}, {}, True), None)
+    assert (numbered.classes, numbered.raw_to_train) == (["cat", "dog", "cow"], {0: 0, 7: 1, 9: 2})
+
+
+def test_splits_are_the_same_each_time_and_never_empty() -> None:
+    names = [f"image {number}" for number in range(100)]
+    splits = split_names(names)
+    assert (len(splits["train"]), len(splits["val"])) == (80, 20)
+    assert sorted([*splits["train"], *splits["val"]]) == sorted(names)
+    assert split_names(names[::-1]) == splits
+    assert split_names(["a"]) == {"train": ["a"], "val": ["a"]}
+    assert [len(part) for part in split_names(["a", "b"]).values()] == [1, 1]
+
+
+@pytest.mark.parametrize(
+    ("found", "expected"),
+    [
+        ({(360, 480): 9}, ([480, 360], [352, 480], None)),
+        ({(1000, 2000): 9}, ([1024, 512], [512, 512], [1024, 512])),
+        ({(300, 400): 3, (256, 400): 4, (200, 300): 1}, ([1024, 256], [256, 256], [1024, 256])),
+        ({(1, 1): 1}, ([32, 32], [32, 32], [32, 32])),
+        ({(10_000, 10_000): 1, (1, 1): 1}, ([2048, 512], [512, 512], [2048, 512])),
+    ],
+)
+def test_sizes_follow_the_images(found: dict[tuple[int, int], int], expected: tuple[Any, ...]) -> None:
+    assert sizes(Counter(found)) == expected
+
+
+def test_init_train_predict_is_the_whole_story(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, one_thread: None
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for split, count in (("train", 4), ("val", 2)):
+        export_scenes(tmp_path / "scenes", count, split=split, height=64, width=64)
+    result = call("data", "init", "scenes", "--model", "seaformer_t")
+    assert result.exit_code == 0, result.output
+    assert "ssaseg predict runs/scenes/best.safetensors scenes/images/train" in result.stdout
+    before = sorted(path.as_posix() for path in tmp_path.rglob("*"))
+    assert call("data", "check", "scenes.yaml").exit_code in (0, 1)  # two small scenes may lack a class
+    assert sorted(path.as_posix() for path in tmp_path.rglob("*")) == before, "a check writes nothing"
+    words = ["train.steps=3", "train.batch=4", "train.amp=off", "train.workers=0", "--check", "all", "--device", "cpu"]
+    assert call("train", "scenes.yaml", *words).exit_code == 0
+    run = Path("runs/scenes")
+    result = call("predict", run / "last.safetensors", "scenes/images/val", "--out", "labels", "--device", "cpu")
+    assert result.exit_code == 0, result.output
+    assert len(list(Path("labels/index").rglob("*.png"))) == 2
+
+
+def test_init_of_strange_files(tmp_path: Path) -> None:
+    """Names with spaces and letters of other scripts, links, 16 bits, alpha, grey, and one pixel."""
+    real = tmp_path / "wirklich"
+    for name, mode in {"ein bild ä": "RGB", "灰": "L", "alpha": "RGBA"}.items():
+        put(real / f"photos/{name}.png", mode=mode)
+        put(real / f"photos/{name}_mask.png", (0, 4, 255))
+    Image.fromarray(np.full((40, 50), 40_000, np.uint16)).save(real / "photos/deep.png")
+    Image.fromarray(np.full((40, 50), 4, np.uint16)).save(real / "photos/deep_mask.png")
+    put(real / "photos/one.png", size=(1, 1))
+    put(real / "photos/one_mask.png", (4,), size=(1, 1))
+    linked = tmp_path / "linked"
+    linked.mkdir()
+    (linked / "photos").symlink_to(real / "photos")
+    out = tmp_path / "eigene Bilder.yaml"
+    result = call("data", "init", linked, "--out", out)
+    assert result.exit_code == 0, result.output
+    assert f"'{out}'" in result.stdout, "quoted for the shell"
+    recipe = load_recipe(str(out))
+    assert recipe.data.raw_to_train == {0: 0, 4: 1}
+    names = (tmp_path / "eigene Bilder.train.txt").read_text("utf-8") + (tmp_path / "eigene Bilder.val.txt").read_text()
+    assert sorted(names.splitlines()) == ["alpha", "deep", "ein bild ä", "one", "灰"]
+    assert call("data", "check", out).exit_code in (0, 1)  # one validation mask may lack a class
+    assert call("data", "init", linked, "--out", out).exit_code == 2, "never over a file that is there"
+
+
+def test_images_without_mask_are_left_out_and_told(tmp_path: Path) -> None:
+    for split in ("train", "val"):
+        for number in range(5):
+            put(tmp_path / f"images/{split}/{number}.jpg")
+            put(tmp_path / f"masks/{split}/{number}.png", (0, 1))
+    (tmp_path / "masks/train/3.png").unlink()
+    out = tmp_path / "own.yaml"
+    result = call("data", "init", tmp_path, "--out", out)
+    assert result.exit_code == 1
+    assert "1 of 5 images have no mask: 3" in result.stderr
+    assert (tmp_path / "own.train.txt").read_text() == "0\n1\n2\n4\n"
+    assert call("data", "check", out).exit_code == 0
+
+
+@pytest.mark.parametrize(
+    ("words", "part"),
+    [
+        (["gone"], "no such folder"),
+        ([".", "--out", "x.yaml"], "no images here"),
+        (["."], "--out"),
+        (["sub", "--out", "x.txt"], "only .yaml"),
+        (["sub", "--out", "no/x.yaml"], "make it first"),
+        (["sub", "--model", "seaformer_bb"], "did you mean seaformer_b?"),
+    ],
+)
+def test_init_with_wrong_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: list[str], part: str) -> None:
+    (tmp_path / "sub").mkdir()
+    monkeypatch.chdir(tmp_path)
+    result = call("data", "init", *words)
+    assert result.exit_code == 2
+    assert part in result.stderr
+    assert len(result.stderr.splitlines()) <= 3
+    assert [path.name for path in tmp_path.iterdir()] == ["sub"]
+
+
+def test_masks_in_colour_are_told_with_their_colours(tmp_path: Path) -> None:
+    put(tmp_path / "images/a.jpg")
+    colours = np.zeros((40, 50, 3), np.uint8)
+    colours[:30] = (128, 0, 255)
+    (tmp_path / "masks").mkdir()
+    Image.fromarray(colours).save(tmp_path / "masks/a.png")
+    result = call("data", "init", tmp_path, "--out", tmp_path / "x.yaml")
+    assert result.exit_code == 2
+    assert "masks in colour (RGB); colours in the first 1: #8000ff, #000000" in result.stderr
+    assert not (tmp_path / "x.yaml").exists()
+
+
+def test_grey_masks_in_three_channels_are_told_apart(tmp_path: Path) -> None:
+    put(tmp_path / "images/a.jpg")
+    put(tmp_path / "masks/a.png")
+    assert "its channels are equal" in call("data", "init", tmp_path, "--out", tmp_path / "x.yaml").stderr
+
+
+@pytest.mark.parametrize("fails_at", [1, 3])
+def test_a_full_disk_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails_at: int) -> None:
+    put(tmp_path / "data/a.jpg")
+    put(tmp_path / "data/a.png", (0, 1))
+    calls: list[Path] = []
+
+    def write(file: Path, content: bytes) -> None:
+        calls.append(file)
+        if len(calls) == fails_at:
+            raise OSError(errno.ENOSPC, "No space left on device", str(file))
+        file.write_bytes(content)
+
+    monkeypatch.setattr("ssaseg.cli.starting.write_atomic", write)
+    result = call("data", "init", tmp_path / "data", "--out", tmp_path / "x.yaml")
+    assert result.exit_code == 2
+    assert "No space left on device" in result.stderr
+    assert sorted(path.name for path in tmp_path.iterdir() if path.is_file()) == []
+
+
+def test_names_that_are_no_text_are_told(tmp_path: Path) -> None:
+    for number in range(2):
+        put(tmp_path / f"data/{number}.jpg")
+        put(tmp_path / f"data/{number}.png", (0, 1))
+    try:
+        for suffix in (b".jpg", b".png"):
+            os.rename(bytes(tmp_path / "data/0") + suffix, bytes(tmp_path / "data") + b"/\xff" + suffix)
+    except OSError:
+        pytest.skip("this file system takes only text for names")
+    result = call("data", "init", tmp_path / "data", "--out", tmp_path / "x.yaml")
+    assert result.exit_code == 2
+    assert "rename the files" in result.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["data"]
