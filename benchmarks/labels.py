@@ -32,8 +32,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ssaseg.cli.evaluate import infer
+from ssaseg.cli.inference import forward
 from ssaseg.cli.profiling import LiveTensors
+from ssaseg.datasets.colour import normalize
 from ssaseg.datasets.transforms import test_image
 from ssaseg.models import load_model
 from ssaseg.models.labelling import cut_axis, find_candidates, label_map, running_maximum
@@ -85,7 +86,10 @@ def model_logits(checkpoint: Path, folder: Path, count: int) -> tuple[list[Tenso
     for file in files[:: max(len(files) // count, 1)][:count]:
         image = cv2.imread(str(file))
         resized = test_image(image, metadata["protocol"]["scale"], metadata["protocol"]["multiple"])
-        logits.append(infer(model, torch.from_numpy(resized), metadata["mean"], metadata["std"], CPU).final.clone())
+        with torch.inference_mode():
+            pixels = normalize(torch.from_numpy(resized)[None], metadata["mean"], metadata["std"])
+            final = forward(model, pixels).final
+        logits.append(final.clone())
         size = resized.shape[:2]
     return logits, size
 

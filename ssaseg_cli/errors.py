@@ -9,7 +9,7 @@ import click
 from ssaseg.cli.console import CommandError
 
 # Told by name: importing them would import torch and pydantic, also where nothing went wrong.
-USERS_FAULT = {"RecipeError", "DataError", "CheckpointError"}
+USERS_FAULT = {"RecipeError", "DataError", "CheckpointError", "WorkerError"}
 
 
 class CommandGroup(click.Group):
@@ -48,10 +48,6 @@ def _report(error: Exception) -> int:
         lines, code = str(error), 3
     elif any(kind.__name__ in USERS_FAULT for kind in type(error).__mro__):
         lines, code = str(error), 2
-    elif isinstance(error, RuntimeError) and "DataLoader worker" in str(error):
-        # Raised by a signal handler wherever the command happens to be.
-        lines = "a process that loads images was ended from outside, most often because the memory was used up"
-        lines, code = f"{lines}\nuse fewer train.workers or data.cache=false; --resume goes on from the last save", 2
     elif type(error).__name__ == "OutOfMemoryError":  # torch's
         lines, code = f"{error}".partition(". ")[0] + "\nuse a smaller train.micro_batch, crop or image", 2
     else:

@@ -1,10 +1,4 @@
-"""Scoring a model on labelled images, and the way from an image to its labels that `eval`, `predict` and `train` share.
-
-Protocol: mmsegmentation's test pipeline with whole-image inference at one scale. Its two bilinear steps matter: logits
-go to the network input's size first and to the image's own size second; a single step gives other labels.
-
-Axes: K classes, H×W pixels of the image as it was read, h×w of the network's input.
-"""
+"""Scoring a model on labelled images: `ssaseg eval`, and what training evaluates with."""
 
 import sys
 import time
@@ -12,89 +6,23 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
+from ssaseg.cli.boundary import STATEMENT, Boundaries
 from ssaseg.cli.console import CommandError, json_target, print_table, select_device, write_json
-from ssaseg.cli.metrics import Confusion
+from ssaseg.cli.inference import Inference, require_size, state_views
+from ssaseg.cli.metrics import Confusion, Interval, nan_mean
 from ssaseg.cli.watch import StopSignal
 from ssaseg.datasets import Dataset, build_dataset
-from ssaseg.datasets.colour import normalize
 from ssaseg.datasets.loader import eval_loader
-from ssaseg.datasets.transforms import test_image
 from ssaseg.models import Segmenter, load_model
-from ssaseg.models.labelling import label_map, resize_twice
-from ssaseg.recipes import Recipe, load_recipe, parse_recipe
+from ssaseg.recipes import Recipe, Test, load_recipe, parse_protocol, parse_recipe
 
 WORKERS = 2  # processes that decode ahead
-
-
-# ---- one image ---------------------------------------------------------------------------------------------------
-
-
-class Prediction(NamedTuple):
-    """What a model says about one image, at the image's own size, on the CPU."""
-
-    labels: np.ndarray  # uint8 (H,W), 0..K-1
-    coarse: np.ndarray | None  # the labels before the classifier adapts them; None unless asked for and adapted
-    probabilities: np.ndarray | None  # float16 (K,H,W); None unless asked for
-
-
-class Logits(NamedTuple):
-    """One image's logits (1,K,·,·) float32 on the device, and coarse ones where the classifier makes them."""
-
-    final: Tensor
-    coarse: Tensor | None
-
-
-def predict_labels(
-    model: Segmenter,
-    image: np.ndarray,
-    protocol: Mapping[str, Any],
-    mean: Sequence[float],
-    std: Sequence[float],
-    device: torch.device,
-    coarse: bool = True,
-    probabilities: bool = False,
-) -> Prediction:
-    """Labels of one image, BGR uint8 (H,W,3). The model is in evaluation mode on `device`.
-
-    `protocol`: `scale` [width, height] or None, `multiple` or None. mean and std are RGB on the scale 0..255. With
-    `probabilities` K·H·W float32 numbers are held; without, one class's H·W at a time.
-    """
-    resized = test_image(image, protocol["scale"], protocol["multiple"])
-    logits = infer(model, torch.tensor(resized), mean, std, device)  # copied: a cached image is read-only
-    return at_full_size(logits, resized.shape[:2], image.shape[:2], coarse, probabilities)
-
-
-@torch.inference_mode()
-def infer(
-    model: Segmenter, resized: Tensor, mean: Sequence[float], std: Sequence[float], device: torch.device
-) -> Logits:
-    """Logits of a network input, BGR uint8 (h,w,3)."""
-    pixels = normalize(resized.unsqueeze(0).to(device, non_blocking=True), mean, std)
-    final, coarse = model.classifier.stages(model.feature(pixels))
-    return Logits(final.float(), None if coarse is None else coarse.float())
-
-
-@torch.inference_mode()
-def at_full_size(
-    logits: Logits, middle: tuple[int, ...], size: tuple[int, ...], coarse: bool = True, probabilities: bool = False
-) -> Prediction:
-    """Both bilinear steps and the arg-max. `middle`: size of the network's input, `size`: of the image (height, width).
-
-    mmsegmentation takes the arg-max of the softmax; here it is the logits', which rounding cannot tie.
-    """
-    labels = label_map(logits.final, middle, size).cpu().numpy()
-    before, shares = None, None
-    if coarse and logits.coarse is not None:
-        before = label_map(logits.coarse, middle, size).cpu().numpy()
-    if probabilities:
-        shares = resize_twice(logits.final, middle, size)[0].softmax(dim=0).half().cpu().numpy()
-    return Prediction(labels, before, shares)
+MEANS = ("mIoU", "mBoundaryIoU", "fwIoU", "aAcc", "mAcc")  # printed; the report has all
 
 
 # ---- many images -------------------------------------------------------------------------------------------------
@@ -110,23 +38,31 @@ def evaluate_model(
     workers: int = 0,
     limit: int | None = None,
     progress: Callable[[int], object] | None = None,
+    boundaries: Boundaries | None = None,
 ) -> Confusion:
     """Counts of `model` on the first `limit` images (None: all) of `dataset`; the model's mode is as before afterwards.
 
-    `workers` processes decode and resize ahead; 0: none. `progress` is called with 1 after each
-    image. Memory depends on the largest image, not on their number. Raises what the data set raises.
+    `protocol`: as a recipe's `test` section. `workers` processes decode and resize ahead; 0: none. `progress` is called
+    with 1 after each image. `boundaries`, where given, counts along. Memory depends on the largest image; their number
+    adds what `Confusion` keeps of each. Raises what the data set raises, DataError for an image that is too small.
     """
     count = len(dataset) if limit is None else min(limit, len(dataset))
     confusion = Confusion(model.num_classes, device)
+    test = parse_protocol(protocol, "test-time protocol")
+    inference = Inference(model, test, mean, std, device)
 
     was_training = model.training
     model.eval()
-    loader: Any = eval_loader(dataset, protocol["scale"], protocol["multiple"], workers)
+    loader: Any = eval_loader(dataset, test.scale, test.multiple, workers, test.ratios)
     try:
         with closing(loader):  # ends the processes also where `limit` or an error stops early
-            for resized, label, _ in islice(loader, count):
-                logits = infer(model, resized, mean, std, device)
-                confusion.update(label_map(logits.final, resized.shape[:2], label.shape), label)
+            for inputs, label, name in islice(loader, count):
+                require_size(inputs, name)
+                label = label.to(device, non_blocking=True)
+                labels = inference.labels(inputs, label.shape)
+                confusion.update(labels, label)
+                if boundaries is not None:
+                    boundaries.update(labels, label)
                 if progress is not None:
                     progress(1)
     finally:
@@ -166,10 +102,13 @@ def run_eval(
     json_out: str | None,
     device: str,
     limit: int | None = None,
+    changes: Mapping[str, Any] | None = None,
+    boundary: bool = False,
 ) -> int:
     """Scores `checkpoint` on a split, prints a table, and returns exit code 0.
 
-    data: a recipe's name or file instead of the recipe inside the checkpoint; its `test` section then decides resizing.
+    data: a recipe's name or file instead of the recipe inside the checkpoint; its `test` section is then the protocol.
+    changes: keys of the protocol to change. boundary: boundary IoU as well.
     root: instead of the recipe's `data.root`. json_out: a file for the figures, "-" for stdout without the table.
     Raises CommandError where data and checkpoint do not fit or no pixel is labelled, and what loading either raises;
     SystemExit after Ctrl-C (130) and SIGTERM (143).
@@ -178,12 +117,14 @@ def run_eval(
     json_out = json_target(json_out)
     model, metadata = load_model(checkpoint)
     recipe = _recipe(checkpoint, metadata, data)
-    protocol = recipe.test.model_dump() if data else metadata["protocol"]
+    before = recipe.test if data else parse_protocol(metadata["protocol"], f"{checkpoint}: protocol")
+    protocol = parse_protocol(before.model_dump() | dict(changes or {}), "protocol") if changes else before
     dataset = _dataset(recipe, split, root)
     _require_same_classes(checkpoint, metadata["classes"], recipe.name, dataset.classes)
     count = len(dataset) if limit is None else min(limit, len(dataset))
     started = time.perf_counter()
-    confusion = _count(model.to(chosen), dataset, protocol, metadata, chosen, count)
+    boundaries = Boundaries(model.num_classes, chosen) if boundary else None
+    confusion = _count(model.to(chosen), dataset, protocol, metadata, chosen, count, boundaries)
     _require_labels(confusion, f"{split} split of recipe {recipe.name} ({count} images)")  # waits for the device
     report = {
         "checkpoint": str(checkpoint),
@@ -196,9 +137,9 @@ def run_eval(
         "images": count,
         "of_images": len(dataset),
         "images_per_s": count / (time.perf_counter() - started),
-        "protocol": dict(protocol),
-        "statement": state_protocol(protocol, split, count, len(dataset)),
-        **_figures(confusion, dataset.classes),
+        "protocol": protocol.model_dump(mode="json"),
+        "statement": state_protocol(protocol, split, count, len(dataset)) + (f"; {STATEMENT}" if boundary else ""),
+        **_figures(confusion, dataset.classes, boundaries),
         "confusion": confusion.matrix.tolist(),
     }
     if json_out != "-":
@@ -210,10 +151,11 @@ def run_eval(
 def _count(
     model: Segmenter,
     dataset: Dataset,
-    protocol: Mapping[str, Any],
+    protocol: Test,
     metadata: Mapping[str, Any],
     device: torch.device,
     count: int,
+    boundaries: Boundaries | None,
 ) -> Confusion:
     """`evaluate_model` on `count` images, with progress on stderr.
 
@@ -233,7 +175,8 @@ def _count(
                         raise KeyboardInterrupt
 
                 mean, std = metadata["mean"], metadata["std"]
-                return evaluate_model(model, dataset, protocol, mean, std, device, WORKERS, count, progress)
+                values = protocol.model_dump()
+                return evaluate_model(model, dataset, values, mean, std, device, WORKERS, count, progress, boundaries)
         except (KeyboardInterrupt, RuntimeError):  # RuntimeError: the signal met a worker that was only starting
             if not stop.requested:
                 raise
@@ -276,37 +219,43 @@ def _require_same_classes(checkpoint: Path, model: Sequence[str], recipe: str, d
             raise CommandError(f"{checkpoint}: class {index} is {ours!r}; recipe {recipe}: {theirs!r}\n{mend}")
 
 
-def state_protocol(protocol: Mapping[str, Any], split: str, count: int, total: int) -> str:
+def state_protocol(protocol: Test, split: str, count: int, total: int) -> str:
     """One line that says what a score was measured with, so that another can be compared to it."""
-    scale, multiple = protocol["scale"], protocol["multiple"]
-    resize = "not resized" if scale is None else f"resized to fit {scale[0]}x{scale[1]}, aspect kept"
-    rounding = f", then to multiples of {multiple}" if multiple else ""
     part = f"{count} images" if count == total else f"the first {count} of {total} images"
     return (
-        f"{split} split, {part}, {resize}{rounding}; whole image, single scale, no flip; two bilinear steps: logits to "
-        "the network's input, then to the image; mIoU: mean over classes of total intersection / total union, 255 "
-        "ignored, classes neither labelled nor predicted left out"
+        f"{split} split, {part}, {state_views(protocol)}; two bilinear steps: logits to the network's input, then to "
+        "the image; mIoU: mean over classes of total intersection / total union, 255 ignored, classes neither labelled "
+        "nor predicted left out"
     )
 
 
-def _figures(confusion: Confusion, classes: Sequence[str]) -> dict[str, Any]:
+def _figures(confusion: Confusion, classes: Sequence[str], boundaries: Boundaries | None = None) -> dict[str, Any]:
     """The scores [%] of a report, NaN as None."""
     scores = confusion.scores()
     labelled = confusion.matrix.sum(axis=1)
     shares = labelled / max(labelled.sum(), 1) * 100
-    per_class = ("IoU", "Acc", "Dice", "Precision", "Recall")
+    per_class = {key: value for key, value in scores.items() if isinstance(value, np.ndarray)}
+    means = {key: _number(value) for key, value in scores.items() if key not in per_class}
+    if boundaries is not None:
+        per_class["BoundaryIoU"] = boundaries.scores()
+        means["mBoundaryIoU"] = _number(nan_mean(per_class["BoundaryIoU"]))
+    interval = confusion.interval()
     rows = [
         {
             "name": name,
-            **{key: _number(scores[key][index]) for key in per_class},  # type: ignore[literal-required]
+            **{key: _number(values[index]) for key, values in per_class.items()},
             "pixels": int(labelled[index]),
             "pixel_share": float(shares[index]),
             "remark": _remark(int(labelled[index]), float(scores["IoU"][index])),
         }
         for index, name in enumerate(classes)
     ]
-    means = {key: _number(value) for key, value in scores.items() if key not in per_class}
-    return {**means, "majority_miou": _number(confusion.majority_miou()), "classes": rows}
+    return {
+        **means,
+        "mIoU_interval": None if interval is None else interval._asdict(),
+        "majority_miou": _number(confusion.majority_miou()),
+        "classes": rows,
+    }
 
 
 def _number(value: Any) -> float | None:
@@ -321,19 +270,22 @@ def _remark(labelled: int, iou: float) -> str:
 
 
 def print_report(report: Mapping[str, Any]) -> None:
-    """The table per class, the means, the speed and the protocol, on stdout."""
+    """The table per class, the means, how sure they are, the speed and the protocol, on stdout."""
 
     def cell(value: float | None) -> str:
         return "–" if value is None else f"{value:.2f}"
 
-    rows = [
-        (row["name"], *(cell(row[key]) for key in ("IoU", "Acc", "Dice", "pixel_share")), row["remark"])
-        for row in report["classes"]
-    ]
+    shown = {"IoU": "IoU [%]", "BoundaryIoU": "boundary [%]", "Acc": "Acc [%]", "Dice": "Dice [%]"}
+    shown = {key: head for key, head in shown.items() if key in report["classes"][0]} | {"pixel_share": "pixels [%]"}
+    rows = [(row["name"], *(cell(row[key]) for key in shown), row["remark"]) for row in report["classes"]]
     step = "" if report["step"] is None else f", step {report['step']}"
     title = f"{report['checkpoint']}: {report['model']} {report['classifier']}{step}"
-    print_table(("class", "IoU [%]", "Acc [%]", "Dice [%]", "pixels [%]", ""), rows, title)
-    means = "   ".join(f"{key} {cell(report[key])} %" for key in ("mIoU", "aAcc", "mAcc"))
+    print_table(("class", *shown.values(), ""), rows, title)
+    means = "   ".join(f"{key} {cell(report[key])} %" for key in MEANS if key in report)
     print(f"{means}   (always the commonest class: mIoU {cell(report['majority_miou'])} %)")
+    if report["mIoU_interval"] is not None:
+        interval = Interval(**report["mIoU_interval"])
+        how = f"percentile bootstrap over {report['images']} images, {interval.resamples} resamples"
+        print(f"mIoU {interval.level:g} % interval {interval.low:.2f} to {interval.high:.2f} % ({how})")
     print(f"{report['images_per_s']:.1f} images/s, reading and scoring included")
     print(f"protocol: {report['statement']}")

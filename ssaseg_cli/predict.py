@@ -11,30 +11,30 @@ import os
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
 from ssaseg.cli.console import CommandError, select_device
-from ssaseg.cli.evaluate import Prediction, at_full_size, infer, progress_bar
+from ssaseg.cli.evaluate import progress_bar
+from ssaseg.cli.inference import Inference, Prediction, state_views
 from ssaseg.cli.results import SUFFIXES, RleFile, Style, encode, labelled_images, rle_lines, style_of
 from ssaseg.cli.watch import StopSignal
 from ssaseg.datasets import DataError, default_palette
 from ssaseg.datasets.pairs import IMAGE_SUFFIXES, read_image
-from ssaseg.datasets.transforms import test_image
-from ssaseg.models import Segmenter, load_model
+from ssaseg.models import load_model
 from ssaseg.models.checkpoint import write_atomic
+from ssaseg.recipes import parse_protocol
 
 # Threads that read, and as many that write. Each holds an image, hence fewer than a large machine could run.
 THREADS = max(2, min(8, (os.cpu_count() or 1) // 2))
-SMALLEST = 32  # shortest side that a network takes [pixels]
 
 Item = TypeVar("Item")
 Made = TypeVar("Made")
@@ -49,10 +49,10 @@ class Source(NamedTuple):
 
 
 class Decoded(NamedTuple):
-    """An image as read, and the network's input made of it; both BGR uint8 (·,·,3)."""
+    """An image as read, and the network's inputs made of it; all BGR uint8 (·,·,3)."""
 
     image: np.ndarray
-    resized: np.ndarray
+    inputs: list[np.ndarray]
 
 
 class Labelled(NamedTuple):
@@ -78,6 +78,7 @@ def run_predict(
     """
     chosen = select_device(device)
     model, metadata = load_model(checkpoint)
+    protocol = parse_protocol(metadata["protocol"], f"{checkpoint}: protocol")
     if "coarse" in save and not model.classifier.adapts:
         raise CommandError(
             f"{checkpoint}: classifier {model.classifier_name} adapts nothing, so there is no coarse result\n"
@@ -92,7 +93,8 @@ def run_predict(
     started = time.perf_counter()
     with StopSignal() as stop, ExitStack() as stack:
         rle = stack.enter_context(RleFile(out / "rle.json")) if "rle" in save and sources else None
-        labeller = Labeller(model.to(chosen).eval(), metadata, out, save, style, chosen)
+        inference = Inference(model.to(chosen).eval(), protocol, metadata["mean"], metadata["std"], chosen)
+        labeller = Labeller(inference, out, save, style)
         done = label_all(labeller, sources, rle, stop)
     if stop.requested:
         print(f"stopped: {done} of {len(sources)} images are done; --skip-existing does the others", file=sys.stderr)
@@ -102,6 +104,7 @@ def run_predict(
     counts = f"labelled {done} of {len(found)} images in {seconds:.1f} s ({done / max(seconds, 1e-9):.1f} images/s)"
     there = f"; {len(found) - len(sources)} were there" if len(found) > len(sources) else ""
     print(f"{counts}{there}{f'; {left_out} skipped' if left_out else ''}: {out}")
+    print(f"protocol of the checkpoint: {state_views(protocol)}")
     return 1 if left_out else 0
 
 
@@ -109,23 +112,16 @@ def run_predict(
 class Labeller:
     """What does not change from image to image, and the three things done to each."""
 
-    model: Segmenter
-    metadata: Mapping[str, Any]
+    inference: Inference
     out: Path
     save: Sequence[str]
     style: Style
-    device: torch.device
 
     def read(self, source: Source) -> Decoded | Exception:
-        """The image and the network's input, or why there is none."""
-        protocol = self.metadata["protocol"]
+        """The image and the network's inputs, or why there are none."""
         try:
             image = read_image(source.path)
-            resized = test_image(image, protocol["scale"], protocol["multiple"])
-            if min(resized.shape[:2]) < SMALLEST:
-                got = f"got {resized.shape[1]}x{resized.shape[0]} pixels as the network's input"
-                raise DataError(f"{source.path}: too small: {got}, expected {SMALLEST}x{SMALLEST} or more")
-            return Decoded(image, resized)
+            return Decoded(image, self.inference.inputs(image, str(source.path)))
         except (DataError, OSError) as error:
             return error
 
@@ -145,11 +141,9 @@ class Labeller:
                     return
 
     def infer(self, decoded: Decoded) -> Prediction:
-        """One forward pass, whatever kinds of results are wanted."""
-        mean, std = self.metadata["mean"], self.metadata["std"]
-        logits = infer(self.model, torch.from_numpy(decoded.resized), mean, std, self.device)
-        middle, size = decoded.resized.shape[:2], decoded.image.shape[:2]
-        return at_full_size(logits, middle, size, "coarse" in self.save, "probs" in self.save)
+        """One forward pass for each view, whatever kinds of results are wanted."""
+        inputs = [torch.from_numpy(each) for each in decoded.inputs]
+        return self.inference.predict(inputs, decoded.image.shape[:2], "coarse" in self.save, "probs" in self.save)
 
     def write(self, done: Labelled) -> tuple[str, list[str]]:
         """Writes the files of one image; returns its name and lines in `rle.json`."""

@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image
 
 from ssaseg.cli.console import CommandError
-from ssaseg.cli.evaluate import Prediction
+from ssaseg.cli.inference import Prediction
 from ssaseg.cli.report import overlay
 
 # Each kind's folder below OUT, and the suffix of its files; "rle" is one file for all images.

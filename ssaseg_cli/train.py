@@ -18,14 +18,16 @@ from ssaseg.cli.job import Job, build_job, describe, metadata, open_folder, writ
 from ssaseg.cli.schedule import learning_rate
 from ssaseg.cli.state import save_state
 from ssaseg.cli.watch import Window, mend
+from ssaseg.datasets import DataError
 from ssaseg.datasets.colour import prepare_batch
+from ssaseg.datasets.loader import WorkerError
 from ssaseg.models import save_model
 from ssaseg.recipes import Recipe
 
 AMP_TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def run_train(recipe: Recipe, out: Path, resume: bool, device: str, dry_run: bool) -> int:
+def run_train(recipe: Recipe, out: Path, resume: bool, device: str, dry_run: bool, check: str = "sample") -> int:
     """Trains `recipe` in the folder `out`. Returns the exit code: 0, or 130 / 143 after a signal, state saved.
 
     Raises CommandError for what the user can mend, FloatingPointError where a loss or a weight is not finite.
@@ -36,7 +38,7 @@ def run_train(recipe: Recipe, out: Path, resume: bool, device: str, dry_run: boo
     if dry_run and resume:
         raise CommandError("--dry-run writes nothing and goes on with nothing\nleave out --resume")
     stored = None if dry_run else open_folder(out, recipe, resume)
-    job = build_job(recipe, out, chosen, stored)
+    job = build_job(recipe, out, chosen, stored, check)
     if dry_run:
         return rehearse(job)
     describe(job)
@@ -61,9 +63,7 @@ def train(job: Job, window: Window) -> int:
             return 0
 
         rate = set_learning_rate(job, progress.step)
-        window.start_waiting()
-        batches = [next(job.batches) for _ in range(job.micro_batches)]
-        window.stop_waiting()
+        batches = read_batches(job, window)
         losses = train_step(job, batches)
         progress.step += 1
         window.add(progress.step, batches, losses)
@@ -84,6 +84,22 @@ def train(job: Job, window: Window) -> int:
         if stop:
             tqdm.write(f"stopped after step {progress.step}; state saved, go on with --resume", file=sys.stderr)
             return job.stop.exit_code
+
+
+def read_batches(job: Job, window: Window) -> list[Any]:
+    """The next step's micro-batches. Where they cannot be had, what was learnt is saved before the error goes on."""
+    window.start_waiting()
+    try:
+        return [next(job.batches) for _ in range(job.micro_batches)]
+    except (DataError, WorkerError, OSError):
+        if job.progress.step > 0:
+            window.check()
+            save(job)
+            text = f"stopped after step {job.progress.step}; state saved, go on with --resume once this is mended:"
+            tqdm.write(text, file=sys.stderr)
+        raise
+    finally:
+        window.stop_waiting()
 
 
 def train_step(job: Job, batches: list[Any]) -> dict[str, Tensor]:
@@ -154,7 +170,7 @@ def evaluate(job: Job) -> bool:
 
     The weights were saved, and so found finite, before; the state that says "evaluated" comes last.
     """
-    from ssaseg.cli.evaluate import evaluate_model
+    from ssaseg.cli.evaluate import evaluate_model, state_protocol
 
     recipe, progress = job.recipe, job.progress
 
@@ -184,7 +200,8 @@ def evaluate(job: Job) -> bool:
     scores = confusion.scores()
     # JSON has no NaN; it stands here for "nothing was labelled".
     figures = {key: None if isnan(scores[key]) else scores[key] for key in ("mIoU", "aAcc", "mAcc")}  # type: ignore[literal-required]
-    progress.evaluated, progress.scores = progress.step, figures
+    statement = state_protocol(recipe.test, "val", len(job.val_set), len(job.val_set))
+    progress.evaluated, progress.scores = progress.step, {**figures, "statement": statement}
     assert job.log is not None
     seconds = time.perf_counter() - started
     job.log.write({"step": progress.step, **figures, "eval_seconds": round(seconds, 2)})
@@ -215,7 +232,7 @@ def save(job: Job) -> None:
 
 def write_predictions(job: Job, images: int = 4) -> None:
     """`predictions.png`: for the same validation images each time: image, label, coarse and final prediction."""
-    from ssaseg.cli.evaluate import predict_labels
+    from ssaseg.cli.inference import predict_labels
 
     job.model.eval()
     rows = []

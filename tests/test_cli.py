@@ -161,9 +161,9 @@ def test_exit_code_and_run_folder(fake: Callable[[str, str, Any], None]) -> None
 
     fake("ssaseg.cli.train", "run_train", note)
     assert run("train", "demo", "train.steps=7", "--resume").exit_code == 1
-    assert run("train", "demo", "--out", "elsewhere", "--device", "cpu", "--dry-run").exit_code == 1
-    assert calls[0] == (load_recipe("demo", ["train.steps=7"]), Path("runs/demo"), True, "auto", False)
-    assert calls[1][1:] == (Path("elsewhere"), False, "cpu", True)
+    assert run("train", "demo", "--out", "elsewhere", "--device", "cpu", "--dry-run", "--check", "all").exit_code == 1
+    assert calls[0] == (load_recipe("demo", ["train.steps=7"]), Path("runs/demo"), True, "auto", False, "sample")
+    assert calls[1][1:] == (Path("elsewhere"), False, "cpu", True, "all")
 
 
 @pytest.mark.parametrize(
@@ -174,6 +174,8 @@ def test_exit_code_and_run_folder(fake: Callable[[str, str, Any], None]) -> None
         (["predict", __file__, "x", "--out", "new", "--save", "index,rle"], "predict", "run_predict"),
         (["profile", "seaformer_t"], "profiling", "run_profile"),
         (["convert", __file__, "x.pth"], "convert", "run_convert"),
+        (["data", "check", "demo", "data.root=x", "--split", "val"], "inspecting", "run_check"),
+        (["data", "init", "x", "--out", "x.yaml"], "starting", "run_init"),
     ],
 )
 def test_each_command_calls_its_verb_as_the_verb_is_written(
@@ -202,7 +204,9 @@ def test_print_config_is_a_recipe_that_loads_back_equal(tmp_path: Path) -> None:
 
 def test_recipes_are_listed_shown_and_copied(tmp_path: Path) -> None:
     listed = run("recipes", "list").stdout
-    assert [line.split()[0] for line in listed.splitlines()] == sorted(line.split()[0] for line in listed.splitlines())
+    names = [line.split()[0] for line in listed.splitlines() if line]
+    assert names == list_recipes()
+    assert len(names) - 1 > listed.count("\n\n") > 2  # an empty line between data sets
     assert "demo " in listed
     assert "_camvid" not in listed
     assert run("recipes", "show", "demo").stdout.startswith("# ")

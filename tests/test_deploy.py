@@ -16,7 +16,7 @@ import ssaseg.models as networks
 from ssaseg.cli import export
 from ssaseg.cli.export import DIFFERING, TOLERANCE, Difference, compare
 from ssaseg.cli.main import cli
-from ssaseg.datasets.synthetic import export_scenes
+from ssaseg.datasets.exporting import export_scenes
 from ssaseg.models import (
     Segmenter,
     afformer,

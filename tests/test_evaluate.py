@@ -1,5 +1,6 @@
 """Evaluation: the protocol's pixels against a plain formulation, and the command on a tiny checkpoint."""
 
+import itertools
 import json
 import signal
 from pathlib import Path
@@ -9,11 +10,16 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from click.testing import CliRunner
 from torch.nn import functional as F
 
 from ssaseg.cli import evaluate
 from ssaseg.cli.console import CommandError
-from ssaseg.cli.evaluate import evaluate_model, predict_labels, run_eval
+from ssaseg.cli.evaluate import evaluate_model, run_eval
+from ssaseg.cli.inference import Inference, predict_labels
+from ssaseg.cli.main import cli
+from ssaseg.cli.metrics import BLOCK
+from ssaseg.cli.profiling import LiveTensors
 from ssaseg.models import Segmenter, build_model, labelling, save_model
 from ssaseg.models.labelling import label_map
 
@@ -145,6 +151,25 @@ def test_limit_progress_workers_and_mode() -> None:
     np.testing.assert_array_equal(threaded.matrix, first.matrix)
 
 
+def test_memory_grows_by_the_counts_of_an_image_alone() -> None:
+    """Tensors alive between two images: a block of counts more for every 64 images, and nothing else."""
+    model = build_model("seaformer_t", 5, "linear")
+    dataset = Pairs(sizes=((32, 40),) * (2 * BLOCK + 1))
+    held = [*model.parameters(), *model.buffers()]
+    alive: list[int] = []
+    with LiveTensors(held) as live:
+        confusion = evaluate_model(
+            model, dataset, {"scale": None, "multiple": None}, MEAN, STD, CPU, progress=lambda _: alive.append(live.now)
+        )
+    assert confusion.matrix.sum() > 0
+    assert len(alive) == 2 * BLOCK + 1
+    steps = [after - before for before, after in itertools.pairwise(alive)]
+    assert {index + 1: step for index, step in enumerate(steps) if step} == {
+        BLOCK: BLOCK * 8 * 5,
+        2 * BLOCK: BLOCK * 8 * 5,
+    }
+
+
 RECIPE = {
     "model": {"name": "seaformer_t"},
     "data": {"dataset": "synthetic", "synthetic": {"height": 64, "width": 96, "train": 2, "val": 3, "seed": 0}},
@@ -172,7 +197,12 @@ def write_checkpoint(path: Path, **changes: Any) -> Path:
         "step": 7,
         **changes,
     }
-    save_model(path, build_model("seaformer_t", len(metadata["classes"])), metadata)
+    model = build_model("seaformer_t", len(metadata["classes"]))
+    with torch.no_grad():  # otherwise all pixels are one class
+        model.classifier.conv_seg.weight.normal_()
+        noise = model.eval().feature(torch.randn(1, 3, 64, 96))
+        model.classifier.conv_seg.bias.copy_(-model.classifier.coarse(noise).mean(dim=(0, 2, 3)))
+    save_model(path, model, metadata)
     return path
 
 
@@ -194,7 +224,8 @@ def test_json_on_stdout_is_pure_and_complete(checkpoint: Path, capsys: pytest.Ca
     assert confusion.shape == (13, 13)
     assert report["checkpoint"] == str(checkpoint)
     assert (report["step"], report["images"], report["of_images"]) == (7, 2, 3)
-    assert report["protocol"] == {"scale": None, "multiple": 32}
+    whole = {"mode": "whole", "crop": None, "stride": None, "ratios": [1.0], "flip": False}
+    assert report["protocol"] == {"scale": None, "multiple": 32, **whole}
     assert "the first 2 of 3 images" in report["statement"]
     hits = np.diagonal(confusion)
     assert report["aAcc"] == pytest.approx(100 * hits.sum() / confusion.sum())
@@ -203,6 +234,83 @@ def test_json_on_stdout_is_pure_and_complete(checkpoint: Path, capsys: pytest.Ca
     assert sky["IoU"] == pytest.approx(100 * hits[0] / (confusion[0].sum() + confusion[:, 0].sum() - hits[0]))
     assert sky["pixels"] == confusion[0].sum()
     assert 0 < report["majority_miou"] < 20
+    interval = report["mIoU_interval"]
+    assert interval["low"] <= report["mIoU"] <= interval["high"]
+    assert (interval["level"], interval["resamples"]) == (95, 1000)
+    shares = np.array([row["pixel_share"] for row in report["classes"]]) / 100
+    ious = np.array([row["IoU"] or 0 for row in report["classes"]])
+    assert report["fwIoU"] == pytest.approx(shares @ ious)
+    assert "mBoundaryIoU" not in report
+
+
+def test_options_change_the_protocol_and_the_report_says_so(
+    checkpoint: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def report(*options: str) -> dict[str, Any]:
+        result = CliRunner().invoke(cli, ["eval", str(checkpoint), "--device", "cpu", "--json", "-", *options])
+        assert result.exit_code == 0, result.stderr
+        return json.loads(result.stdout)
+
+    plain = report()
+    several = report("--ratios", "0.75,1", "--flip", "--boundary")
+    assert (several["protocol"]["ratios"], several["protocol"]["flip"]) == ([0.75, 1.0], True)
+    assert "scales 0.75, 1, with horizontal flip, mean of probabilities" in several["statement"]
+    assert "within 2 % of the image's diagonal" in several["statement"]
+    assert "boundary" not in plain["statement"]
+    assert several["mIoU"] != plain["mIoU"]
+    per_class = [row["BoundaryIoU"] for row in several["classes"] if row["BoundaryIoU"] is not None]
+    assert several["mBoundaryIoU"] == pytest.approx(np.mean(per_class))
+    slid = report("--slide", "48", "32", "--limit", "1")
+    assert (slid["protocol"]["mode"], slid["protocol"]["crop"], slid["protocol"]["stride"]) == (
+        "slide",
+        [48] * 2,
+        [32] * 2,
+    )
+    assert "sliding windows of 48x48 every 32x32 pixels" in slid["statement"]
+    capsys.readouterr()
+    evaluate.print_report(several)
+    told = capsys.readouterr().out
+    for said in ("mIoU 95 % interval", "1000 resamples", "fwIoU", "mBoundaryIoU", "boundary [%]"):
+        assert said in told, said
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--slide", "16", "8"], "protocol: test.crop[0]: expected 32 or more, got 16"),
+        (["--slide", "64", "80"], "protocol: test.stride: expected at most test.crop, [64, 64], got [80, 80]"),
+        (["--slide", "64", "32", "--whole"], "give either --slide or --whole"),
+        (["--ratios", "0.5;1"], "'0.5;1' is no list of numbers such as 0.5,1,1.5"),
+        (["--ratios", "0"], "protocol: test.ratios[0]: expected a number above 0"),
+    ],
+)
+def test_options_that_are_no_protocol(checkpoint: Path, options: list[str], message: str) -> None:
+    result = CliRunner().invoke(cli, ["eval", str(checkpoint), "--device", "cpu", *options])
+    assert result.exit_code == 2
+    assert message in result.stderr
+
+
+def test_an_image_too_small_for_the_network_is_named(checkpoint: Path) -> None:
+    from ssaseg.datasets import DataError
+
+    changes = {"multiple": None, "ratios": [0.25]}
+    with pytest.raises(DataError, match=r"too small: got 24x16 pixels as the network's input, expected 32x32"):
+        run_eval(checkpoint, None, None, "val", None, "cpu", changes=changes)
+
+
+def test_a_sliding_checkpoint_is_evaluated_so_and_whole_on_demand(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    test = {"mode": "slide", "crop": [48, 64], "stride": [16, 32], "flip": True}
+    path = write_checkpoint(tmp_path / "slide.safetensors", protocol=test)
+    assert run_eval(path, None, None, "val", "-", "cpu", limit=1) == 0
+    slid = json.loads(capsys.readouterr().out)
+    assert "sliding windows of 48x64 every 16x32 pixels" in slid["statement"]
+    changes = {"mode": "whole", "crop": None, "stride": None, "flip": False}
+    assert run_eval(path, None, None, "val", "-", "cpu", limit=1, changes=changes) == 0
+    whole = json.loads(capsys.readouterr().out)
+    assert "whole image, single scale, no flip" in whole["statement"]
+    assert whole["confusion"] != slid["confusion"]
 
 
 def test_json_to_a_file(checkpoint: Path, tmp_path: Path) -> None:
@@ -216,13 +324,13 @@ def test_json_to_a_file(checkpoint: Path, tmp_path: Path) -> None:
 def test_a_signal_stops_between_two_images(
     checkpoint: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    real = evaluate.infer
+    real = Inference.labels
 
-    def infer(*given: Any) -> Any:
+    def labels(*given: Any) -> Any:
         signal.raise_signal(signal.SIGTERM)
         return real(*given)
 
-    monkeypatch.setattr(evaluate, "infer", infer)
+    monkeypatch.setattr(Inference, "labels", labels)
     with pytest.raises(SystemExit) as caught:
         run_eval(checkpoint, None, None, "val", None, "cpu")
     assert caught.value.code == 143

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from ssaseg.cli import metrics
 from ssaseg.cli.metrics import Confusion
 
 FIXTURE = np.load(Path(__file__).parent / "fixtures" / "mmseg_metrics.npz")
@@ -28,11 +29,22 @@ def test_scores_equal_those_of_mmsegmentation(case: int) -> None:
     np.testing.assert_array_equal(confusion.matrix.sum(axis=0), stored["pred_area"])
     np.testing.assert_array_equal(confusion.matrix.sum(axis=1), stored["label_area"])
     scores = confusion.scores()
-    for name in ("IoU", "Acc", "Dice", "Precision", "Recall", "aAcc"):
+    assert scores["aAcc"] == pytest.approx(100 * float(stored["aAcc"]), abs=1e-9)
+    for name in ("IoU", "Acc", "Dice", "Fscore", "Precision", "Recall"):
         np.testing.assert_allclose(scores[name], 100 * stored[name], rtol=0, atol=1e-9, err_msg=name)  # NaN equals NaN
-    # mmsegmentation reports its means rounded to two decimals; half a unit of the second one is all that is known.
-    for name in ("mIoU", "mAcc", "mDice", "mPrecision", "mRecall"):
-        assert scores[name] == pytest.approx(float(stored[name]), abs=0.005 + 1e-9), name
+        mean = np.nanmean(100 * stored[name])
+        assert scores[f"m{name}"] == pytest.approx(mean, abs=1e-9), name
+        # As mmsegmentation reports it, rounded to two decimals.
+        assert float(stored[f"m{name}"]) == pytest.approx(mean, abs=0.005 + 1e-9), name
+
+
+def test_the_stored_cases_have_every_kind_of_class() -> None:
+    kinds = set()
+    for case in range(int(FIXTURE["cases"])):
+        labelled, predicted = FIXTURE[f"case{case}_label_area"] > 0, FIXTURE[f"case{case}_pred_area"] > 0
+        kinds |= set(zip(labelled.tolist(), predicted.tolist(), strict=True))
+    assert kinds == {(True, True), (True, False), (False, True), (False, False)}
+    assert any((FIXTURE[key] == 255).any() for key in FIXTURE.files if "label" in key)
 
 
 def test_an_absent_class_counts_only_if_predicted() -> None:
@@ -43,6 +55,73 @@ def test_an_absent_class_counts_only_if_predicted() -> None:
     assert scores["mIoU"] == pytest.approx(100 / 3)
     assert scores["mAcc"] == pytest.approx(200 / 3)
     assert scores["aAcc"] == pytest.approx(200 / 3)
+
+
+def test_frequency_weighted_iou_by_hand() -> None:
+    # IoU 3/4, 1/2 and 0 with 3, 2 and 1 labelled pixels; class 3 is predicted but absent, class 4 neither.
+    scores = count(5, ([[0, 0, 0, 1, 1, 2]], [[0, 0, 0, 1, 3, 0]])).scores()
+    assert scores["fwIoU"] == pytest.approx(100 * (3 / 6 * 3 / 4 + 2 / 6 * 1 / 2))
+    assert np.isnan(count(2, ([[255]], [[0]])).scores()["fwIoU"])
+
+
+def test_f_score_is_dice_where_both_are() -> None:
+    scores = count(4, ([[0, 0, 1, 1, 2]], [[0, 1, 1, 1, 3]])).scores()
+    np.testing.assert_allclose(scores["Fscore"][:2], scores["Dice"][:2])
+    assert np.isnan(scores["Fscore"][2:]).all()
+    np.testing.assert_array_equal(scores["Dice"][2:], 0)
+
+
+def random_images(count: int, classes: int = 6) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Labels and predictions, better and worse ones; class 5 is in few images."""
+    rng = np.random.default_rng(1)
+    images = []
+    for index in range(count):
+        label = rng.integers(0, classes - (index % 7 != 0), (9, 11))
+        prediction = np.where(rng.random(label.shape) < rng.uniform(0.3, 1), label, rng.integers(0, classes - 1))
+        label[rng.random(label.shape) < 0.1] = 255
+        images.append((label, prediction))
+    return images
+
+
+def test_the_interval_is_that_of_scoring_each_resample_anew() -> None:
+    images = random_images(70)  # more than one block of counts
+    confusion = count(6, *images)
+    found = confusion.interval(level=90, resamples=25, seed=4)
+    rng = np.random.default_rng(4)
+    scores = [
+        count(6, *(images[index] for index in drawn)).scores()["mIoU"] for drawn in rng.integers(70, size=(25, 70))
+    ]
+    assert found is not None
+    assert (found.low, found.high) == pytest.approx(tuple(np.percentile(scores, [5, 95])), abs=1e-9)
+    assert found[2:] == (90, 25, 4)
+    usual = confusion.interval()
+    assert usual is not None
+    assert usual == confusion.interval()  # the seed is fixed
+    assert usual.low < confusion.scores()["mIoU"] < usual.high
+    assert usual[2:] == (95, 1000, 0)
+
+
+def test_parts_of_the_resamples_draw_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    confusion = count(6, *random_images(10))
+    whole = confusion.interval(resamples=40)
+    monkeypatch.setattr(metrics, "PRODUCT", 70)  # seven resamples at once
+    assert confusion.interval(resamples=40) == whole
+
+
+def test_an_interval_needs_two_images_and_a_label() -> None:
+    (label, prediction), second = random_images(2)
+    assert count(6, (label, prediction)).interval() is None
+    assert count(6, (label, prediction), second).interval() is not None
+    assert count(2, ([[255]], [[0]]), ([[255]], [[1]])).interval() is None
+    # A resample of images without any label has no mIoU and is left out.
+    found = count(2, ([[255]], [[0]]), ([[0]], [[0]])).interval()
+    assert found is not None
+    assert (found.low, found.high) == (100, 100)
+
+
+def test_what_is_kept_of_an_image_is_eight_bytes_a_class() -> None:
+    confusion = count(6, *random_images(metrics.BLOCK + 1))
+    assert sum(block.numel() * block.element_size() for block in confusion._blocks) == 2 * metrics.BLOCK * 8 * 6
 
 
 def test_counts_add_up_over_images_not_scores() -> None:

@@ -17,7 +17,7 @@ from pycocotools import mask as coco
 
 from ssaseg.cli import predict
 from ssaseg.cli.console import CommandError
-from ssaseg.cli.evaluate import predict_labels
+from ssaseg.cli.inference import predict_labels
 from ssaseg.cli.predict import find_sources, in_order, run_predict
 from ssaseg.cli.results import RleFile, labelled_images
 from ssaseg.models import build_model, load_model, save_model
@@ -234,7 +234,7 @@ def test_skip_existing_does_what_is_missing(
 
 def stop_at_the_fifth(monkeypatch: pytest.MonkeyPatch, *signals: int) -> None:
     """The process gets signals while it labels the fifth image."""
-    real, calls = predict.infer, []
+    real, calls = predict.Inference.predict, []
 
     def infer(*given: Any) -> Any:
         calls.append(1)
@@ -242,7 +242,7 @@ def stop_at_the_fifth(monkeypatch: pytest.MonkeyPatch, *signals: int) -> None:
             signal.raise_signal(number)
         return real(*given)
 
-    monkeypatch.setattr(predict, "infer", infer)
+    monkeypatch.setattr(predict.Inference, "predict", infer)
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
@@ -372,13 +372,13 @@ def test_memory_is_flat(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.Mo
     for index in range(1, count):
         os.link(first, tmp_path / f"in/{index:04}.png")
     process, resident = psutil.Process(), []
-    real = predict.infer
+    real = predict.Inference.predict
 
     def measured(*given: Any) -> Any:
         resident.append(process.memory_info().rss)
         return real(*given)
 
-    monkeypatch.setattr(predict, "infer", measured)
+    monkeypatch.setattr(predict.Inference, "predict", measured)
     assert run_predict(checkpoint, [str(tmp_path / "in")], tmp_path / "out", ("index", "rle"), False, "cpu") == 0
     assert len(files(tmp_path / "out/index")) == count
     slope = np.polyfit(np.arange(count // 2), resident[count // 2 :], 1)[0]

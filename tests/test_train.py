@@ -240,6 +240,26 @@ def test_scores_belong_to_the_weights_beside_them(undisturbed: Path) -> None:
     assert last["scores"]["mIoU"] == json.loads((undisturbed / "metrics.jsonl").read_text().splitlines()[-1])["mIoU"]
 
 
+def test_scores_name_their_protocol(undisturbed: Path) -> None:
+    for name in ("last", "best"):
+        _, header = read_checkpoint(undisturbed / f"{name}.safetensors")
+        assert header["scores"]["statement"].startswith("val split, 2 images, not resized; whole image, single scale")
+        assert header["protocol"] == load_recipe("demo", TINY).test.model_dump(mode="json")
+        assert header["protocol"]["ratios"] == [1.0]
+
+
+def test_a_run_begun_before_a_key_existed_goes_on(undisturbed: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    shutil.copytree(undisturbed, out)
+    state = torch.load(out / "state.pt", weights_only=True)
+    state["recipe"]["test"] = {"scale": None, "multiple": None}
+    torch.save(state, out / "state.pt")
+    assert run("--out", str(out), "--resume").exit_code == 0
+    changed = run("test.flip=true", "--out", str(out), "--resume")
+    assert changed.exit_code == 2
+    assert "test.flip False → True" in changed.stderr
+
+
 def test_resume_without_state_does_not_start_over(undisturbed: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     shutil.copytree(undisturbed, out)

@@ -1,0 +1,234 @@
+"""The way from an image to its labels that `eval`, `predict` and `train` share: a recipe's `test` section, carried out.
+
+A view is the image at one of the protocol's scales, as it is or mirrored. Its logits go to the size of the network's
+input first and to the image's own second; these two bilinear steps matter: a single one gives other labels. Of one view
+the arg-max of the logits is taken, of several the arg-max of their mean probabilities.
+
+Sources: mmsegmentation 0.30 `models/segmentors/encoder_decoder.py` (slide_inference, inference, aug_test) and
+`datasets/pipelines/test_time_aug.py`.
+
+Axes: K classes, H×W pixels of the image as it was read, h×w of a network's input.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ssaseg.datasets import DataError
+from ssaseg.datasets.colour import normalize
+from ssaseg.datasets.transforms import scaled_inputs
+from ssaseg.models import Segmenter
+from ssaseg.models.labelling import label_map, resize_twice
+from ssaseg.models.layers import resize_bilinear
+from ssaseg.recipes import Test, parse_protocol
+
+SMALLEST = 32  # shortest side that a network takes [pixels]
+
+
+class Prediction(NamedTuple):
+    """What a model says about one image, at the image's own size, on the CPU."""
+
+    labels: np.ndarray  # uint8 (H,W), 0..K-1
+    coarse: np.ndarray | None  # the labels before the classifier adapts them; None unless asked for and adapted
+    probabilities: np.ndarray | None  # float16 (K,H,W); None unless asked for
+
+
+class Logits(NamedTuple):
+    """One view's logits (1,K,·,·) float32 on the device, and coarse ones where the classifier makes them."""
+
+    final: Tensor
+    coarse: Tensor | None
+
+
+@dataclass(frozen=True)
+class Inference:
+    """A model in evaluation mode on `device`, and what decides its labels; mean and std are RGB, on the scale 0..255.
+
+    Beside the network's own, one view takes no memory of K·H·W numbers, but for probabilities; several take two times
+    K·H·W float32, the sum and what is added to it. Sliding windows take the sum of their logits, K·h·w float32.
+    """
+
+    model: Segmenter
+    protocol: Test
+    mean: Sequence[float]
+    std: Sequence[float]
+    device: torch.device
+
+    @property
+    def views(self) -> int:
+        """Forward passes an image takes, or, with sliding windows, how often they go over it."""
+        return len(self.protocol.ratios) * (2 if self.protocol.flip else 1)
+
+    def inputs(self, image: np.ndarray, name: str) -> list[np.ndarray]:
+        """Network inputs BGR uint8 (h,w,3) of an image BGR uint8 (H,W,3), one a ratio. Raises DataError: too small."""
+        protocol = self.protocol
+        inputs = scaled_inputs(image, protocol.scale, protocol.multiple, protocol.ratios)
+        require_size(inputs, name)
+        return inputs
+
+    @torch.inference_mode()
+    def labels(self, inputs: Sequence[Tensor], size: tuple[int, ...]) -> Tensor:
+        """Labels uint8 (H,W), on the device, of network inputs uint8 (h,w,3) BGR; `size`: the image's (H, W)."""
+        if self.views > 1:
+            return self._probabilities(inputs, size, coarse=False)[0].argmax(dim=0).byte()
+        (only,) = inputs
+        return label_map(self._logits(self._pixels(only)).final, only.shape[:2], size)
+
+    @torch.inference_mode()
+    def predict(
+        self, inputs: Sequence[Tensor], size: tuple[int, ...], coarse: bool = True, probabilities: bool = False
+    ) -> Prediction:
+        """Labels and, where asked for, coarse labels and probabilities; arguments as `labels`.
+
+        mmsegmentation takes the arg-max of the softmax of a single view, too; here it is the logits', which rounding
+        cannot tie.
+        """
+        if self.views > 1:
+            shares = self._probabilities(inputs, size, coarse)
+            labels, before = (None if each is None else each.argmax(dim=0).byte() for each in shares)
+            wanted = shares[0] if probabilities else None
+        else:
+            (only,) = inputs
+            middle = only.shape[:2]
+            logits = self._logits(self._pixels(only), coarse)
+            labels, before = (None if each is None else label_map(each, middle, size) for each in logits)
+            wanted = resize_twice(logits.final, middle, size)[0].softmax(dim=0) if probabilities else None
+        assert labels is not None
+        return Prediction(
+            labels.cpu().numpy(),
+            None if before is None else before.cpu().numpy(),
+            None if wanted is None else wanted.half().cpu().numpy(),
+        )
+
+    # ---- one view ------------------------------------------------------------------------------------------------
+
+    def _pixels(self, resized: Tensor) -> Tensor:
+        return normalize(resized.unsqueeze(0).to(self.device, non_blocking=True), self.mean, self.std)
+
+    def _logits(self, pixels: Tensor, coarse: bool = False) -> Logits:
+        """Logits of a view (1,3,h,w): the network's, or the mean of its windows', (1,K,h,w)."""
+        if self.protocol.mode == "whole":
+            return forward(self.model, pixels, coarse)
+        assert self.protocol.crop is not None
+        assert self.protocol.stride is not None
+        return slide(self.model, pixels, self.protocol.crop, self.protocol.stride, coarse)
+
+    # ---- several views -------------------------------------------------------------------------------------------
+
+    def _probabilities(
+        self, inputs: Sequence[Tensor], size: tuple[int, ...], coarse: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """Mean probabilities (K,H,W) of all views, and of their coarse logits."""
+        sums: list[Tensor | None] = [None, None]
+        for pixels, mirrored in self._each_view(inputs):
+            for index, logits in enumerate(self._logits(pixels, coarse)):
+                if logits is None:
+                    continue
+                # Mirrored back while they are small: at full size that would take a third tensor of K·H·W.
+                upright = logits.flip(3) if mirrored else logits
+                # Not named: a name would keep it while the next one is made.
+                sums[index] = added(sums[index], softmax_(resize_twice(upright, pixels.shape[2:], size)[0]))
+        final, before = (None if total is None else total.div_(self.views) for total in sums)
+        assert final is not None
+        return final, before
+
+    def _each_view(self, inputs: Sequence[Tensor]) -> Iterator[tuple[Tensor, bool]]:
+        """Normalised pixels (1,3,h,w), and whether they are mirrored."""
+        for each in inputs:
+            pixels = self._pixels(each)
+            yield pixels, False
+            if self.protocol.flip:
+                yield pixels.flip(3), True
+
+
+def predict_labels(
+    model: Segmenter,
+    image: np.ndarray,
+    protocol: Mapping[str, Any],
+    mean: Sequence[float],
+    std: Sequence[float],
+    device: torch.device,
+    coarse: bool = True,
+    probabilities: bool = False,
+) -> Prediction:
+    """Labels of one image, BGR uint8 (H,W,3), as `Inference.predict`; `protocol` as a recipe's `test` section."""
+    inference = Inference(model, parse_protocol(protocol, "test-time protocol"), mean, std, device)
+    inputs = [torch.tensor(each) for each in inference.inputs(image, "image")]  # copied: a cached image is read-only
+    return inference.predict(inputs, image.shape[:2], coarse, probabilities)
+
+
+def require_size(inputs: Sequence[np.ndarray | Tensor], name: str) -> None:
+    """Raises DataError, naming the image, for a network input (h,w,3) that is smaller than networks take."""
+    height, width = min((tuple(each.shape[:2]) for each in inputs), key=min)
+    if min(height, width) < SMALLEST:
+        got = f"got {width}x{height} pixels as the network's input"
+        raise DataError(f"{name}: too small: {got}, expected {SMALLEST}x{SMALLEST} or more")
+
+
+def forward(model: Segmenter, pixels: Tensor, coarse: bool = True) -> Logits:
+    """The network's logits of normalised pixels (1,3,h,w)."""
+    final, before = model.classifier.stages(model.feature(pixels))
+    return Logits(final.float(), before.float() if coarse and before is not None else None)
+
+
+def slide(
+    model: Segmenter, pixels: Tensor, crop: tuple[int, int], stride: tuple[int, int], coarse: bool = False
+) -> Logits:
+    """Mean logits (1,K,h,w) of windows over normalised pixels (1,3,h,w); crop and stride are (height, width).
+
+    Each window's logits are brought to the window's size and added up; pixels that several windows see have the mean.
+    """
+    height, width = pixels.shape[2:]
+    sums: list[Tensor | None] = [None, None]
+    windows = pixels.new_zeros(height, width)
+    for rows in parts(height, crop[0], stride[0]):
+        for columns in parts(width, crop[1], stride[1]):
+            window = pixels[..., rows, columns]
+            windows[rows, columns] += 1
+            for index, logits in enumerate(forward(model, window, coarse)):
+                if logits is None:
+                    continue
+                total = sums[index]
+                if total is None:
+                    sums[index] = total = pixels.new_zeros(1, logits.shape[1], height, width)
+                total[..., rows, columns] += resize_bilinear(logits, window.shape[2:])
+    final, before = (None if total is None else total.div_(windows) for total in sums)
+    assert final is not None
+    return Logits(final, before)
+
+
+def parts(length: int, crop: int, stride: int) -> list[slice]:
+    """Windows of `crop` pixels every `stride` over an axis, the last shifted inside; all of an axis that is shorter."""
+    count = max(length - crop + stride - 1, 0) // stride + 1
+    starts = (max(min(index * stride + crop, length) - crop, 0) for index in range(count))
+    return [slice(start, min(start + crop, length)) for start in starts]
+
+
+def added(total: Tensor | None, more: Tensor) -> Tensor:
+    """The sum, in place, which begins with the first part."""
+    return more if total is None else total.add_(more)
+
+
+def softmax_(logits: Tensor) -> Tensor:
+    """Softmax over the first axis, in place: at full size a second tensor would be the largest of all."""
+    logits.sub_(logits.amax(dim=0)).exp_()
+    return logits.div_(logits.sum(dim=0))
+
+
+def state_views(protocol: Test) -> str:
+    """The protocol in words, for people who compare scores or labels."""
+    scale, ratios = protocol.scale, protocol.ratios
+    resize = "not resized" if scale is None else f"resized to fit {scale[0]}x{scale[1]}, aspect kept"
+    rounding = f", then to multiples of {protocol.multiple}" if protocol.multiple else ""
+    how = "whole image"
+    if protocol.crop and protocol.stride:
+        crop, stride = ("x".join(map(str, sides)) for sides in (protocol.crop, protocol.stride))
+        how = f"sliding windows of {crop} every {stride} pixels (height x width), logits averaged"
+    scales = "single scale" if ratios == (1.0,) else f"scales {', '.join(f'{ratio:g}' for ratio in ratios)}"
+    flip = "with horizontal flip" if protocol.flip else "no flip"
+    several = len(ratios) > 1 or protocol.flip
+    return f"{resize}{rounding}; {how}, {scales}, {flip}{', mean of probabilities' if several else ''}"
