@@ -7,6 +7,7 @@ import subprocess
 import sys
 import textwrap
 import time
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -147,11 +148,12 @@ def test_evaluation_images_come_in_order(workers: int) -> None:
     dataset = Fake(7)
     seen = list(eval_loader(dataset, (96, 64), 32, workers))
     assert [name for _, _, name in seen] == [dataset.name(i) for i in range(7)]
-    for index, (image, label, _) in enumerate(seen):
+    for index, ((image,), label, _) in enumerate(seen):
         assert image.shape == (64, 96, 3)
         np.testing.assert_array_equal(label.numpy(), dataset.load(index)[1])
-    image, _, _ = next(iter(eval_loader(dataset, None, None, workers)))
+    (image, twice), _, _ = next(iter(eval_loader(dataset, None, None, workers, (1.0, 2.0))))
     np.testing.assert_array_equal(image.numpy(), dataset.load(0)[0])
+    assert twice.shape == (2 * image.shape[0], 2 * image.shape[1], 3)
 
 
 @pytest.mark.parametrize("failing", [False, True])
@@ -169,6 +171,24 @@ def test_workers_end_with_the_iterator(failing: bool) -> None:
         stream.close()  # type: ignore[attr-defined]
     _, alive = psutil.wait_procs(own, timeout=5)
     assert not alive
+
+
+def test_workers_live_through_all_epochs_and_keep_nothing() -> None:
+    """A worker that kept its batches would grow by 750 MiB here, 3 MiB a batch; the tolerance is a tenth of it."""
+    main = psutil.Process()
+    children = set(main.children())
+    stream = train_loader(Fake(30), TrainTransform((48, 32), (0.5, 2.0), (512, 512)), 0, 3, workers=2)
+    for _ in range(40):  # by then each worker has its buffers
+        next(stream)
+    workers = set(main.children()) - children
+    processes = [main, *workers]
+    before = [process.memory_info().rss for process in processes]
+    alive = [weakref.ref(next(stream).images) for _ in range(500)]
+    grown = [process.memory_info().rss - old for process, old in zip(processes, before, strict=True)]
+    assert set(main.children()) - children == workers, "other processes than before"
+    assert max(grown) < 75 * 2**20
+    assert sum(ref() is not None for ref in alive) <= 1
+    stream.close()  # type: ignore[attr-defined]
 
 
 @pytest.mark.skipif(not hasattr(os, "killpg"), reason="needs process groups")

@@ -173,3 +173,18 @@ def test_distortion_draws_keep_their_ranges() -> None:
     np.testing.assert_allclose(low, [-32, 0.5, 0.5, -18, 0.5], atol=0.1)
     np.testing.assert_allclose(high, [32, 1.5, 1.5, 17, 1.5], atol=0.1)
     assert not (~np.isnan(draws[:, [transforms.CONTRAST_FIRST, transforms.CONTRAST_LAST]])).all(1).any()
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 3000), (3000, 1), (2, 777)])
+def test_extreme_sizes_become_crops_and_inputs(size: tuple[int, int]) -> None:
+    """mmsegmentation fails on masks with a side of one pixel, and on images that resizing leaves without one."""
+    image, raw = np.full((*size, 3), 80, np.uint8), np.full(size, 3, np.uint8)
+    for seed in range(4):
+        sample = TrainTransform((2048, 512))(image, raw, np.random.RandomState(seed), IDENTITY)
+        height, width = sample.size
+        assert sample.image.shape == (512, 512, 3)
+        assert (sample.label[:height, :width] == 3).all()
+        assert (sample.image[:height, :width] == 80).all()
+        assert np.count_nonzero(sample.label != 255) == height * width > 0
+    assert all(side % 32 == 0 for side in transforms.test_image(image, (2048, 512), 32).shape[:2])
+    assert max(transforms.test_image(image, (520, 520), None).shape[:2]) == 520

@@ -1,0 +1,182 @@
+"""Workers that are killed, and files that are damaged, in the middle of training: told by name, and nothing is lost."""
+
+import itertools
+import os
+import signal
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import cv2
+import numpy as np
+import psutil
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from ssaseg.datasets.loader import WorkerError, eval_loader, train_loader
+from ssaseg.datasets.synthetic import SyntheticScenes
+from ssaseg.datasets.transforms import TrainTransform
+
+TINY = [
+    "augment.scale=[64,64]", "augment.crop=[64,64]", "distill.group=2", "train.batch=4", "train.micro_batch=2",
+    "train.steps=6", "train.workers=2", "train.log_every=2", "train.eval_every=1000", "train.save_every=1000",
+]  # fmt: skip
+SCENES = ["data.synthetic.height=64", "data.synthetic.width=64", "data.synthetic.train=12", "data.synthetic.val=2"]
+# PyTorch looks every five seconds whether its workers live.
+IMPATIENT = """
+from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter as Iterator
+Iterator._try_get_data.__defaults__ = (0.2,)
+"""
+
+
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    iterator = torch.utils.data.dataloader._MultiProcessingDataLoaderIter
+    monkeypatch.setattr(iterator._try_get_data, "__defaults__", (0.2,))
+
+
+class Deadly(SyntheticScenes):
+    """Whoever reads image `last` gets a signal."""
+
+    def __init__(self, number: signal.Signals, last: int) -> None:
+        super().__init__(12, 64, 64, 0, "train")
+        self.number, self.last = number, last
+
+    def load(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        if index == self.last:
+            os.kill(os.getpid(), self.number)
+            time.sleep(10)
+        return super().load(index)
+
+
+@pytest.mark.usefixtures("impatient")
+@pytest.mark.parametrize(
+    ("number", "cause"),
+    [(signal.SIGKILL, "memory was used up"), (signal.SIGBUS, "/dev/shm"), (signal.SIGSEGV, "damaged file")],
+)
+def test_a_crash_names_signal_image_and_cause(number: signal.Signals, cause: str) -> None:
+    dataset = Deadly(number, last=5)
+    seen = []
+    with pytest.raises(WorkerError) as caught:
+        seen.extend(name for _, _, name in eval_loader(dataset, None, None, workers=2))
+    assert seen == [dataset.name(i) for i in range(len(seen))]
+    assert len(seen) <= 5
+    lines = str(caught.value).splitlines()
+    assert len(lines) == 3
+    assert f"{number.name} while it read image {dataset.name(5)}" in lines[0]
+    assert cause in lines[1]
+    assert "train.workers" in lines[2]
+
+
+@pytest.mark.usefixtures("impatient")
+def test_a_worker_killed_between_batches_interrupts_nothing() -> None:
+    """The death shows in `next`, not in what the command does meanwhile, which may be a step or a save."""
+    children = set(psutil.Process().children())
+    transform = TrainTransform((64, 48), (0.5, 2.0), (32, 32))
+    stream = train_loader(SyntheticScenes(12, 64, 64, 0, "train"), transform, 0, 2, workers=2)
+    next(stream)
+    worker, other = set(psutil.Process().children()) - children
+    worker.kill()
+    until = time.monotonic() + 0.5
+    while time.monotonic() < until:
+        sum(range(1000))  # a signal handler would raise here
+    with pytest.raises(WorkerError, match=r"SIGKILL (between|while).*\nkilled from outside"):
+        list(itertools.islice(stream, 20))
+    assert psutil.wait_procs([other], timeout=5)[1] == []
+
+
+def train(out: Path, *arguments: str, prelude: str = "") -> tuple[int, str]:
+    """Exit code and stderr of `ssaseg train demo` in a process of its own, after `prelude` (Python)."""
+    script = f"{IMPATIENT}\n{prelude}\nfrom ssaseg.cli.main import cli\ncli()"
+    command = [sys.executable, "-c", script, "train", "demo", *TINY, "--device", "cpu", "--out", str(out), *arguments]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
+    return done.returncode, done.stderr
+
+
+def stopped_step(out: Path, errors: str) -> int:
+    """The step of the saved state, which the message must name. The error has no traceback and at most three lines."""
+    step = torch.load(out / "state.pt", weights_only=True)["progress"]["step"]
+    assert f"stopped after step {step}; state saved" in errors
+    assert "Traceback" not in errors
+    assert len(errors[errors.index("error: ") :].splitlines()) <= 3
+    return step
+
+
+KILLED_AT_12 = """
+import os, signal
+from ssaseg.datasets.loader import TrainWork
+make = TrainWork.__getitem__
+def deadly(self, samples):
+    if samples[0][0] == 12:
+        self.note(samples[0][1])
+        os.kill(os.getpid(), signal.SIGKILL)
+    return make(self, samples)
+TrainWork.__getitem__ = deadly
+"""
+
+
+def test_training_goes_on_after_a_killed_worker_as_if_nothing_had_happened(tmp_path: Path) -> None:
+    """No state is saved on schedule before the end, so that all of the first steps would be lost."""
+    with ThreadPoolExecutor() as pool:
+        undisturbed = pool.submit(train, tmp_path / "undisturbed", *SCENES)
+        code, errors = train(tmp_path / "run", *SCENES, prelude=KILLED_AT_12)
+    assert undisturbed.result()[0] == 0, undisturbed.result()[1]
+    assert code == 2, errors
+    # The batch before the deadly one may be lost with the worker.
+    assert stopped_step(tmp_path / "run", errors) in (2, 3)
+    assert "SIGKILL while it read image" in errors
+    code, errors = train(tmp_path / "run", *SCENES, "--resume")
+    assert code == 0, errors
+    ours, theirs = (load_file(tmp_path / run / "last.safetensors") for run in ("run", "undisturbed"))
+    assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+
+
+# After the first step, when the check at the start is long past.
+DAMAGED = """
+import torch
+step = torch.optim.AdamW.step
+def damaging(self, *args, **kwargs):
+    data = open(FILE, "rb").read()
+    open(FILE, "wb").write(data[: len(data) // 2])
+    return step(self, *args, **kwargs)
+torch.optim.AdamW.step = damaging
+"""
+
+
+def test_a_file_damaged_after_the_check_is_named(tmp_path: Path) -> None:
+    scenes = SyntheticScenes(12, 64, 64, 0, "train")
+    for split in ("train", "val"):
+        for kind in ("images", "masks"):
+            (tmp_path / kind / split).mkdir(parents=True)
+        for i in range(12 if split == "train" else 2):
+            for kind, pixels in zip(("images", "masks"), scenes.load(i), strict=True):
+                cv2.imwrite(str(tmp_path / kind / split / f"{i}.png"), pixels)
+    folders = [f"data.{split}={{images: images/{split}, masks: masks/{split}}}" for split in ("train", "val")]
+    classes = f"data.classes=[{', '.join(scenes.classes)}]"
+    data = ["data.dataset=folder", f"data.root={tmp_path}", "data.palette=null", classes, *folders]
+    file = tmp_path / "masks" / "train" / "7.png"
+    whole = file.read_bytes()
+    code, errors = train(tmp_path / "run", *data, prelude=DAMAGED.replace("FILE", repr(str(file))))
+    assert code == 2, errors
+    assert f"error: {file}: damaged mask" in errors
+    assert 1 <= stopped_step(tmp_path / "run", errors) <= 6
+    file.write_bytes(whole)
+    code, errors = train(tmp_path / "run", *data, "--resume")
+    assert code == 0, errors
+
+
+def test_shared_memory_that_is_full_ends_the_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a container with docker's 64 MiB, where PyTorch prints a traceback and waits for ever."""
+
+    def full(size: int) -> None:
+        raise RuntimeError("unable to allocate shared memory(shm): No space left on device (28)")
+
+    monkeypatch.setattr(torch.UntypedStorage, "_new_shared", full)
+    transform = TrainTransform((64, 64), (0.5, 2.0), (512, 512))
+    stream = train_loader(SyntheticScenes(12, 64, 64, 0, "train"), transform, 0, 4, workers=1)
+    with pytest.raises(WorkerError, match=r"/dev/shm\) is full: no room for 3\.0 MiB of pixels\n.*\n.*--shm-size"):
+        next(stream)
