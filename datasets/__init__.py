@@ -162,20 +162,33 @@ def _published(name: str, split: str, root: Path, options: Mapping[str, Any]) ->
             names=Path(root) / layout.lists[split] if layout.lists else None,
             partial=options.get("partial", False),
         )
-    except DataError as error:  # folders and suffixes are nothing that the recipe could correct
-        found, expected, *_ = str(error).split("\n")
-        raise DataError(f"{found}\n{expected}\n{_layout_mend(name, split, Path(root))}") from None
-    pairs.mend = f"these are not the masks of {name} as published: unpack or prepare them again"
+    except DataError as error:
+        raise _as_published(error, name, split, Path(root)) from None
+    pairs.incomplete = [_as_published(error, name, split, Path(root)) for error in pairs.incomplete]
+    first = int(layout.reduce_zero_label)
+    ids = f"{'0 ignored, ' * first}classes {first}..{first + len(labels.classes) - 1}"
+    again = f"remove them and run `ssaseg data prepare {name}`" if layout.prepared else "unpack the download again"
+    pairs.mend = f"these are not the masks of {name} as published ({ids}): {again}"
     pairs.preload()
     return pairs
+
+
+def _as_published(error: DataError, name: str, split: str, root: Path) -> DataError:
+    """The error with another mend: folders and suffixes are nothing that the recipe could correct."""
+    found, expected, *_ = str(error).split("\n")
+    expected = expected.partition(": set data.mask_suffix")[0]
+    return DataError(f"{found}\n{expected}\n{_layout_mend(name, split, root)}")
 
 
 def _layout_mend(name: str, split: str, root: Path) -> str:
     layout = LAYOUTS[name]
     parts = [f"{layout.images[split]}/*{layout.image_suffix}", f"{layout.masks[split]}/*{layout.mask_suffix}"]
     parts += [layout.lists[split]] if layout.lists else []
-    make = f" or run `ssaseg data prepare {name} --source DIR --root {root}`" if layout.prepared else ""
-    return f"{name} needs {', '.join(parts)} below data.root={root}: correct it (often {layout.root}){make}"
+    get = f"download {Path(layout.root).name} from its makers' site"
+    if layout.prepared:
+        get = f"run `ssaseg data prepare {name} --source DIR --root {root}` on its download"
+    usual = "" if root == Path(layout.root) else f" (often {layout.root})"
+    return f"{name} needs {', '.join(parts)} below data.root={root}: {get}, or say where it is: data.root=DIR{usual}"
 
 
 def _synthetic(split: str, _root: Path, options: Mapping[str, Any]) -> Dataset:

@@ -41,7 +41,7 @@ def read_annotations(file: Path) -> Content:
     Annotations of images that the file does not list are passed over, as pycocotools does; where none fits any image,
     that is an error. Raises DataError for a file that is none of the kind.
     """
-    document = _document(file)
+    document = read_document(file)
     categories = _categories(file, document)
     images = _images(file, document)
     sizes = dict(images.values())
@@ -67,11 +67,17 @@ def read_annotations(file: Path) -> Content:
     return Content(categories, sizes, regions)
 
 
-def _document(file: Path) -> dict[str, Any]:
+def read_document(
+    file: Path, kind: str = "COCO-format file", parts: str = "images, annotations and categories"
+) -> dict[str, Any]:
+    """The JSON object of a file, unchecked. Raises DataError where it is missing, cut off or no object.
+
+    kind, parts: what the file is and what is in it, for messages.
+    """
     try:
         text = file.read_bytes()
     except FileNotFoundError:
-        raise DataError(f"{file}: no such file\nexpected a COCO-format file\ncheck data.root and annotations") from None
+        raise DataError(f"{file}: no such file\nexpected a {kind}\ncheck data.root and annotations") from None
     try:
         document = json.loads(text)
     except json.JSONDecodeError as error:
@@ -80,14 +86,14 @@ def _document(file: Path) -> dict[str, Any]:
         what = "is cut off" if error.pos >= end - 1 or error.msg.startswith("Unterminated") else "is not JSON"
         raise DataError(
             f"{file}: {what}: {error.msg}, line {error.lineno}, after {error.pos} of {end} characters\n"
-            "expected a whole COCO-format file\ncopy or export it again"
+            f"expected a whole {kind}\ncopy or export it again"
         ) from None
     except UnicodeDecodeError as error:
-        raise DataError(f"{file}: is not JSON: no UTF-8 text ({error.reason})\nexpected a COCO-format file") from None
+        raise DataError(f"{file}: is not JSON: no UTF-8 text ({error.reason})\nexpected a {kind}") from None
     if not isinstance(document, dict):
         raise DataError(
             f"{file}: a JSON {type(document).__name__}, no object\n"
-            "expected an object with images, annotations and categories\n"
+            f"expected an object with {parts}\n"
             "a list is a file of predictions; the labels are in an instances_*.json or stuff_*.json"
         )
     return document
@@ -151,18 +157,21 @@ def _images(file: Path, document: dict[str, Any]) -> dict[Any, tuple[str, tuple[
     return images
 
 
-def region_runs(file: Path, region: Region, height: int, width: int) -> np.ndarray:
+def region_runs(file: Path, region: Region, height: int, width: int, part: str = "annotations") -> np.ndarray:
     """The pixels of a region, int64 (R,): lengths of runs outside, inside, outside, …, down one column after the other.
 
     Polygons are filled by pycocotools, several of one region together; those of fewer than three points have no inside.
-    Raises DataError for a segmentation that is none, or does not fit an image of H×W.
+    Raises DataError for a segmentation that is none, or does not fit an image of H×W; `part` is the file's key that
+    its message names.
     """
-    where, segmentation = f"{file}: annotations, id {region.id}", region.segmentation
+    where, segmentation = f"{file}: {part}, id {region.id}", region.segmentation
     if isinstance(segmentation, list) and segmentation:
         polygons = [_polygon(where, polygon, max(height, width)) for polygon in segmentation]
-        # pycocotools takes four numbers for a box.
-        filled = mask_utils.frPyObjects([points for points in polygons if len(points) >= 6], height, width)
-        return run_lengths(mask_utils.merge(filled)["counts"].decode() if filled else [height * width])
+        # pycocotools takes four numbers for a box, and no polygon at all for an error.
+        whole = [points for points in polygons if len(points) >= 6]
+        if not whole:
+            return run_lengths([height * width])
+        return run_lengths(mask_utils.merge(mask_utils.frPyObjects(whole, height, width))["counts"].decode())
     if not isinstance(segmentation, dict):
         shown = "empty" if segmentation == [] else repr(segmentation)[:60]
         raise DataError(

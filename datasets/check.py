@@ -6,7 +6,6 @@ import io
 import os
 import sys
 import tempfile
-import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
@@ -15,10 +14,9 @@ from typing import Any, NamedTuple
 
 import cv2
 import numpy as np
-from PIL import Image
 
 from ssaseg.datasets import DataError, Dataset
-from ssaseg.datasets.decoding import read_image, read_mask, require_complete
+from ssaseg.datasets.decoding import header_size, read_image, read_mask, require_complete
 from ssaseg.datasets.loader import Work, read_ahead
 from ssaseg.datasets.pairs import PairDataset, some
 from ssaseg.datasets.synthetic import SyntheticScenes
@@ -46,10 +44,9 @@ class Problem:
 
 @dataclass
 class Findings:
-    """What a look through a split found; counts are of the pairs that were read."""
+    """What a look through a split found; all counts are of the pairs that were read."""
 
-    total: int  # pairs of the split
-    read: int = 0
+    read: int  # pairs
     pixels: np.ndarray = field(default_factory=lambda: np.zeros(256, np.int64))  # per raw id
     masks: np.ndarray = field(default_factory=lambda: np.zeros(256, np.int64))  # masks that hold the raw id
     images: np.ndarray = field(default_factory=lambda: np.zeros(256, np.int64))  # images that hold the train id
@@ -103,7 +100,7 @@ def look_through(
     """
     indices = _evenly(len(dataset), len(dataset) if sample is None or len(dataset) <= SMALL else sample)
     chosen = {indices[at] for at in _evenly(len(indices), len(indices) if decoded is None else decoded)}
-    findings = Findings(len(dataset), len(indices))
+    findings = Findings(len(indices))
     findings.problems += [Problem("error", str(error), "incomplete") for error in getattr(dataset, "incomplete", [])]
     # One after the other and never kept: memory depends on the largest pair, not on their number.
     stream: Any = read_ahead(_Look(dataset, chosen), indices, workers)
@@ -117,7 +114,7 @@ def look_through(
         text = (
             f"no labelled pixel in the {findings.read} masks that were read; ids in them: {_ids(findings.pixels)}\n"
             f"expected pixels of {len(dataset.classes)} classes; these ids are all ignored\n"
-            f"check data.ignore_index, data.reduce_zero_label and data.raw_to_train"
+            f"{_mend(dataset, 'check data.ignore_index, data.reduce_zero_label and data.raw_to_train')}"
         )
         findings.problems.append(Problem("error", text, "nothing labelled"))
     if len(indices) == len(dataset):
@@ -151,8 +148,7 @@ class _Look(Work):
 
     def __getitem__(self, index: int) -> Seen:
         self.note(index)
-        with _overheard() as words, warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # a large picture is no fault
+        with _overheard() as words:
             seen = self._look(index)
         self.note(-1)
         if words:
@@ -249,13 +245,8 @@ def _image_size(dataset: PairDataset, index: int, decode: bool) -> tuple[int, in
     if not decode:
         data = file.read_bytes()
         require_complete(file, data)
-        try:
-            with Image.open(io.BytesIO(data)) as image:
-                # Orientations 5 to 8 lie on their side; OpenCV is asked what it makes of any that is not upright.
-                if image.getexif().get(0x0112, 1) == 1:
-                    return image.height, image.width
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
-            pass  # what Pillow cannot open, OpenCV may
+        if size := header_size(io.BytesIO(data)):
+            return size  # of what is not upright, or unknown to Pillow, OpenCV is asked what it makes
     height, width = read_image(file).shape[:2]
     return height, width
 
@@ -270,6 +261,8 @@ def _zero_label(dataset: Dataset, findings: Findings) -> Iterator[str]:
     """
     if not isinstance(dataset, PairDataset) or dataset.raw_to_train is not None:
         return
+    # Of a published data set the recipe says nothing about ids: what can be done is to have other masks.
+    own = dataset.mend is None
     pixels, last = findings.pixels, len(dataset.classes)
     masks = f"{findings.masks[0]} of {findings.read} masks"
     if dataset.reduce_zero_label:
@@ -277,11 +270,13 @@ def _zero_label(dataset: Dataset, findings: Findings) -> Iterator[str]:
         # Ids that reach the last class cannot have been reduced before.
         reduced_before = pixels[last] == 0
         if reduced_before and (pixels[0] == 0 or findings.masks[0] == findings.read):
+            why = "data.reduce_zero_label=true" if own else "0 is read as 'ignored'"
             yield (
-                f"label 0 is in {masks} and id {last}, the last class, in none, though data.reduce_zero_label=true\n"
-                f"ids there: {_ids(pixels)}; if they are reduced already, 0..{last - 1}: data.reduce_zero_label=false"
+                f"label 0 is in {masks} and id {last}, the last class, in none, though {why}\n"
+                f"ids there: {_ids(pixels)}; if they are reduced already, 0..{last - 1}: "
+                f"{_mend(dataset, 'data.reduce_zero_label=false')}"
             )
-        elif share > MUCH:
+        elif share > MUCH and own:
             yield (
                 f"label 0 is in {masks} with {share:.0%} of the pixels, all ignored by data.reduce_zero_label=true\n"
                 "if it is a class, such as background: data.reduce_zero_label=false, and name it first in data.classes"
@@ -289,7 +284,7 @@ def _zero_label(dataset: Dataset, findings: Findings) -> Iterator[str]:
     elif pixels[0] == 0 and dataset.ignore_index != 0:
         yield (
             f"label 0 is in {masks}: class 0, {dataset.classes[0]}, has no pixel; ids there: {_ids(pixels)}\n"
-            "if ids run from 1: data.reduce_zero_label=true"
+            f"if ids run from 1: {_mend(dataset, 'data.reduce_zero_label=true')}"
         )
 
 
@@ -297,15 +292,24 @@ def _warnings(dataset: Dataset, findings: Findings, broken: bool, per_class: Ite
     """What a whole set's ids suggest, and its unpaired files. `per_class`: pixels per train id."""
     absent = [name for name, count in zip(dataset.classes, per_class, strict=True) if count == 0]
     if absent and not broken:
-        yield (
+        text = (
             f"{len(absent)} of {len(dataset.classes)} classes have no pixel in {findings.read} masks: "
-            f"{some(absent, 8)}; ids there: {_ids(findings.pixels)}; "
-            "check data.classes, reduce_zero_label, raw_to_train"
+            f"{some(absent, 8)}; ids there: {_ids(findings.pixels)}"
         )
+        if isinstance(dataset, PairDataset) and dataset.mend is None:
+            text += "; check data.classes, reduce_zero_label, raw_to_train"
+        yield text
     unused: Sequence[object] = getattr(dataset, "unused_masks", [])
     if unused:
         count, files = len(unused), [str(file) for file in unused]
         yield f"{count} mask{'s have' if count > 1 else ' has'} no image: {some(files, 3)}"
+
+
+def _mend(dataset: Dataset, keys: str) -> str:
+    """`keys`, which say what to set, or what can be done about a data set that does not heed them."""
+    if isinstance(dataset, PairDataset):
+        return dataset.mend or keys
+    return "check data.classes and data.background"
 
 
 def _ids(pixels: np.ndarray) -> str:

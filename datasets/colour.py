@@ -57,7 +57,7 @@ def distort(planes: Tensor, draws: Tensor) -> None:
 
     draws: float32 (N,5) on the CPU as `transforms.draw_distortion` makes them; NaN: the image does not take the step.
     Each step clips to 0..255 and truncates to whole levels (by `floor_`: `trunc_` is ten times slower on a CPU). Equal
-    to OpenCV's pixels, but for one level in about 1 of 10000 saturation and hue values, and for one level in those
+    to OpenCV's pixels, but for one level in 1 to 3 of 10000 saturation and hue values, and for one level in those
     columns that OpenCV treats apart: it truncates in its vector loop, as we do everywhere, and rounds in the rest of a
     row whose width is no multiple of the vector (up to 64 pixels).
     """

@@ -15,10 +15,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ssaseg.datasets import DataError
-from ssaseg.datasets.annotations import Region, region_runs
-from ssaseg.datasets.annotations import _document as read_document
+from ssaseg.datasets.annotations import Region, read_document, region_runs
 
 CONTEXT_FILE = "trainval_merged.json"
+ANNOTATIONS = "annos_segmentation"  # its key
 # Numbers, among 459, of the background and of the 59 most frequent classes, which masks number 0..59 in this order.
 CONTEXT_IDS = (
     *(0, 2, 9, 18, 19, 22, 23, 25, 31, 33, 34, 44, 45, 46, 59, 65, 68, 72, 80, 85),
@@ -44,10 +44,10 @@ class Drawing(NamedTuple):
 
 def drawings(file: Path) -> Iterator[Drawing]:
     """One per image of the training and validation split. Raises DataError for a file that is cut off or another's."""
-    document = read_document(file)
+    document = read_document(file, f"{CONTEXT_FILE} of PASCAL in Detail", f"images and {ANNOTATIONS}")
     try:
         # By id, as `detail` has it: of two annotations with one id, the second is painted in the first one's place.
-        rows = {row["id"]: row for row in document["annos_segmentation"]}
+        rows = {row["id"]: row for row in document[ANNOTATIONS]}
         shapes: dict[Any, list[tuple[int, Region]]] = {image["image_id"]: [] for image in document["images"]}
         for row in rows.values():
             region = Region(row["id"], "", bool(row.get("iscrowd")), row["segmentation"])
@@ -59,7 +59,7 @@ def drawings(file: Path) -> Iterator[Drawing]:
                 yield Drawing(file, image["phase"], name, height, width, shapes[image["image_id"]])
     except (KeyError, TypeError, AttributeError) as error:
         what = f"no {error}" if isinstance(error, KeyError) else str(error)
-        keys = "images (image_id, file_name, height, width, phase) and annos_segmentation"
+        keys = "images (image_id, file_name, height, width, phase) and " + ANNOTATIONS
         mend = f"is it {CONTEXT_FILE} of PASCAL in Detail?"
         raise DataError(f"{file}: not in the form of PASCAL in Detail: {what}\nexpected {keys}\n{mend}") from None
 
@@ -74,6 +74,6 @@ def draw(drawing: Drawing) -> np.ndarray:
     """Class numbers 0..459, int64 (H, W). Raises DataError for a segmentation that is none, or of another size."""
     canvas = np.zeros(drawing.width * drawing.height, np.int64)  # down one column after the other, as runs go
     for category, region in drawing.shapes:
-        runs = region_runs(drawing.file, region, drawing.height, drawing.width)
+        runs = region_runs(drawing.file, region, drawing.height, drawing.width, ANNOTATIONS)
         canvas[np.repeat(np.arange(len(runs)) % 2 == 1, runs)] = category
     return canvas.reshape(drawing.width, drawing.height).T

@@ -5,6 +5,7 @@ Letters: H, W height and width [pixels].
 
 import io
 import struct
+import warnings
 from pathlib import Path
 
 import cv2
@@ -47,7 +48,7 @@ def read_mask(path: Path) -> tuple[np.ndarray, np.ndarray | None]:
         if grey is not None and grey.ndim == 2:
             return grey, None
     try:
-        with Image.open(io.BytesIO(data)) as file:
+        with _open(io.BytesIO(data)) as file:
             mode = file.mode
             ids = np.array(file)
             colours = np.array(file.getpalette(), np.uint8).reshape(-1, 3) if mode == "P" else None
@@ -60,6 +61,8 @@ def read_mask(path: Path) -> tuple[np.ndarray, np.ndarray | None]:
     if ids.ndim != 2:
         same = mode in ("RGB", "RGBA") and (ids[..., :1] == ids[..., :3]).all()
         mend = "its channels are equal: keep one" if same else "replace each colour by its class's index (0, 1, 2, …)"
+        if mode in ("LA", "PA"):
+            mend = "the second is alpha, which says nothing about classes: save the mask without it"
         found = f"a mask of {ids.shape[2]} channels (mode {mode})"
         raise DataError(f"{path}: {found}\nexpected one channel that holds class ids\n{mend}")
     if ids.dtype != np.uint8:
@@ -68,6 +71,24 @@ def read_mask(path: Path) -> tuple[np.ndarray, np.ndarray | None]:
             raise DataError(f"{path}: {found} in a mask\nexpected class ids 0..255\nstore ids in 8 bits, unscaled")
         ids = ids.astype(np.uint8)
     return ids, colours
+
+
+def header_size(file: Path | io.BytesIO) -> tuple[int, int] | None:
+    """Height and width [pixels] of an image as its header states them; None where only decoding can tell: a file
+    that is not there, that Pillow does not know, or whose EXIF orientation turns it.
+    """
+    try:
+        with _open(file) as image:
+            return (image.height, image.width) if image.getexif().get(0x0112, 1) == 1 else None
+    except _DAMAGE:
+        return None
+
+
+def _open(file: Path | io.BytesIO) -> Image.Image:
+    """The image, not yet decoded. Its size is no fault, and Python's warning of it would name no file."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        return Image.open(file)
 
 
 def _decode(data: bytes, flags: int) -> np.ndarray | None:

@@ -11,6 +11,7 @@ import os
 import signal
 import sys
 import threading
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from multiprocessing import active_children
@@ -250,7 +251,24 @@ def _no_room(size: int) -> WorkerError:
 def read_ahead(work: Work, keys: Iterable[Any], workers: int, pin_memory: bool = False) -> Iterator[Any]:
     """`work[key]` for each key, in order, computed ahead by `workers` processes, which live as long as the iterator."""
     work.share_notes(workers)
-    loader = DataLoader(
+    others = active_children()
+    with warnings.catch_warnings():
+        # More workers than cores: the recipe says how many, and a published one cannot know the machine.
+        warnings.filterwarnings("ignore", "This DataLoader will create", UserWarning)
+        iterator = _start(_loader(work, keys, workers, pin_memory))
+    processes = [child for child in active_children() if child not in others]
+    try:
+        while (item := _take(iterator, processes, work)) is not None:
+            if isinstance(item, Exception):
+                raise item
+            yield item
+    finally:
+        # The only reference: the workers end here, even if an error's traceback keeps this frame alive.
+        del iterator
+
+
+def _loader(work: Work, keys: Iterable[Any], workers: int, pin_memory: bool) -> DataLoader[Any]:
+    return DataLoader(
         _Caught(work),
         batch_size=None,
         sampler=keys,
@@ -264,17 +282,6 @@ def read_ahead(work: Work, keys: Iterable[Any], workers: int, pin_memory: bool =
         # Otherwise it draws from the global generator, and a resumed run's dropout would differ.
         generator=torch.Generator(),
     )
-    others = active_children()
-    iterator = _start(loader)
-    processes = [child for child in active_children() if child not in others]
-    try:
-        while (item := _take(iterator, processes, work)) is not None:
-            if isinstance(item, Exception):
-                raise item
-            yield item
-    finally:
-        # The only reference: the workers end here, even if an error's traceback keeps this frame alive.
-        del iterator
 
 
 def _start(loader: DataLoader[Any]) -> Iterator[Any]:

@@ -223,11 +223,13 @@ def pair_files(
     Raises DataError for a folder that is missing or has no such file, for files of one name, for images without mask,
     and for listed names without image; of the last two `incomplete`, where it is given, is told instead.
     """
-    mask_files = _files_by_name(masks, [mask_suffix], "masks")
+    mask_files = files_by_name(masks, [mask_suffix], "masks")
     # One folder may hold both, or the masks lie below the images: what counts as a mask is then no image.
     apart = set(mask_files.values()) if masks.is_relative_to(images) else set()
-    image_files = _files_by_name(images, image_suffixes, "images", apart)
+    image_files = files_by_name(images, image_suffixes, "images", apart)
     names = sorted(image_files) if listed is None else read_names(listed)
+    # Spaces around a name are a part of it only where an image is named so.
+    names = sorted({name if name in image_files else name.strip() for name in names})
     absent = [name for name in names if name not in image_files]
     if absent:
         error = DataError(
@@ -259,14 +261,17 @@ def _raise_or_keep(error: DataError, kept: list[DataError] | None) -> None:
 
 
 def read_names(file: Path) -> list[str]:
-    """The names in a list file, one a line, sorted. Raises DataError where it is missing, empty or no list of names."""
+    """The names in a list file, one a line, sorted. Raises DataError where it is missing, empty or no list of names.
+
+    Names are taken as they are, with their spaces: only line feeds end a line, a carriage return before one is dropped.
+    """
     try:
-        lines = file.read_text(encoding="utf-8-sig").splitlines()
+        lines = file.read_bytes().decode("utf-8-sig").split("\n")
     except FileNotFoundError:
         raise DataError(f"{file}: no such file\nexpected the list of names, one a line") from None
     except UnicodeDecodeError as error:
         raise DataError(f"{file}: not UTF-8 text ({error.reason})\nexpected the list of names, one a line") from None
-    names = sorted(line.strip() for line in lines if line.strip())
+    names = sorted(line.removesuffix("\r") for line in lines if line.strip())
     twice = next((name for name, following in pairwise(names) if name == following), None)
     if twice is not None:
         raise DataError(f"{file}: {twice} is there twice\nexpected each name once\nremove the repeated lines")
@@ -275,7 +280,7 @@ def read_names(file: Path) -> list[str]:
     return names
 
 
-def _files_by_name(folder: Path, suffixes: Sequence[str], kind: str, apart: Set[Path] = frozenset()) -> dict[str, Path]:
+def files_by_name(folder: Path, suffixes: Sequence[str], kind: str, apart: Set[Path] = frozenset()) -> dict[str, Path]:
     """Files below `folder` that end in one of `suffixes`, but for `apart`, by their relative path without suffix."""
     if not folder.is_dir():
         raise DataError(

@@ -20,9 +20,9 @@ import numpy as np
 
 from ssaseg.datasets import IGNORED, DataError
 from ssaseg.datasets.context import CONTEXT_FILE, CONTEXT_IDS, Drawing, draw, drawings
+from ssaseg.datasets.decoding import header_size, read_mask
 from ssaseg.datasets.loader import Work, read_ahead
-from ssaseg.datasets.pairs import _files_by_name as files_by_name
-from ssaseg.datasets.pairs import read_mask, read_names, some
+from ssaseg.datasets.pairs import files_by_name, read_names, some
 from ssaseg.datasets.published import LAYOUTS, Layout
 
 # COCO has 91 ids for things and 91 for stuff. These things have no pixel anywhere, and no class; 0 is unlabelled.
@@ -95,10 +95,15 @@ def _coco_stuff164k(source: Path) -> Iterator[Pair]:
 
 
 def _pascal_context(source: Path) -> Iterator[Pair]:
-    place = next((place for place in ("VOC2010", "VOCdevkit/VOC2010") if (source / place).is_dir()), ".")
+    place = _voc2010(source)
     images = _folder(source, f"{place}/JPEGImages")
     for drawing in drawings(_folder(source, place, ".", holding=CONTEXT_FILE) / CONTEXT_FILE):
         yield Pair(drawing.split, drawing.name, images / f"{drawing.name}.jpg", drawing)
+
+
+def _voc2010(source: Path) -> str:
+    """Where VOC 2010 is below `source`: its archive unpacks to VOCdevkit/VOC2010."""
+    return next((place for place in ("VOC2010", "VOCdevkit/VOC2010") if (source / place).is_dir()), ".")
 
 
 def _cityscapes(source: Path) -> Iterator[Pair]:
@@ -180,7 +185,7 @@ class Plan:
 
     download: Download
     images: list[tuple[Path, Path]] = field(default_factory=list)  # source, target
-    masks: list[tuple[Path | Drawing, Path]] = field(default_factory=list)  # source, target
+    masks: list[tuple[Path | Drawing, Path, Path]] = field(default_factory=list)  # source, target, source of the image
     lists: dict[Path, list[str]] = field(default_factory=dict)  # target, names
     absent: list[Path] = field(default_factory=list)  # what the download lacks
 
@@ -198,6 +203,11 @@ def find_layout(name: str) -> Layout:
     if name not in LAYOUTS:
         raise DataError(f"data set {name!r} is not known\nexpected one of: {', '.join(LAYOUTS)}")
     return LAYOUTS[name]
+
+
+def usual_root(name: str, source: Path) -> Path:
+    """Where a preparation in place writes: the folder of the download that has the images already."""
+    return source / _voc2010(source) if DOWNLOADS.get(name) is DOWNLOADS["pascal_context_60"] else source
 
 
 def plan_preparation(name: str, source: Path, root: Path) -> Plan:
@@ -220,7 +230,8 @@ def plan_preparation(name: str, source: Path, root: Path) -> Plan:
         if isinstance(pair.mask, Path) and not pair.mask.is_file():
             plan.absent.append(pair.mask)
         else:
-            plan.masks.append((pair.mask, root / layout.masks[pair.split] / f"{pair.name}{layout.mask_suffix}"))
+            target = root / layout.masks[pair.split] / f"{pair.name}{layout.mask_suffix}"
+            plan.masks.append((pair.mask, target, pair.image))
     plan.lists = {root / (layout.lists or {})[split]: sorted(names) for split, names in listed.items()}
     return plan
 
@@ -256,9 +267,15 @@ class _MaskWork(Work):
 
     def __getitem__(self, index: int) -> Made:
         self.note(index)
-        source, download = self.plan.masks[index][0], self.plan.download
+        source, _, image = self.plan.masks[index]
+        download = self.plan.download
         try:
             ids = to_mask(download.read(source), download, source)
+            if (size := header_size(image)) and size != ids.shape:
+                raise DataError(
+                    f"{source}: mask of {ids.shape[1]}x{ids.shape[0]} pixels (width x height)\n"
+                    f"expected {size[1]}x{size[0]}, as its image {image}\nunpack both downloads again"
+                )
         except OSError as error:
             return Made(b"", f"{source}: {error.strerror or error}\nexpected a file that can be read\nfetch it again")
         except DataError as error:

@@ -1,4 +1,4 @@
-"""Find out how somebody's own folder is laid out: where images and masks are, what pairs them, what the ids mean.
+"""Find out how somebody's own folder is laid out: where images and masks are, and what pairs them.
 
 Nothing here is certain: every guess comes with a note that says what was seen, for the person who reads the recipe.
 """
@@ -8,13 +8,15 @@ from __future__ import annotations
 import re
 import zlib
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
-from ssaseg.datasets import IGNORED, DataError
+from ssaseg.datasets import DataError
 from ssaseg.datasets.pairs import IMAGE_SUFFIXES, read_names, some, walk
+from ssaseg.datasets.prepare import count_pairs
+from ssaseg.datasets.published import LAYOUTS
 
 # Words in the names of folders, in lower case.
 IMAGES = re.compile(r"images?|imgs?|jpe?gs?|jpegimages|pictures|photos|inputs?|rgb|leftimgbit")
@@ -27,10 +29,18 @@ SPLITS = {
     "val": re.compile(r"val(id|idation|annot)?|dev"),
     "test": re.compile(r"test(ing|annot)?"),
 }
-NAME_FILES = ("classes.txt", "labels.txt", "labelmap.txt", "label_map.txt", "class_names.txt", "class_dict.csv")
 JPEG = (".jpg", ".jpeg")
-# More ids than this are the grey levels of a picture rather than classes.
-MOST_IDS = 200
+# A file that tells that a folder is a published data set's download, which `ssaseg data prepare` reads.
+RAW = {
+    "cityscapes": "gtFine/*/*/*_gtFine_labelIds.png",
+    "coco_stuff10k": "annotations/COCO_*.mat",
+    "coco_stuff164k": "stuffthingmaps/train2017/*.png",
+    "pascal_context_59": "trainval_merged.json",
+}
+# Published data sets whose folders have names that anybody's may have, too: known by their number of pairs.
+ANYBODYS = ("camvid", "voc2012")
+# Last words of images' names that are tried.
+MOST_WORDS = 8
 # Of more folders than these without a telling name, not every two are compared.
 MOST_UNNAMED = 20
 
@@ -41,6 +51,7 @@ class Found:
 
     folders: dict[str, tuple[str, str]]  # split -> folder of images, folder of masks
     mask_suffix: str
+    image_suffixes: tuple[str, ...] = IMAGE_SUFFIXES
     lists: dict[str, str] = field(default_factory=dict)  # split -> file of names
     notes: list[str] = field(default_factory=list)
 
@@ -51,27 +62,6 @@ class Place(NamedTuple):
     folder: PurePosixPath
     role: str | None  # "images", "masks"
     split: str | None  # "train", "val", "test"
-
-
-@dataclass
-class Labels:
-    """What raw ids are taken to mean: keys of a recipe's data section, and why."""
-
-    classes: list[str]
-    raw_ids: list[int]  # one a class
-    reduce_zero_label: bool = False
-    raw_to_train: dict[int, int] | None = None
-    palette: list[tuple[int, int, int]] | None = None
-    notes: list[str] = field(default_factory=list)
-
-
-class Names(NamedTuple):
-    """Class names that a file gives, by the id that it gives or by line, and their colours, if it has any."""
-
-    file: Path
-    names: dict[int, str]
-    colours: dict[int, tuple[int, int, int]]
-    numbered: bool  # whether the file gives the ids
 
 
 # ---- folders -----------------------------------------------------------------------------------------------------
@@ -124,12 +114,13 @@ def _read_place(parts: Sequence[str]) -> Place:
 
 
 class _Match(NamedTuple):
-    """Two places that belong together, and what their masks' names have behind their images'."""
+    """Two places that belong together, and what their files' names have behind the name that they share."""
 
     pairs: int
     images: Place
     masks: Place
     ending: str
+    image_suffixes: tuple[str, ...]
 
 
 def _best_pair(places: Mapping[Place, Sequence[str]]) -> _Match | None:
@@ -141,10 +132,13 @@ def _best_pair(places: Mapping[Place, Sequence[str]]) -> _Match | None:
                 continue
             if images.role is masks.role is None and masks != images and len(places) > MOST_UNNAMED:
                 continue
+            suffixes: tuple[str, ...] = IMAGE_SUFFIXES
             ending, pairs = _common_ending(image_files, mask_files, images == masks)
+            if not pairs:
+                ending, pairs, suffixes = _common_endings(image_files, mask_files, images == masks)
             score = ((images.role == "images") + (masks.role == "masks"), pairs)
             if pairs and score > best_score:
-                best, best_score = _Match(pairs, images, masks, ending), score
+                best, best_score = _Match(pairs, images, masks, ending, suffixes), score
     return best
 
 
@@ -169,6 +163,38 @@ def _common_ending(images: Iterable[str], masks: Iterable[str], together: bool) 
     return endings.most_common(1)[0] if endings else ("", 0)
 
 
+def _common_endings(images: Iterable[str], masks: Iterable[str], together: bool) -> tuple[str, int, tuple[str, ...]]:
+    """As `_common_ending` where images' names have a last word of their own, as in 0_image.jpg and 0_mask.png; and the
+    ends of their names, with that word.
+
+    The image's word has to say that it is one, or the mask's; in one folder the mask's, as X_depth.png is none.
+    """
+    by_word: dict[str, list[str]] = {}
+    for file in images:
+        if last := re.search(r"[\W_][^\W_]*[^\W\d_][^\W_]*(?=\.[^.]+$)", file):
+            by_word.setdefault(last[0], []).append(file)
+    best: tuple[str, int, tuple[str, ...]] = ("", 0, ())
+    best_score = (0, 0)
+    # The commonest words: of names that end in something else each, nothing can be learnt.
+    for word, files in sorted(by_word.items(), key=lambda item: -len(item[1]))[:MOST_WORDS]:
+        bare = [file[: -len(suffix)].removesuffix(word) + suffix for file, suffix in _with_suffix(files)]
+        own = set(files)
+        ending, pairs = _common_ending(bare, (file for file in masks if file not in own), False)
+        image_says, mask_says = (
+            any(map(pattern.fullmatch, re.split(r"[\W_]+", text.lower())))
+            for pattern, text in ((IMAGES, word), (MASKS, ending))
+        )
+        score = (image_says + mask_says, pairs)
+        if pairs and (mask_says or (image_says and not together)) and score > best_score:
+            best_score = score
+            best = ending, pairs, tuple(sorted({word + suffix for _, suffix in _with_suffix(files)}))
+    return best
+
+
+def _with_suffix(files: Iterable[str]) -> Iterator[tuple[str, str]]:
+    return ((file, PurePosixPath(file).suffix) for file in files)
+
+
 def _choose_splits(matches: Mapping[str | None, _Match]) -> Found:
     """Training and validation folders; or the largest part as "all", where there is no second."""
     second = next((split for split in ("val", "test") if split in matches), None)
@@ -177,7 +203,7 @@ def _choose_splits(matches: Mapping[str | None, _Match]) -> Found:
         notes = [] if split is None else [f"the only split found is {split}: it is split again"]
         if len(matches) > 1:
             notes = [f"no folders of training and validation: {match.images.folder} has most pairs and is split"]
-        return Found({"all": _folders(match)}, match.ending, notes=notes)
+        return Found({"all": _folders(match)}, match.ending, match.image_suffixes, notes=notes)
     train, val = matches["train"], matches[second]
     if train.ending != val.ending:
         raise DataError(
@@ -185,7 +211,8 @@ def _choose_splits(matches: Mapping[str | None, _Match]) -> Found:
             "expected one ending, as a recipe has one data.mask_suffix\nrename the masks of one of them"
         )
     notes = [] if second == "val" else ["no validation folder: the test images, which have masks, are taken for it"]
-    return Found({"train": _folders(train), "val": _folders(val)}, train.ending, notes=notes)
+    suffixes = train.image_suffixes + tuple(each for each in val.image_suffixes if each not in train.image_suffixes)
+    return Found({"train": _folders(train), "val": _folders(val)}, train.ending, suffixes, notes=notes)
 
 
 def _folders(match: _Match) -> tuple[str, str]:
@@ -207,7 +234,7 @@ def _find_lists(root: Path, places: Mapping[Place, Sequence[str]], found: Found)
     for train in (path for path in walk(root) if path.name == "train.txt"):
         pair = {"train": train, "val": train.with_name("val.txt")}
         try:
-            fits = all(stems.issuperset(read_names(file)) for file in pair.values())
+            fits = all(stems & {name, name.strip()} for file in pair.values() for name in read_names(file))
         except DataError:  # some other list
             continue
         if fits:
@@ -240,6 +267,13 @@ def _nothing_fits(root: Path, places: Mapping[Place, Sequence[str]]) -> DataErro
             f"{root / place.folder / files[0]}: a mask as JPEG, which changes ids\n"
             "expected masks stored without loss\nwrite them as PNG, one byte a pixel"
         )
+    if pair := _other_beginnings(root, places):
+        one, other = pair
+        return DataError(
+            f"{one} and {other}: a mask whose name begins otherwise than its image's\n"
+            f"expected the image's name, and perhaps an ending: {one.name} and {one.stem}_mask{other.suffix}\n"
+            f"rename the masks, this one to {one.stem}_mask{other.suffix}"
+        )
     if masks and images:
         one, other = (Path(root, places[0].folder, sorted(places[1])[0]) for places in (images[0], masks[0]))
         return DataError(
@@ -256,111 +290,51 @@ def _nothing_fits(root: Path, places: Mapping[Place, Sequence[str]]) -> DataErro
     )
 
 
-# ---- ids ---------------------------------------------------------------------------------------------------------
-
-
-def guess_labels(ids: Sequence[int], names: Names | None, palette: bytes | None) -> Labels:
-    """What the raw ids that occur (sorted) are taken to mean.
-
-    `palette`: RGB triples that all mask files share, or None. Raises DataError where the ids cannot be classes.
-    """
-    present = [value for value in ids if value != IGNORED]
-    if len(ids) > MOST_IDS:
-        raise DataError(
-            f"the masks hold {len(ids)} different values: grey levels of a picture rather than class ids\n"
-            f"expected one small number a class\nwrite class ids 0, 1, 2, … without smoothing"
-        )
-    labels = None if names is None else _named(present, names)
-    if labels is None:
-        labels = _unnamed(list(ids), present)
-        if names is not None:
-            labels.notes.append(f"{names.file.name} is not used: its {len(names.names)} names do not fit the ids")
-    if len(labels.classes) < 2:
-        raise DataError(
-            f"the masks hold one class, id {some([str(value) for value in ids])}: there is nothing to tell apart\n"
-            "expected 2 classes or more\ngive background a class id of its own"
-        )
-    if IGNORED in ids and IGNORED not in labels.raw_ids:
-        labels.notes.append("255 is in the masks: taken as 'ignored', its usual meaning")
-    if names is not None and names.colours.keys() >= set(labels.raw_ids):
-        labels.palette = [names.colours[value] for value in labels.raw_ids]
-    elif palette is not None and 3 * max(labels.raw_ids) < len(palette):
-        colours = [tuple(palette[3 * value : 3 * value + 3]) for value in labels.raw_ids]
-        # Equal colours would say nothing: a palette that was never filled in.
-        if len(set(colours)) == len(colours):
-            labels.palette = [(r, g, b) for r, g, b in colours]
-            labels.notes.append("colours: the palette of the mask files")
-    return labels
-
-
-def _named(present: Sequence[int], names: Names) -> Labels | None:
-    """Labels as a file of names has them, or None where it does not fit."""
-    given = {value: name for value, name in names.names.items() if value != IGNORED}
-    note = f"class names: {names.file.name}"
-    if names.numbered:
-        ids = sorted({*given, *present})
-        unnamed = [str(value) for value in present if value not in given]
-        notes = [note] + ([f"ids that it does not name: {some(unnamed, 10)}"] if unnamed else [])
-        classes = [given.get(value, f"class_{value}") for value in ids]
-        return _with_map(Labels(classes, ids, notes=notes))
-    count = len(given)
-    if all(value < count for value in present):
-        return Labels(list(given.values()), list(range(count)), notes=[note])
-    if max(present) == count:
-        reason = f"0 is taken as 'ignored': {names.file.name} has {count} names, and ids go up to {count}"
-        return Labels(list(given.values()), list(range(1, count + 1)), True, notes=[note, reason])
+def _other_beginnings(root: Path, places: Mapping[Place, Sequence[str]]) -> tuple[Path, Path] | None:
+    """An image and a mask whose names differ in the first word alone, as img_0.jpg and mask_0.png."""
+    seen: dict[str, Path] = {}
+    files = sorted(place.folder / file for place, names in places.items() for file in names)
+    for role, pattern in (("images", IMAGES), ("masks", MASKS)):
+        for file in files:
+            parts = re.fullmatch(r"([^\W\d_]+)([\W\d_].*)", file.stem)
+            if parts is None or not pattern.fullmatch(parts[1].lower()):
+                continue
+            if role == "images":
+                seen.setdefault(parts[2], root / file)
+            elif parts[2] in seen:
+                return seen[parts[2]], root / file
     return None
 
 
-def _unnamed(ids: Sequence[int], present: Sequence[int]) -> Labels:
-    if ids == [0, IGNORED]:
-        note = "0 and 255 are the only ids: taken as two classes, not as a class and 'ignored'"
-        return Labels(["class_0", "class_255"], [0, IGNORED], raw_to_train={0: 0, IGNORED: 1}, notes=[note])
-    labels = Labels([f"class_{value}" for value in present], list(present))
-    labels.notes.append("class names are made up, from the ids: write the real ones")
-    if present and present == list(range(1, len(present) + 1)):
-        labels.reduce_zero_label = True
-        labels.notes.append("ids run from 1 and 0 is nowhere: 0 is taken as 'ignored' (reduce_zero_label)")
-        return labels
-    if 0 in present:
-        labels.notes.append("0 is taken as a class; if it means 'unlabelled', map it to 255 in raw_to_train")
-    return _with_map(labels)
+# ---- published data sets -----------------------------------------------------------------------------------------
 
 
-def _with_map(labels: Labels) -> Labels:
-    """With `raw_to_train`, where the ids do not run on from 0."""
-    if labels.raw_ids != list(range(len(labels.raw_ids))):
-        labels.raw_to_train = {raw: train_id for train_id, raw in enumerate(labels.raw_ids)}
-        labels.notes.append(f"the ids have gaps or start late: raw_to_train numbers them 0..{len(labels.raw_ids) - 1}")
-    return labels
-
-
-def read_class_names(root: Path) -> Names | None:
-    """Class names from a file such as classes.txt in `root`: one name a line, perhaps with an id or a colour.
-
-    Understood are `name`, `3 name`, `3: name`, CVAT's `name:R,G,B:…` and `name,R,G,B`. None where there is no such
-    file, or it cannot be read as one.
-    """
-    for file in (root / name for name in NAME_FILES):
-        try:
-            lines = [line.strip() for line in file.read_text(encoding="utf-8-sig").splitlines()]
-        except (OSError, UnicodeDecodeError):
+def find_published(root: Path) -> tuple[str | None, list[str]]:
+    """The published data set that is in `root`, with every pair that it has; and notes where it only looks like one."""
+    notes = []
+    for name, layout in LAYOUTS.items():
+        folders = [root / each[split] for each in (layout.images, layout.masks) for split in layout.counts]
+        if not all(folder.is_dir() for folder in folders):
             continue
-        lines = [line for line in lines if line and line[0] != "#" and not re.match(r"name\s*,\s*r\s*,", line)]
-        if lines:
-            return _parse_names(file, lines)
-    return None
+        counts = count_pairs(layout, root)
+        if all(count.pairs == count.published for count in counts.values()):
+            return name, []
+        if name in ANYBODYS:
+            continue
+        found, published = ("+".join(str(count[key]) for count in counts.values()) for key in (2, 3))
+        notes.append(
+            f"not taken for {name}, whose folders have these names: {found} pairs, not {published}; "
+            f"if it is a part of it: data: {{dataset: {name}, root: ...}}"
+        )
+    return None, notes
 
 
-def _parse_names(file: Path, lines: Sequence[str]) -> Names:
-    colours: dict[int, tuple[int, int, int]] = {}
-    names: dict[int, str] = {}
-    matches = [re.fullmatch(r"(\d+)\s*[:;,\s]\s*(.+)", line) for line in lines]
-    numbered = all(match is not None and int(match[1]) < 256 for match in matches)
-    for number, (line, match) in enumerate(zip(lines, matches, strict=True)):
-        key, name = (int(match[1]), match[2]) if numbered and match else (number, line)
-        if colour := re.fullmatch(r"(.+?)\s*[:,;]\s*(\d{1,3})\s*,\s*(\d{1,3})\s*,\s*(\d{1,3})\b.*", name):
-            name, rgb = colour[1], tuple(min(int(part), 255) for part in colour.groups()[1:])
-            colours[key] = rgb[0], rgb[1], rgb[2]
-        names[key] = f"{name}_{key}" if name in names.values() else name
-    return Names(file, names, colours, numbered)
+def require_prepared(root: Path) -> None:
+    """Raises DataError where `root` is the download of a data set that is not read as it is downloaded."""
+    for name, pattern in RAW.items():
+        if file := next(root.glob(pattern), None):
+            raise DataError(
+                f"{root}: {name} as it is downloaded, by {file.relative_to(root)}\n"
+                f"expected the layout that is read, with all of its files\n"
+                f"run `ssaseg data prepare {name} --source {root}`"
+            )

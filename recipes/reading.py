@@ -17,6 +17,8 @@ COMMAND_LINE = "command line"
 LIST = "`ssaseg recipes list` names the shipped ones"
 SYNTAX = "a recipe has `key: value` lines, indented by spaces, and quotes around text that holds `: ` or ` #`"
 Keys = tuple[Any, ...]  # names from the recipe's root down to a value
+# Keys of `data` that are about the network as much as about the data set: another data set does not change them.
+KEPT = {"mean", "std", "cache"}
 
 
 class RecipeError(ValueError):
@@ -74,6 +76,9 @@ def recipe_file(name: str, beside: Path | None = None) -> Path:
 def read_recipe(path: Path, above: tuple[Path, ...] = ()) -> Layer:
     """Read a file and everything it extends; later bases win over earlier ones, the file wins over its bases.
 
+    Of a base's `data` section, what another `data.dataset`, or other classes, leave without meaning is dropped: see
+    `_obsolete`.
+
     Args:
         path: the YAML file.
         above: the files that led here through `extends`, resolved; finds cycles.
@@ -104,25 +109,35 @@ def read_recipe(path: Path, above: tuple[Path, ...] = ()) -> Layer:
 def apply_overrides(layer: Layer, overrides: Sequence[str]) -> Layer:
     """Set the keys that words such as `optim.lr=1e-3` name; a mapping given as value replaces the old one.
 
+    What another `data.dataset` or other classes make obsolete is dropped first, as in a file that extends.
+
     Raises:
         RecipeError: a word that is not `key=value`, whose value is no YAML, or whose key goes through a plain value.
     """
-    for word in overrides:
-        dotted, equals, text = word.partition("=")
-        keys = tuple(dotted.strip().split("."))
-        if not equals or not all(keys):
-            raise RecipeError(f"{word}: expected key=value\nfor example optim.lr=1e-3 or augment.crop=[360,480]")
-        if keys == ("extends",):
-            raise RecipeError(f"{word}: extends can only be written in a file\ngive the keys themselves as key=value")
-        try:
-            value, _ = _parse(text, "")
-        except RecipeError as error:
-            what = str(error).splitlines()[0].partition(": ")[2]
-            raise RecipeError(f"{word}: {what}\nin a shell, put quotes around it") from error
+    settings = [_setting(word) for word in overrides]
+    said = {keys[1]: value for keys, value in settings if len(keys) == 2 and keys[0] == "data"}
+    layer = _without(layer, _obsolete(layer.values.get("data"), said))
+    for word, (keys, value) in zip(overrides, settings, strict=True):
         above = {keys[:end]: COMMAND_LINE for end in range(1, len(keys))}
         places = {**above, **layer.places, keys: COMMAND_LINE}
         layer = Layer(_set(layer.values, keys, value, word), places)
     return layer
+
+
+def _setting(word: str) -> tuple[Keys, Any]:
+    """The key and the value of a word."""
+    dotted, equals, text = word.partition("=")
+    keys = tuple(dotted.strip().split("."))
+    if not equals or not all(keys):
+        raise RecipeError(f"{word}: expected key=value\nfor example optim.lr=1e-3 or augment.crop=[360,480]")
+    if keys == ("extends",):
+        raise RecipeError(f"{word}: extends can only be written in a file\ngive the keys themselves as key=value")
+    try:
+        value, _ = _parse(text, "")
+    except RecipeError as error:
+        what = str(error).splitlines()[0].partition(": ")[2]
+        raise RecipeError(f"{word}: {what}\nin a shell, put quotes around it") from error
+    return keys, value
 
 
 def _set(values: Any, keys: Keys, value: Any, word: str) -> dict[Any, Any]:
@@ -135,7 +150,33 @@ def _set(values: Any, keys: Keys, value: Any, word: str) -> dict[Any, Any]:
 
 
 def _merge(base: Layer, heir: Layer) -> Layer:
+    base = _without(base, _obsolete(base.values.get("data"), heir.values.get("data")))
     return Layer(_merge_values(base.values, heir.values), {**base.places, **heir.places})
+
+
+def _obsolete(base: Any, heir: Any) -> set[Any]:
+    """Keys of an inherited `data` section that mean nothing beside what the heir's says.
+
+    Another data set: all but KEPT, since classes, folders and ids are those of the base's own. Other classes without
+    colours: a palette that has not as many.
+    """
+    if not isinstance(base, dict) or not isinstance(heir, dict):
+        return set()
+    if "dataset" in heir and heir["dataset"] != base.get("dataset", "folder"):  # the schema's default
+        return base.keys() - KEPT
+    names, palette = heir.get("classes"), base.get("palette")
+    if isinstance(names, list) and isinstance(palette, list) and "palette" not in heir and len(names) != len(palette):
+        return {"palette"}
+    return set()
+
+
+def _without(layer: Layer, keys: set[Any]) -> Layer:
+    """The layer, and its places, without these keys of its `data` section."""
+    if not keys:
+        return layer
+    data = {key: value for key, value in layer.values["data"].items() if key not in keys}
+    places = {at: place for at, place in layer.places.items() if at[:1] != ("data",) or not keys & set(at[1:2])}
+    return Layer({**layer.values, "data": data}, places)
 
 
 def _merge_values(base: dict[Any, Any], heir: dict[Any, Any]) -> dict[Any, Any]:

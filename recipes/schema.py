@@ -175,10 +175,13 @@ class Data(Section):
 
     @model_validator(mode="after")
     def _nothing_in_vain(self) -> "Data":
-        """A key that the data set would not heed is an error: who writes it expects an effect."""
+        """A key that the data set would not heed is an error: who writes it expects an effect, of its default too."""
+        # A recipe as it is stored has all keys, though those that came later: nobody wrote these.
+        stored = _HEEDED.keys() - {"background"} <= self.model_fields_set
         for key, users in _HEEDED.items():
             got, default = getattr(self, key), type(self).model_fields[key].default
-            if self.dataset not in users and got != default:
+            written = got != default or (key in self.model_fields_set and not stored)
+            if self.dataset not in users and written:
                 mend = f"remove the key (the data set brings its own), or set data.dataset: {users[0]}"
                 raise wrong(f"data.{key}", got, f"none, as dataset is {self.dataset}", mend)
         return self

@@ -62,7 +62,11 @@ def export(out: Path, count: int, split: str, size: tuple[int, int], seed: int, 
 @click.option(
     "--source", required=True, type=click.Path(exists=True, file_okay=False, path_type=Path), help="What you unpacked."
 )
-@click.option("--root", type=click.Path(file_okay=False, path_type=Path), help="Where to write.  [default: SOURCE]")
+@click.option(
+    "--root",
+    type=click.Path(file_okay=False, path_type=Path),
+    help="Where to write.  [default: SOURCE, or VOC2010 in it]",
+)
 @click.option("--workers", type=click.IntRange(min=0), metavar="N", help="Processes.  [default: one a core]")
 def prepare(name: str, source: Path, root: Path | None, workers: int | None) -> int:
     """Bring a published data set into the layout that recipes read.

@@ -27,7 +27,8 @@ from torch.export import ExportedProgram
 
 from ssaseg.cli.console import CommandError
 from ssaseg.datasets.colour import normalize, to_planes
-from ssaseg.datasets.pairs import IMAGE_SUFFIXES, read_image
+from ssaseg.datasets.decoding import read_image
+from ssaseg.datasets.pairs import IMAGE_SUFFIXES
 from ssaseg.datasets.synthetic import SyntheticScenes
 from ssaseg.datasets.transforms import test_image
 from ssaseg.models import Segmenter

@@ -11,16 +11,16 @@ import click
 import numpy as np
 
 from ssaseg.cli.console import CommandError, json_target, print_table, write_json
+from ssaseg.cli.job import require_same_classes
 from ssaseg.cli.starting import look_at, watch
 from ssaseg.datasets import IGNORED, DataError, Dataset, build_dataset
 from ssaseg.datasets.check import Findings, Problem
 from ssaseg.datasets.pairs import PairDataset, some
 from ssaseg.datasets.published import LAYOUTS
+from ssaseg.datasets.survey import ANYBODYS
 from ssaseg.recipes import Recipe, RecipeError, list_recipes, load_recipe
 
 SPLITS = ("train", "val")
-# Published data sets whose folders have names that anybody's may have, too: known by their number of pairs.
-ANYBODYS = ("camvid", "voc2012")
 
 
 class Target(NamedTuple):
@@ -48,9 +48,11 @@ def run_check(target: str, overrides: Sequence[str], split: str | None, json_out
     names = [split] if split is not None else list(chosen.splits)
     if json_out != "-":
         click.echo(chosen.title)
-    splits = []
+    splits: list[dict[str, Any]] = []
     for name in names:
         report, findings = check_split(name, chosen)
+        if splits and splits[0]["classes"] and report["classes"]:
+            _compare_classes(splits[0], report, findings)
         splits.append(report)
         if json_out != "-":
             print_split(report, findings)
@@ -151,6 +153,7 @@ def _of_folder(root: Path) -> Target:
             root / masks,
             labels.classes,
             labels.palette,
+            image_suffixes=own.found.image_suffixes,
             mask_suffix=own.found.mask_suffix,
             reduce_zero_label=labels.reduce_zero_label,
             raw_to_train=labels.raw_to_train,
@@ -194,6 +197,15 @@ def check_split(split: str, target: Target) -> tuple[dict[str, Any], Findings]:
         **_problems(findings),
     }
     return report, findings
+
+
+def _compare_classes(train: Mapping[str, Any], val: dict[str, Any], findings: Findings) -> None:
+    """Adds to the validation split's problems, if its classes are not those of the training split."""
+    try:
+        require_same_classes(*([row["name"] for row in report["classes"]] for report in (train, val)))
+    except CommandError as error:
+        findings.problems.append(Problem("error", str(error), "other classes"))
+        val.update(_problems(findings))
 
 
 def _problems(findings: Findings) -> dict[str, Any]:

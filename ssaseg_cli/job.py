@@ -1,5 +1,6 @@
 """A training run's parts: built, checked and described before its first step."""
 
+import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -116,6 +117,7 @@ def build_job(
     if recipe.model.pretrained and stored is None:
         load_start(model, recipe.model.pretrained)
     model.to(device)
+    require_trainable(model, recipe, device)
     groups = param_groups(model, recipe.optim.lr, recipe.optim.weight_decay, recipe.optim.rules)
     optimizer = torch.optim.AdamW(groups, betas=recipe.optim.betas, fused=True)
     scaler = torch.amp.GradScaler(device.type, enabled=recipe.train.amp == "fp16")
@@ -160,6 +162,27 @@ def load_start(model: Segmenter, path: str) -> None:
         raise CommandError(
             f"{error}\nput it there (`ssaseg recipes show` says where it is from) or name it: model.pretrained=FILE\n"
             "model.pretrained=null starts from random weights instead, and ends with a lower mIoU"
+        ) from None
+
+
+def require_trainable(model: Segmenter, recipe: Recipe, device: torch.device) -> None:
+    """Raises CommandError where a norm would have one value of each channel, which has no variance: an image alone,
+    of which a feature map is a single pixel. Tried on a copy, as networks differ in how far they go down.
+    """
+    if (recipe.train.micro_batch or recipe.train.batch) > 1:
+        return
+    size = recipe.augment.crop
+    trial = copy.deepcopy(model).train()
+    try:
+        with torch.no_grad():
+            trial(torch.zeros(1, 3, *size, device=device), torch.zeros(1, *size, dtype=torch.uint8, device=device))
+    except ValueError as error:
+        if "more than 1 value per channel" not in str(error):
+            raise
+        key = "train.batch" if recipe.train.micro_batch in (None, recipe.train.batch) else "train.micro_batch"
+        raise CommandError(
+            f"{key}: 1 image at once, with augment.crop={list(size)}, leaves BatchNorm one value a channel\n"
+            f"expected 2 images or more, or a larger crop\nuse {key}=2, or larger sides in augment.crop"
         ) from None
 
 

@@ -28,7 +28,8 @@ from ssaseg.cli.inference import Inference, Prediction, state_views
 from ssaseg.cli.results import SUFFIXES, RleFile, Style, encode, labelled_images, rle_lines, style_of
 from ssaseg.cli.watch import StopSignal
 from ssaseg.datasets import DataError, default_palette
-from ssaseg.datasets.pairs import IMAGE_SUFFIXES, read_image
+from ssaseg.datasets.decoding import read_image
+from ssaseg.datasets.pairs import IMAGE_SUFFIXES
 from ssaseg.models import load_model
 from ssaseg.models.checkpoint import write_atomic
 from ssaseg.recipes import parse_protocol

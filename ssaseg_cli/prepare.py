@@ -17,6 +17,7 @@ from ssaseg.cli.console import CommandError, print_table
 from ssaseg.cli.evaluate import progress_bar
 from ssaseg.cli.watch import StopSignal
 from ssaseg.datasets.loader import WorkerError
+from ssaseg.datasets.pairs import read_names
 from ssaseg.datasets.prepare import (
     DOWNLOADS,
     Count,
@@ -26,6 +27,7 @@ from ssaseg.datasets.prepare import (
     is_whole,
     make_masks,
     plan_preparation,
+    usual_root,
 )
 from ssaseg.models.checkpoint import write_atomic
 
@@ -35,12 +37,12 @@ TOLD = 10  # masks that can be wrong before it is clear that all are
 def run_prepare(name: str, source: Path, root: Path | None, workers: int | None) -> int:
     """Prepares data set `name`, prints a table of what is there, and returns 0 where it is complete, else 1.
 
-    source: folder of the download, never changed. root: folder of the layout, `source` without it. workers: processes,
-    as many as there are processor cores without it. Raises CommandError where files of the download are wrong or the
-    disk refuses, DataError for another download; SystemExit after Ctrl-C (130) and SIGTERM (143).
+    source: folder of the download, never changed. root: folder of the layout; without it `source`, or VOC2010 in it.
+    workers: processes, as many as there are processor cores without it. Raises CommandError where files of the download
+    are wrong or the disk refuses, DataError for another download; SystemExit after Ctrl-C (130) and SIGTERM (143).
     """
     layout = find_layout(name)
-    root = source if root is None else root
+    root = usual_root(name, source) if root is None else root
     absent: list[Path] = []
     wrong = ""
     if name in DOWNLOADS:
@@ -80,12 +82,13 @@ def _carry_out(plan: Plan, workers: int) -> str:
                     if stop.requested or len(wrong) == TOLD:
                         break
         except (OSError, WorkerError) as error:
-            text, mend = f"{error}", "use --workers 1 if the memory ran out"
+            text, mend = str(error).partition("\n")[0], "use --workers 1 if the memory ran out"
             if isinstance(error, OSError):
-                text = f"{error.filename}: {error.strerror}"
+                # Without the size of the one file, which `write_atomic` adds.
+                text = f"{error.filename}: {str(error.strerror).partition(' (')[0]}"
                 mend = "make room there" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "mend that"
             raise CommandError(
-                f"{text.splitlines()[0].partition(' (')[0]}\n"
+                f"{text}\n"
                 f"{done} of {len(plan)} files are done, and none is half-written\n"
                 f"{mend}, and run the same command again: it goes on where it stopped"
             ) from None
@@ -104,14 +107,20 @@ def _carry_out(plan: Plan, workers: int) -> str:
 def _steps(plan: Plan, workers: int) -> Generator[str, None, None]:
     """Makes one file at a time: yields "" when it is there, or what is wrong with it. Raises OSError from the disk."""
     for file, names in plan.lists.items():
-        content = "".join(f"{name}\n" for name in names).encode()
-        if not file.is_file() or file.read_bytes() != content:
-            write_atomic(file, content, sync=False)
+        if not file.is_file():
+            write_atomic(file, "".join(f"{name}\n" for name in names).encode(), sync=False)
+        elif differing := set(read_names(file)) ^ set(names):
+            # Not ours, or of another download: nobody's file is overwritten.
+            raise CommandError(
+                f"{file}: another list of this name is there; it differs in {len(differing)} names\n"
+                f"expected the download's names, {len(names)}, or no file; {sorted(differing)[0]} for one\n"
+                "remove it and run this again, or give another --root"
+            )
         yield ""
     for source, target in plan.images:
         _place(source, target)
         yield ""
-    todo = [index for index, (_, target) in enumerate(plan.masks) if not is_whole(target)]
+    todo = [index for index, (_, target, _) in enumerate(plan.masks) if not is_whole(target)]
     yield from [""] * (len(plan.masks) - len(todo))
     for index, mask in zip(todo, make_masks(plan, todo, min(workers, len(todo))), strict=True):
         if not mask.wrong:
@@ -146,4 +155,5 @@ def _report(title: str, counts: Mapping[str, Count], absent: list[Path]) -> None
         for line in count.lacking:
             print(f"{split}: {line}")
     if absent:
-        print(f"the download lacks {len(absent)} files, {absent[0]} first: fetch and unpack it again")
+        several = f"{len(absent)} files, {absent[0]} first" if len(absent) > 1 else f"1 file, {absent[0]}"
+        print(f"the download lacks {several}: fetch and unpack it again")

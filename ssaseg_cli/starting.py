@@ -1,14 +1,12 @@
 """`ssaseg data init`: look at somebody's own folder, and write a recipe that says what was found and guessed."""
 
+import contextlib
 import difflib
-import json
 import os
 import shlex
 import sys
-import textwrap
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
 from functools import reduce
 from pathlib import Path
 
@@ -18,30 +16,23 @@ from PIL import Image
 
 from ssaseg.cli.console import CommandError
 from ssaseg.cli.evaluate import progress_bar
+from ssaseg.cli.recipetext import Own, recipe_text
 from ssaseg.cli.watch import StopSignal
-from ssaseg.datasets import DataError, Dataset, default_palette
-from ssaseg.datasets.check import Findings, look_through
-from ssaseg.datasets.pairs import PairDataset
-from ssaseg.datasets.survey import Found, Labels, find_folders, guess_labels, read_class_names, split_names
+from ssaseg.datasets import DataError, Dataset, build_dataset
+from ssaseg.datasets.check import Findings, count_ids, look_through
+from ssaseg.datasets.classnames import Labels, guess_labels, read_class_names
+from ssaseg.datasets.decoding import read_mask
+from ssaseg.datasets.pairs import PairDataset, some
+from ssaseg.datasets.published import LAYOUTS
+from ssaseg.datasets.survey import Found, find_folders, find_published, require_prepared, split_names
 from ssaseg.models import list_models
 from ssaseg.models.checkpoint import write_atomic
-from ssaseg.recipes import RecipeError, load_recipe, recipe_file
+from ssaseg.recipes import RecipeError, list_recipes, load_recipe
 
 # Reading more at once helps little where a disk is the limit, and each process holds an image.
 MOST_WORKERS = 8
-# Passes over the training images; and bounds on steps, so that few images are not learnt too shortly or many too long.
-PASSES, FEWEST_STEPS, MOST_STEPS = 200, 2000, 80000
-
-
-@dataclass
-class Own:
-    """A folder of one's own, read: where its pairs are, what is in them, what their ids are taken to mean."""
-
-    root: Path
-    found: Found
-    pairs: dict[str, PairDataset]  # split -> the complete pairs, with all 255 ids as classes
-    findings: Findings  # of all of them together
-    labels: Labels
+# Pairs of a published data set's split that are read.
+SAMPLE = 512
 
 
 def run_init(root: Path, out: Path | None, model: str, classifier: str) -> int:
@@ -56,18 +47,21 @@ def run_init(root: Path, out: Path | None, model: str, classifier: str) -> int:
         mend = f"did you mean {near[0]}?" if near else "choose one of them"
         raise CommandError(f"--model {model}: no such network\nexpected one of: {', '.join(list_models())}\n{mend}")
     out = _target(root, out)
-    own = look_at(root)
+    name, notes = find_published(root)
+    own = look_at(root) if name is None else look_at_published(name, root)
+    own.notes += notes
     lists = {split: out.with_name(f"{out.stem}.{split}.txt") for split in ("train", "val")}
     splits = _splits(own)
     if empty := [split for split, names in splits.items() if not names]:
         raise CommandError(f"{root}: no image of the {empty[0]} split has a mask\n{own.findings.told('error')[0]}")
     # Images without mask are left out through lists, too.
-    needed = "all" in own.pairs or any(each.incomplete for each in own.pairs.values())
-    written = {lists[split]: names for split, names in splits.items() if needed}
-    for file in written:
+    needed = "all" in own.pairs or (name is None and any(each.incomplete for each in own.pairs.values()))
+    lists = lists if needed else {}
+    for file in lists.values():
         _require_new(file)
-    text = recipe_text(own, out, {s: len(n) for s, n in splits.items()}, lists if needed else {}, model, classifier)
-    _write(out, text, written)
+    own.notes += _only_for_validation(own, splits)
+    text = recipe_text(own, out, {s: len(n) for s, n in splits.items()}, lists, model, classifier)
+    _write(out, text, lists, splits)
     for problem in own.findings.told("error"):
         click.echo(f"warning: {problem}", err=True)
     _tell(own, out, splits)
@@ -81,6 +75,7 @@ def look_at(root: Path) -> Own:
     """
     if not root.is_dir():
         raise CommandError(f"{root}: no such folder\nexpected the folder that holds images and masks")
+    require_prepared(root)
     found = find_folders(root)
     ids = [str(value) for value in range(255)]
     pairs = {
@@ -88,20 +83,45 @@ def look_at(root: Path) -> Own:
             root / images,
             root / masks,
             ids,
+            image_suffixes=found.image_suffixes,
             mask_suffix=found.mask_suffix,
             names=root / found.lists[part] if part else None,
             partial=True,
         )
         for split, (images, masks), part in _parts(found)
     }
-    findings = reduce(_join, (watch(each, f"read {split}", decoded=0) for split, each in pairs.items()))
-    names = read_class_names(root)
+    parts = {split: watch(each, f"read {split}", decoded=0) for split, each in pairs.items()}
+    findings = reduce(_join, parts.values())
+    names, notes = read_class_names(root)
     if not findings.pixels.any():
         raise _no_mask(pairs, findings)
     whole = findings.palettes.most_common(1)[0] if findings.palettes else (b"", 0)
     shared = whole[0] if whole[1] == sum(findings.sizes.values()) else None
     labels = guess_labels([int(value) for value in np.flatnonzero(findings.pixels)], names, shared)
-    return Own(root, found, pairs, findings, labels)
+    labels.notes += notes
+    for split, each in pairs.items():
+        if each.unused_masks:
+            files = [file.name for file in each.unused_masks]
+            where = "" if split == "all" else f" of the {split} split"
+            found.notes.append(f"masks{where} without image, left out: {len(files)} ({some(files)})")
+    return Own(root, found, pairs, findings, labels, parts)
+
+
+def look_at_published(name: str, root: Path) -> Own:
+    """A published data set that is whole, of which a sample is read: it is only the sizes that are not known."""
+    layout = LAYOUTS[name]
+    pairs = {split: build_dataset(name, split, root=root, options={"partial": True}) for split in layout.counts}
+    parts = {split: look_through(each, SAMPLE, 0) for split, each in pairs.items()}
+    folders = {split: (layout.images[split], layout.masks[split]) for split in pairs}
+    notes = [f"this is {name}, by its folders and its number of pairs: classes and folders come with data.dataset"]
+    if name == "pascal_context_59":
+        notes.append("the background is ignored; for a class of its own: data.dataset: pascal_context_60")
+    if ready := [recipe for recipe in list_recipes() if recipe.startswith(f"{name}-")]:
+        notes.append(f"recipes for it are shipped already, such as {ready[0]}")
+    labels = Labels(list(pairs["train"].classes), [])
+    found = Found(folders, layout.mask_suffix, (layout.image_suffix,), notes=notes)
+    whole = {split: each for split, each in pairs.items() if isinstance(each, PairDataset)}
+    return Own(root, found, whole, reduce(_join, parts.values()), labels, parts, name)
 
 
 def watch(dataset: Dataset, verb: str, decoded: int | None = None) -> Findings:
@@ -140,7 +160,6 @@ def _parts(found: Found) -> Iterator[tuple[str, tuple[str, str], str | None]]:
 
 def _join(one: Findings, other: Findings) -> Findings:
     return Findings(
-        one.total + other.total,
         one.read + other.read,
         one.pixels + other.pixels,
         one.masks + other.masks,
@@ -186,7 +205,7 @@ def _target(root: Path, out: Path | None) -> Path:
                 f"call from another folder, or say so: --out {shlex.quote(str(out))}"
             )
     if out.suffix not in (".yaml", ".yml"):
-        raise CommandError(f"--out {out}: `train` takes only .yaml and .yml for files\nuse {out}.yaml")
+        raise CommandError(f"--out {out}: `train` takes only .yaml and .yml for files\nuse {out.with_suffix('.yaml')}")
     if not out.parent.is_dir():
         raise CommandError(f"--out {out}: no folder {out.parent}\nmake it first, or name another")
     _require_new(out)
@@ -198,19 +217,55 @@ def _require_new(file: Path) -> None:
         raise CommandError(f"{file}: is there already\ngive another name with --out, or remove it")
 
 
-def _write(out: Path, text: str, lists: dict[Path, list[str]]) -> None:
-    """The lists, then the recipe, checked by reading it; nothing is left where one of them fails."""
+def _write(out: Path, text: str, lists: dict[str, Path], splits: dict[str, list[str]]) -> None:
+    """The lists, then the recipe, checked by reading the data through it; nothing is left where one of them fails."""
     try:
-        for file, names in lists.items():
-            write_atomic(file, "".join(f"{name}\n" for name in names).encode())
+        for split, file in lists.items():
+            write_atomic(file, "".join(f"{name}\n" for name in splits[split]).encode())
         write_atomic(out, text.encode())
-        load_recipe(str(out if len(out.parts) > 1 else Path(".", out)))
-    except (OSError, RecipeError, UnicodeEncodeError) as error:
-        for file in (*lists, out):
+        data = load_recipe(str(out if len(out.parts) > 1 else Path(".", out))).data
+        for split, names in splits.items():
+            pairs = build_dataset(data.dataset, split, root=Path(data.root), options=data.model_dump())
+            if [pairs.name(index) for index in range(len(pairs))] != names:
+                raise DataError(f"{lists.get(split, out)}: other names are read from it than were written")
+    except (OSError, RecipeError, DataError, UnicodeEncodeError) as error:
+        for file in (*lists.values(), out):
             file.unlink(missing_ok=True)
         if isinstance(error, UnicodeEncodeError):
             raise CommandError("a file's name is not text in UTF-8\nrename the files whose names look broken") from None
+        if odd := next((name for names in splits.values() for name in names if _is_no_line(name)), None):
+            told = f"{odd!r}: a name that cannot stand on one line of a list"
+            raise CommandError(f"{told}\nexpected letters, and no line feed\nrename the image and its mask") from None
         raise
+
+
+def _is_no_line(name: str) -> bool:
+    return "\n" in name or name.endswith("\r") or not name.strip()
+
+
+def _only_for_validation(own: Own, splits: dict[str, list[str]]) -> list[str]:
+    """A note where classes have no pixel in the training split, though they have in the other."""
+    if own.published:
+        return []
+    if "train" in own.parts:
+        unseen = own.parts["train"].masks == 0
+    elif not set(splits["train"]).isdisjoint(splits["val"]):
+        return []
+    else:  # of the masks only the sum is known: those of validation are read again, if any class may be there alone
+        pairs, chosen = own.pairs["all"], set(splits["val"])
+        rare = (own.findings.masks > 0) & (own.findings.masks <= len(chosen))
+        masks = np.zeros(256, np.int64)
+        for index in range(len(pairs) if rare.any() else 0):
+            if pairs.name(index) in chosen:
+                with contextlib.suppress(DataError, OSError):  # told before
+                    masks += count_ids(read_mask(pairs.mask_files[index])[0]) > 0
+        unseen = rare & (masks == own.findings.masks)
+    names = [
+        name
+        for raw, name in zip(own.labels.raw_ids, own.labels.classes, strict=True)
+        if unseen[raw] and own.findings.masks[raw]
+    ]
+    return [f"classes with pixels only for validation, none for training: {some(names, 6)}"] if names else []
 
 
 def _splits(own: Own) -> dict[str, list[str]]:
@@ -221,7 +276,7 @@ def _splits(own: Own) -> dict[str, list[str]]:
 
 def _tell(own: Own, out: Path, splits: dict[str, list[str]]) -> None:
     click.echo(f"found {len(splits['train'])} training and {len(splits['val'])} validation pairs below {own.root}")
-    for note in (*own.found.notes, *own.labels.notes):
+    for note in own.told():
         click.echo(f"- {note}")
     images, masks = next(iter(own.found.folders.values()))
     # Where masks lie among the images, these are not named by their folder.
@@ -234,132 +289,3 @@ def _tell(own: Own, out: Path, splits: dict[str, list[str]]) -> None:
         f"  ssaseg predict {shlex.quote(f'{folder}/best.safetensors')} {shlex.quote(str(example))} "
         f"--out labels --save index,overlay"
     )
-
-
-# ---- the recipe's text -------------------------------------------------------------------------------------------
-
-
-def recipe_text(
-    own: Own, out: Path, counts: dict[str, int], lists: dict[str, Path], model: str, classifier: str
-) -> str:
-    """A recipe with comments. `counts`: pairs a split; `lists`: files of names, where there are any."""
-    scale, crop, test = sizes(own.findings.sizes)
-    batch = 16 if counts["train"] >= 16 else 8
-    steps = min(max(PASSES * counts["train"] // batch // 100 * 100, FEWEST_STEPS), MOST_STEPS)
-    family = model.partition("_")[0]
-    base = next((name for name in (f"_{model}", f"_{family}", f"_{family}_b") if _is_shipped(name)), None)
-    text = [
-        *_header(own, out, counts, steps, batch, model, classifier),
-        *([f"extends: {base} # learning rate and its rules", ""] if base else []),
-        "model:",
-        f"  name: {model}",
-        f"  classifier: {classifier}",
-        "  pretrained: null # or a checkpoint to start from; ImageNet weights, made by `ssaseg convert`, help a lot",
-        "",
-        "data:",
-        f"  root: {_quote(own.root)}",
-        *_folders(own, lists),
-        f"  mask_suffix: {_quote(own.found.mask_suffix)}",
-        *_classes(own),
-        "",
-        "augment:",
-        f"  scale: {scale} # [width, height] [pixels], from the images' sizes",
-        f"  crop: {crop} # [height, width]",
-        "",
-        "test:",
-        f"  scale: {'null # as they are' if test is None else test}",
-        "",
-        "optim:",
-        *([] if base else ["  lr: 2.5e-4"]),
-        f"  warmup: {min(1500, steps // 10)}",
-        "",
-        "train:",
-        f"  steps: {steps} # {steps * batch // counts['train']} passes over the training images",
-        f"  batch: {batch}",
-        "  amp: bf16 # for a CUDA GPU; on a CPU: off",
-        f"  workers: {min(os.cpu_count() or 1, 4)}",
-        f"  eval_every: {steps // 10}",
-        f"  save_every: {min(steps // 10, 1000)}",
-    ]
-    return "\n".join(text) + "\n"
-
-
-def _header(
-    own: Own, out: Path, counts: dict[str, int], steps: int, batch: int, model: str, classifier: str
-) -> Iterator[str]:
-    (low, _), (high, _) = (
-        pick(own.findings.sizes.items(), key=lambda item: item[0][0] * item[0][1]) for pick in (min, max)
-    )
-    size = f"{low[1]}x{low[0]}" + (f" to {high[1]}x{high[0]}" if low != high else "")
-    yield f"# {out.stem}: {model} with the {classifier} classifier on one's own images. Written by `ssaseg data init`."
-    yield "#"
-    yield f"# Command: ssaseg train {shlex.quote(str(out))}"
-    yield f"# Cost:    {steps} steps of {batch} images; made for one CUDA GPU, time not measured."
-    yield "# Score:   not measured."
-    yield f"# Found:   {counts['train']} training and {counts['val']} validation pairs; images of {size} pixels."
-    yield "#"
-    yield "# Guessed; correct what is wrong:"
-    notes = [*own.found.notes, *own.labels.notes]
-    if "all" in own.pairs:
-        notes.append("no splits were there: a fifth of the pairs, chosen by a hash of the names, is for validation")
-    for note in notes:
-        yield from textwrap.wrap(note, 112, initial_indent="# - ", subsequent_indent="#   ")
-    yield ""
-
-
-def _folders(own: Own, lists: dict[str, Path]) -> Iterator[str]:
-    for split in ("train", "val"):
-        images, masks = own.found.folders.get(split) or own.found.folders["all"]
-        words = f"images: {_quote(images)}, masks: {_quote(masks)}"
-        names = None
-        if lists:  # relative to the root, which may be anywhere
-            names = os.path.relpath(lists[split].resolve(), own.root.resolve())
-        elif own.found.lists:
-            names = own.found.lists[split]
-        yield f"  {split}: {{{words}{f', names: {_quote(names)}' if names else ''}}}"
-
-
-def _classes(own: Own) -> Iterator[str]:
-    """Classes with what was seen of each, and the keys that say what ids mean."""
-    labels, findings = own.labels, own.findings
-    total = max(int(findings.pixels.sum()), 1)
-    yield "  classes:"
-    for raw, name in zip(labels.raw_ids, labels.classes, strict=True):
-        share = findings.pixels[raw] / total
-        yield f"    - {_quote(name)} # id {raw}: {share:.2%} of the pixels, in {findings.masks[raw]} masks"
-    if labels.palette and tuple(labels.palette) != default_palette(len(labels.palette)):
-        yield "  palette:"
-        yield from (f"    - {list(colour)}" for colour in labels.palette)
-    if labels.reduce_zero_label:
-        yield "  reduce_zero_label: true"
-    if labels.raw_to_train:
-        yield f"  raw_to_train: {{{', '.join(f'{raw}: {train}' for raw, train in labels.raw_to_train.items())}}}"
-
-
-def sizes(found: Counter[tuple[int, int]]) -> tuple[list[int], list[int], list[int] | None]:
-    """`augment.scale` (width, height), `augment.crop` (height, width) and `test.scale` for images of these sizes.
-
-    Images of one size keep it, up to a short side of 512; images of many are fitted to their median short side.
-    """
-    shorts = sorted(min(size) for size in found.elements())
-    short = min(max(shorts[len(shorts) // 2], 32), 512)
-    if len(found) == 1:
-        ((height, width),) = found
-        factor = short / min(height, width)
-        scale = [max(round(width * factor), 32), max(round(height * factor), 32)]
-        crop = [max(min(side, 512) // 32 * 32, 32) for side in reversed(scale)]
-        return scale, crop, None if factor == 1 else scale
-    side = max(short // 32 * 32, 32)
-    return [4 * short, short], [side, side], [4 * short, short]
-
-
-def _is_shipped(name: str) -> bool:
-    try:
-        return recipe_file(name).exists()
-    except RecipeError:
-        return False
-
-
-def _quote(value: object) -> str:
-    """As YAML: JSON's text is, and needs no care about what it holds."""
-    return json.dumps(str(value), ensure_ascii=False)

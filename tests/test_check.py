@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ssaseg.datasets import check
+from ssaseg.datasets import DataError, check
 from ssaseg.datasets.check import Problem, check_dataset, count_ids, look_through
+from ssaseg.datasets.decoding import read_mask
 from ssaseg.datasets.pairs import PairDataset
 from ssaseg.datasets.synthetic import SyntheticScenes
 
@@ -122,7 +123,7 @@ def test_counts_are_per_raw_id_and_per_class(tmp_path: Path) -> None:
     masks = [mask(0, 5), mask(5, 9), mask(9, 255)]
     dataset = make(tmp_path, masks, raw_to_train={0: 0, 5: 1, 9: 1, 7: 2})
     found = look_through(dataset)
-    assert (found.total, found.read) == (3, 3)
+    assert found.read == 3
     assert {int(raw): int(found.pixels[raw]) for raw in np.flatnonzero(found.pixels)} == {0: 40, 5: 80, 9: 80, 255: 40}
     assert found.masks[[0, 5, 9, 255]].tolist() == [1, 2, 2, 1]
     assert found.images[[0, 1, 2, 255]].tolist() == [1, 3, 0, 1], "two raw ids of one class count an image once"
@@ -229,3 +230,19 @@ def test_a_picture_of_10000_by_10000_pixels_is_no_fault(tmp_path: Path, recwarn:
     assert found.sizes == {(10_000, 10_000): 1, (1, 1): 1}
     assert found.pixels[:2].tolist() == [1, 10**8]
     assert [str(each.message) for each in recwarn if "bomb" in str(each.message)] == []
+
+
+def test_reading_a_large_palette_mask_warns_of_nothing(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
+    mask = Image.new("P", (10_000, 9_500), 1)
+    mask.putpalette([0, 0, 0, 9, 9, 9])
+    mask.save(tmp_path / "mask.png")
+    raw, colours = read_mask(tmp_path / "mask.png")
+    assert (raw.shape, int(raw[0, 0])) == ((9_500, 10_000), 1)
+    assert colours is not None
+    assert [str(each.message) for each in recwarn] == []
+
+
+def test_a_mask_with_alpha_is_to_lose_it(tmp_path: Path) -> None:
+    Image.new("LA", (4, 3), (1, 255)).save(tmp_path / "mask.png")
+    with pytest.raises(DataError, match=r"2 channels \(mode LA\)(.|\n)*save the mask without it"):
+        read_mask(tmp_path / "mask.png")

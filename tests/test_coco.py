@@ -107,6 +107,8 @@ def test_polygons_and_run_lengths_are_pycocotools_own(tmp_path: Path) -> None:
         expected = np.where(mask_utils.decode([packed])[..., 0], 1, 255)
         np.testing.assert_array_equal(label(tmp_path, document((7, segmentation))), expected, str(number))
     assert (label(tmp_path, document((7, [[2, 3, 5, 3, 5, 7, 2, 7]]))) == 1).sum() == 12
+    for nothing in ([[1, 1, 5, 5]], [[3, 3]], [[]]):
+        assert (label(tmp_path, document((7, nothing))) == 255).all()
 
 
 def test_run_lengths_of_any_mask() -> None:

@@ -143,6 +143,45 @@ def test_published_layouts_are_recognised_and_counted(tmp_path: Path) -> None:
     assert "1 pair; the published val split has 2000" in result.stdout
 
 
+SETTABLE = ("data.reduce_zero_label", "data.classes", "raw_to_train", "mask_suffix", "ignore_index")
+
+
+@pytest.mark.parametrize(
+    ("values", "part"),
+    [
+        ((0, 1, 2), "0 ignored, classes 1..150"),  # reduced before
+        ((0,), "0 ignored, classes 1..150"),
+        ((0, 0, 0, 150), "149 of 150 classes have no pixel"),
+    ],
+)
+def test_advice_for_published_data_is_what_can_be_done(tmp_path: Path, values: tuple[int, ...], part: str) -> None:
+    for split in ("training", "validation"):
+        put(tmp_path / f"images/{split}/a.jpg")
+        put(tmp_path / f"annotations/{split}/a.png", values)
+    result = call("data", "check", "ade20k-seaformer_b-ssa", f"data.root={tmp_path}")
+    assert part in result.stdout
+    assert not any(key in result.stdout for key in SETTABLE), result.stdout
+
+
+def test_half_a_published_data_set_is_to_be_prepared(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        put(tmp_path / f"images/train2014/{name}.jpg")
+    put(tmp_path / "annotations/train2014/a_labelTrainIds.png", (0, 1))
+    result = call("data", "check", "coco_stuff10k-seaformer_b-ssa", f"data.root={tmp_path}", "--split", "train")
+    assert result.exit_code == 2
+    assert "1 of 2 images have no mask: b" in result.stdout
+    assert f"run `ssaseg data prepare coco_stuff10k --source DIR --root {tmp_path}`" in result.stdout
+    assert not any(key in result.stdout for key in SETTABLE), result.stdout
+
+
+def test_missing_data_in_the_usual_place_are_not_sent_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    missing = call("data", "check", "ade20k-seaformer_b-ssa").stdout
+    assert "download ADEChallengeData2016 from its makers' site, or say where it is: data.root=DIR\n" in missing
+    elsewhere = call("data", "check", "ade20k-seaformer_b-ssa", "data.root=here").stdout
+    assert "data.root=DIR (often data/ade/ADEChallengeData2016)" in elsewhere
+
+
 def test_anybodys_folder_is_not_taken_for_camvid(tmp_path: Path) -> None:
     for split in ("train", "val"):
         put(tmp_path / f"images/{split}/a.jpg")
@@ -241,3 +280,25 @@ def test_coco_annotations_are_checked(tmp_path: Path) -> None:
     assert result.exit_code == 2
     assert f"train split: {image}: damaged image" in result.stdout
     assert f"val split: {file}: is cut off" in result.stdout
+
+
+def test_splits_with_other_classes_are_an_error_as_in_training(tmp_path: Path) -> None:
+    for split in ("train", "val"):
+        export_scenes(tmp_path, 1, split=split, height=64, width=64, layout="coco")
+    file = tmp_path / "annotations/instances_val.json"
+    content = json.loads(file.read_text())
+    content["categories"][0]["name"] = "zebra"
+    file.write_text(json.dumps(content))
+    words = [
+        "data.dataset=coco_json",
+        f"data.root={tmp_path}",
+        *(f"data.{s}={{images: images/{s}, annotations: annotations/instances_{s}.json}}" for s in ("train", "val")),
+    ]
+    result = call("data", "check", "demo", *words, "--json", tmp_path / "report.json")
+    assert result.exit_code == 2
+    train, val = json.loads((tmp_path / "report.json").read_text())["splits"]
+    assert "other classes" not in {problem["kind"] for problem in train["problems"]}
+    (problem,) = [problem for problem in val["problems"] if problem["kind"] == "other classes"]
+    assert "only one of them has" in problem["text"]
+    assert problem["text"].splitlines()[0] in result.stdout
+    assert call("train", "demo", *words, "--dry-run", "--device", "cpu").exit_code == 2

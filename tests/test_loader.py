@@ -74,7 +74,7 @@ def same(one: Batch, other: Batch) -> bool:
     return one[4:] == other[4:] and all(torch.equal(a.nan_to_num(-99), b.nan_to_num(-99)) for a, b in tensors)
 
 
-@pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")  # on machines with fewer cores
+@pytest.mark.filterwarnings("error")  # nor is there a warning where there are fewer cores
 @pytest.mark.parametrize("workers", [1, 3])
 def test_number_of_workers_changes_nothing(workers: int) -> None:
     here, there = take(6), take(6, workers=workers)

@@ -103,7 +103,7 @@ def test_train_pipeline(data: tuple[str, PairDataset]) -> None:
 def test_colour_steps(data: tuple[str, PairDataset]) -> None:
     """Each step from mmsegmentation's pixels before it: exact, or at most one level apart where HSV is involved."""
     name, dataset = data
-    compared, equal = dict.fromkeys(range(DRAWS), 0), []
+    compared = dict.fromkeys(range(DRAWS), 0)
     for i in range(len(dataset)):
         draws = train_sample(name, dataset, i)[0].draws
         pixels = STORED[f"{name}_train{i}_pixels"]  # 1 + steps,V,3
@@ -115,14 +115,10 @@ def test_colour_steps(data: tuple[str, PairDataset]) -> None:
             result = planes[0, :, 0].T.flip(1).numpy()
             difference = np.abs(result - pixels[k + 1])
             compared[step] += difference.size
-            # OpenCV treats the columns after a row's last whole vector apart: see `colour.distort`.
-            if STORED[f"{name}_train{i}_shape"][1] % 64 == 0:
-                equal.append((difference == 0).mean())
             assert difference.max() <= (1 if step in (SATURATION, HUE) else 0), f"{dataset.name(i)}, {COLUMNS[step]}"
     assert sum(compared.values()) > 5000
     assert compared[SATURATION] > 0
     assert compared[HUE] > 0
-    assert np.mean(equal or [1]) >= 0.999
 
 
 def test_normalised_training_pixels(data: tuple[str, PairDataset]) -> None:

@@ -369,7 +369,7 @@ def test_ten_wrong_files_are_enough(tmp_path: Path) -> None:
 def test_a_download_that_lacks_files_is_done_in_part(tmp_path: Path) -> None:
     make_stuff10k(tmp_path)
     (tmp_path / f"annotations/{NAMES[0]}.mat").unlink()
-    told(prepare("coco_stuff10k", tmp_path), 1, f"lacks 1 files, {tmp_path}", "train: 1 of 2 images have no mask")
+    told(prepare("coco_stuff10k", tmp_path), 1, f"lacks 1 file, {tmp_path}", "train: 1 of 2 images have no mask")
 
 
 def test_wrong_maps_are_named(tmp_path: Path) -> None:

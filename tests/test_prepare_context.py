@@ -106,14 +106,17 @@ def test_of_two_annotations_with_one_id_the_second_takes_the_first_ones_place(tm
 @pytest.mark.parametrize(
     ("change", "parts"),
     [
-        (lambda text: text[: len(text) // 2], ["cut off"]),
+        (lambda text: text[: len(text) // 2], ["cut off", "expected a whole trainval_merged.json of PASCAL in Detail"]),
         (lambda text: "", ["cut off"]),
         (lambda text: "[1]", ["list"]),
         (lambda text: text.replace('"phase"', '"split"'), ["no 'phase'", "PASCAL in Detail"]),
         (lambda text: text.replace("annos_segmentation", "annotations"), ["no 'annos_segmentation'"]),
         (lambda text: text.replace('"category_id": 458', '"category_id": "458"'), ["category_id is '458'"]),
         (lambda text: text.replace('"category_id": 458', '"category_id": 460'), ["2008_000002", "id 460 in"]),
-        (lambda text: text.replace('"size": [9, 14]', '"size": [14, 9]'), ["[14, 9]", "[9, 14]"]),
+        (
+            lambda text: text.replace('"size": [9, 14]', '"size": [14, 9]'),
+            ["annos_segmentation, id", "[14, 9]", "[9, 14]"],
+        ),
     ],
 )
 def test_wrong_context_annotations(tmp_path: Path, change: Any, parts: list[str]) -> None:
@@ -127,3 +130,41 @@ def test_wrong_context_annotations(tmp_path: Path, change: Any, parts: list[str]
     for part in ["trainval_merged.json", *parts]:
         assert part in error
     assert not (tmp_path / "root/SegmentationClassContext/2008_000002.png").exists()
+
+
+def test_lists_that_were_there_before_are_never_overwritten(tmp_path: Path) -> None:
+    make_context(tmp_path)
+    file = tmp_path / LAYOUTS["pascal_context_59"].lists["val"]  # type: ignore[index]
+    assert prepare("pascal_context_59", tmp_path, tmp_path).exit_code == 1  # as it isn't the whole data set
+    names = file.read_text().split()
+    reversed_names = "\r\n".join(reversed(names))
+    file.write_text(reversed_names, newline="")
+    assert prepare("pascal_context_59", tmp_path, tmp_path).exit_code == 1
+    assert file.read_bytes() == reversed_names.encode()
+    file.write_text("\n".join([*names, "mine"]))
+    told = prepare("pascal_context_59", tmp_path, tmp_path)
+    assert told.exit_code == 2
+    assert f"{file}: another list of this name is there" in told.stderr
+    assert len(told.stderr.partition("error:")[2].splitlines()) <= 3
+    assert file.read_text().split()[-1] == "mine"
+
+
+def test_without_root_the_folder_with_the_images_is_completed(tmp_path: Path) -> None:
+    make_context(tmp_path / "VOCdevkit/VOC2010")
+    words = ["data", "prepare", "pascal_context_60", "--source", str(tmp_path / "VOCdevkit"), "--workers", "0"]
+    assert CliRunner().invoke(cli, words).exit_code == 1  # fewer pairs than published
+    assert (tmp_path / "VOCdevkit/VOC2010/SegmentationClassContext/2008_000002.png").is_file()
+    assert [path.name for path in (tmp_path / "VOCdevkit").iterdir()] == ["VOC2010"]
+
+
+def test_a_mask_of_another_size_than_its_image_is_wrong(tmp_path: Path) -> None:
+    make_context(tmp_path)
+    Image.new("RGB", (WIDTH + 1, HEIGHT)).save(tmp_path / "JPEGImages/2008_000002.jpg")
+    result = prepare("pascal_context_59", tmp_path, tmp_path / "root")
+    assert result.exit_code == 2, result.output
+    error = result.stderr[result.stderr.index("error: ") :]
+    assert f"image 2008_000002: mask of {WIDTH}x{HEIGHT} pixels" in error
+    assert f"expected {WIDTH + 1}x{HEIGHT}, as its image {tmp_path / 'JPEGImages/2008_000002.jpg'}" in error
+    assert len(error.splitlines()) <= 3
+    assert not (tmp_path / "root/SegmentationClassContext/2008_000002.png").exists()
+    assert (tmp_path / "root/SegmentationClassContext/2008_000003.png").exists(), "the others are made"

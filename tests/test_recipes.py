@@ -128,6 +128,52 @@ def test_extends_merges_sections_and_replaces_lists(tmp_path: Path) -> None:
     assert shipped.model == load_recipe("demo").model
 
 
+COCO = "dataset: coco_json, train: {images: i, annotations: a.json}, val: {images: i, annotations: b.json}"
+
+
+def test_another_data_set_starts_the_data_section_anew(tmp_path: Path) -> None:
+    base = write(
+        tmp_path, "base.yaml", OWN.replace("root: pictures", "root: pictures\n  mean: [1, 2, 3]\n  cache: true")
+    )
+    other = load_recipe(write(tmp_path, "other.yaml", f"extends: {base}\ndata: {{dataset: ade20k, root: ade}}\n")).data
+    assert (other.dataset, other.root, other.mean, other.cache) == ("ade20k", "ade", (1, 2, 3), True)
+    assert (other.classes, other.train, other.raw_to_train) == ((), None, None)
+    coco = load_recipe(write(tmp_path, "coco.yaml", f"extends: camvid-seaformer_b-ssa\ndata: {{{COCO}}}\n"))
+    assert coco.data.train is not None
+    assert (coco.data.train.masks, coco.data.palette, coco.data.root) == (None, None, ".")
+    assert coco.optim == load_recipe("camvid-seaformer_b-ssa").optim
+    again = load_recipe(write(tmp_path, "again.yaml", f"extends: {base}\ndata: {{dataset: folder, root: x}}\n")).data
+    assert (again.root, again.classes) == ("x", ("cat", "dog", "1e3")), "the base's data set is folder, though unsaid"
+    words = load_recipe("camvid-seaformer_b-ssa", ["data.root=ade", "data.dataset=ade20k"]).data
+    assert (words.dataset, words.root, words.classes) == ("ade20k", "ade", ())
+
+
+def test_what_another_data_set_lacks_is_told_of_the_users_own_file(tmp_path: Path) -> None:
+    own = write(tmp_path, "own.yaml", "extends: camvid-seaformer_b-ssa\ndata: {dataset: coco_json}\n")
+    message = refusal(own)
+    assert message.startswith(f"{own}:2: data.train: expected the folders of the split")
+
+
+def test_other_classes_drop_a_palette_of_another_length(tmp_path: Path) -> None:
+    camvid = load_recipe("camvid-seaformer_b-ssa").data
+    own = load_recipe(write(tmp_path, "own.yaml", "extends: camvid-seaformer_b-ssa\ndata: {classes: [a, b]}\n")).data
+    assert (own.classes, own.palette, own.train) == (("a", "b"), None, camvid.train)
+    renamed = [f"c{number}" for number in range(11)]
+    words = load_recipe("camvid-seaformer_b-ssa", [f"data.classes=[{','.join(renamed)}]"]).data
+    assert (list(words.classes), words.palette) == (renamed, camvid.palette)
+    assert "expected 2 colours" in refusal("camvid-seaformer_b-ssa", "data.classes=[a,b]", "data.palette=[[0,0,0]]")
+
+
+def test_a_default_that_the_data_set_would_not_heed_is_refused_but_stored_recipes_load(tmp_path: Path) -> None:
+    message = refusal("ade20k-seaformer_b-ssa", "data.reduce_zero_label=false")
+    assert "data.reduce_zero_label: expected none, as dataset is ade20k" in message
+    recipe = load_recipe("ade20k-seaformer_b-ssa")
+    stored = json.loads(json.dumps(recipe.model_dump(mode="json")))
+    del stored["data"]["background"]  # a key that came later
+    assert parse_recipe(stored, "best.safetensors") == recipe
+    assert load_recipe(write(tmp_path, "config.yaml", dump_recipe(recipe)), ["train.steps=1"]).data == recipe.data
+
+
 def test_extends_that_goes_in_a_circle_or_nowhere(tmp_path: Path) -> None:
     write(tmp_path, "a.yaml", "extends: b.yaml\n")
     path = write(tmp_path, "b.yaml", "# b\nextends: a.yaml\n")

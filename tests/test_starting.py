@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +15,11 @@ from click.testing import CliRunner, Result
 from PIL import Image
 
 from ssaseg.cli.main import cli
-from ssaseg.cli.starting import sizes
-from ssaseg.datasets import DataError
+from ssaseg.cli.recipetext import sizes
+from ssaseg.datasets import DataError, build_dataset
 from ssaseg.datasets.exporting import export_scenes
-from ssaseg.datasets.survey import (
-    Names,
-    find_folders,
-    guess_labels,
-    read_class_names,
-    split_names,
-)
+from ssaseg.datasets.published import LAYOUTS
+from ssaseg.datasets.survey import find_folders, split_names
 from ssaseg.recipes import load_recipe
 
 
@@ -74,6 +70,9 @@ def put(file: Path, values: tuple[int, ...] | None = None, size: tuple[int, int]
         ("1.png 10.png 1-gt.png 10-gt.png", {"all": (".", ".")}, "-gt.png"),
         ("data/a b ä.jpg data/a b ä.png", {"all": ("data", "data")}, ".png"),
         ("images/a.jpg images/a_mask.png", {"all": ("images", "images")}, "_mask.png"),
+        ("0_image.jpg 0_mask.png 1_image.jpg 1_mask.png", {"all": (".", ".")}, "_mask.png"),
+        ("0_image.png 0_mask.png 1_image.png 1_mask.png", {"all": (".", ".")}, "_mask.png"),
+        ("img/x_sat.jpg labels/x_mask.png", {"all": ("img", "labels")}, "_mask.png"),
         ("photographs/a.jpg truth/a.png", {"all": ("photographs", "truth")}, ".png"),
     ],
 )
@@ -96,6 +95,9 @@ def test_folders_are_found(tmp_path: Path, files: str, folders: dict[str, tuple[
         ("images/a.jpg coco.json", "data.dataset: coco_json"),
         ("images/a.jpg masks/a.jpg", "a mask as JPEG"),
         ("images/im1.jpg masks/label1.png", "no mask is named as an image"),
+        ("0_rgb.png 0_depth.png", "images, but no masks"),
+        ("img_0.jpg mask_0.png", "/img_0.jpg and .*/mask_0.png: .*begins otherwise"),
+        ("images/img0.jpg masks/gt0.png", "/img0.jpg and .*/gt0.png: .*begins otherwise"),
         ("train/images/a.jpg train/masks/a.png val/images/a.jpg val/masks/a_gt.png", "masks that end in .png"),
     ],
 )
@@ -133,62 +135,6 @@ def test_a_list_of_which_no_image_has_a_mask(tmp_path: Path) -> None:
     result = call("data", "init", tmp_path, "--out", tmp_path / "voc.yaml")
     assert result.exit_code == 2
     assert "no image of the val split has a mask" in result.stderr
-
-
-@pytest.mark.parametrize(
-    ("ids", "classes", "reduce", "mapped"),
-    [
-        ([0, 1, 2], 3, False, None),
-        ([0, 1, 2, 255], 3, False, None),
-        ([1, 2, 3], 3, True, None),
-        ([1, 2, 3, 255], 3, True, None),
-        ([0, 7, 8, 255], 3, False, {0: 0, 7: 1, 8: 2}),
-        ([2, 3], 2, False, {2: 0, 3: 1}),
-        ([0, 255], 2, False, {0: 0, 255: 1}),
-    ],
-)
-def test_ids_are_given_a_meaning(ids: list[int], classes: int, reduce: bool, mapped: dict[int, int] | None) -> None:
-    labels = guess_labels(ids, None, None)
-    assert (len(labels.classes), labels.reduce_zero_label, labels.raw_to_train) == (classes, reduce, mapped)
-    assert labels.notes
-
-
-@pytest.mark.parametrize(("ids", "part"), [([0], "one class"), ([4, 255], "one class"), (list(range(256)), "grey")])
-def test_ids_that_cannot_be_classes(ids: list[int], part: str) -> None:
-    with pytest.raises(DataError, match=part):
-        guess_labels(ids, None, None)
-
-
-@pytest.mark.parametrize(
-    ("name", "text", "names", "colours"),
-    [
-        ("classes.txt", "cat\ndog tired\n", {0: "cat", 1: "dog tired"}, {}),
-        ("labels.txt", "# ids\n3: cat\n7: dog\n", {3: "cat", 7: "dog"}, {}),
-        ("labelmap.txt", "# label:color_rgb:parts:actions\ncat:9,8,7::\ndog:0,0,255::\n", None, {0: (9, 8, 7)}),
-        ("class_dict.csv", "name,r,g,b\ncat,9,8,7\ndog,0,0,255\n", None, {0: (9, 8, 7)}),
-    ],
-)
-def test_class_names_are_read(
-    tmp_path: Path, name: str, text: str, names: dict[int, str] | None, colours: dict[int, tuple[int, int, int]]
-) -> None:
-    (tmp_path / name).write_text(text)
-    read = read_class_names(tmp_path)
-    assert read is not None
-    assert read.names == (names or {0: "cat", 1: "dog"})
-    assert (read.colours == {}) if not colours else (read.colours == {0: (9, 8, 7), 1: (0, 0, 255)})
-
-
-def test_class_names_decide_what_0_means() -> None:
-    two = Names(Path("classes.txt"), {0: "cat", 1: "dog"}, {}, False)
-    assert guess_labels([0, 1, 255], two, None).classes == ["cat", "dog"]
-    reduced = guess_labels([0, 1, 2], two, None)
-    assert (reduced.classes, reduced.reduce_zero_label) == (["cat", "dog"], True)
-    assert any("0 is taken as 'ignored'" in note for note in reduced.notes)
-    unfit = guess_labels([0, 1, 5], two, None)
-    assert unfit.classes == ["class_0", "class_1", "class_5"]
-    assert any("classes.txt is not used" in note for note in unfit.notes)
-    numbered = guess_labels([0, 7], Names(Path("labels.txt"), {0: "cat", 7: "dog", 9: "cow"}, {}, True), None)
-    assert (numbered.classes, numbered.raw_to_train) == (["cat", "dog", "cow"], {0: 0, 7: 1, 9: 2})
 
 
 def test_splits_are_the_same_each_time_and_never_empty() -> None:
@@ -280,7 +226,7 @@ def test_images_without_mask_are_left_out_and_told(tmp_path: Path) -> None:
         (["gone"], "no such folder"),
         ([".", "--out", "x.yaml"], "no images here"),
         (["."], "--out"),
-        (["sub", "--out", "x.txt"], "only .yaml"),
+        (["sub", "--out", "x.txt"], "use x.yaml"),
         (["sub", "--out", "no/x.yaml"], "make it first"),
         (["sub", "--model", "seaformer_bb"], "did you mean seaformer_b?"),
     ],
@@ -345,3 +291,91 @@ def test_names_that_are_no_text_are_told(tmp_path: Path) -> None:
     assert result.exit_code == 2
     assert "rename the files" in result.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["data"]
+
+
+# Names of files, places, and data sets that are known
+
+
+def names_in(recipe: Path) -> list[str]:
+    """Names of all pairs, read through the recipe."""
+    data = load_recipe(str(recipe)).data
+    options = data.model_dump()
+    sets = [build_dataset(data.dataset, split, root=Path(data.root), options=options) for split in ("train", "val")]
+    return sorted(pairs.name(index) for pairs in sets for index in range(len(pairs)))
+
+
+def test_images_whose_names_have_a_word_of_their_own(tmp_path: Path) -> None:
+    for number in range(5):
+        put(tmp_path / f"data/{number:03}_image.jpg")
+        put(tmp_path / f"data/{number:03}_mask.png", (0, 1))
+    out = tmp_path / "x.yaml"
+    assert call("data", "init", tmp_path / "data", "--out", out).exit_code == 0
+    assert load_recipe(str(out)).data.image_suffixes == ("_image.jpg",)
+    assert names_in(out) == ["000", "001", "002", "003", "004"]
+
+
+def test_strange_names_stand_in_lists_and_recipes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Spaces around a name, and letters that end a line for some readers; read from another folder."""
+    root = tmp_path / "a\u2028b\x85c"
+    for number in range(5):
+        put(root / f"images/ \u2028{number}\x85 .jpg")
+        put(root / f"masks/ \u2028{number}\x85 .png", (0, 1))
+    monkeypatch.chdir(tmp_path)
+    assert call("data", "init", root.name, "--out", "x.yaml").exit_code == 0
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert names_in(tmp_path / "x.yaml") == [f" \u2028{number}\x85 " for number in range(5)]
+
+
+def test_a_name_with_a_line_feed_is_told(tmp_path: Path) -> None:
+    put(tmp_path / "data/a\nb.jpg")
+    put(tmp_path / "data/a\nb.png", (0, 1))
+    result = call("data", "init", tmp_path / "data", "--out", tmp_path / "x.yaml")
+    assert result.exit_code == 2
+    assert "cannot stand on one line" in result.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["data"]
+
+
+@pytest.mark.parametrize("own_splits", [False, True])
+def test_what_is_left_out_or_lacking_is_told(tmp_path: Path, own_splits: bool) -> None:
+    names = [f"{number}" for number in range(5)]
+    alone = "4" if own_splits else split_names(names)["val"][0]
+    for name in names:
+        folder = ("val/" if name == alone else "train/") if own_splits else ""
+        put(tmp_path / f"images/{folder}{name}.jpg")
+        put(tmp_path / f"masks/{folder}{name}.png", (0, 1, 7) if name == alone else (0, 1))
+    put(tmp_path / f"masks/{'train/' if own_splits else ''}orphan.png", (0, 1))
+    result = call("data", "init", tmp_path, "--out", tmp_path / "x.yaml")
+    assert result.exit_code == 0, result.output
+    for text in (result.stdout, (tmp_path / "x.yaml").read_text()):
+        assert "without image, left out: 1 (orphan.png)" in text
+        assert "only for validation, none for training: class_7" in text
+
+
+def put_ade20k(root: Path) -> None:
+    for split in ("training", "validation"):
+        put(root / f"images/{split}/a.jpg")
+        put(root / f"annotations/{split}/a.png", (0, 1, 2))
+
+
+def test_a_published_data_set_is_known_by_its_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    put_ade20k(tmp_path / "ade")
+    result = call("data", "init", tmp_path / "ade", "--out", tmp_path / "own.yaml")
+    assert result.exit_code == 0, result.output
+    assert "not taken for ade20k" in result.stdout
+    data = load_recipe(str(tmp_path / "own.yaml")).data
+    assert (data.dataset, len(data.classes)) == ("folder", 3)
+    monkeypatch.setitem(LAYOUTS, "ade20k", replace(LAYOUTS["ade20k"], counts={"train": 1, "val": 1}))
+    result = call("data", "init", tmp_path / "ade", "--out", tmp_path / "known.yaml")
+    assert result.exit_code == 0, result.output
+    assert "this is ade20k" in result.stdout
+    data = load_recipe(str(tmp_path / "known.yaml")).data
+    assert (data.dataset, data.root, data.classes) == ("ade20k", str(tmp_path / "ade"), ())
+
+
+def test_a_download_is_to_be_prepared(tmp_path: Path) -> None:
+    put(tmp_path / "leftImg8bit/train/ulm/ulm_0_leftImg8bit.png")
+    put(tmp_path / "gtFine/train/ulm/ulm_0_gtFine_labelIds.png", (7, 8))
+    result = call("data", "init", tmp_path, "--out", tmp_path / "x.yaml")
+    assert result.exit_code == 2
+    assert f"ssaseg data prepare cityscapes --source {tmp_path}" in result.stderr

@@ -323,6 +323,22 @@ def test_what_a_recipe_may_not_say(tmp_path: Path, override: str, word: str) -> 
     assert len(result.stderr.splitlines()) <= 3
 
 
+@pytest.mark.parametrize(
+    ("words", "key"),
+    [
+        (["train.batch=1", "train.micro_batch=null"], "train.batch"),
+        (["train.micro_batch=1", "distill.group=1"], "train.micro_batch"),
+    ],
+)
+def test_one_image_too_small_for_the_norms(tmp_path: Path, words: list[str], key: str) -> None:
+    result = run("--out", str(tmp_path / "run"), *words)
+    assert result.exit_code == 2, result.output
+    error = result.stderr[result.stderr.index("error: ") :]
+    assert len(error.splitlines()) <= 3
+    assert f"{key}: 1 image at once, with augment.crop=[64, 64]" in error
+    assert list((tmp_path / "run").iterdir()) == [], "the same command, mended, can use the folder"
+
+
 def test_learning_rate_is_mmcvs() -> None:
     optim = load_recipe("demo", ["optim.warmup=1500", "optim.lr=2e-4"]).optim
     # Written out by hand: the decayed rate, and in warm-up a line from 1e-6 of it.

@@ -1,0 +1,116 @@
+"""What ids mean, by a file of class names or by themselves."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from ssaseg.datasets import DataError
+from ssaseg.datasets.classnames import Names, guess_labels, read_class_names
+
+
+@pytest.mark.parametrize(
+    ("ids", "classes", "reduce", "mapped"),
+    [
+        ([0, 1, 2], 3, False, None),
+        ([0, 1, 2, 255], 3, False, None),
+        ([1, 2, 3], 3, True, None),
+        ([1, 2, 3, 255], 3, True, None),
+        ([0, 7, 8, 255], 3, False, {0: 0, 7: 1, 8: 2}),
+        ([2, 3], 2, False, {2: 0, 3: 1}),
+        ([0, 255], 2, False, {0: 0, 255: 1}),
+    ],
+)
+def test_ids_are_given_a_meaning(ids: list[int], classes: int, reduce: bool, mapped: dict[int, int] | None) -> None:
+    labels = guess_labels(ids, None, None)
+    assert (len(labels.classes), labels.reduce_zero_label, labels.raw_to_train) == (classes, reduce, mapped)
+    assert labels.notes
+
+
+@pytest.mark.parametrize(("ids", "part"), [([0], "one class"), ([4, 255], "one class"), (list(range(256)), "grey")])
+def test_ids_that_cannot_be_classes(ids: list[int], part: str) -> None:
+    with pytest.raises(DataError, match=part):
+        guess_labels(ids, None, None)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "names", "colours"),
+    [
+        ("classes.txt", "cat\ndog tired\n", {0: "cat", 1: "dog tired"}, {}),
+        ("labels.txt", "# ids\n3: cat\n7: dog\n", {3: "cat", 7: "dog"}, {}),
+        ("labelmap.txt", "# label:color_rgb:parts:actions\ncat:9,8,7::\ndog:0,0,255::\n", None, {0: (9, 8, 7)}),
+        ("class_dict.csv", "name,r,g,b\ncat,9,8,7\ndog,0,0,255\n", None, {0: (9, 8, 7)}),
+        ("class_dict.csv", "Name,R,G,B\ncat,9,8,7\ndog,0,0,255\n", None, {0: (9, 8, 7)}),
+        ("class_dict.csv", "ID; Red; Green; Blue; Class\n4;9;8;7;cat\n", {4: "cat"}, {4: (9, 8, 7)}),
+        ("class_dict.csv", 'name;r;g;b\n"cat;big";9;8;7\n', {0: "cat;big"}, {0: (9, 8, 7)}),
+        ("classes.txt", "Name\ncat\ndog 2\n", {0: "cat", 1: "dog 2"}, {}),
+        ("classes.txt", "id name\n3 big cat\n7 dog\n", {3: "big cat", 7: "dog"}, {}),
+        ("classes.txt", "id,name\n3,cat\n7,dog\n", {3: "cat", 7: "dog"}, {}),
+        ("classes.txt", "0,cat\n2,dog\n", {0: "cat", 2: "dog"}, {}),
+        ("classes.txt", "cat 0\ndog 2\n", {0: "cat", 2: "dog"}, {}),
+        ("classes.txt", "zone 1\nzone 2\n", {0: "zone 1", 1: "zone 2"}, {}),
+        ("labels.txt", "__ignore__\n_background_\ncat\n", {0: "_background_", 1: "cat"}, {}),
+        ("labels.txt", "-1 __ignore__\n0 cat\n1 dog\n255 void\n", None, {}),
+    ],
+)
+def test_class_names_are_read(
+    tmp_path: Path, name: str, text: str, names: dict[int, str] | None, colours: dict[int, tuple[int, int, int]]
+) -> None:
+    (tmp_path / name).write_text(text)
+    read, _ = read_class_names(tmp_path)
+    assert read is not None
+    assert read.names == (names or {0: "cat", 1: "dog"})
+    assert read.colours == (colours if names or not colours else {0: (9, 8, 7), 1: (0, 0, 255)})
+
+
+def test_class_names_decide_what_0_means() -> None:
+    two = Names(Path("classes.txt"), {0: "cat", 1: "dog"}, {}, False)
+    assert guess_labels([0, 1, 255], two, None).classes == ["cat", "dog"]
+    reduced = guess_labels([0, 1, 2], two, None)
+    assert (reduced.classes, reduced.reduce_zero_label) == (["cat", "dog"], True)
+    assert any("0 is taken as 'ignored'" in note for note in reduced.notes)
+    unfit = guess_labels([0, 1, 5], two, None)
+    assert unfit.classes == ["class_0", "class_1", "class_5"]
+    assert any("classes.txt is not used: it has 2 names" in note for note in unfit.notes)
+    numbered = guess_labels([0, 7], Names(Path("labels.txt"), {0: "cat", 7: "dog", 9: "cow"}, {}, True), None)
+    assert (numbered.classes, numbered.raw_to_train) == (["cat", "dog", "cow"], {0: 0, 7: 1, 9: 2})
+
+
+def test_names_that_do_not_fit_the_ids_are_told() -> None:
+    four = Names(Path("labels.txt"), dict(enumerate(["_background_", "cat", "dog", "cow"])), {}, False)
+    labels = guess_labels([0, 1, 2], four, None)
+    assert (labels.classes, labels.raw_to_train) == (["_background_", "cat", "dog", "cow"], None)
+    assert "4 names, ids go up to 2: the last have no pixel" in labels.notes
+    assert any("0 is nowhere, and is _background_" in note for note in guess_labels([1, 2], four, None).notes)
+    # With the background named, 0 cannot be 'ignored' beside it.
+    assert any("labels.txt is not used" in note for note in guess_labels([0, 1, 4], four, None).notes)
+    one = guess_labels([0, 1], Names(Path("labels.txt"), {0: "cat"}, {}, False), None)
+    assert one.classes == ["class_0", "class_1"]
+    assert any("it has 1 names, and the ids are 0, 1" in note for note in one.notes)
+    numbered = Names(Path("labels.txt"), {0: "cat", 1: "dog", 9: "cow"}, {}, True)
+    assert "3 names, 2 of them have pixels: not cow" in guess_labels([0, 1], numbered, None).notes
+
+
+def test_a_numbered_id_that_is_to_be_ignored(tmp_path: Path) -> None:
+    (tmp_path / "labels.txt").write_text("0 __ignore__\n1 cat\n2 dog\n")
+    names, notes = read_class_names(tmp_path)
+    assert "__ignore__ in labels.txt is no class" in notes[0]
+    labels = guess_labels([0, 1, 2], names, None)
+    assert (labels.classes, labels.raw_to_train) == (["cat", "dog"], {0: 255, 1: 0, 2: 1})
+
+
+@pytest.mark.parametrize("encoding", ["latin-1", "utf-16", "utf-16-le"])
+def test_a_file_of_names_that_is_no_text_is_told(tmp_path: Path, encoding: str) -> None:
+    (tmp_path / "classes.txt").write_bytes("Stra\xdfe\nHaus\n".encode(encoding))
+    names, notes = read_class_names(tmp_path)
+    assert names is None
+    assert notes == ["classes.txt is not used: not UTF-8 text; save it as UTF-8"]
+
+
+def test_colours_go_with_their_names() -> None:
+    two = Names(Path("labels.txt"), {0: "cat", 1: "dog"}, {0: (9, 8, 7), 1: (6, 5, 4)}, False)
+    for ids in ([0, 1], [0, 1, 2]):  # as they are; and with 0 ignored
+        assert guess_labels(ids, two, None).palette == [(9, 8, 7), (6, 5, 4)]
+    background = two._replace(names={0: "background", 1: "cat"})
+    assert guess_labels([1, 2], background, None).palette is None, "neither names nor colours fit"
