@@ -54,7 +54,7 @@ def full_size(logits: Tensor, middle: Sequence[int], size: Sequence[int]) -> Ten
     return logits[0]
 
 
-def require_same(labels: Tensor, maps: Tensor, classes: int) -> None:
+def assert_same_labels(labels: Tensor, maps: Tensor, classes: int) -> None:
     """`labels` win in `maps` (K,H,W) wherever float32 can tell, and nearly everywhere to the letter."""
     assert labels.dtype == torch.uint8
     assert labels.shape == maps.shape[1:]
@@ -87,10 +87,10 @@ def test_labels_are_those_of_the_full_size_logits(
 ) -> None:
     given = logits(19, *source)
     maps = full_size(given, middle, size)
-    require_same(label_map(given, middle, size), maps, 19)
+    assert_same_labels(label_map(given, middle, size), maps, 19)
     # The candidates' way is right where it is not the faster one, too.
     monkeypatch.setattr(labelling, "affordable", lambda *_: float("inf"))
-    require_same(label_map(given, middle, size), maps, 19)
+    assert_same_labels(label_map(given, middle, size), maps, 19)
     assert paths[-1] == "label_blocks"
 
 
@@ -106,13 +106,13 @@ def test_random_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
         source, middle, size = draw(24), draw(130), draw(200)
         classes = int(torch.randint(1, 40, (), generator=generator))
         given = (trained_like, white_noise)[seed % 2](classes, *source, seed)
-        require_same(label_map(given, middle, size), full_size(given, middle, size), classes)
+        assert_same_labels(label_map(given, middle, size), full_size(given, middle, size), classes)
 
 
 @pytest.mark.parametrize("classes", [1, 2, 150, 255, 256])
 def test_any_number_of_classes(paths: list[str], classes: int) -> None:
     given = trained_like(classes, 20, 24)
-    require_same(label_map(given, (160, 192), (160, 192)), full_size(given, (160, 192), (160, 192)), classes)
+    assert_same_labels(label_map(given, (160, 192), (160, 192)), full_size(given, (160, 192), (160, 192)), classes)
     assert classes < 150 or paths == ["label_blocks"]
 
 
@@ -210,4 +210,4 @@ def test_labels_on_a_gpu(logits: Any) -> None:
     given = logits(150, 64, 48).cuda()
     labels = label_map(given, (512, 384), (683, 512))
     assert labels.is_cuda
-    require_same(labels, full_size(given, (512, 384), (683, 512)), 150)
+    assert_same_labels(labels, full_size(given, (512, 384), (683, 512)), 150)

@@ -148,7 +148,7 @@ CAMVID = (360, 480)
 @pytest.mark.parametrize("size", [CAMVID, (97, 130), (33, 32), (511, 257)])
 @pytest.mark.parametrize("name", SMALLEST)
 def test_any_size_from_32(name: str, size: tuple[int, int]) -> None:
-    check_size(name, size)
+    assert_runs_at(name, size)
 
 
 @pytest.mark.parametrize(
@@ -163,10 +163,10 @@ def test_any_size_from_32(name: str, size: tuple[int, int]) -> None:
     ],
 )
 def test_any_size_of_larger_ones(name: str, size: tuple[int, int]) -> None:
-    check_size(name, size)
+    assert_runs_at(name, size)
 
 
-def check_size(name: str, size: tuple[int, int]) -> None:
+def assert_runs_at(name: str, size: tuple[int, int]) -> None:
     for classifier in CLASSIFIERS:
         model = build_model(name, 5, classifier).eval()
         with torch.no_grad():

@@ -38,7 +38,7 @@ def prepare(name: str, source: Path, root: Path | None = None, workers: int = 0)
     return CliRunner().invoke(cli, words + ([] if root is None else ["--root", str(root)]))
 
 
-def told(result: Result, code: int, *parts: str) -> None:
+def assert_told(result: Result, code: int, *parts: str) -> None:
     assert result.exit_code == code, result.output
     error = result.stderr[result.stderr.find("error: ") :]
     assert len(error.splitlines()) <= 3, error
@@ -111,7 +111,7 @@ def test_coco_stuff_10k(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     raw = make_stuff10k(source)
     before = tree(source)
     result = prepare("coco_stuff10k", source, root, workers=2)
-    told(result, 0)
+    assert_told(result, 0)
     assert tree(source) == before
     assert table(result) == {"train": [2, 2, 2, 2, 0], "val": [1, 1, 1, 1, 0]}
     layout = LAYOUTS["coco_stuff10k"]
@@ -140,7 +140,7 @@ def test_coco_stuff_164k_in_place(tmp_path: Path) -> None:
         put(tmp_path / f"{split}/{name}.jpg", photo())
         put(tmp_path / f"{split}/{name}.png", raw)
     before = tree(tmp_path)
-    told(prepare("coco_stuff164k", tmp_path), 1, "118,287", "5,000")
+    assert_told(prepare("coco_stuff164k", tmp_path), 1, "118,287", "5,000")
     first = tree(tmp_path)
     assert {file: first[file] for file in before} == before
     expected = np.where(raw == 255, 255, np.vectorize(lambda value: STUFF.get(value + 1, 0) - 1)(raw))
@@ -151,7 +151,7 @@ def test_coco_stuff_164k_in_place(tmp_path: Path) -> None:
     assert len(first) == 6 + 3 + 3
     (tmp_path / "images/train2017/000000000009.jpg").unlink()  # as if it had stopped before
     (tmp_path / "annotations/val2017/000000000139_labelTrainIds.png").unlink()
-    told(prepare("coco_stuff164k", tmp_path), 1)
+    assert_told(prepare("coco_stuff164k", tmp_path), 1)
     assert contents(tree(tmp_path)) == contents(first)
 
 
@@ -164,7 +164,7 @@ def test_cityscapes(tmp_path: Path) -> None:
         put(source / f"leftImg8bit/{split}/{name}_leftImg8bit.png", photo())
         put(source / f"gtFine/{split}/{name}_gtFine_labelIds.png", raw)
         put(source / f"gtFine/{split}/{name}_gtFine_color.png", photo())
-    told(prepare("cityscapes", source, root), 1, "2,975", "2,974", "500", "499")
+    assert_told(prepare("cityscapes", source, root), 1, "2,975", "2,974", "500", "499")
     mask = ids_of(root / "gtFine/train/aachen/aachen_000000_000019_gtFine_labelTrainIds.png")
     np.testing.assert_array_equal(mask, np.vectorize(lambda value: train_ids.get(value, 255))(raw))
     pairs = build_dataset("cityscapes", "val", root=root, options={})
@@ -172,7 +172,9 @@ def test_cityscapes(tmp_path: Path) -> None:
 
     labels = source / "gtFine/val/lindau/lindau_000000_000019_gtFine_labelIds.png"
     labels.rename(labels.with_name("lindau_000000_000019_gtFine_polygons.json"))
-    told(prepare("cityscapes", source, tmp_path / "other"), 2, labels.name, "only its polygons", "gtFine_trainvaltest")
+    assert_told(
+        prepare("cityscapes", source, tmp_path / "other"), 2, labels.name, "only its polygons", "gtFine_trainvaltest"
+    )
 
 
 def test_sets_that_are_read_as_downloaded_are_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -187,10 +189,10 @@ def test_sets_that_are_read_as_downloaded_are_counted(tmp_path: Path, monkeypatc
     (tmp_path / "annotations/validation/e.png").unlink()
     del before[Path("images/training/b.jpg")], before[Path("annotations/validation/e.png")]
     result = prepare("ade20k", tmp_path)
-    told(result, 1, "train: 1 of 3 masks have no image: b", "val: 1 of 2 images have no mask: e")
+    assert_told(result, 1, "train: 1 of 3 masks have no image: b", "val: 1 of 2 images have no mask: e")
     assert table(result) == {"train": [2, 3, 2, 3, 1], "val": [2, 1, 1, 2, 1]}
-    told(prepare("ade20k", tmp_path.parent), 2, "not ade20k as it is downloaded", "images/training/")
-    told(prepare("ade20k", tmp_path, tmp_path / "elsewhere"), 2, "nothing to prepare", "leave out --root")
+    assert_told(prepare("ade20k", tmp_path.parent), 2, "not ade20k as it is downloaded", "images/training/")
+    assert_told(prepare("ade20k", tmp_path, tmp_path / "elsewhere"), 2, "nothing to prepare", "leave out --root")
     assert tree(tmp_path) == before
 
 
@@ -200,15 +202,15 @@ def test_lists_decide_what_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         put(tmp_path / f"JPEGImages/{name}.jpg", photo())
     for name in "ab":
         put(tmp_path / f"SegmentationClass/{name}.png", photo()[..., 0])
-    told(prepare("voc2012", tmp_path), 1, "train: the list", "train.txt")
+    assert_told(prepare("voc2012", tmp_path), 1, "train: the list", "train.txt")
     lists = tmp_path / "ImageSets/Segmentation"
     lists.mkdir(parents=True)
     for split, name in (("train", "a"), ("val", "b")):
         (lists / f"{split}.txt").write_text(f"{name}\n")
     published(monkeypatch, "voc2012", 1, 1)
-    told(prepare("voc2012", tmp_path), 0)
+    assert_told(prepare("voc2012", tmp_path), 0)
     (lists / "val.txt").write_text("b\nz\n")
-    told(prepare("voc2012", tmp_path), 1, "val: 1 of 2 listed names have no image: z")
+    assert_told(prepare("voc2012", tmp_path), 1, "val: 1 of 2 listed names have no image: z")
 
 
 # Stopping and going on
@@ -257,7 +259,7 @@ DOWNLOADS["coco_stuff10k"] = dataclasses.replace(download, read=slow)
     assert all(ids_of(file).shape == (12, 16) for file in made)
     assert ("of 80 files are done; run the command again" in error) == (number == signal.SIGTERM)
     assert "Traceback" not in error
-    told(prepare("coco_stuff10k", source, root), 1, "train")
+    assert_told(prepare("coco_stuff10k", source, root), 1, "train")
     assert len(list(masks.glob("*.png"))) == 39
     assert not list(root.rglob("*.partial"))
 
@@ -275,7 +277,7 @@ def test_a_full_disk_leaves_nothing_half_written(tmp_path: Path, monkeypatch: py
 
     monkeypatch.setattr(command, "write_atomic", write)
     parts = [f"{NAMES[2]}_labelTrainIds.png: No space left on device", "5 of 6 files are done, and none", "make room"]
-    told(prepare("coco_stuff10k", source, root), 2, *parts)
+    assert_told(prepare("coco_stuff10k", source, root), 2, *parts)
     assert len(list(root.rglob("*.png"))) == 2
     room[0] = 9
     assert prepare("coco_stuff10k", source, root).exit_code == 1  # counts of so small a set differ
@@ -286,7 +288,7 @@ def test_a_process_that_is_killed_is_told(tmp_path: Path, monkeypatch: pytest.Mo
     make_stuff10k(tmp_path)
     error = WorkerError("a process that reads images ended with SIGKILL while it read image x\nmemory\nfewer")
     monkeypatch.setattr(command, "make_masks", lambda *_: (_ for _ in ()).throw(error))
-    told(prepare("coco_stuff10k", tmp_path), 2, "SIGKILL while it read image x", "3 of 6 files", "--workers 1")
+    assert_told(prepare("coco_stuff10k", tmp_path), 2, "SIGKILL while it read image x", "3 of 6 files", "--workers 1")
 
 
 def test_images_are_copied_where_links_cannot_be_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -301,7 +303,7 @@ def test_images_are_copied_where_links_cannot_be_made(tmp_path: Path, monkeypatc
     assert copy.read_bytes() == original.read_bytes()
     assert not copy.samefile(original)
     copy.write_bytes(b"my own")
-    told(prepare("coco_stuff10k", source, root), 2, str(copy), "6 bytes", "remove it")
+    assert_told(prepare("coco_stuff10k", source, root), 2, str(copy), "6 bytes", "remove it")
     assert copy.read_bytes() == b"my own"
 
 
@@ -349,7 +351,9 @@ def test_a_wrong_mat_file_is_named_and_the_others_are_made(tmp_path: Path, spoil
     source, root = tmp_path / "source", tmp_path / "root"
     make_stuff10k(source)
     spoil(source / f"annotations/{NAMES[1]}.mat")
-    told(prepare("coco_stuff10k", source, root), 2, f"{NAMES[1]}.mat", "1 mask cannot be made; 5 of 6 files", *parts)
+    assert_told(
+        prepare("coco_stuff10k", source, root), 2, f"{NAMES[1]}.mat", "1 mask cannot be made; 5 of 6 files", *parts
+    )
     assert len(list(root.rglob("*_labelTrainIds.png"))) == 2
     save_mat(source / f"annotations/{NAMES[1]}.mat", np.ones((12, 16), np.uint16))
     assert prepare("coco_stuff10k", source, root).exit_code == 1
@@ -362,23 +366,23 @@ def test_ten_wrong_files_are_enough(tmp_path: Path) -> None:
     for file in (tmp_path / "annotations").iterdir():
         without_s(file)
     result = prepare("coco_stuff10k", tmp_path)
-    told(result, 2, "10 masks cannot be made, and no more were tried; 14 of 28 files are done")
+    assert_told(result, 2, "10 masks cannot be made, and no more were tried; 14 of 28 files are done")
     assert result.stderr.count("left out: ") == 10
 
 
 def test_a_download_that_lacks_files_is_done_in_part(tmp_path: Path) -> None:
     make_stuff10k(tmp_path)
     (tmp_path / f"annotations/{NAMES[0]}.mat").unlink()
-    told(prepare("coco_stuff10k", tmp_path), 1, f"lacks 1 file, {tmp_path}", "train: 1 of 2 images have no mask")
+    assert_told(prepare("coco_stuff10k", tmp_path), 1, f"lacks 1 file, {tmp_path}", "train: 1 of 2 images have no mask")
 
 
 def test_wrong_maps_are_named(tmp_path: Path) -> None:
     for split in ("train2017", "val2017"):
         put(tmp_path / f"images/{split}/a.jpg", photo())
         put(tmp_path / f"stuffthingmaps/{split}/a.png", np.full((12, 16), 11 if split == "val2017" else 3, np.uint8))
-    told(prepare("coco_stuff164k", tmp_path), 2, "stuffthingmaps/val2017/a.png: id 11 in 192 pixels", "0..181")
+    assert_told(prepare("coco_stuff164k", tmp_path), 2, "stuffthingmaps/val2017/a.png: id 11 in 192 pixels", "0..181")
     put(tmp_path / "stuffthingmaps/val2017/a.png", photo())
-    told(prepare("coco_stuff164k", tmp_path), 2, "a mask of 3 channels")
+    assert_told(prepare("coco_stuff164k", tmp_path), 2, "a mask of 3 channels")
 
 
 def test_every_set_is_either_prepared_or_read_as_it_is_downloaded() -> None:
@@ -386,12 +390,12 @@ def test_every_set_is_either_prepared_or_read_as_it_is_downloaded() -> None:
 
 
 def test_wrong_words_and_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    told(prepare("coco", tmp_path), 2, "'coco' is not known", "coco_stuff10k")
-    told(prepare("coco_stuff10k", tmp_path / "gone"), 2, "does not exist")
+    assert_told(prepare("coco", tmp_path), 2, "'coco' is not known", "coco_stuff10k")
+    assert_told(prepare("coco_stuff10k", tmp_path / "gone"), 2, "does not exist")
     for name in DOWNLOADS:
-        told(prepare(name, tmp_path), 2, "not what was expected in this folder", "--source")
+        assert_told(prepare(name, tmp_path), 2, "not what was expected in this folder", "--source")
     make_stuff10k(tmp_path)
     (tmp_path / "file").touch()
-    told(prepare("coco_stuff10k", tmp_path, tmp_path / "file/below"), 2, "file/below")
+    assert_told(prepare("coco_stuff10k", tmp_path, tmp_path / "file/below"), 2, "file/below")
     monkeypatch.setitem(sys.modules, "scipy.io", None)
-    told(prepare("coco_stuff10k", tmp_path), 2, "scipy", "pip install 'ssaseg[mat]'")
+    assert_told(prepare("coco_stuff10k", tmp_path), 2, "scipy", "pip install 'ssaseg[mat]'")
