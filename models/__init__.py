@@ -9,7 +9,7 @@ from typing import Any
 
 from ssaseg.models import afformer, cgrseg, seaformer, segnext
 from ssaseg.models.checkpoint import CheckpointError, load_model, save_model
-from ssaseg.models.classifier import CLASSIFIERS, LOSS_WEIGHTS, Distillation
+from ssaseg.models.classifier import CLASSIFIERS, LOSS_WEIGHTS, Distillation, LossOptions
 from ssaseg.models.segmenter import Segmenter
 
 __all__ = [
@@ -17,6 +17,7 @@ __all__ = [
     "LOSS_WEIGHTS",
     "CheckpointError",
     "Distillation",
+    "LossOptions",
     "Segmenter",
     "build_model",
     "list_models",
@@ -49,11 +50,12 @@ def build_model(
     drop_path: float | None = None,
     dropout: float = 0.1,
     distillation: Distillation | None = None,
+    loss: LossOptions | None = None,
 ) -> Segmenter:
     """A network with fresh weights, initialised as its official run starts without pre-training; in training mode.
 
     `drop_path` in [0, 1): None takes the network's own rate. `dropout` in [0, 1): channels dropped before the
-    classifier. Raises ValueError for an unknown name or a number that makes no sense.
+    classifier. `loss` is of training alone. Raises ValueError for an unknown name or a number that makes no sense.
     """
     if name not in NETWORKS:
         raise ValueError(f"model {name!r} is not known\nknown: {', '.join(list_models())}")
@@ -65,5 +67,5 @@ def build_model(
     if classifier == "linear" and name in GUIDED:
         build, kind = GUIDED[name]
     backbone, decoder = build(name, drop_path)
-    head = kind(decoder.channels, num_classes, dropout, distillation or Distillation())
+    head = kind(decoder.channels, num_classes, dropout, distillation or Distillation(), loss)
     return Segmenter(backbone, decoder, head, name, classifier)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ssaseg.models import efficientformer
-from ssaseg.models.classifier import Distillation, LinearClassifier
+from ssaseg.models.classifier import Distillation, LinearClassifier, LossOptions
 from ssaseg.models.efficientformer import EfficientFormerV2
 from ssaseg.models.layers import ConvNorm, Depthwise, init_conv_module, resize_bilinear
 
@@ -139,8 +139,10 @@ class GuidedClassifier(LinearClassifier):
     second prediction, by the same 1×1 convolution. Only the second one is supervised, as officially.
     """
 
-    def __init__(self, channels: int, num_classes: int, dropout: float, settings: Distillation) -> None:
-        super().__init__(channels, num_classes, dropout, settings)
+    def __init__(
+        self, channels: int, num_classes: int, dropout: float, settings: Distillation, loss: LossOptions | None = None
+    ) -> None:
+        super().__init__(channels, num_classes, dropout, settings, loss)
         self.weigh = nn.Conv2d(channels, 1, 1)
         self.enter = nn.Conv2d(channels, channels, 1)
         self.norm = nn.LayerNorm([channels, 1, 1])

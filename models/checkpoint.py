@@ -37,12 +37,43 @@ def save_model(path: str | os.PathLike[str], model: Segmenter, metadata: Mapping
     without a name are numbered. Until the new file is complete on the disk the old one stays. Raises ValueError where
     `classes` does not fit the model, OSError where the disk refuses.
     """
-    numbered = {"classes": [f"class_{k}" for k in range(model.num_classes)]}
     fixed = {"format": FORMAT, "model": model.name, "classifier": model.classifier_name}
-    known = {**DEFAULTS, **numbered, **metadata, **fixed}
+    known = {**DEFAULTS, "classes": numbered(model.num_classes), **metadata, **fixed}
     if len(known["classes"]) != model.num_classes:
         raise ValueError(f"metadata names {len(known['classes'])} classes, the model has {model.num_classes}")
     write_tensors(Path(path), model.state_dict(), known)
+
+
+def numbered(classes: int) -> list[str]:
+    """What classes without names are called."""
+    return [f"class_{k}" for k in range(classes)]
+
+
+def save_lean(path: str | os.PathLike[str], model: Segmenter, metadata: Mapping[str, Any]) -> None:
+    """Writes the deploy form, which `load_model` reads too: `lean_tensors`, and `deploy` in the header saying so.
+
+    Raises ValueError for a weight that float16 does not hold, OSError where the disk refuses.
+    """
+    fixed = {"format": FORMAT, "model": model.name, "classifier": model.classifier_name}
+    deploy = {"weights": "float16", "without": [f"classifier.{prefix}" for prefix in model.classifier.training_only()]}
+    write_tensors(Path(path), lean_tensors(model), {**DEFAULTS, **metadata, **fixed, "deploy": deploy})
+
+
+def lean_tensors(model: Segmenter) -> dict[str, torch.Tensor]:
+    """The state dict without what only training needs, in float16 where a tensor has two dimensions or more.
+
+    Biases, norms and their statistics stay float32: they are a few percent of the size, and a variance may be tiny or
+    huge. Raises ValueError for a value beyond float16's range.
+    """
+    only_training = tuple(f"classifier.{prefix}" for prefix in model.classifier.training_only())
+    lean = {key: value for key, value in model.state_dict().items() if not key.startswith(only_training)}
+    for key, value in lean.items():
+        if value.is_floating_point() and value.dim() > 1:
+            lean[key] = value.half()
+            if not lean[key].isfinite().all():
+                largest = value.abs().max().item()
+                raise ValueError(f"{key} has values up to {largest:.3g}, float16 ends at 65504")
+    return lean
 
 
 def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], header: Mapping[str, Any]) -> None:
@@ -87,7 +118,7 @@ def write_atomic(path: Path, content: bytes, sync: bool = True) -> None:
 
 
 def load_model(path: str | os.PathLike[str]) -> tuple[Segmenter, dict[str, Any]]:
-    """(model in evaluation mode on the CPU, metadata). Loading is strict.
+    """(model in evaluation mode on the CPU, metadata). Loading is strict; what a deploy form lacks, the model lacks.
 
     Raises CheckpointError where the file is not such a checkpoint, is truncated or does not fit its own header,
     FileNotFoundError where there is none.
@@ -99,6 +130,9 @@ def load_model(path: str | os.PathLike[str]) -> tuple[Segmenter, dict[str, Any]]
         model = build_model(metadata["model"], len(metadata["classes"]), metadata["classifier"])
     except ValueError as error:
         raise CheckpointError(f"{path}: {error}") from None
+    if "deploy" in metadata:
+        model.drop_training_only()
+        tensors = {key: value.float() if value.dtype == torch.float16 else value for key, value in tensors.items()}
     load_strict(model, tensors, str(path))
     return model.eval(), metadata
 

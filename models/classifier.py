@@ -12,6 +12,7 @@ A network is handed its classifier and knows none by name. What it relies on:
 Axes: N images, K classes, C channels, h×w feature pixels, P = h·w, G groups of images.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -43,6 +44,35 @@ class Distillation:
     weights: Mapping[str, float] = field(default_factory=lambda: dict(LOSS_WEIGHTS))
 
 
+@dataclass(frozen=True)
+class LossOptions:
+    """Changes of the cross entropies; the defaults are what the published results were trained with.
+
+    Class weights and label smoothing are those of `F.cross_entropy` and apply to every cross entropy. What a mean
+    divides by follows the code that each comes from: the main one, mmsegmentation 0.30's CrossEntropyLoss, by the
+    number of all pixels, whatever they weigh; coarse and teacher, `nn.CrossEntropyLoss`, by the weights of the pixels
+    that are not ignored. Hard example mining is of the main one alone, where mmsegmentation's sampler sits, image by
+    image, so that it does not depend on how a step is cut: see `losses.Weighing`. Dices and distillation stay as they
+    are.
+    """
+
+    class_weights: tuple[float, ...] | None = None  # (K,), 0 or more, not all 0; None: 1 each
+    label_smoothing: float = 0.0  # in [0, 1]
+    ohem_threshold: float | None = None  # probability in (0, 1]; None: no hard example mining
+    ohem_min_kept: int = 100_000  # pixels of an image
+
+    def weights(self, num_classes: int) -> Tensor | None:
+        """`class_weights` as a tensor. Raises ValueError where they are not one for each class, 0 or more, or all 0."""
+        found = self.class_weights
+        if found is None:
+            return None
+        if len(found) != num_classes or not all(0 <= weight < math.inf for weight in found):
+            raise ValueError(f"class_weights are {len(found)} numbers, expected {num_classes}, finite, 0 or more")
+        if not any(found):
+            raise ValueError("class_weights are all 0, so that no pixel counts; expected one above 0")
+        return torch.tensor(found, dtype=torch.float32)
+
+
 class TrainingStep(NamedTuple):
     """What a classifier gives back in training: logits (N,K,h,w), weighted losses by name, and food for `update`."""
 
@@ -57,9 +87,16 @@ class Classifier(nn.Module):
     training_step: Callable[..., TrainingStep]
     adapts = False
 
-    def __init__(self, channels: int, num_classes: int, dropout: float, settings: Distillation) -> None:
+    class_weights: Tensor | None
+
+    def __init__(
+        self, channels: int, num_classes: int, dropout: float, settings: Distillation, loss: LossOptions | None = None
+    ) -> None:
         super().__init__()
         self.channels, self.num_classes, self.settings = channels, num_classes, settings
+        self.loss = loss or LossOptions()
+        # On the model's device, yet no part of its weights: a checkpoint is the same with and without.
+        self.register_buffer("class_weights", self.loss.weights(num_classes), persistent=False)
         self.dropout = nn.Dropout2d(dropout)
         self.conv_seg = nn.Conv2d(channels, num_classes, 1)
         nn.init.normal_(self.conv_seg.weight, 0.0, 0.01)
@@ -76,6 +113,12 @@ class Classifier(nn.Module):
     def step_pairs(self, labels: Tensor) -> Tensor:
         """What `training_step` must know of the labels (N,H,W) of a whole step, averaged over them; here nothing."""
         return torch.zeros((), device=labels.device)
+
+    @property
+    def weighing(self) -> losses.Weighing:
+        """How pixels count in the main cross entropy."""
+        loss = self.loss
+        return losses.Weighing(self.class_weights, loss.label_smoothing, loss.ohem_threshold, loss.ohem_min_kept)
 
     def update(self, memories: list[Any]) -> None:
         """Takes in what the step's micro-batches left in `TrainingStep.memory`; nothing here."""
@@ -96,7 +139,9 @@ class LinearClassifier(Classifier):
         """One loss: cross entropy at the labels' size, align_corners=False, averaged over all pixels, ignored too."""
         logits = self(feature)
         with torch.autocast(logits.device.type, enabled=False):
-            terms = losses.full_resolution_terms(logits, labels, align_corners=False, dice=False)
+            terms = losses.full_resolution_terms(
+                logits, labels, align_corners=False, dice=False, weighing=self.weighing
+            )
             main = terms.cross_entropy.sum() / labels.numel()
         return TrainingStep(logits, {"main_ce": self.settings.weights["main_ce"] * main})
 
@@ -107,6 +152,7 @@ class Adapted(NamedTuple):
     coarse: Tensor  # (N,K,h,w) logits before adaptation
     spatial_feature: Tensor  # (N,C,h,w) F_p
     feature: Tensor  # (N,C,h,w) F + F_p
+    pixels: Tensor  # (N,P,C) its pixels, each divided by its norm
     semantic: Tensor  # (N,K,C) adapted semantic prototypes S'
     spatial: Tensor  # (N,K,C) adapted spatial prototypes P'
     logits: Tensor  # (N,K,h,w)
@@ -122,8 +168,10 @@ class SSAClassifier(Classifier):
 
     adapts = True
 
-    def __init__(self, channels: int, num_classes: int, dropout: float, settings: Distillation) -> None:
-        super().__init__(channels, num_classes, dropout, settings)
+    def __init__(
+        self, channels: int, num_classes: int, dropout: float, settings: Distillation, loss: LossOptions | None = None
+    ) -> None:
+        super().__init__(channels, num_classes, dropout, settings, loss)
         self.spatial_conv = nn.Conv2d(channels, channels, 3, padding=1, groups=channels)
         self.spatial_prototypes = nn.Parameter(torch.randn(num_classes, channels))
         self.student = PrototypeProjections(channels)
@@ -155,9 +203,9 @@ class SSAClassifier(Classifier):
                 (semantic_mean, self.semantic_prototypes), (self.spatial_prototypes, spatial_mean)
             )
             adapted = feature + spatial_feature
-            return Adapted(
-                coarse, spatial_feature, adapted, semantic, spatial, losses.cosine_logits(adapted, prototypes)
-            )
+            pixels = losses.pixel_directions(adapted)
+            logits = losses.cosine_logits(adapted, prototypes, pixels)
+            return Adapted(coarse, spatial_feature, adapted, pixels, semantic, spatial, logits)
 
     @property
     def semantic_prototypes(self) -> Tensor:
@@ -173,7 +221,7 @@ class SSAClassifier(Classifier):
         student = self.adapt(feature)
         with torch.autocast(feature.device.type, enabled=False):
             teacher = distillation.teach(self, feature.float(), student, labels)
-            terms = distillation.terms(student, teacher, labels, pairs, self.settings)
+            terms = distillation.terms(student, teacher, labels, pairs, self.settings, self.weighing)
         return TrainingStep(student.logits, terms)
 
     def step_pairs(self, labels: Tensor) -> Tensor:

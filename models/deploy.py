@@ -27,9 +27,7 @@ def fold(model: Segmenter) -> Segmenter:
     two branches read, stay as they are. The copy can't be trained; `model` is left as it is.
     """
     lean = copy.deepcopy(model).eval().requires_grad_(False)
-    for prefix in lean.classifier.training_only():
-        owner, _, name = prefix.rstrip(".").rpartition(".")
-        delattr(lean.classifier.get_submodule(owner), name)
+    lean.drop_training_only()
     for parent in list(lean.modules()):
         for name, child in list(parent.named_children()):
             if isinstance(child, ConvNorm):

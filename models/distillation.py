@@ -72,7 +72,8 @@ def teach(classifier: "SSAClassifier", feature: Tensor, student: "Adapted", labe
         (torch.einsum("gn,gkc->nkc", members, semantic_mean), classifier.semantic_prototypes),
         (spatial_mean, classifier.spatial_prototypes),
     )
-    return Teaching(small, members, semantic, spatial, losses.cosine_logits(student.feature, prototypes))
+    logits = losses.cosine_logits(student.feature, prototypes, student.pixels)
+    return Teaching(small, members, semantic, spatial, logits)
 
 
 def _means(sums: Tensor, pixels: Tensor, fallback: Tensor) -> Tensor:
@@ -81,9 +82,17 @@ def _means(sums: Tensor, pixels: Tensor, fallback: Tensor) -> Tensor:
 
 
 def terms(
-    student: "Adapted", teacher: Teaching, labels: Tensor, pairs: Tensor | None, settings: "Distillation"
+    student: "Adapted",
+    teacher: Teaching,
+    labels: Tensor,
+    pairs: Tensor | None,
+    settings: "Distillation",
+    weighing: losses.Weighing,
 ) -> dict[str, Tensor]:
-    """The weighted losses by name, averaged over groups; the dices over the (image, class) pairs of the step."""
+    """The weighted losses by name, averaged over groups; the dices over the (image, class) pairs of the step.
+
+    `weighing` is of the main cross entropy; the others do without its mining of hard examples.
+    """
     weights, members = settings.weights, teacher.members
     pixels = losses.class_pixels(labels, student.logits.shape[1])
     branches = {"main": student.logits, "coarse": student.coarse, "teacher": teacher.logits}
@@ -91,7 +100,8 @@ def terms(
     for name, logits in branches.items():
         dice = bool(weights.get(f"{name}_dice"))
         if dice or weights[f"{name}_ce"]:
-            found |= _upsampled(name, logits, labels, pixels, members, pairs, dice)
+            kind = weighing if name == "main" else weighing._replace(threshold=None)
+            found |= _upsampled(name, logits, labels, pixels, members, pairs, dice, kind)
     if weights["response"]:
         found["response"] = losses.response_loss(student.logits, teacher.logits, teacher.labels, members)
     images = members.new_ones(len(labels))
@@ -105,11 +115,19 @@ def terms(
 
 
 def _upsampled(
-    name: str, logits: Tensor, labels: Tensor, pixels: Tensor, members: Tensor, pairs: Tensor | None, dice: bool
+    name: str,
+    logits: Tensor,
+    labels: Tensor,
+    pixels: Tensor,
+    members: Tensor,
+    pairs: Tensor | None,
+    dice: bool,
+    weighing: losses.Weighing,
 ) -> dict[str, Tensor]:
     """Cross entropy (and dice) of one branch at the labels' size, upsampled with align_corners=True."""
-    image = losses.full_resolution_terms(logits, labels, align_corners=True, dice=dice, pixels=pixels)
-    # The main term's mean counts ignored pixels in its denominator (mmseg's avg_non_ignore=False), the others' not.
+    image = losses.full_resolution_terms(logits, labels, True, dice, pixels, weighing)
+    # The main term's mean counts ignored pixels in its denominator (mmseg's avg_non_ignore=False) and takes every pixel
+    # for one, whatever its class weighs; the others' means do neither.
     everything = torch.full_like(image.valid, float(labels[0].numel()))
     counted = everything if name == "main" else image.valid
     found = {f"{name}_ce": losses.group_ratio(image.cross_entropy, counted, members)}

@@ -5,16 +5,22 @@ Labels are integers in [0, K), or `IGNORE`. Source of the definitions: "SSA-Seg"
 and its official implementation, whose behaviour is kept where the two differ.
 """
 
+import math
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ssaseg.models.edges import boundary_map
+
 IGNORE = 255
 EPS = 1e-12
-# On a CPU a band of full-resolution logits should stay in the cache: 2 MiB of float32.
-BAND_ELEMENTS = 1 << 19
+LOG2_E = math.log2(math.e)
+# On a CPU a band of full-resolution logits should stay in the cache, 4 MiB of float32, and read few rows of the small
+# ones, as the matrix products of a band cost with both: tried with 11, 30 and 150 classes.
+BAND_ELEMENTS = 1 << 20
+BAND_ROWS = 64
 
 
 # ---- images of one group -----------------------------------------------------------------------------------------
@@ -28,8 +34,9 @@ def group_matrix(images: int, group: int, device: torch.device) -> Tensor:
 
 
 def group_ratio(numerator: Tensor, denominator: Tensor, members: Tensor) -> Tensor:
-    """Mean over groups of (sum of numerator) / (sum of denominator, at least 1). (N,), (N,), (G,N) → scalar."""
-    return ((members @ numerator) / (members @ denominator).clamp(min=1.0)).mean()
+    """Mean over groups of (sum of numerator) / (sum of denominator, 1 where it is 0). (N,), (N,), (G,N) → scalar."""
+    total = members @ denominator
+    return ((members @ numerator) / torch.where(total > 0, total, 1.0)).mean()
 
 
 # ---- full-resolution cross entropy and dice ----------------------------------------------------------------------
@@ -40,24 +47,46 @@ class ImageTerms(NamedTuple):
 
     cross_entropy: Tensor  # summed over the pixels that are not ignored
     dice: Tensor  # summed over the classes present in the image
-    valid: Tensor  # pixels not ignored
+    valid: Tensor  # pixels not ignored, each counted as often as its class weighs
     pairs: Tensor  # classes present
 
 
+class Weighing(NamedTuple):
+    """How the pixels of a cross entropy count; as it is here, each one once.
+
+    A pixel of class y costs w_y·(1−ε)·nll_y + ε/K·Σ_k w_k·nll_k, as `F.cross_entropy(weight=, label_smoothing=)`.
+    With a threshold only pixels count whose own class is less probable than it (hard examples), where these are not
+    more than `min_kept` in an image the least probable ones: mmsegmentation's OHEMPixelSampler for one image a batch,
+    whose threshold is raised to the probability that stands at place `min_kept`, from 0, of the image's sorted ones.
+    """
+
+    classes: Tensor | None = None  # (K,) w, float32, not all 0
+    smoothing: float = 0.0  # ε in [0, 1]
+    threshold: float | None = None  # probability in (0, 1]; None: all pixels count
+    min_kept: int = 0  # pixels
+
+
 def full_resolution_terms(
-    logits: Tensor, labels: Tensor, align_corners: bool, dice: bool, pixels: Tensor | None = None
+    logits: Tensor,
+    labels: Tensor,
+    align_corners: bool,
+    dice: bool,
+    pixels: Tensor | None = None,
+    weighing: Weighing = Weighing(),  # noqa: B008 (immutable)
 ) -> ImageTerms:
     """Cross entropy and dice of logits upsampled bilinearly to the labels' size, summed per image.
 
     logits (N,K,h,w) float, labels (N,H,W) integer. The upsampled logits exist for one band of one image at a time, and
     backward keeps only gradients of the size of `logits`: their memory does not depend on H×W or N·H×W·K.
     Dice of a present class: 1 − (2Σpt + 1) / (Σp + Σt + 1), p = sigmoid, t = its mask, Σ over all pixels of the image.
-    Without `dice` that term is 0. `pixels`: `class_pixels` of the labels, where it is known already.
+    Without `dice` that term is 0. `pixels`: `class_pixels` of the labels, where it is known already. `weighing` is of
+    the cross entropy alone; hard examples cost a second pass over the bands, and one float32 a pixel of one image.
     """
     if pixels is None:
         pixels = class_pixels(labels, logits.shape[1])
-    cross_entropy, dices = _FullResolutionTerms.apply(logits.float(), labels, pixels, align_corners, dice)
-    return ImageTerms(cross_entropy, dices, pixels.sum(dim=1), (pixels > 0).sum(dim=1).float())
+    cross_entropy, dices = _FullResolutionTerms.apply(logits.float(), labels, pixels, align_corners, dice, *weighing)
+    valid = pixels.sum(dim=1) if weighing.classes is None else pixels @ weighing.classes
+    return ImageTerms(cross_entropy, dices, valid, (pixels > 0).sum(dim=1).float())
 
 
 def class_pixels(labels: Tensor, num_classes: int) -> Tensor:
@@ -75,10 +104,10 @@ class _FullResolutionTerms(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, logits: Tensor, labels: Tensor, pixels: Tensor, align_corners: bool, dice: bool
+        ctx: Any, logits: Tensor, labels: Tensor, pixels: Tensor, align_corners: bool, dice: bool, *weighing: Any
     ) -> tuple[Tensor, Tensor]:
         images = [
-            _image_terms(*image, align_corners, dice, gradient=ctx.needs_input_grad[0])
+            _image_terms(*image, align_corners, dice, Weighing(*weighing), gradient=ctx.needs_input_grad[0])
             for image in zip(logits, labels, pixels, strict=True)
         ]
         entropy, dices, entropy_grad, dice_grad = (torch.stack(parts) for parts in zip(*images, strict=True))
@@ -87,29 +116,37 @@ class _FullResolutionTerms(torch.autograd.Function):
         return entropy, dices
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         entropy_grad, dice_grad = ctx.saved_tensors
         gradient = grads[0][:, None, None, None] * entropy_grad
         if ctx.dice:
             gradient = gradient + grads[1][:, None, None, None] * dice_grad
-        return gradient, None, None, None, None
+        return gradient, *[None] * (4 + len(Weighing._fields))
 
 
 def _image_terms(
-    logits: Tensor, label: Tensor, pixels: Tensor, align_corners: bool, dice: bool, gradient: bool
+    logits: Tensor,
+    label: Tensor,
+    pixels: Tensor,
+    align_corners: bool,
+    dice: bool,
+    weighing: Weighing,
+    gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """One image of `full_resolution_terms`. (K,h,w), (H,W), (K,) → two scalars and their gradients (K,h,w)."""
-    classes, height, _ = logits.shape
-    rows = interpolation_matrix(label.shape[0], height, align_corners, logits.device)  # (H,h)
+    classes = logits.shape[0]
     columns = interpolation_matrix(label.shape[1], logits.shape[2], align_corners, logits.device)  # (W,w)
     # The horizontal step first, one h-th of an image's worth. Rows lead, so that the vertical step of a band, and its
     # transpose, is one matrix product over classes and columns together.
     wide = logits.transpose(0, 1) @ columns.T  # (h,K,W)
+    bands = _bands(wide, label.shape[0], align_corners)
+    # Made once and used by all bands: fresh memory for each costs a CPU more than the arithmetic.
+    room = tuple(wide.new_empty(bands[0].rows.shape[0], *wide.shape[1:]) for _ in range(2))
+    kept = None if weighing.threshold is None else _hard_pixels(wide, label, bands, weighing, room[0])
     sums = _BandSums.zeros(wide)
-    for start, stop in _bands(label.shape[0], classes * label.shape[1], logits.device):
-        # A band of output rows reads few input rows; which ones, geometry alone decides.
-        first, last = _source_rows(start, stop, label.shape[0], height, align_corners)
-        _add_band(sums, wide, label[start:stop], rows[start:stop, first:last], slice(first, last), dice, gradient)
+    for band in bands:
+        weights = _weigh_pixels(label[band.output], classes, weighing, kept if kept is None else kept[band.output])
+        _add_band(sums, wide, band, weights, room, dice, gradient)
     entropy_grad = (sums.entropy_grad @ columns).transpose(0, 1)  # (K,h,w)
     if not dice:
         return sums.entropy, torch.zeros_like(sums.entropy), entropy_grad, torch.zeros_like(logits)
@@ -138,32 +175,120 @@ class _BandSums(NamedTuple):
         return cls(wide.new_zeros(()), per_class, per_class.clone(), *(torch.zeros_like(wide) for _ in range(3)))
 
 
-def _add_band(
-    sums: _BandSums, wide: Tensor, label: Tensor, rows: Tensor, source: slice, dice: bool, gradient: bool
-) -> None:
-    """Adds one band to `sums`. wide (h,K,W), label (R,W), rows (R,r): the band's share of the row interpolation."""
+class _Band(NamedTuple):
+    """Rows of an image that are upsampled together."""
+
+    output: slice  # rows of the label
+    source: slice  # rows of the logits that they may read
+    rows: Tensor  # (R,r) this part of the row interpolation
+
+
+def _bands(wide: Tensor, height: int, align_corners: bool) -> list[_Band]:
+    """Bands of output rows: all at once on a GPU, where launches cost more than memory; cache-sized on a CPU."""
+    inputs, row_elements = wide.shape[0], wide[0].numel()
+    matrix = interpolation_matrix(height, inputs, align_corners, wide.device)  # (H,h)
+    step = max(min(BAND_ELEMENTS // row_elements, BAND_ROWS), 1) if wide.device.type == "cpu" else height
+    # A band of output rows reads few input rows; which ones, geometry alone decides.
+    scale = (inputs - 1) / max(height - 1, 1) if align_corners else inputs / height
+    shift = 0.0 if align_corners else scale / 2 - 0.5
+    bands = []
+    for start in range(0, height, step):
+        stop = min(start + step, height)
+        # 1e-3 of a row is more than single precision, in which the matrix is made, is off by.
+        first = max(int(start * scale + shift - 1e-3), 0)
+        last = min(int((stop - 1) * scale + shift + 1e-3) + 2, inputs)
+        bands.append(_Band(slice(start, stop), slice(first, last), matrix[start:stop, first:last]))
+    return bands
+
+
+def _band_logits(wide: Tensor, band: _Band, room: Tensor) -> Tensor:
+    """The upsampled logits of a band, in `room`, which has enough rows. wide (h,K,W) → (R,K,W)."""
+    logits = room[: band.rows.shape[0]]
+    torch.mm(band.rows, wide[band.source].flatten(1), out=logits.flatten(1))
+    return logits
+
+
+class _PixelWeights(NamedTuple):
+    """What the pixels of a band count in the cross entropy, (R,1,W) each."""
+
+    target: Tensor  # the label; 0 where it is ignored
+    valid: Tensor  # 1 or 0
+    own: Tensor  # factor of the negative log probability of the label's class
+    # With smoothing: factor of the mean of all classes' negative log probabilities, and the shares (K,) of that mean.
+    spread: tuple[Tensor, Tensor] | None
+
+
+def _weigh_pixels(label: Tensor, num_classes: int, weighing: Weighing, kept: Tensor | None) -> _PixelWeights:
+    """Of a band's labels (R,W); kept (R,W), 1 or 0, where only hard examples count."""
     valid = label != IGNORE
-    index = torch.where(valid, label, 0).long().unsqueeze(1)  # (R,1,W)
+    index = torch.where(valid, label, 0).long().unsqueeze(1)
     weight = valid.float().unsqueeze(1)
-    logits = (rows @ wide[source].flatten(1)).unflatten(1, wide.shape[1:])  # (R,K,W)
+    classes, smoothing = weighing.classes, weighing.smoothing
+    counted = weight if kept is None else weight * kept.unsqueeze(1)
+    own = counted if classes is None else counted * classes[index]
+    if not smoothing:
+        return _PixelWeights(index, weight, own, None)
+    if classes is None:
+        classes = weight.new_ones(num_classes)
+    spread = counted * (smoothing * classes.mean()), classes / classes.sum()
+    return _PixelWeights(index, weight, own * (1 - smoothing), spread)
+
+
+def _hard_pixels(wide: Tensor, label: Tensor, bands: list[_Band], weighing: Weighing, room: Tensor) -> Tensor:
+    """1 for the hard examples of an image, else 0, as `Weighing` tells. wide (h,K,W), label (H,W) → (H,W) float32."""
+    valid = label != IGNORE
+    probability = torch.empty_like(label, dtype=torch.float32)
+    for band in bands:
+        logits = _band_logits(wide, band, room)
+        index = torch.where(valid[band.output], label[band.output], 0).long().unsqueeze(1)
+        own = logits.gather(1, index).squeeze(1) - logits.logsumexp(dim=1)
+        probability[band.output].copy_(own.exp_())
+    # No probability is as large as 2: ignored pixels stand behind all others.
+    probability = torch.where(valid, probability, 2.0)
+    place = (valid.sum() - 1).clamp(min=0, max=weighing.min_kept)
+    least = probability.flatten().sort().values.gather(0, place.view(1))
+    return (probability < least.clamp(min=weighing.threshold)).float()
+
+
+def _add_band(
+    sums: _BandSums,
+    wide: Tensor,
+    band: _Band,
+    weights: _PixelWeights,
+    room: tuple[Tensor, ...],
+    dice: bool,
+    gradient: bool,
+) -> None:
+    """Adds one band of an image to `sums`. wide (h,K,W); `room` is overwritten."""
+    index, valid, weight, spread = weights
+    logits = _band_logits(wide, band, room[0])
     top = logits.amax(dim=1, keepdim=True)
-    softmax = (logits - top).exp_()
+    # By powers of two: `exp` is MKL's, and on AMD's processors takes four times as long; log2(e) costs no pass here.
+    softmax = torch.add(-LOG2_E * top, logits, alpha=LOG2_E, out=room[1][: len(logits)]).exp2_()
     total = softmax.sum(dim=1, keepdim=True)
-    sums.entropy.add_(((total.log() + top - logits.gather(1, index)) * weight).sum())
+    normaliser = total.log() + top
+    sums.entropy.add_(((normaliser - logits.gather(1, index)) * weight).sum())
+    mass = weight
+    if spread is not None:
+        factor, shares = spread
+        sums.entropy.add_(((normaliser - (shares @ logits).unsqueeze(1)) * factor).sum())
+        mass = weight + factor
     if gradient:
-        softmax.mul_(weight / total).scatter_add_(1, index, -weight)
-        sums.entropy_grad[source].flatten(1).addmm_(rows.T, softmax.flatten(1))
+        softmax.mul_(mass / total).scatter_add_(1, index, -weight)
+        if spread is not None:
+            softmax.addcmul_(factor, shares.unsqueeze(1), value=-1.0)
+        sums.entropy_grad[band.source].flatten(1).addmm_(band.rows.T, softmax.flatten(1))
     if not dice:
         return
     sigmoid = logits.sigmoid_()
-    own = sigmoid.gather(1, index) * weight  # (R,1,W) the label's own class
+    own = sigmoid.gather(1, index) * valid  # (R,1,W) the label's own class
     sums.area.add_(sigmoid.sum(dim=(0, 2)))
     sums.overlap.scatter_add_(0, index.flatten(), own.flatten())
     if gradient:
         slope = torch.addcmul(sigmoid, sigmoid, sigmoid, value=-1.0, out=softmax)
-        sums.slope_all[source].flatten(1).addmm_(rows.T, slope.flatten(1))
+        sums.slope_all[band.source].flatten(1).addmm_(band.rows.T, slope.flatten(1))
         only_label = slope.zero_().scatter_(1, index, own * (1 - own))
-        sums.slope_label[source].flatten(1).addmm_(rows.T, only_label.flatten(1))
+        sums.slope_label[band.source].flatten(1).addmm_(band.rows.T, only_label.flatten(1))
 
 
 def interpolation_matrix(outputs: int, inputs: int, align_corners: bool, device: torch.device) -> Tensor:
@@ -180,18 +305,6 @@ def interpolation_matrix(outputs: int, inputs: int, align_corners: bool, device:
     distance = (position[:, None] - torch.arange(inputs, device=device)).abs()
     # Past the last input its weight stays 1: the edge is repeated.
     return (1 - distance.clamp(max=1.0)) + (position > inputs - 1)[:, None] * (distance < 1) * distance
-
-
-def _bands(rows: int, row_elements: int, device: torch.device) -> list[tuple[int, int]]:
-    """Bands of output rows: all at once on a GPU, where launches cost more than memory; cache-sized on a CPU."""
-    step = max(BAND_ELEMENTS // row_elements, 1) if device.type == "cpu" else rows
-    return [(start, min(start + step, rows)) for start in range(0, rows, step)]
-
-
-def _source_rows(start: int, stop: int, outputs: int, inputs: int, align_corners: bool) -> tuple[int, int]:
-    """Range of input rows that output rows [start, stop) may read, a row to spare on both sides."""
-    scale = (inputs - 1) / max(outputs - 1, 1) if align_corners else inputs / outputs
-    return max(int(start * scale) - 2, 0), min(int(stop * scale) + 3, inputs)
 
 
 # ---- low-resolution terms ----------------------------------------------------------------------------------------
@@ -247,68 +360,31 @@ def spatial_loss(student: Tensor, teacher: Tensor) -> Tensor:
     return -(teacher.detach().softmax(dim=2) * student.log_softmax(dim=2)).sum(dim=2).mean(dim=1)
 
 
+def directions(vectors: Tensor) -> Tensor:
+    """(N,·,C) → (N,·,C): each vector divided by its norm + 1e-12."""
+    return vectors / (vectors.norm(dim=2, keepdim=True) + EPS)
+
+
+def pixel_directions(feature: Tensor) -> Tensor:
+    """`directions` of a feature's pixels. (N,C,h,w) → (N,P,C)."""
+    return directions(feature.flatten(2).transpose(1, 2))
+
+
 def cosine(rows: Tensor, columns: Tensor) -> Tensor:
-    """Cosines between (N,K,C) and (N,P,C) → (N,K,P); each vector is divided by its norm + 1e-12."""
-    rows = rows / (rows.norm(dim=2, keepdim=True) + EPS)
-    columns = columns / (columns.norm(dim=2, keepdim=True) + EPS)
-    return rows @ columns.transpose(1, 2)
+    """Cosines between (N,K,C) and (N,P,C) → (N,K,P)."""
+    return directions(rows) @ directions(columns).transpose(1, 2)
 
 
-def cosine_logits(feature: Tensor, prototypes: Tensor) -> Tensor:
-    """15 · cosine of each pixel with each prototype. (N,C,h,w), (N,K,C) → (N,K,h,w)."""
-    pixels = feature.flatten(2).transpose(1, 2)  # (N,P,C)
-    return 15 * cosine(prototypes, pixels).unflatten(2, feature.shape[-2:])
+def cosine_logits(feature: Tensor, prototypes: Tensor, pixels: Tensor | None = None) -> Tensor:
+    """15 · cosine of each pixel with each prototype. (N,C,h,w), (N,K,C) → (N,K,h,w).
+
+    `pixels`: `pixel_directions` of the feature, where they are known already.
+    """
+    pixels = pixel_directions(feature) if pixels is None else pixels
+    return 15 * (directions(prototypes) @ pixels.transpose(1, 2)).unflatten(2, feature.shape[-2:])
 
 
 def resize_labels(labels: Tensor, size: tuple[int, int] | torch.Size) -> Tensor:
     """(N,H,W) integer → (N,h,w), nearest neighbour as `F.interpolate` takes it from float labels."""
     small = [F.interpolate(label[None, None].float(), tuple(size), mode="nearest")[0, 0] for label in labels]
     return torch.stack(small).long()
-
-
-def boundary_map(labels: Tensor) -> Tensor:
-    """Label edges as the official code finds them, on the device: (N,h,w) integer → (N,h,w) bool.
-
-    Equal to `cv2.Canny(label as uint8, 0.1, 0.2)`, then a frame of 6 pixels zeroed, then dilation by a 3×3 square.
-    OpenCV floors both thresholds to 0, so hysteresis adds nothing: an edge is a local maximum of the L1 Sobel
-    gradient along its direction, found in OpenCV's integers. A side of 12 pixels or fewer leaves no edge.
-    """
-    height, width = labels.shape[-2:]
-    edges = _local_maxima(*_sobel(labels.int()))
-    inside = torch.zeros(height, width, dtype=torch.bool, device=labels.device)
-    inside[6 : max(height - 6, 6), 6 : max(width - 6, 6)] = True
-    grown = F.max_pool2d((edges & inside).float().unsqueeze(1), 3, stride=1, padding=1)
-    return grown.squeeze(1) > 0
-
-
-def _sobel(image: Tensor) -> tuple[Tensor, Tensor]:
-    """3×3 Sobel with the border repeated. (N,h,w) int32 → horizontal and vertical gradients, in grey levels."""
-    rows = torch.cat([image[:, :1], image, image[:, -1:]], dim=1)
-    padded = torch.cat([rows[:, :, :1], rows, rows[:, :, -1:]], dim=2)
-    smooth_rows = padded[:, :-2] + 2 * padded[:, 1:-1] + padded[:, 2:]
-    smooth_columns = padded[:, :, :-2] + 2 * padded[:, :, 1:-1] + padded[:, :, 2:]
-    return smooth_rows[:, :, 2:] - smooth_rows[:, :, :-2], smooth_columns[:, 2:] - smooth_columns[:, :-2]
-
-
-def _local_maxima(dx: Tensor, dy: Tensor) -> Tensor:
-    """Non-maximum suppression along the gradient, in four directions. (N,h,w) int32 twice → bool."""
-    magnitude = dx.abs() + dy.abs()
-    padded = F.pad(magnitude, (1, 1, 1, 1))
-    height, width = magnitude.shape[-2:]
-
-    def neighbour(down: int, right: int) -> Tensor:
-        return padded[:, 1 + down : 1 + down + height, 1 + right : 1 + right + width]
-
-    # tan 22.5° in 15-bit fixed point; tan 67.5° = tan 22.5° + 2. All values stay below 2^27.
-    x, y = dx.abs(), dy.abs() << 15
-    shallow = x * 13573
-    steep = shallow + (x << 16)
-    # The earlier neighbour must be lower, the later one not higher, so that a plateau of two gives one edge;
-    # on diagonals OpenCV asks for lower on both sides.
-    horizontal = (magnitude > neighbour(0, -1)) & (magnitude >= neighbour(0, 1))
-    vertical = (magnitude > neighbour(-1, 0)) & (magnitude >= neighbour(1, 0))
-    falling = (magnitude > neighbour(-1, -1)) & (magnitude > neighbour(1, 1))
-    rising = (magnitude > neighbour(-1, 1)) & (magnitude > neighbour(1, -1))
-    diagonal = torch.where((dx ^ dy) < 0, rising, falling)
-    maximum = torch.where(y < shallow, horizontal, torch.where(y > steep, vertical, diagonal))
-    return (magnitude > 0) & maximum

@@ -43,6 +43,12 @@ class Segmenter(nn.Module):
         # Channels last throughout: it suits depthwise convolutions, and the LayerNorms and linear layers between them.
         return self.decoder(self.backbone(images.contiguous(memory_format=torch.channels_last)))
 
+    def drop_training_only(self) -> None:
+        """Removes what inference never reads, such as SSA's teacher branch; the network can't be trained any more."""
+        for prefix in self.classifier.training_only():
+            owner, _, name = prefix.rstrip(".").rpartition(".")
+            self.classifier.get_submodule(owner)._modules.pop(name, None)
+
     def update(self) -> None:
         """After the optimiser's step: hands the classifier what the micro-batches of the step left for it."""
         self.classifier.update(self.memories)

@@ -123,6 +123,7 @@ def test_full_resolution_terms(
 ) -> None:
     """Equal to the plain formulation, in values and gradients, to 1e-5; absent classes and an all-ignored image too."""
     monkeypatch.setattr(losses, "BAND_ELEMENTS", band)
+    monkeypatch.setattr(losses, "BAND_ROWS", band)
     seeded = torch.Generator().manual_seed(1)
     logits = (3 * torch.randn(3, 7, 16, 16, generator=seeded)).requires_grad_()
     labels = torch.randint(0, 5, (3, *size), generator=seeded)
@@ -172,6 +173,7 @@ class LargestTensor(TorchDispatchMode):
 def test_no_tensor_is_larger_than_one_image(monkeypatch: pytest.MonkeyPatch, name: str, band: int) -> None:
     """Forward and backward of the training step; on a GPU there is one band, hence the second size."""
     monkeypatch.setattr(losses, "BAND_ELEMENTS", band)
+    monkeypatch.setattr(losses, "BAND_ROWS", band)
     classes, size = 21, 128
     classifier = build(name, channels=16, classes=classes)
     feature, labels = batch(channels=16, classes=classes, size=size)
