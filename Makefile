@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 RUN := runs/demo
 
-.PHONY: setup demo test lint types clean
+.PHONY: setup demo test lint types docs clean
 
 setup: $(VENV)/.installed
 
@@ -36,6 +36,11 @@ types: setup
 	ln -s ../../../ssaseg_cli build/typing/ssaseg/cli
 	ln -s ../../../models ../../../datasets ../../../recipes build/typing/ssaseg/
 	cd build/typing && ../../$(BIN)/mypy --config-file ../../pyproject.toml --cache-dir ../../.mypy_cache -p ssaseg
+
+# The page of a recipe's keys; a test holds that it is current.
+docs: setup
+	mkdir -p docs
+	$(BIN)/ssaseg recipes keys > docs/recipe.md
 
 clean:
 	rm -rf build dist runs *.egg-info .pytest_cache .ruff_cache .mypy_cache

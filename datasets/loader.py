@@ -58,26 +58,39 @@ def train_loader(
     workers: int,
     start: int = 0,
     pin_memory: bool = False,
+    rank: int = 0,
+    ranks: int = 1,
+    batch: int | None = None,
 ) -> Iterator[Batch]:
     """Endless batches of `micro_batch` samples, beginning with number `start` of the stream.
 
     Closing the iterator ends the workers. Batches run on over the ends of epochs: no sample is dropped. workers:
     processes; 0 reads in this one. pin_memory: for copies to a CUDA device that do not wait. Raises the data set's own
     DataError or OSError for a sample that cannot be used, WorkerError where a worker is gone.
+    rank, ranks: of each `batch` samples, those that the rank computes: its part of `ranks` equal, consecutive ones,
+    which is a multiple of `micro_batch`.
     """
+    share = micro_batch if batch is None else batch // ranks
+    places = _places(micro_batch, share, share * ranks, start + rank * share)
     work = TrainWork(dataset, transform, seed)
-    yield from read_ahead(work, _batches(len(dataset), seed, micro_batch, start), workers, pin_memory)
+    yield from read_ahead(work, _batches(len(dataset), seed, places), workers, pin_memory)
 
 
 def eval_loader(
-    dataset: Dataset, scale: Sequence[int] | None, multiple: int | None, workers: int, ratios: Sequence[float] = (1.0,)
+    dataset: Dataset,
+    scale: Sequence[int] | None,
+    multiple: int | None,
+    workers: int,
+    ratios: Sequence[float] = (1.0,),
+    indices: Sequence[int] | None = None,
 ) -> Iterator[tuple[list[Tensor], Tensor, str]]:
-    """Every image in order: network inputs uint8 (h,w,3) BGR, one a ratio; train ids uint8 (H,W) at the original size;
-    name.
+    """Every image in order, or those of `indices`: network inputs uint8 (h,w,3) BGR, one a ratio; train ids uint8 (H,W)
+    at the original size; name.
 
     scale, multiple, ratios: see `transforms.scaled_inputs`. Raises as `train_loader`.
     """
-    yield from read_ahead(_EvalWork(dataset, scale, multiple, ratios), range(len(dataset)), workers)
+    indices = range(len(dataset)) if indices is None else indices
+    yield from read_ahead(_EvalWork(dataset, scale, multiple, ratios), indices, workers)
 
 
 def sample_index(position: int, count: int, seed: int) -> int:
@@ -89,12 +102,19 @@ def _permutation(epoch: int, count: int, seed: int) -> np.ndarray:
     return np.random.RandomState([EPOCH, seed, epoch]).permutation(count)
 
 
-def _batches(count: int, seed: int, size: int, start: int) -> Iterator[list[tuple[int, int]]]:
-    """Endless lists of `size` pairs (position, index)."""
+def _places(size: int, share: int, step: int, first: int) -> Iterator[range]:
+    """Endless positions of batches of `size`: of every `step` samples the `share` ones from the `first` on."""
+    for begin in itertools.count(first, step):
+        for position in range(begin, begin + share, size):
+            yield range(position, position + size)
+
+
+def _batches(count: int, seed: int, places: Iterable[range]) -> Iterator[list[tuple[int, int]]]:
+    """For each range of positions its pairs (position, index)."""
     order, epoch = np.empty(0, np.int64), -1
-    for first in itertools.count(start, size):
+    for positions in places:
         batch = []
-        for position in range(first, first + size):
+        for position in positions:
             if position // count != epoch:
                 epoch = position // count
                 order = _permutation(epoch, count, seed)

@@ -12,6 +12,7 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
+from ssaseg.recipes.fields import Section
 from ssaseg.recipes.messages import explain
 from ssaseg.recipes.reading import (
     FLOAT,
@@ -24,7 +25,7 @@ from ssaseg.recipes.reading import (
     recipe_file,
     shipped_recipes,
 )
-from ssaseg.recipes.schema import Recipe, Section, Test
+from ssaseg.recipes.schema import Recipe, Test
 
 __all__ = [
     "Recipe",

@@ -16,7 +16,8 @@ from ssaseg.recipes import (
     recipe_file,
     standalone_text,
 )
-from ssaseg.recipes.schema import Folders, Rule, Synthetic, Weights
+from ssaseg.recipes.data import Folders, Synthetic
+from ssaseg.recipes.schema import Rule, Weights
 
 OWN = """\
 model: {name: seaformer_t}
