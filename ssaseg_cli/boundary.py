@@ -36,27 +36,27 @@ class Boundaries:
     def __init__(self, num_classes: int, device: torch.device | str = "cpu") -> None:
         self.num_classes = num_classes
         # Rows: in both bands, in the label's, in the prediction's; the last column takes what is in none.
-        self._counts = torch.zeros(3, num_classes + 1, dtype=torch.int64, device=device)
+        self.counts = torch.zeros(3, num_classes + 1, dtype=torch.int64, device=device)
 
     def update(self, prediction: "np.ndarray | Tensor", label: "np.ndarray | Tensor") -> None:
         """Add one image: prediction and label (H,W), integers in [0, K); label 255 leaves the pixel out.
 
         Ids are not checked here: `Confusion` does.
         """
-        device, none = self._counts.device, self.num_classes
+        device, none = self.counts.device, self.num_classes
         prediction, label = (
             torch.as_tensor(each).to(device, torch.uint8, non_blocking=True) for each in (prediction, label)
         )
         maps = torch.stack([label, torch.where(label == IGNORED, label, prediction)])
         labelled, predicted = torch.where(bands(maps, reach(label.shape)), maps, none)
         both = torch.where(labelled == predicted, labelled, none)
-        one = self._counts.new_ones(()).expand(label.numel())
-        for counts, cells in zip(self._counts, (both, labelled, predicted), strict=True):
+        one = self.counts.new_ones(()).expand(label.numel())
+        for counts, cells in zip(self.counts, (both, labelled, predicted), strict=True):
             counts.scatter_add_(0, cells.flatten().long(), one)
 
     def scores(self) -> np.ndarray:
         """Boundary IoU per class [%], float64 (K,); NaN for a class that is in no band."""
-        both, labelled, predicted = self._counts[:, : self.num_classes].cpu().numpy()
+        both, labelled, predicted = self.counts[:, : self.num_classes].cpu().numpy()
         return percent(both, labelled + predicted - both)
 
 

@@ -1,4 +1,4 @@
-"""The classes in `ssaseg convert`: what they are called, and how a classifier's rows follow the names elsewhere."""
+"""Classes of a checkpoint: what they are called, and how a classifier's rows follow the names elsewhere."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -7,12 +7,14 @@ from typing import Any
 
 import click
 import torch
+from torch import Tensor
 
 from ssaseg.cli.console import CommandError
 from ssaseg.datasets import stated_classes
 from ssaseg.datasets.labels import label_space, list_label_spaces
 from ssaseg.datasets.published import LAYOUTS
 from ssaseg.models import Segmenter
+from ssaseg.models.checkpoint import numbered
 
 # What a classifier holds a row per class of, plain or SSA.
 CLASS_ROWS = ("classifier.conv_seg.weight", "classifier.conv_seg.bias", "classifier.spatial_prototypes")
@@ -49,6 +51,19 @@ def own_classes(source: Path, dataset: str | None, meta: Mapping[str, Any], clas
         )
     click.echo(f"  classes      of {dataset}")
     return metadata
+
+
+def names_in(header: Mapping[str, Any] | None, meta: Mapping[str, Any], classes: int) -> list[str] | None:
+    """The names of a checkpoint's classes, None where it has none: by our header or an official file's meta.
+
+    150 classes without names are ADE20K's, as `ssaseg convert` takes them.
+    """
+    stated = _stated(meta)[0] if header is None else header.get("classes")
+    if isinstance(stated, list | tuple) and len(stated) == classes:
+        names = [str(name) for name in stated]
+        return None if names == numbered(classes) else names
+    ade20k = label_space("ade20k").classes
+    return list(ade20k) if header is None and classes == len(ade20k) else None
 
 
 def _stated(meta: Mapping[str, Any]) -> tuple[Any, Any]:
@@ -136,6 +151,25 @@ def _synonyms(name: str) -> set[str]:
     return {part.strip().casefold() for part in SEPARATORS.split(name)} - {""}
 
 
+def keep_rows(
+    model: Segmenter, tensors: Mapping[str, Tensor], names: Mapping[str, str], rows: Sequence[int | None]
+) -> dict[str, Tensor]:
+    """A checkpoint's tensors with its class rows as `model` is to have them: row k from its row rows[k], None: model's.
+
+    `names`: our key → the checkpoint's. A tensor that is not there, or of other channels, is left as it is.
+    """
+    kept = [k for k, row in enumerate(rows) if row is not None]
+    taken = [row for row in rows if row is not None]
+    own, found = model.state_dict(), dict(tensors)
+    for key in CLASS_ROWS:
+        theirs = found.get(names.get(key, ""))
+        if theirs is not None and theirs.shape[1:] == own[key].shape[1:]:
+            value = own[key].clone()
+            value[kept] = theirs[taken].to(value.dtype)
+            found[names[key]] = value
+    return found
+
+
 def take_rows(network: Segmenter, rows: Sequence[int | None], fresh: Segmenter) -> None:
     """Fills `fresh`, which has len(rows) classes, from `network`: class k from class rows[k], None leaving it fresh."""
     kept = [k for k, row in enumerate(rows) if row is not None]
@@ -155,12 +189,18 @@ def follow_names(
     """Fills `fresh`, with the classes `wished`, from `network` by name, and says which; (its metadata, any kept?)."""
     rows = rows_by_name(metadata["classes"], wished["classes"])
     take_rows(network, rows, fresh)
-    kept = [
-        name if metadata["classes"][row] == name else f"{name} ({metadata['classes'][row]})"
-        for name, row in zip(wished["classes"], rows, strict=True)
-        if row is not None
+    for line in told_rows(metadata["classes"], wished["classes"], rows):
+        click.echo(line)
+    known = any(row is not None for row in rows)
+    return {**{key: value for key, value in metadata.items() if key not in OF_ITS_RUN}, **wished}, known
+
+
+def told_rows(source: Sequence[str], wanted: Sequence[str], rows: Sequence[int | None]) -> list[str]:
+    """Lines that say which rows of `wanted` come from `source`, by what name there, and which are fresh."""
+    pairs = list(zip(wanted, rows, strict=True))
+    kept = [name if source[row] == name else f"{name} ({source[row]})" for name, row in pairs if row is not None]
+    new = [name for name, row in pairs if row is None]
+    return [
+        f"  rows kept    {len(kept)}: {', '.join(kept) or 'no class has a namesake'}",
+        f"  rows fresh   {len(new)}: {', '.join(new) or 'none'}",
     ]
-    new = [name for name, row in zip(wished["classes"], rows, strict=True) if row is None]
-    click.echo(f"  rows kept    {len(kept)}: {', '.join(kept) or 'no class has a namesake'}")
-    click.echo(f"  rows fresh   {len(new)}: {', '.join(new) or 'none'}")
-    return {**{key: value for key, value in metadata.items() if key not in OF_ITS_RUN}, **wished}, bool(kept)

@@ -8,7 +8,8 @@ takes it; `load_model` refuses it, naming the format.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -17,11 +18,21 @@ import click
 import torch
 from torch import Tensor
 
-from ssaseg.cli.classmap import follow_names, own_classes, wished_classes
+from ssaseg.cli.classmap import (
+    CLASS_ROWS,
+    follow_names,
+    keep_rows,
+    names_in,
+    own_classes,
+    rows_by_name,
+    told_rows,
+    wished_classes,
+)
 from ssaseg.cli.console import CommandError
 from ssaseg.cli.export import Form, run_export
 from ssaseg.cli.foreign import Weights, read_weights, require_finite
-from ssaseg.cli.matching import Report, likely_model, match, share
+from ssaseg.cli.lean import run_lean
+from ssaseg.cli.matching import LISTED, Report, file_names, likely_model, match, share
 from ssaseg.models import Segmenter, build_model, list_models, load_model, save_model
 from ssaseg.models.checkpoint import CheckpointError, write_atomic, write_tensors
 from ssaseg.models.upstream import CLASSES_KEY, SSA_KEY, aliases, left_out, official_keys
@@ -42,6 +53,7 @@ def run_convert(
     allow_partial: bool,
     form: Mapping[str, Any] | None = None,
     classes: str | None = None,
+    deploy: bool = False,
 ) -> int:
     """Converts weights; `destination`'s suffix says into what: .safetensors ours, .pth the official names.
 
@@ -49,8 +61,9 @@ def run_convert(
 
     `model`, `classifier`: None reads them off the file. `dataset`: of the class names; a published data set or a
     recipe. `classes`: of the class names that .safetensors is to have instead, see `wished_classes`; the classifier's
-    rows follow the names. Returns 0, or 1 where only a part of the weights matched, or no name. Raises CommandError,
-    having written nothing, where tensors do not match and `allow_partial` does not say to go on.
+    rows follow the names. `deploy`: .safetensors is to be a small one, see `lean`. Returns 0, or 1 where only a part of
+    the weights matched, or no name. Raises CommandError, having written nothing, where tensors do not match and
+    `allow_partial` does not say to go on.
     """
     if destination.suffix.lower() not in (".safetensors", ".pth", ".onnx", ".pt2"):
         raise CommandError(
@@ -59,6 +72,13 @@ def run_convert(
         )
     if destination.exists() and destination.samefile(source):
         raise CommandError(f"{destination}: source and destination are the same file\ngive the result another name")
+    if deploy:
+        if destination.suffix.lower() != ".safetensors" or dataset or allow_partial or form or classes is not None:
+            raise CommandError(
+                f"{destination}: --deploy makes a small .safetensors of one of ours, and takes no such option\n"
+                "convert to ours first; .onnx and .pt2 are deploy forms already"
+            )
+        return run_lean(source, destination, *_open_ours(source, model, classifier, whole=True))
     if classes is not None and destination.suffix.lower() != ".safetensors":
         raise CommandError(f"--classes: only for .safetensors, not {destination}\nconvert to .safetensors first")
     if destination.suffix.lower() != ".safetensors":
@@ -70,7 +90,7 @@ def run_convert(
     if form:
         raise CommandError(f"--{next(iter(form))}: only .onnx and .pt2 have it, not {destination}\nleave it out")
     if destination.suffix.lower() == ".pth":
-        return _to_official(destination, *_open_ours(source, model, classifier))
+        return _to_official(destination, *_open_ours(source, model, classifier, whole=True))
     wished = None if classes is None else wished_classes(classes)
     weights = read_weights(source)
     if wished is not None and weights.is_backbone:
@@ -83,7 +103,7 @@ def run_convert(
             )
         if dataset is not None:
             raise CommandError(f"{source}: its header names its classes, --dataset is for official files\nleave it out")
-        return _write(destination, *_open_ours(source, model, classifier), wished)
+        return _write(destination, *_open_ours(source, model, classifier, whole=True), wished)
     name = _model_name(source, weights, model)
     if weights.is_backbone:
         return _backbone_from_official(source, destination, weights, name, allow_partial)
@@ -158,8 +178,10 @@ def _to_official(destination: Path, network: Segmenter, metadata: dict[str, Any]
     return 0
 
 
-def _open_ours(source: Path, model: str | None, classifier: str | None) -> tuple[Segmenter, dict[str, Any]]:
-    """Network and metadata; what the options say of it must be so, and its weights must be numbers."""
+def _open_ours(
+    source: Path, model: str | None, classifier: str | None, whole: bool = False
+) -> tuple[Segmenter, dict[str, Any]]:
+    """Network and metadata; what the options say of it must be so, its weights numbers, and all there if `whole`."""
     try:
         network, metadata = load_model(source)
     except CheckpointError:
@@ -169,6 +191,11 @@ def _open_ours(source: Path, model: str | None, classifier: str | None) -> tuple
             f"{source}: is no checkpoint of ours\nfirst: ssaseg convert {source} OURS.safetensors"
         ) from None
     require_finite(source, network.state_dict())
+    if whole and "deploy" in metadata:
+        raise CommandError(
+            f"{source}: is a deploy form, without what training needs\n"
+            "convert the checkpoint that it was made of; from this one only .onnx and .pt2 can be made"
+        )
     for option, wished, own in (
         ("--model", model, network.name),
         ("--classifier", classifier, network.classifier_name),
@@ -237,13 +264,15 @@ def _misfit(source: Path, weights: Weights, network: Segmenter, report: Report) 
 # ---- weights that training starts from ---------------------------------------------------------------------------
 
 
-def load_pretrained(model: Segmenter, path: str | Path) -> Report:
+def load_pretrained(model: Segmenter, path: str | Path, classes: Sequence[str] | None = None) -> Report:
     """Loads what fits of a checkpoint into `model` and returns the report, which the caller prints.
 
     Takes an ImageNet checkpoint (backbone alone), an official segmentation checkpoint, or a file of ours, of a whole
-    model or of a backbone. Beyond the backbone every tensor of the same name and shape is taken; class rows start
-    fresh where the number of classes differs. Raises CommandError where less than 95 % of the backbone's tensors
-    match, FileNotFoundError where there is no file; `model` is then as before.
+    model or of a backbone. Beyond the backbone every tensor of the same name and shape is taken. The classifier's rows
+    follow the names of the classes, `classes` being the model's: those without a namesake in the file start fresh.
+    Where either side has no names, rows are taken in their order if there are as many, else none. Raises CommandError
+    where less than 95 % of the backbone's tensors match, FileNotFoundError where there is no file; `model` is then as
+    before.
     """
     try:
         weights = read_weights(Path(path))
@@ -253,10 +282,15 @@ def load_pretrained(model: Segmenter, path: str | Path) -> Report:
     reading = f"{model.name} to start from"
     if weights.is_backbone:
         reading += ", backbone alone"
-    classes = _rows(weights.tensors.get(CLASSES_KEY if header is None else "classifier.conv_seg.weight"))
-    if classes not in (0, model.num_classes):
-        reading += f"; {classes} classes there, {model.num_classes} here: class rows start fresh"
-    report, tensors = match(model, weights, _heading(Path(path), weights, reading))
+    rows = _rows(weights.tensors.get(CLASSES_KEY if header is None else "classifier.conv_seg.weight"))
+    if rows not in (0, model.num_classes):
+        reading += f"; {rows} classes there, {model.num_classes} here"
+    told: list[str] = []
+    other: list[str] = []
+    if rows and not weights.is_backbone:
+        weights, told, other = _rows_for(model, weights, rows, classes)
+    report, tensors = match(model, weights, _heading(Path(path), weights, reading), other)
+    report = replace(report, rows=told)
     if report.backbone_share < PRETRAINED_SHARE:
         click.echo(report, err=True)
         looks = _best_guess(*likely_model(weights)) if header is None else f"its header says {header.get('model')}"
@@ -266,3 +300,28 @@ def load_pretrained(model: Segmenter, path: str | Path) -> Report:
         )
     model.load_state_dict(tensors, strict=False)
     return report
+
+
+def _rows_for(
+    model: Segmenter, weights: Weights, rows: int, classes: Sequence[str] | None
+) -> tuple[Weights, list[str], list[str]]:
+    """A file of `rows` classes with class rows for the model's `classes`.
+
+    Returns it, lines that say which rows are kept, and the file's names of the tensors of which none is.
+    """
+    names = file_names(model, weights)
+    of_classes = [names[key] for key in CLASS_ROWS if key in names]
+    source = names_in(weights.header, weights.meta or {}, rows)
+    if source is not None and classes is not None:
+        follow = rows_by_name(source, classes)
+        if not any(row is not None for row in follow):
+            there = ", ".join(source[:LISTED]) + (", ..." if rows > LISTED else "")
+            return weights, [f"  rows fresh   all {len(follow)}: no class has a namesake there ({there})"], of_classes
+        told = told_rows(source, classes, follow)
+        if follow == list(range(rows)):
+            told = [f"  rows kept    all {rows}: the same classes in the same order"]
+        return replace(weights, tensors=keep_rows(model, weights.tensors, names, follow)), told, []
+    side = "the file's classes have" if source is None else "the model's classes have"
+    if rows == model.num_classes:
+        return weights, [f"  rows kept    all {rows}, in their order: {side} no names to go by"], []
+    return weights, [f"  rows fresh   all {model.num_classes}: {side} no names to go by"], of_classes

@@ -1,7 +1,9 @@
 """How a command ends: what it returns or raises becomes an exit code, and an error at most three lines."""
 
+import contextlib
 import os
 import sys
+from collections.abc import Iterator
 from typing import Any, NoReturn
 
 import click
@@ -22,11 +24,23 @@ class CommandGroup(click.Group):
         except Exception as error:
             if os.environ.get("SSASEG_DEBUG") == "1":
                 raise
-            code = _report(error)
+            # What goes wrong before the ranks of a machine have met goes wrong in each: the first of them tells it.
+            with muted(os.environ.get("LOCAL_RANK", "0") != "0"):
+                code = report(error)
         sys.exit(code)
 
 
-def _report(error: Exception) -> int:
+@contextlib.contextmanager
+def muted(quiet: bool) -> Iterator[None]:
+    """Where `quiet`, nothing that is said on stderr inside is heard."""
+    if not quiet:
+        yield
+        return
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stderr(nowhere):
+        yield
+
+
+def report(error: Exception) -> int:
     """Print an error that the user can mend and return the exit code; any other is a bug and goes on as it is."""
     if isinstance(error, click.Abort):  # click's name for Ctrl-C
         click.echo("stopped", err=True)

@@ -3,8 +3,7 @@
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
-from itertools import islice
+from contextlib import closing, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,9 @@ import numpy as np
 import torch
 
 from ssaseg.cli.boundary import STATEMENT, Boundaries
+from ssaseg.cli.confused import confused_pairs, told
 from ssaseg.cli.console import CommandError, json_target, print_table, select_device, write_json
+from ssaseg.cli.distributed import Ranks, connect
 from ssaseg.cli.inference import Inference, require_size, state_views
 from ssaseg.cli.metrics import Confusion, Interval, nan_mean
 from ssaseg.cli.watch import StopSignal
@@ -23,6 +24,10 @@ from ssaseg.recipes import Recipe, Test, load_recipe, parse_protocol, parse_reci
 
 WORKERS = 2  # processes that decode ahead
 MEANS = ("mIoU", "mBoundaryIoU", "fwIoU", "aAcc", "mAcc")  # printed; the report has all
+
+
+class Interrupted(Exception):
+    """An evaluation was asked to stop."""
 
 
 # ---- many images -------------------------------------------------------------------------------------------------
@@ -39,13 +44,19 @@ def evaluate_model(
     limit: int | None = None,
     progress: Callable[[int], object] | None = None,
     boundaries: Boundaries | None = None,
+    stop: StopSignal | None = None,
+    ranks: Ranks | None = None,
 ) -> Confusion:
     """Counts of `model` on the first `limit` images (None: all) of `dataset`; the model's mode is as before afterwards.
 
     `protocol`: as a recipe's `test` section. `workers` processes decode and resize ahead; 0: none. `progress` is called
     with 1 after each image. `boundaries`, where given, counts along. Memory depends on the largest image; their number
     adds what `Confusion` keeps of each. Raises what the data set raises, DataError for an image that is too small.
+
+    `stop`: looked at between two images; raises Interrupted on all ranks where it is requested on one. `ranks`: each
+    counts every R-th image, and returns the counts of all.
     """
+    ranks = ranks or Ranks(device)
     count = len(dataset) if limit is None else min(limit, len(dataset))
     confusion = Confusion(model.num_classes, device)
     test = parse_protocol(protocol, "test-time protocol")
@@ -53,10 +64,12 @@ def evaluate_model(
 
     was_training = model.training
     model.eval()
-    loader: Any = eval_loader(dataset, test.scale, test.multiple, workers, test.ratios)
+    # Each image has one rank: shares of one size would need images that are counted twice.
+    indices = range(ranks.rank, count, ranks.size)
+    loader: Any = eval_loader(dataset, test.scale, test.multiple, workers, test.ratios, indices)
     try:
-        with closing(loader):  # ends the processes also where `limit` or an error stops early
-            for inputs, label, name in islice(loader, count):
+        with closing(loader):  # ends the processes also where an error stops early
+            for inputs, label, name in loader:
                 require_size(inputs, name)
                 label = label.to(device, non_blocking=True)
                 labels = inference.labels(inputs, label.shape)
@@ -65,8 +78,16 @@ def evaluate_model(
                     boundaries.update(labels, label)
                 if progress is not None:
                     progress(1)
+                if stop is not None and stop.requested:
+                    break
     finally:
         model.train(was_training)
+    if stop is not None and ranks.agree(stop):
+        raise Interrupted
+    if ranks.size > 1:
+        confusion.merge(ranks.gather(confusion.part()))
+        if boundaries is not None:
+            boundaries.counts = ranks.total(boundaries.counts)
     return confusion
 
 
@@ -111,10 +132,29 @@ def run_eval(
     changes: keys of the protocol to change. boundary: boundary IoU as well.
     root: instead of the recipe's `data.root`. json_out: a file for the figures, "-" for stdout without the table.
     Raises CommandError where data and checkpoint do not fit or no pixel is labelled, and what loading either raises;
-    SystemExit after Ctrl-C (130) and SIGTERM (143).
+    SystemExit after Ctrl-C (130) and SIGTERM (143). Several ranks share the images; one prints and writes.
     """
-    chosen = select_device(device)
     json_out = json_target(json_out)
+    with connect(select_device(device)) as ranks:
+        report = _score(ranks, checkpoint, data, root, split, limit, changes, boundary)
+        if ranks.main and json_out != "-":
+            print_report(report)
+        if ranks.main:
+            write_json(json_out, report)
+    return 0
+
+
+def _score(
+    ranks: Ranks,
+    checkpoint: Path,
+    data: str | None,
+    root: Path | None,
+    split: str,
+    limit: int | None,
+    changes: Mapping[str, Any] | None,
+    boundary: bool,
+) -> dict[str, Any]:
+    """The report of `run_eval`."""
     model, metadata = load_model(checkpoint)
     recipe = _recipe(checkpoint, metadata, data)
     before = recipe.test if data else parse_protocol(metadata["protocol"], f"{checkpoint}: protocol")
@@ -123,10 +163,10 @@ def run_eval(
     _require_same_classes(checkpoint, metadata["classes"], recipe.name, dataset.classes)
     count = len(dataset) if limit is None else min(limit, len(dataset))
     started = time.perf_counter()
-    boundaries = Boundaries(model.num_classes, chosen) if boundary else None
-    confusion = _count(model.to(chosen), dataset, protocol, metadata, chosen, count, boundaries)
+    boundaries = Boundaries(model.num_classes, ranks.device) if boundary else None
+    confusion = _count(model.to(ranks.device), dataset, protocol, metadata, ranks, count, boundaries)
     _require_labels(confusion, f"{split} split of recipe {recipe.name} ({count} images)")  # waits for the device
-    report = {
+    return {
         "checkpoint": str(checkpoint),
         # Weights of other people, which `convert` brings, count from 0 and know no recipe.
         "step": metadata["step"] if metadata["step"] or metadata["recipe"] else None,
@@ -140,12 +180,9 @@ def run_eval(
         "protocol": protocol.model_dump(mode="json"),
         "statement": state_protocol(protocol, split, count, len(dataset)) + (f"; {STATEMENT}" if boundary else ""),
         **_figures(confusion, dataset.classes, boundaries),
+        "confused": confused_pairs(confusion.matrix, dataset.classes),
         "confusion": confusion.matrix.tolist(),
     }
-    if json_out != "-":
-        print_report(report)
-    write_json(json_out, report)
-    return 0
 
 
 def _count(
@@ -153,7 +190,7 @@ def _count(
     dataset: Dataset,
     protocol: Test,
     metadata: Mapping[str, Any],
-    device: torch.device,
+    ranks: Ranks,
     count: int,
     boundaries: Boundaries | None,
 ) -> Confusion:
@@ -163,24 +200,26 @@ def _count(
     would tell of a broken connection.
     """
     done = 0
+    bar = progress_bar(count, "evaluated") if ranks.main else nullcontext(lambda images: None)
     with StopSignal() as stop:
         try:
-            with progress_bar(count, "evaluated") as advance:
+            with bar as advance:
 
                 def progress(images: int) -> None:
                     nonlocal done
+                    images = min(images * ranks.size, count - done)  # the others are about as far
                     done += images
                     advance(images)
-                    if stop.requested:
-                        raise KeyboardInterrupt
 
-                mean, std = metadata["mean"], metadata["std"]
-                values = protocol.model_dump()
-                return evaluate_model(model, dataset, values, mean, std, device, WORKERS, count, progress, boundaries)
-        except (KeyboardInterrupt, RuntimeError):  # RuntimeError: the signal met a worker that was only starting
+                mean, std, values = metadata["mean"], metadata["std"], protocol.model_dump()
+                return evaluate_model(
+                    model, dataset, values, mean, std, ranks.device, WORKERS, count, progress, boundaries, stop, ranks
+                )
+        except (Interrupted, KeyboardInterrupt, RuntimeError):  # RuntimeError: a worker was only starting
             if not stop.requested:
                 raise
-            print(f"stopped after {done} of {count} images", file=sys.stderr)
+            if ranks.main:
+                print(f"stopped after {done} of {count} images", file=sys.stderr)
             sys.exit(stop.exit_code)
 
 
@@ -287,5 +326,6 @@ def print_report(report: Mapping[str, Any]) -> None:
         interval = Interval(**report["mIoU_interval"])
         how = f"percentile bootstrap over {report['images']} images, {interval.resamples} resamples"
         print(f"mIoU {interval.level:g} % interval {interval.low:.2f} to {interval.high:.2f} % ({how})")
+    print(told(report["confused"], 5))
     print(f"{report['images_per_s']:.1f} images/s, reading and scoring included")
     print(f"protocol: {report['statement']}")

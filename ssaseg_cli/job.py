@@ -1,175 +1,234 @@
 """A training run's parts: built, checked and described before its first step."""
 
+import contextlib
 import copy
+import difflib
+import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import click
 import torch
+from torch import nn
 
-from ssaseg.cli import report
+from ssaseg.cli.averaging import Average
 from ssaseg.cli.console import CommandError
+from ssaseg.cli.distributed import Ranks, images_per_rank
+from ssaseg.cli.freezing import freeze
+from ssaseg.cli.guard import Guard
+from ssaseg.cli.prefetch import Preparer
+from ssaseg.cli.records import fingerprints, require_same_data
+from ssaseg.cli.report import MetricsLog
 from ssaseg.cli.schedule import param_groups
-from ssaseg.cli.state import Progress, load_state, refuse_changes
+from ssaseg.cli.state import Progress
 from ssaseg.cli.watch import StopSignal
-from ssaseg.datasets.colour import prepare_batch
 from ssaseg.models import Segmenter
-from ssaseg.models.checkpoint import write_atomic
-from ssaseg.recipes import Recipe, dump_recipe, parse_recipe
+from ssaseg.models.checkpoint import load_strict
+from ssaseg.recipes import Recipe
+
+# What `train.compile` compiles with.
+COMPILER = "inductor"
 
 
 @dataclass
 class Job:
     """Everything that a run is made of, built and on its device."""
 
-    recipe: Recipe
+    recipe: Recipe  # train.micro_batch: the number that was found, where the recipe said auto
     folder: Path
-    device: torch.device
+    ranks: Ranks
     model: Segmenter
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     train_set: Any
     val_set: Any
-    batches: Iterator[Any]
     progress: Progress
-    log: report.MetricsLog | None = None
+    network: nn.Module  # the model, or what averages its gradients over ranks
+    guard: Guard
+    prepare: Preparer
+    average: Average | None
+    micro_batch: int  # images at once on one rank
+    batches: Iterator[Any]  # micro-batches, from where the progress is
+    fingerprints: dict[str, Any] = field(default_factory=dict)
+    log: MetricsLog | None = None  # on rank 0
     stop: StopSignal = field(default_factory=StopSignal)
+    deadline: float | None = None  # of `time.monotonic()` [s], for --max-hours
+
+    @property
+    def device(self) -> torch.device:
+        """This rank's device."""
+        return self.ranks.device
 
     @property
     def micro_batches(self) -> int:
-        """Micro-batches of one optimiser step."""
-        return self.recipe.train.batch // (self.recipe.train.micro_batch or self.recipe.train.batch)
+        """Micro-batches of one optimiser step on one rank."""
+        return self.recipe.train.batch // self.ranks.size // self.micro_batch
 
-
-def metadata(job: Job) -> dict[str, Any]:
-    """The header of the run's checkpoints."""
-    data = job.recipe.data
-    evaluated = job.progress.evaluated == job.progress.step
-    return {
-        "classes": list(job.val_set.classes),
-        "palette": [list(colour) for colour in job.val_set.palette],
-        "mean": list(data.mean),
-        "std": list(data.std),
-        "protocol": job.recipe.test.model_dump(mode="json"),
-        "recipe": job.recipe.model_dump(mode="json"),
-        "step": job.progress.step,
-        "scores": job.progress.scores if evaluated else {},  # never those of other weights
-    }
-
-
-def open_folder(out: Path, recipe: Recipe, resume: bool) -> dict[str, Any] | None:
-    """The state to go on from, None for a run from the start. Raises CommandError where `out` does not fit the wish."""
-    if not resume:
-        if out.is_dir() and any(out.iterdir()):
-            raise CommandError(
-                f"{out}: the run folder is not empty\ngo on in it with --resume, or choose another --out"
-            )
-        try:
-            out.mkdir(parents=True, exist_ok=True)
-            (out / ".writable").touch()
-            (out / ".writable").unlink()
-        except OSError as error:
-            reason = f"the run folder cannot be written ({error.strerror})"
-            raise CommandError(f"{out}: {reason}\nchoose another with --out") from None
-        return None
-    if not (out / "config.yaml").exists():
-        raise CommandError(f"{out}: no run to resume here (no config.yaml)\nstart one without --resume")
-    stored = load_state(out)
-    if stored is None and (out / "last.safetensors").exists():
-        raise CommandError(
-            f"{out}: state.pt is missing beside last.safetensors, so the run cannot go on\n"
-            f"start a new one with --out and model.pretrained={out / 'last.safetensors'}"
-        )
-    if stored is not None:
-        # Parsed, so that keys which came after the run was begun have the default that it went by.
-        before = parse_recipe(stored["recipe"], str(out)).model_dump(mode="json")
-        refuse_changes(before, recipe.model_dump(mode="json"), out)
-    return stored
+    def averaged(self) -> contextlib.AbstractContextManager[None]:
+        """Inside, the model has the weights that are scored and kept as best: their average, where there is one."""
+        return self.average.in_place() if self.average else contextlib.nullcontext()
 
 
 def build_job(
-    recipe: Recipe, out: Path, device: torch.device, stored: dict[str, Any] | None, check: str = "sample"
+    recipe: Recipe, out: Path, ranks: Ranks, stored: dict[str, Any] | None = None, check: str = "sample"
 ) -> Job:
     """Data, model, optimiser and loader, with the stored state in them; labels are checked first: `check_labels`."""
-    from ssaseg.datasets import build_dataset
-    from ssaseg.models import Distillation, build_model
-
-    options = recipe.data.model_dump()
-    root = Path(recipe.data.root)
-    train_set, val_set = (build_dataset(recipe.data.dataset, s, root=root, options=options) for s in ("train", "val"))
-    require_same_classes(train_set.classes, val_set.classes)
-    check_labels({"training": train_set, "validation": val_set}, check)
-    torch.manual_seed(recipe.train.seed)
-    weights = recipe.distill.weights.model_dump()
-    try:
-        model = build_model(
-            recipe.model.name,
-            len(train_set.classes),
-            recipe.model.classifier,
-            drop_path=recipe.model.drop_path,
-            dropout=recipe.model.dropout,
-            distillation=Distillation(recipe.distill.group, weights),
-        )
-    except ValueError as error:
-        raise CommandError(f"recipe {recipe.name}, model: {error}") from None
+    device, train = ranks.device, recipe.train
+    train_set, val_set = load_data(recipe)
+    prints = fingerprints(train_set, val_set)
+    if stored is not None:
+        require_same_data(stored.get("extra", {}).get("data"), prints, out)
+    if ranks.main:  # an error on it ends the others
+        check_labels({"training": train_set, "validation": val_set}, check)
+    ranks.barrier()
+    torch.manual_seed(train.seed)
+    model = build_network(recipe, train_set.classes)
+    share = images_per_rank(train.batch, recipe.distill.group if model.classifier.adapts else 1, ranks.size)
     if recipe.model.pretrained and stored is None:
-        load_start(model, recipe.model.pretrained)
+        load_start(model, recipe.model.pretrained, train_set.classes, ranks.main)
+    freeze(model, recipe.optim.freeze)
     model.to(device)
-    require_trainable(model, recipe, device)
+    require_trainable(model, recipe, share, device)
     groups = param_groups(model, recipe.optim.lr, recipe.optim.weight_decay, recipe.optim.rules)
     optimizer = torch.optim.AdamW(groups, betas=recipe.optim.betas, fused=True)
-    scaler = torch.amp.GradScaler(device.type, enabled=recipe.train.amp == "fp16")
+    scaler = torch.amp.GradScaler(device.type, enabled=train.amp == "fp16")
     progress = Progress()
     if stored is not None:
-        model.load_state_dict(stored["model"])
+        load_strict(model, stored["model"], f"{out}: the state")
         optimizer.load_state_dict(stored["optimizer"])
         scaler.load_state_dict(stored["scaler"])
         progress = Progress(**stored["progress"])
     if device.type == "cuda":
-        torch.backends.cudnn.benchmark = True
-    batches = open_loader(recipe, train_set, progress.step, device, recipe.train.workers)
-    return Job(recipe, out, device, model, optimizer, scaler, train_set, val_set, batches, progress)
+        torch.backends.cudnn.benchmark = not train.deterministic
+    prepare = Preparer(recipe.data.mean, recipe.data.std, device, train.prefetch)
+    limit = 0 if train.nonfinite == "stop" else train.max_skipped
+    guard = Guard(model, scaler, ranks, limit, progress.skipped)
+    average = Average(model, recipe.optim.ema) if recipe.optim.ema else None
+    if average is not None and stored is not None:
+        average.load_state_dict(stored["extra"]["ema"])
+    job = Job(
+        recipe, out, ranks, model, optimizer, scaler, train_set, val_set, progress, model, guard, prepare, average,
+        micro_batch=share, batches=iter(()), fingerprints=prints,
+    )  # fmt: skip
+    choose_micro_batch(job, share)
+    assemble(job)
+    job.batches = open_loader(job, progress.step, train.workers, ranks.rank)
+    return job
 
 
-def open_loader(recipe: Recipe, dataset: Any, step: int, device: torch.device, workers: int) -> Iterator[Any]:
-    """Micro-batches from the position in the data that `step` finished steps have reached."""
+def load_data(recipe: Recipe) -> tuple[Any, Any]:
+    """The training and the validation split."""
+    from ssaseg.datasets import build_dataset
+
+    options, root = recipe.data.model_dump(), Path(recipe.data.root)
+    train_set, val_set = (build_dataset(recipe.data.dataset, s, root=root, options=options) for s in ("train", "val"))
+    require_same_classes(train_set.classes, val_set.classes)
+    return train_set, val_set
+
+
+def build_network(recipe: Recipe, classes: Sequence[str]) -> Segmenter:
+    """The recipe's network for `classes`, with fresh weights. Raises CommandError for names that are not known."""
+    from ssaseg.models import Distillation, LossOptions, build_model
+
+    loss, weights = recipe.loss, recipe.loss.class_weights
+    for name in weights:
+        if name not in classes:
+            near = difflib.get_close_matches(name.casefold(), [each.casefold() for each in classes], n=1)
+            nearest = next((each for each in classes if near and each.casefold() == near[0]), None)
+            raise CommandError(
+                f"loss.class_weights.{name}: no such class\nexpected names of {', '.join(classes)[:1000]}\n"
+                + (f"did you mean {nearest}?" if nearest else "correct the name, or remove the key")
+            )
+    options = LossOptions(
+        class_weights=tuple(weights.get(name, 1.0) for name in classes) if weights else None,
+        label_smoothing=loss.label_smoothing,
+    )
+    if loss.ohem is not None:
+        options = replace(options, ohem_threshold=loss.ohem.threshold, ohem_min_kept=loss.ohem.min_kept)
+    try:
+        return build_model(
+            recipe.model.name,
+            len(classes),
+            recipe.model.classifier,
+            drop_path=recipe.model.drop_path,
+            dropout=recipe.model.dropout,
+            distillation=Distillation(recipe.distill.group, recipe.distill.weights.model_dump()),
+            loss=options,
+        )
+    except ValueError as error:
+        raise CommandError(f"recipe {recipe.name}, model: {error}") from None
+
+
+def choose_micro_batch(job: Job, share: int) -> None:
+    """Sets `job.micro_batch`, of the rank's `share` of the batch; what `auto` finds goes into the run's recipe."""
+    wished = job.recipe.train.micro_batch
+    if wished == "auto":
+        from ssaseg.cli.memory import fit_micro_batch
+
+        wished = fit_micro_batch(job)
+        train = job.recipe.train.model_copy(update={"micro_batch": wished})
+        job.recipe = job.recipe.model_copy(update={"train": train})
+    job.micro_batch = min(wished or share, share)
+    if share % job.micro_batch:
+        raise CommandError(
+            f"train.micro_batch: {job.micro_batch} images at once do not add up to a rank's {share} of train.batch\n"
+            f"expected a divisor of {share}; use train.micro_batch=auto, or null for all at once"
+        )
+
+
+def assemble(job: Job) -> None:
+    """Sets `job.network`: the model compiled if the recipe wants it, and made one of several ranks."""
+    if job.recipe.train.compile:
+        # In place, so that names in checkpoints stay. The classifier's losses, loops over bands, stay as they are.
+        for part in (job.model.backbone, job.model.decoder):
+            part.compile(backend=COMPILER, dynamic=False)
+    weights = job.recipe.distill.weights.model_dump().values()
+    job.network = job.ranks.wrap(job.model, unused=job.model.classifier.adapts and not all(weights))
+
+
+def open_loader(job: Job, step: int, workers: int, rank: int) -> Iterator[Any]:
+    """A rank's micro-batches from the position in the data that `step` finished steps have reached."""
     from ssaseg.datasets.loader import train_loader
     from ssaseg.datasets.transforms import TrainTransform
 
-    transform = TrainTransform(**recipe.augment.model_dump())
-    micro_batch = recipe.train.micro_batch or recipe.train.batch
-    start = step * recipe.train.batch
+    recipe = job.recipe
     return train_loader(
-        dataset,
-        transform,
+        job.train_set,
+        TrainTransform(**recipe.augment.model_dump()),
         recipe.train.seed,
-        micro_batch,
+        job.micro_batch,
         workers,
-        start,
-        pin_memory=device.type == "cuda",
+        step * recipe.train.batch,
+        pin_memory=job.device.type == "cuda",
+        rank=rank,
+        ranks=job.ranks.size,
+        batch=recipe.train.batch,
     )
 
 
-def load_start(model: Segmenter, path: str) -> None:
+def load_start(model: Segmenter, path: str, classes: Sequence[str], tell: bool) -> None:
     """Loads `model.pretrained`, prints the matched share and holds it to at least 95 % of the backbone."""
     from ssaseg.cli.convert import load_pretrained
 
     try:
-        click.echo(str(load_pretrained(model, Path(path))), err=True)
+        matched = load_pretrained(model, Path(path), classes=classes)
     except FileNotFoundError as error:
         raise CommandError(
             f"{error}\nput it there (`ssaseg recipes show` says where it is from) or name it: model.pretrained=FILE\n"
             "model.pretrained=null starts from random weights instead, and ends with a lower mIoU"
         ) from None
+    if tell:
+        click.echo(str(matched), err=True)
 
 
-def require_trainable(model: Segmenter, recipe: Recipe, device: torch.device) -> None:
+def require_trainable(model: Segmenter, recipe: Recipe, share: int, device: torch.device) -> None:
     """Raises CommandError where a norm would have one value of each channel, which has no variance: an image alone,
     of which a feature map is a single pixel. Tried on a copy, as networks differ in how far they go down.
     """
-    if (recipe.train.micro_batch or recipe.train.batch) > 1:
+    wished = recipe.train.micro_batch
+    if (share if wished in (None, "auto") else int(wished)) > 1:
         return
     size = recipe.augment.crop
     trial = copy.deepcopy(model).train()
@@ -179,7 +238,7 @@ def require_trainable(model: Segmenter, recipe: Recipe, device: torch.device) ->
     except ValueError as error:
         if "more than 1 value per channel" not in str(error):
             raise
-        key = "train.batch" if recipe.train.micro_batch in (None, recipe.train.batch) else "train.micro_batch"
+        key = "train.batch" if wished in (None, "auto", recipe.train.batch) else "train.micro_batch"
         raise CommandError(
             f"{key}: 1 image at once, with augment.crop={list(size)}, leaves BatchNorm one value a channel\n"
             f"expected 2 images or more, or a larger crop\nuse {key}=2, or larger sides in augment.crop"
@@ -220,40 +279,43 @@ def check_labels(splits: dict[str, Any], check: str = "sample") -> None:
 
 def describe(job: Job) -> None:
     """Says what is about to be trained."""
-    recipe, train = job.recipe, job.recipe.train
+    recipe, train, ranks = job.recipe, job.recipe.train, job.ranks.size
     size = sum(parameter.numel() for parameter in job.model.parameters()) / 1e6
+    where = f"{ranks} ranks on {job.device.type}" if ranks > 1 else str(job.device)
     click.echo(
-        f"{recipe.name}: {recipe.model.name} {recipe.model.classifier}, {size:.2f} M parameters, {job.device}, "
+        f"{recipe.name}: {recipe.model.name} {recipe.model.classifier}, {size:.2f} M parameters, {where}, "
         f"amp {train.amp}; {len(job.train_set)} training and {len(job.val_set)} validation images; "
         f"step {job.progress.step} of {train.steps}, run folder {job.folder}",
         err=True,
     )
+    if recipe.optim.freeze:
+        trained = sum(p.numel() for p in job.model.parameters() if p.requires_grad) / 1e6
+        click.echo(f"frozen: {', '.join(recipe.optim.freeze)}; {trained:.2f} M parameters are trained", err=True)
+    if job.average is not None:
+        click.echo(f"averaged weights (decay {job.average.decay:g}) are scored, and kept as best", err=True)
     if job.micro_batches > 1:
         click.echo(
-            f"batch {train.batch} in {job.micro_batches} micro-batches: BatchNorm sees {train.micro_batch} images",
+            f"batch {train.batch} in {job.micro_batches} micro-batches"
+            + (f" on each of {ranks} ranks" if ranks > 1 else "")
+            + f": BatchNorm sees {job.micro_batch} images",
             err=True,
         )
 
 
-def write_start(job: Job) -> None:
-    """The run folder's first files: recipe, environment, log, and a picture of the first batch with its labels."""
-    folder = job.folder
-    write_atomic(folder / "config.yaml", dump_recipe(job.recipe).encode())
-    images = {"training_images": len(job.train_set), "validation_images": len(job.val_set)}
-    extra = {"seed": job.recipe.train.seed, **images}
-    report.write_environment(folder / "env.json", str(job.device), report.command_line(), extra)
-    job.log = report.MetricsLog(folder / "metrics.jsonl", job.progress.step, job.progress.evaluated)
-    if not (folder / "batch.png").exists():
-        write_batch(job)
-
-
-def write_batch(job: Job, images: int = 8) -> None:
-    """`batch.png`: augmented training images, colours as the network gets them, beside their labels."""
-    batch = next(open_loader(job.recipe, job.train_set, 0, job.device, workers=0))
-    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (job.recipe.data.mean, job.recipe.data.std))
-    rows = []
-    prepared, _ = prepare_batch(batch, job.recipe.data.mean, job.recipe.data.std, job.device)
-    for image, labels in zip(prepared[:images].cpu(), batch.labels, strict=False):
-        pixels = (image * std + mean).round().clamp(0, 255).byte().flip(0).permute(1, 2, 0).numpy()
-        rows.append([pixels, report.overlay(pixels, labels.numpy(), job.train_set.palette)])
-    report.write_grid(job.folder / "batch.png", rows)
+@contextlib.contextmanager
+def deterministic(wished: bool) -> Iterator[None]:
+    """`train.deterministic`: inside, PyTorch refuses algorithms whose result depends on the order of threads."""
+    if not wished:
+        yield
+        return
+    # Read when cuBLAS first starts, so before anything is computed on a GPU.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+    # PyTorch would also fill new memory with NaN: for finding bugs, and it costs time.
+    filling: Any = torch.utils.deterministic
+    before, filling.fill_uninitialized_memory = filling.fill_uninitialized_memory, False
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+        filling.fill_uninitialized_memory = before

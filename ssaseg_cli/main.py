@@ -4,16 +4,16 @@ Heavy imports (torch, pydantic, rich) stay inside the functions, so that every `
 """
 
 import os
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import click
 
-from ssaseg.cli.console import CommandError
 from ssaseg.cli.datacommands import data
 from ssaseg.cli.errors import CommandGroup
-from ssaseg.cli.options import CLASSIFIERS, device_option, existing_file, json_option
+from ssaseg.cli.launch import needs_ranks, run_launch
+from ssaseg.cli.options import CLASSIFIERS, device_option, existing_file, gpus_option, json_option
+from ssaseg.cli.recipecommands import recipes
 
 # PyTorch's CPU threads wait for one another by spinning. Where a loader's worker needs the same core, they spin through
 # its whole time slice, and a step can take many times as long; a short spin gives the core away soon.
@@ -50,6 +50,11 @@ def cli() -> None:
     show_default=True,
     help="Pairs to look at before step 0.",
 )
+@gpus_option
+@click.option(
+    "--max-hours", type=click.FloatRange(min=0, min_open=True), metavar="H", help="Save and stop after H hours."
+)
+@click.option("--track", type=click.Choice(["tensorboard", "wandb"]), multiple=True, help="Log there too; repeatable.")
 @click.option("--dry-run", is_flag=True, help="Build everything, run one step, tell memory and time, write nothing.")
 @click.option("--print-config", is_flag=True, help="Print the recipe with every key, and stop.")
 def train(
@@ -59,6 +64,9 @@ def train(
     resume: bool,
     device: str,
     check: str,
+    gpus: int | None,
+    max_hours: float | None,
+    track: tuple[str, ...],
     dry_run: bool,
     print_config: bool,
 ) -> int:
@@ -78,9 +86,12 @@ def train(
     if print_config:
         click.echo(dump_recipe(resolved), nl=False)
         return 0
+    if needs_ranks(gpus):
+        return run_launch(gpus or 1)
     from ssaseg.cli.train import run_train
 
-    return run_train(resolved, out or Path("runs") / resolved.name, resume, device, dry_run, check)
+    out = out or Path("runs") / resolved.name
+    return run_train(resolved, out, resume, device, dry_run, check, max_hours, track)
 
 
 def _ratios(context: click.Context, parameter: click.Parameter, value: str | None) -> list[float] | None:
@@ -97,6 +108,7 @@ def _ratios(context: click.Context, parameter: click.Parameter, value: str | Non
 @click.option("--split", type=click.Choice(["train", "val"]), default="val", show_default=True)
 @json_option
 @device_option
+@gpus_option
 @click.option("--limit", type=click.IntRange(min=1), metavar="N", help="Only the first N images.")
 @click.option("--ratios", metavar="A,B,...", callback=_ratios, help="Scales to average, factors of the protocol's.")
 @click.option("--flip/--no-flip", default=None, help="Average with the mirrored image, or not.")
@@ -110,6 +122,7 @@ def evaluate(
     split: str,
     json_out: str | None,
     device: str,
+    gpus: int | None,
     limit: int | None,
     boundary: bool,
     slide: tuple[int, int] | None,
@@ -130,6 +143,8 @@ def evaluate(
     """
     if slide and whole:
         raise click.UsageError("give either --slide or --whole", click.get_current_context())
+    if needs_ranks(gpus):
+        return run_launch(gpus or 1)
     from ssaseg.cli.evaluate import run_eval
 
     changes = {key: value for key, value in changes.items() if value is not None}
@@ -237,6 +252,7 @@ def profile(
 @click.option("--dataset", metavar="NAME", help="Data set of the class names.  [default: ade20k where there are 150]")
 @click.option("--classes", metavar="NAME|A,B,...", help="Give the head these classes: rows of the same name are kept.")
 @click.option("--allow-partial", is_flag=True, help="Go on where keys are missing, unexpected or of another shape.")
+@click.option("--deploy", is_flag=True, help="Of ours a small .safetensors: float16, without what only training needs.")
 @click.option("--output", type=click.Choice(["logits", "logits-full", "labels"]), help="What .onnx and .pt2 give.")
 @click.option("--input", type=click.Choice(["normalized", "rgb"]), help="What .onnx and .pt2 take.")
 @click.option("--size", nargs=2, type=click.IntRange(min=32), metavar="H W", help="The only size .onnx and .pt2 take.")
@@ -249,6 +265,7 @@ def convert(
     dataset: str | None,
     classes: str | None,
     allow_partial: bool,
+    deploy: bool,
     **form: Any,
 ) -> int:
     """Convert official weights to ours, or back, or into a deploy form.
@@ -268,90 +285,35 @@ def convert(
       ssaseg convert ours.safetensors official.pth
       ssaseg convert ade20k.pth start.safetensors --classes camvid-seaformer_b-ssa
       ssaseg convert ours.safetensors ours.onnx --input rgb --output labels
+      ssaseg convert ours.safetensors small.safetensors --deploy
     """
     from ssaseg.cli.convert import run_convert
 
     given = {key: value for key, value in form.items() if value is not None}
-    return run_convert(source, destination, model, classifier, dataset, allow_partial, given, classes)
+    return run_convert(source, destination, model, classifier, dataset, allow_partial, given, classes, deploy)
 
 
-@cli.group()
-def recipes() -> None:
-    """List, show and copy recipes.
+@cli.command()
+@click.argument("runs", metavar="RUN...", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option(
+    "--out", type=click.Path(path_type=Path), default="compare.png", show_default=True, help="Picture to write."
+)
+@json_option
+def compare(runs: tuple[Path, ...], out: Path, json_out: str | None) -> int:
+    """Compare training runs.
 
-    \b
-    Example:
-      ssaseg recipes list
-    """
-
-
-@recipes.command("list")
-def list_command() -> None:
-    """Print the recipes' names, by data set.
+    Each RUN is a folder of `ssaseg train`. Prints a table, what the recipes differ in, and the IoU per class where the
+    runs have it; draws their curves into one picture. Hours are training and evaluation, by the logged speeds.
 
     \b
     Example:
-      ssaseg recipes list
+      ssaseg compare runs/linear runs/ssa
+      ssaseg compare runs/* --out all.png --json all.json
     """
-    from ssaseg.recipes import list_recipes, recipe_file
+    from ssaseg.cli.compare import run_compare
 
-    groups = [list(group) for _, group in groupby(list_recipes(), key=lambda name: name.partition("-")[0])]
-    for group in groups:
-        if group != groups[0]:
-            click.echo()
-        for name in group:
-            first_line = recipe_file(name).read_text(encoding="utf-8").partition("\n")[0]
-            click.echo(f"{name:{max(map(len, group))}}  {first_line.lstrip('# ')}")
-
-
-@recipes.command()
-@click.argument("name")
-def show(name: str) -> None:
-    """Print a recipe as it is written.
-
-    `ssaseg train NAME --print-config` prints every key instead.
-
-    \b
-    Example:
-      ssaseg recipes show demo
-    """
-    from ssaseg.recipes import recipe_file
-
-    click.echo(recipe_file(name).read_text(encoding="utf-8"), nl=False)
-
-
-@recipes.command()
-@click.argument("name")
-@click.argument("destination", type=click.Path(path_type=Path), required=False)
-def copy(name: str, destination: Path | None) -> None:
-    """Copy a recipe to change it.
-
-    DESTINATION is NAME.yaml here by default, ends in .yaml or .yml, and must not exist. The copy is one file, whatever
-    NAME extends.
-
-    \b
-    Example:
-      ssaseg recipes copy demo my.yaml
-    """
-    from ssaseg.recipes import standalone_text
-
-    destination = destination or Path(f"{Path(name).stem}.yaml")
-    if destination.suffix not in (".yaml", ".yml"):
-        raise CommandError(f"{destination}: `train` takes only .yaml and .yml for files\nuse {destination}.yaml")
-    text = standalone_text(name)
-    try:
-        file = destination.open("x", encoding="utf-8")  # "x": never over a file somebody has edited
-    except FileExistsError:
-        raise CommandError(f"{destination}: is there already\ngive another name as DESTINATION, or remove it") from None
-    except FileNotFoundError:
-        raise CommandError(f"{destination}: no folder {destination.parent}\nmake it first, or name another") from None
-    try:
-        with file:
-            file.write(text)
-    except OSError as error:  # a full disk: half a recipe would be in the way of the next try
-        destination.unlink()
-        raise OSError(error.errno, error.strerror, str(destination)) from None
-    click.echo(f"wrote {destination}; run it with `ssaseg train {destination}`")
+    return run_compare(runs, out, json_out)
 
 
 cli.add_command(data)
+cli.add_command(recipes)

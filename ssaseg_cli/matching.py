@@ -1,6 +1,6 @@
 """How the tensors of a file fit a network: what matched, what did not, and which network they look like."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import cache
@@ -28,8 +28,9 @@ class Report:
     unexpected: Sequence[str]
     misshapen: Sequence[str]  # with both shapes, or types where one is of integers
     not_used: Sequence[str]  # known to hold nothing that a model computes with
-    fresh: Sequence[str]  # wanted, and known to be in no ImageNet file: as initialised
+    fresh: Sequence[str]  # wanted, but known to be in no ImageNet file, or of other classes: as initialised
     backbone: tuple[int, int]  # matched; wanted or unexpected: a deeper network of the same widths is another one
+    rows: Sequence[str] = ()  # lines about the classifier's rows, which classes they are kept for
 
     @property
     def backbone_share(self) -> float:
@@ -52,7 +53,7 @@ class Report:
         }
         lines = [self.heading, f"  matched      {share(len(self.matched), wanted)}; backbone {share(*self.backbone)}"]
         lines += [f"  {title:12} {len(names)}{': ' if names else ''}{_listed(names)}" for title, names in lists.items()]
-        return "\n".join(lines)
+        return "\n".join([*lines, *self.rows])
 
 
 def share(count: int, wanted: int) -> str:
@@ -65,18 +66,24 @@ def _listed(names: Sequence[str]) -> str:
     return ", ".join(names[:LISTED]) + more
 
 
-def match(model: Segmenter, weights: Weights, heading: str = "") -> tuple[Report, dict[str, Tensor]]:
+def match(
+    model: Segmenter, weights: Weights, heading: str = "", other: Collection[str] = ()
+) -> tuple[Report, dict[str, Tensor]]:
     """Fits a file to a model: (report, tensors by our key, where present and of the right shape).
 
-    Of a file that holds a backbone alone only that is asked for.
+    Of a file that holds a backbone alone only that is asked for. `other`: the file's names of tensors that are of other
+    classes than the model's, and so not taken.
     """
     own, found, official = model.state_dict(), weights.tensors, official_keys(model)
-    names = official if weights.header is None else {key: key for key in own}
-    fresh: list[str] = []
+    names = file_names(model, weights)
+    fresh = [name for name in names.values() if name in other]
     if weights.is_backbone:
         names = {key: names[key] for key in backbone_keys(names)}
         fresh = [names[key] for key in names if official[key].endswith(NOT_PRETRAINED) and names[key] not in found]
-    fits = {ours: theirs in found and _fits(found[theirs], own[ours]) for ours, theirs in names.items()}
+    fits = {
+        ours: theirs in found and theirs not in fresh and _fits(found[theirs], own[ours])
+        for ours, theirs in names.items()
+    }
     # What may be there or not is taken where it is there, but counts nowhere: shares are of tensors that matter.
     wanted = {o: theirs for o, theirs in names.items() if not official[o].endswith(COUNTERS) and theirs not in fresh}
     fitting = [ours for ours in wanted if fits[ours]]
@@ -99,6 +106,11 @@ def match(model: Segmenter, weights: Weights, heading: str = "") -> tuple[Report
         backbone=(len(backbone_keys(fitting)), len(backbone_keys([*wanted, *unexpected]))),
     )
     return report, {ours: found[theirs] for ours, theirs in names.items() if fits[ours]}
+
+
+def file_names(model: Segmenter, weights: Weights) -> dict[str, str]:
+    """Our key of each of the model's tensors → what the file would call it."""
+    return official_keys(model) if weights.header is None else {key: key for key in model.state_dict()}
 
 
 def _fits(found: Tensor, own: Tensor) -> bool:

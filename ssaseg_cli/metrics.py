@@ -7,6 +7,7 @@ Long et al., "Fully Convolutional Networks for Semantic Segmentation", CVPR 2015
 Axes: K classes, H×W pixels, N images, R resamples. In the table rows are labels, columns are predictions.
 """
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple, TypedDict
 
 import numpy as np
@@ -110,6 +111,30 @@ class Confusion:
         self._images += 1
 
     @property
+    def rows(self) -> np.ndarray:
+        """Each image's intersections and unions, int32 (N,2,K); reading them waits for the device."""
+        blocks = [block.cpu().numpy() for block in self._blocks]
+        none = np.empty((0, 2, self.num_classes), np.int32)
+        return np.concatenate([none, *blocks])[: self._images]
+
+    def part(self) -> "tuple[torch.Tensor, np.ndarray]":
+        """What `merge` needs of each of several counts: this one's table and rows, on the CPU."""
+        return self._counts.cpu(), self.rows
+
+    def merge(self, parts: "Sequence[tuple[torch.Tensor, np.ndarray]]") -> None:
+        """Becomes the R `parts` together: part r has counted images r, r+R, …, and no image is added afterwards.
+
+        The images' order, which the interval depends on, is that of one count over all.
+        """
+        import torch
+
+        self._counts = torch.stack([counts for counts, _ in parts]).sum(dim=0)
+        rows = np.empty((sum(len(part) for _, part in parts), 2, self.num_classes), np.int32)
+        for first, (_, part) in enumerate(parts):
+            rows[first :: len(parts)] = part
+        self._images, self._blocks = len(rows), [torch.from_numpy(rows)]
+
+    @property
     def matrix(self) -> np.ndarray:
         """Pixels by label (row) and prediction (column), int64 (K,K). Raises ValueError as `update`."""
         counts = self._counts.cpu().numpy()
@@ -151,8 +176,7 @@ class Confusion:
         """
         if self._images < 2:
             return None
-        rows = np.concatenate([block.cpu().numpy() for block in self._blocks])[: self._images]
-        means = resampled_miou(rows, resamples, np.random.default_rng(seed))
+        means = resampled_miou(self.rows, resamples, np.random.default_rng(seed))
         known = means[~np.isnan(means)]
         if not len(known):
             return None

@@ -11,3 +11,6 @@ device_option = click.option(
     "--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True, help="Where to compute."
 )
 json_option = click.option("--json", "json_out", metavar="FILE|-", help="Write the figures as JSON; - is stdout.")
+gpus_option = click.option(
+    "--gpus", type=click.IntRange(min=1), metavar="N", help="Processes, one a GPU (with --device cpu: CPU)."
+)

@@ -16,7 +16,7 @@ from PIL import Image
 
 from ssaseg.cli.console import CommandError
 from ssaseg.cli.inference import Prediction
-from ssaseg.cli.report import overlay
+from ssaseg.cli.panels import overlay
 
 # Each kind's folder below OUT, and the suffix of its files; "rle" is one file for all images.
 SUFFIXES: Mapping[str, str] = {"index": ".png", "color": ".png", "overlay": ".jpg", "probs": ".npz", "coarse": ".png"}

@@ -25,12 +25,15 @@ def param_groups(model: nn.Module, lr: float, weight_decay: float, rules: Mappin
 
     A rule's key is looked for in a parameter's *official* name, so `head` means everything behind the backbone and
     `norm` the official spelling; keys are tried in alphabetical order, longer ones first, and the first that is found
-    counts. A rule has `lr` and `decay`, multipliers. Source: mmcv 1.7, `DefaultOptimizerConstructor`.
+    counts. A rule has `lr` and `decay`, multipliers. What is frozen is in no group. Source: mmcv 1.7,
+    `DefaultOptimizerConstructor`.
     """
     keys = sorted(sorted(rules), key=len, reverse=True)
     official = official_keys(model)
     groups: dict[tuple[float, float], dict[str, Any]] = {}
     for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
         rule = next((rules[key] for key in keys if key in official[name]), None)
         multipliers = (rule.lr, rule.decay) if rule else (1.0, 1.0)
         rate = lr * multipliers[0]

@@ -3,48 +3,95 @@
 import contextlib
 import sys
 import time
+from collections.abc import Sequence
 from math import isnan
 from pathlib import Path
 from typing import Any
 
 import click
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
-from ssaseg.cli import report
+from ssaseg.cli import distributed, faults
 from ssaseg.cli.console import CommandError, select_device
-from ssaseg.cli.job import Job, build_job, describe, metadata, open_folder, write_start
+from ssaseg.cli.freezing import set_mode
+from ssaseg.cli.guard import StepRecord, stop_before
+from ssaseg.cli.job import Job, build_job, describe, deterministic
+from ssaseg.cli.pictures import after_evaluation, write_batch
+from ssaseg.cli.report import MetricsLog
+from ssaseg.cli.runfolder import open_run, write_start
+from ssaseg.cli.saving import complete, save, save_best
 from ssaseg.cli.schedule import learning_rate
-from ssaseg.cli.state import save_state
-from ssaseg.cli.watch import Window, mend
+from ssaseg.cli.tracking import Tracker, open_trackers
+from ssaseg.cli.watch import Window
 from ssaseg.datasets import DataError
-from ssaseg.datasets.colour import prepare_batch
 from ssaseg.datasets.loader import WorkerError
-from ssaseg.models import save_model
 from ssaseg.recipes import Recipe
 
 AMP_TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+# Where reading a verdict makes nobody wait, it is read after every step.
+READY = {"cpu"}
 
 
-def run_train(recipe: Recipe, out: Path, resume: bool, device: str, dry_run: bool, check: str = "sample") -> int:
-    """Trains `recipe` in the folder `out`. Returns the exit code: 0, or 130 / 143 after a signal, state saved.
+def run_train(
+    recipe: Recipe,
+    out: Path,
+    resume: bool,
+    device: str,
+    dry_run: bool,
+    check: str = "sample",
+    max_hours: float | None = None,
+    track: Sequence[str] = (),
+) -> int:
+    """Trains `recipe` in the folder `out`. Returns the exit code: 0 done, or, with the state saved, 1 after `max_hours`
+    and 130 / 143 after a signal.
 
     Raises CommandError for what the user can mend, FloatingPointError where a loss or a weight is not finite.
     """
+    deadline = None if max_hours is None else time.monotonic() + max_hours * 3600
     chosen = select_device(device)
     if recipe.train.amp == "fp16" and chosen.type == "cpu":
         raise CommandError("train.amp: fp16 needs a GPU\nexpected off or bf16 on a CPU; use train.amp=bf16")
     if dry_run and resume:
         raise CommandError("--dry-run writes nothing and goes on with nothing\nleave out --resume")
-    stored = None if dry_run else open_folder(out, recipe, resume)
-    job = build_job(recipe, out, chosen, stored, check)
-    if dry_run:
-        return rehearse(job)
-    describe(job)
-    write_start(job)
-    with job.stop, contextlib.closing(Window(job)) as window:
-        return train(job, window)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(deterministic(recipe.train.deterministic))
+        ranks = stack.enter_context(distributed.connect(chosen))
+        trackers: list[Tracker] = []
+        stored = None
+        if ranks.main and not dry_run:
+            trackers = open_trackers(track, out, recipe)
+            run = stack.enter_context(open_run(out, recipe, resume, distributed.was_restarted()))
+            recipe, stored = run.recipe, run.stored
+        recipe, stored = ranks.share((recipe, stored))
+        job = build_job(recipe, out, ranks, stored, check)
+        if ranks.main:
+            describe(job)
+        if dry_run:
+            return rehearse(job)
+        job.deadline = deadline
+        if ranks.main:
+            write_start(job)
+            if stored is not None:
+                complete(job)
+            open_log(job, trackers)
+            stack.callback(close_all, trackers)
+        with job.stop, contextlib.closing(Window(job)) as window:
+            return train(job, window)
+
+
+def open_log(job: Job, trackers: Sequence[Tracker]) -> None:
+    """`metrics.jsonl`, and a picture of the first batch."""
+    job.log = MetricsLog(job.folder / "metrics.jsonl", job.progress.step, job.progress.evaluated, trackers)
+    if not (job.folder / "batch.png").exists():
+        write_batch(job)
+
+
+def close_all(trackers: Sequence[Tracker]) -> None:
+    """Lets trackers hand over what they still hold."""
+    for tracker in trackers:
+        tracker.close()
 
 
 def train(job: Job, window: Window) -> int:
@@ -58,79 +105,125 @@ def train(job: Job, window: Window) -> int:
                 finished = evaluate(job)
             if not finished:
                 return job.stop.exit_code
-        if progress.step == recipe.train.steps:
-            tqdm.write(f"done: best mIoU {progress.best_miou:.2f} %, run folder {job.folder}", file=sys.stderr)
+        if progress.step == recipe.train.steps or out_of_patience(job):
+            say(job, f"done: best mIoU {progress.best_miou:.2f} %, run folder {job.folder}")
             return 0
 
         rate = set_learning_rate(job, progress.step)
         batches = read_batches(job, window)
-        losses = train_step(job, batches)
+        record, names = take_step(job, window, batches)
         progress.step += 1
-        window.add(progress.step, batches, losses)
+        window.add(record, names)
 
         log, save_now, evaluate_next = (
             due(progress.step, every, recipe.train.steps)
             for every in (recipe.train.log_every, recipe.train.save_every, recipe.train.eval_every)
         )
-        stop = job.stop.requested
-        # Reading a loss makes a GPU wait, so that is left to the log and to what builds on it; a CPU need not wait.
-        if log or save_now or evaluate_next or stop or job.device.type == "cpu":
-            window.check()
+        stop = job.ranks.agree(job.stop)
+        late = job.deadline is not None and job.ranks.any(time.monotonic() > job.deadline)
+        # Reading a verdict makes a GPU wait, so that is left to the log and to what builds on it; a CPU need not wait.
+        if log or save_now or evaluate_next or stop or late or job.device.type in READY:
+            bad = window.check()
+            if bad is not None:
+                raise stop_before(job, bad, names)
         if log:
             window.write(rate)
-        if save_now or evaluate_next or stop:
+        if save_now or evaluate_next or stop or late:
             with window.aside():
                 save(job)
-        if stop:
-            tqdm.write(f"stopped after step {progress.step}; state saved, go on with --resume", file=sys.stderr)
-            return job.stop.exit_code
+        if stop or (late and progress.step < recipe.train.steps):
+            why = "" if stop else " as --max-hours is over"
+            say(job, f"stopped after step {progress.step}{why}; state saved, go on with --resume")
+            return job.stop.exit_code if stop else 1
 
 
 def read_batches(job: Job, window: Window) -> list[Any]:
-    """The next step's micro-batches. Where they cannot be had, what was learnt is saved before the error goes on."""
+    """The next step's micro-batches. Where a rank cannot have them, what was learnt is saved before the error."""
+    failed: Exception | None = None
+    batches: list[Any] = []
     window.start_waiting()
     try:
-        return [next(job.batches) for _ in range(job.micro_batches)]
-    except (DataError, WorkerError, OSError):
-        if job.progress.step > 0:
-            window.check()
-            save(job)
-            text = f"stopped after step {job.progress.step}; state saved, go on with --resume once this is mended:"
-            tqdm.write(text, file=sys.stderr)
+        batches = [next(job.batches) for _ in range(job.micro_batches)]
+    except (DataError, WorkerError, OSError) as error:
+        failed = error
+    window.stop_waiting()
+    if not job.ranks.any(failed is not None):
+        return batches
+    rescue(job, window)
+    raise failed or distributed.Elsewhere
+
+
+def take_step(job: Job, window: Window, batches: list[Any]) -> tuple[StepRecord, list[str]]:
+    """`train_step`. Where it cannot be done, what was learnt before is saved, and the error names the recipe's key."""
+    try:
+        with faults.told(job):
+            return train_step(job, batches)
+    except CommandError:
+        if job.ranks.size == 1:  # others would wait for this one in their step
+            job.guard.undo()
+            rescue(job, window)
         raise
-    finally:
-        window.stop_waiting()
 
 
-def train_step(job: Job, batches: list[Any]) -> dict[str, Tensor]:
-    """One optimiser step over its micro-batches. Returns the losses, averaged over them, on the device.
+def rescue(job: Job, window: Window) -> None:
+    """Saves before an error goes on. Every rank calls it."""
+    if job.progress.step == 0:
+        return
+    bad = window.check()
+    if bad is not None:
+        raise stop_before(job, bad, window.names) from None
+    save(job)
+    say(job, f"stopped after step {job.progress.step}; state saved, go on with --resume once this is mended:")
+
+
+def train_step(job: Job, batches: list[Any]) -> tuple[StepRecord, list[str]]:
+    """One optimiser step over its micro-batches. Returns what the log needs, on the device, and the losses' names.
 
     Every random number of step i comes from (seed, i): a resumed run draws what the undisturbed one would have drawn.
     """
-    recipe, model, optimizer, scaler = job.recipe, job.model, job.optimizer, job.scaler
-    torch.manual_seed(step_seed(recipe.train.seed, job.progress.step))
-    model.train()
-    # The dice is divided by a number of the whole step, which its first micro-batch must know already.
-    pairs = None
-    if len(batches) > 1:
-        labels = (batch.labels.to(job.device, non_blocking=True) for batch in batches)
-        pairs = torch.stack([model.classifier.step_pairs(label) for label in labels]).mean()
+    recipe, model, optimizer, scaler, guard = job.recipe, job.model, job.optimizer, job.scaler, job.guard
+    torch.manual_seed(step_seed(recipe.train.seed, job.progress.step, job.ranks.rank))
+    set_mode(model, recipe.optim.freeze)
+    guard.start()
+    pairs = count_pairs(job, batches)
     totals: dict[str, Tensor] = {}
-    for batch in batches:
-        images, label = prepare_batch(batch, recipe.data.mean, recipe.data.std, job.device)
-        with autocast(job.device, recipe.train.amp):
-            losses = model(images, label, pairs)
-        scaler.scale(torch.stack(list(losses.values())).sum() / len(batches)).backward()
+    for number, batch in enumerate(batches, 1):
+        images, labels = job.prepare(batch)
+        with distributed.averaging(job.network, last=number == len(batches)):
+            with autocast(job.device, recipe.train.amp):
+                losses = job.network(images, labels, pairs)
+            scaler.scale(torch.stack(list(losses.values())).sum() / len(batches)).backward()
         for name, loss in losses.items():
             totals[name] = totals.get(name, 0) + loss.detach() / len(batches)
-    if recipe.optim.grad_clip:
-        scaler.unscale_(optimizer)
-        torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.optim.grad_clip)
+    scaler.unscale_(optimizer)
+    norm = gradient_norm(model, recipe.optim.grad_clip)
+    terms = torch.stack(list(totals.values()))
+    bad = guard.judge(terms, norm, optimizer)
     scaler.step(optimizer)
     scaler.update()
     optimizer.zero_grad(set_to_none=True)
     model.update()
-    return totals
+    guard.finish()
+    if job.average is not None:
+        job.average.update(job.progress.step + 1, guard.held)
+    images_of_step = [name for batch in batches for name in batch.names]
+    return StepRecord(job.progress.step + 1, images_of_step, terms, norm, bad, pairs), list(totals)
+
+
+def count_pairs(job: Job, batches: list[Any]) -> Tensor | None:
+    """What the dice is divided by, a number of the whole step, which its first micro-batch must know already."""
+    if len(batches) == 1 and job.ranks.size == 1:
+        return None
+    labels = (batch.labels.to(job.device, non_blocking=True) for batch in batches)
+    pairs = torch.stack([job.model.classifier.step_pairs(label) for label in labels]).mean()
+    return job.ranks.total(pairs) / job.ranks.size
+
+
+def gradient_norm(model: nn.Module, clip: float | None = None) -> Tensor:
+    """Norm of all gradients together, () on the device; they are then scaled down to the norm `clip` where given."""
+    if clip:
+        return nn.utils.clip_grad_norm_(model.parameters(), clip)
+    return nn.utils.get_total_norm([each.grad for each in model.parameters() if each.grad is not None])
 
 
 def due(step: int, every: int, steps: int) -> bool:
@@ -138,9 +231,9 @@ def due(step: int, every: int, steps: int) -> bool:
     return step > 0 and (step % every == 0 or step == steps)
 
 
-def step_seed(seed: int, step: int) -> int:
-    """A seed for each step of each run: a 64-bit mix, so that neighbours share nothing."""
-    mixed = (seed * 0x9E3779B97F4A7C15 + step + 1) & 0xFFFFFFFFFFFFFFFF
+def step_seed(seed: int, step: int, rank: int = 0) -> int:
+    """A seed for each step of each run and rank: a 64-bit mix, so that neighbours share nothing."""
+    mixed = (seed * 0x9E3779B97F4A7C15 + step + 1 + rank * 0xD1B54A32D192ED03) & 0xFFFFFFFFFFFFFFFF
     mixed = ((mixed ^ (mixed >> 30)) * 0xBF58476D1CE4E5B9) & 0xFFFFFFFFFFFFFFFF
     return (mixed ^ (mixed >> 27)) & 0x7FFFFFFFFFFFFFFF
 
@@ -158,11 +251,22 @@ def autocast(device: torch.device, amp: str) -> contextlib.AbstractContextManage
     return torch.autocast(device.type, dtype=AMP_TYPES.get(amp, torch.bfloat16), enabled=amp != "off")
 
 
-# ---- evaluating and saving ---------------------------------------------------------------------------------------
+def out_of_patience(job: Job) -> bool:
+    """Whether train.patience ends the run here; says so."""
+    patience = job.recipe.train.patience
+    if patience is None or job.progress.stale < patience:
+        return False
+    say(job, f"step {job.progress.step}: no better mIoU in {patience} evaluations (train.patience)")
+    return True
 
 
-class Interrupted(Exception):
-    """Leaves an evaluation when the run is asked to stop."""
+def say(job: Job, text: str) -> None:
+    """A line on stderr, above a progress bar; of several ranks one says it."""
+    if job.ranks.main:
+        tqdm.write(text, file=sys.stderr)
+
+
+# ---- evaluating --------------------------------------------------------------------------------------------------
 
 
 def evaluate(job: Job) -> bool:
@@ -170,94 +274,70 @@ def evaluate(job: Job) -> bool:
 
     The weights were saved, and so found finite, before; the state that says "evaluated" comes last.
     """
-    from ssaseg.cli.evaluate import evaluate_model, state_protocol
+    from ssaseg.cli.evaluate import Interrupted, evaluate_model, state_protocol
 
     recipe, progress = job.recipe, job.progress
-
-    def stop_if_asked(*_: Any) -> None:
-        if job.stop.requested:
-            raise Interrupted
-
     started = time.perf_counter()
-    # Validation images come in many sizes; each would be tuned for.
+    # Validation images come in many sizes; each would be tuned, and compiled, for.
     tuned, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, False
+    stance = torch.compiler.set_stance("force_eager") if recipe.train.compile else contextlib.nullcontext()
     try:
-        confusion = evaluate_model(
-            job.model,
-            job.val_set,
-            recipe.test.model_dump(),
-            recipe.data.mean,
-            recipe.data.std,
-            job.device,
-            workers=min(recipe.train.workers, 1),
-            progress=stop_if_asked,
-        )
+        with job.averaged(), stance, faults.told(job, evaluation=True):
+            job.ranks.same_buffers(job.model)
+            confusion = evaluate_model(
+                job.model,
+                job.val_set,
+                recipe.test.model_dump(),
+                recipe.data.mean,
+                recipe.data.std,
+                job.device,
+                workers=min(recipe.train.workers, 1),
+                stop=job.stop,
+                ranks=job.ranks,
+            )
+            take_score(job, confusion, state_protocol(recipe.test, "val", len(job.val_set), len(job.val_set)), started)
     except Interrupted:
-        tqdm.write(f"stopped while evaluating step {progress.step}; state saved, go on with --resume", file=sys.stderr)
+        say(job, f"stopped while evaluating step {progress.step}; state saved, go on with --resume")
         return False
     finally:
         torch.backends.cudnn.benchmark = tuned
-    scores = confusion.scores()
-    # JSON has no NaN; it stands here for "nothing was labelled".
-    figures = {key: None if isnan(scores[key]) else scores[key] for key in ("mIoU", "aAcc", "mAcc")}  # type: ignore[literal-required]
-    statement = state_protocol(recipe.test, "val", len(job.val_set), len(job.val_set))
-    progress.evaluated, progress.scores = progress.step, {**figures, "statement": statement}
-    assert job.log is not None
-    seconds = time.perf_counter() - started
-    job.log.write({"step": progress.step, **figures, "eval_seconds": round(seconds, 2)})
-    text = f"step {progress.step}: mIoU {scores['mIoU']:.2f} %, aAcc {scores['aAcc']:.2f} % ({seconds:.0f} s)"
-    tqdm.write(text, file=sys.stderr)
-    miou = figures["mIoU"] or 0.0
-    if miou > progress.best_miou:
-        progress.best_miou = miou
-        save_model(job.folder / "best.safetensors", job.model, metadata(job))
-    report.draw_curves(job.folder / "metrics.jsonl", job.folder / "curves.png")
-    write_predictions(job)
     save(job)
     return True
 
 
-def save(job: Job) -> None:
-    """Writes the training state, then its weights; never weights that are not finite over good ones."""
-    values = [value for value in job.model.state_dict().values() if value.is_floating_point()]
-    if not torch.stack([value.isfinite().all() for value in values]).all():
-        raise FloatingPointError(
-            f"step {job.progress.step}: a weight or a norm's statistic is not finite; nothing was overwritten\n"
-            + mend(job.folder)
+def take_score(job: Job, confusion: Any, statement: str, started: float) -> None:
+    """Logs an evaluation begun at `started`, keeps its weights if they are the best so far, and draws it."""
+    progress, scores = job.progress, confusion.scores()
+    # JSON has no NaN; it stands here for "nothing was labelled".
+    figures = {key: None if isnan(scores[key]) else scores[key] for key in ("mIoU", "aAcc", "mAcc")}
+    progress.evaluated, progress.scores = progress.step, {**figures, "statement": statement}
+    seconds = time.perf_counter() - started
+    if job.log is not None:
+        ious = dict(
+            zip(job.val_set.classes, (None if isnan(iou) else float(iou) for iou in scores["IoU"]), strict=True)
         )
-    recipe = job.recipe.model_dump(mode="json")
-    save_state(job.folder, job.progress, job.model, job.optimizer, job.scaler, recipe)
-    save_model(job.folder / "last.safetensors", job.model, metadata(job))
-
-
-def write_predictions(job: Job, images: int = 4) -> None:
-    """`predictions.png`: for the same validation images each time: image, label, coarse and final prediction."""
-    from ssaseg.cli.inference import predict_labels
-
-    job.model.eval()
-    rows = []
-    palette = job.val_set.palette
-    step = max(len(job.val_set) // images, 1)
-    for index in range(0, min(len(job.val_set), step * images), step):
-        image, labels = job.val_set.load(index)
-        result = predict_labels(
-            job.model, image, job.recipe.test.model_dump(), job.recipe.data.mean, job.recipe.data.std, job.device
-        )
-        maps = [labels, result.labels] if result.coarse is None else [labels, result.coarse, result.labels]
-        rows.append([image, *(report.overlay(image, each, palette) for each in maps)])
-    report.write_grid(job.folder / "predictions.png", rows)
+        job.log.write({"step": progress.step, **figures, "IoU": ious, "eval_seconds": round(seconds, 2)})
+    say(job, f"step {progress.step}: mIoU {scores['mIoU']:.2f} %, aAcc {scores['aAcc']:.2f} % ({seconds:.0f} s)")
+    miou = figures["mIoU"] or 0.0
+    progress.stale += 1
+    if miou > progress.best_miou:
+        progress.best_miou, progress.stale = miou, 0
+        save_best(job)
+    if job.ranks.main:
+        after_evaluation(job, confusion)
 
 
 def rehearse(job: Job) -> int:
     """`--dry-run`: one step of everything, then memory and time to expect. Writes nothing."""
-    describe(job)
-    window = Window(job, bar=False)
     started = time.perf_counter()
     set_learning_rate(job, 0)
     batches = [next(job.batches) for _ in range(job.micro_batches)]
-    losses = train_step(job, batches)
-    window.add(1, batches, losses)
-    window.check()
+    with faults.told(job):
+        record, names = train_step(job, batches)
+    if bool(record.bad):
+        values = ", ".join(f"{name} {value:g}" for name, value in zip(names, record.losses.tolist(), strict=True))
+        images = ", ".join(record.images)
+        raise FloatingPointError(f"step 1: a loss or gradient is not finite ({values})\nimages: {images}")
     seconds = time.perf_counter() - started
     if job.device.type == "cuda":
         memory = f"{torch.cuda.max_memory_allocated() / 2**20:.0f} MiB of GPU memory"
@@ -268,6 +348,7 @@ def rehearse(job: Job) -> int:
         memory = f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit:.0f} MiB of resident memory"
     total = int(seconds * job.recipe.train.steps)
     clock = f"{total // 3600} h {total % 3600 // 60} min {total % 60} s"
-    click.echo(f"dry run: one step took {seconds:.2f} s (the first is slow) and {memory} at its peak")
-    click.echo(f"all {job.recipe.train.steps} steps: at most {clock} without evaluation; nothing was written")
+    if job.ranks.main:
+        click.echo(f"dry run: one step took {seconds:.2f} s (the first is slow) and {memory} at its peak")
+        click.echo(f"all {job.recipe.train.steps} steps: at most {clock} without evaluation; nothing was written")
     return 0

@@ -1,7 +1,9 @@
 """What must hold before PyTorch is imported by any test."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -18,3 +20,31 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+# As small as a run can be, and all that could make two runs differ: dropout, drop path, augmentation.
+TINY_RUN = [
+    "data.synthetic.height=64", "data.synthetic.width=64", "data.synthetic.train=8", "data.synthetic.val=2",
+    "augment.scale=[64,64]", "augment.crop=[64,64]", "distill.group=2", "train.batch=2", "train.steps=6",
+    "train.workers=0", "train.log_every=5", "train.eval_every=100", "train.save_every=100", "optim.warmup=0",
+    "model.drop_path=0.1",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def make_job() -> Callable[..., Any]:
+    """A function (folder, overrides …, stored=state) → a `Job` on the CPU with its log, in this process."""
+    import torch
+
+    from ssaseg.cli.distributed import Ranks
+    from ssaseg.cli.job import build_job
+    from ssaseg.cli.report import MetricsLog
+    from ssaseg.recipes import load_recipe
+
+    def make(out: Path, *overrides: str, stored: dict[str, Any] | None = None) -> Any:
+        out.mkdir(parents=True, exist_ok=True)
+        job = build_job(load_recipe("demo", [*TINY_RUN, *overrides]), out, Ranks(torch.device("cpu")), stored)
+        job.log = MetricsLog(out / "metrics.jsonl", job.progress.step, job.progress.evaluated)
+        return job
+
+    return make

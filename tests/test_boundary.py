@@ -98,7 +98,7 @@ def test_ignored_pixels_bound_nothing_and_count_nowhere() -> None:
     scores = boundaries.scores()
     assert scores[0] == 100
     assert np.isnan(scores[1])
-    assert int(boundaries._counts[0, 0]) == 40 * 40 - 38 * 38 - 2 * 4  # the frame without its ignored pixels
+    assert int(boundaries.counts[0, 0]) == 40 * 40 - 38 * 38 - 2 * 4  # the frame without its ignored pixels
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA")

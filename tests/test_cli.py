@@ -162,8 +162,9 @@ def test_exit_code_and_run_folder(fake: Callable[[str, str, Any], None]) -> None
     fake("ssaseg.cli.train", "run_train", note)
     assert run("train", "demo", "train.steps=7", "--resume").exit_code == 1
     assert run("train", "demo", "--out", "elsewhere", "--device", "cpu", "--dry-run", "--check", "all").exit_code == 1
-    assert calls[0] == (load_recipe("demo", ["train.steps=7"]), Path("runs/demo"), True, "auto", False, "sample")
-    assert calls[1][1:] == (Path("elsewhere"), False, "cpu", True, "all")
+    recipe = load_recipe("demo", ["train.steps=7"])
+    assert calls[0] == (recipe, Path("runs/demo"), True, "auto", False, "sample", None, ())
+    assert calls[1][1:] == (Path("elsewhere"), False, "cpu", True, "all", None, ())
 
 
 @pytest.mark.parametrize(

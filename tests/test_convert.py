@@ -294,7 +294,7 @@ def test_start_from_another_number_of_classes(tmp_path: Path) -> None:
         rows = start.classifier.conv_seg.weight.clone()
         report = load_pretrained(start, path)
         assert "150 classes there, 11 here" in str(report)
-        assert len(report.misshapen) == 3  # conv_seg's weight and bias, the table of spatial prototypes
+        assert len(report.fresh) == 3  # conv_seg's weight and bias, the table of spatial prototypes
         assert_same(start, source.state_dict(), "backbone.")
         assert_same(start, source.state_dict(), "decoder.")
         assert_same(start, source.state_dict(), "classifier.teacher.")

@@ -99,7 +99,8 @@ def train(out: Path, *arguments: str, prelude: str = "") -> tuple[int, str]:
 
 def stopped_step(out: Path, errors: str) -> int:
     """The step of the saved state, which the message must name. The error has no traceback and at most three lines."""
-    step = torch.load(out / "state.pt", weights_only=True)["progress"]["step"]
+    state = max(out.glob("state-*.pt"), key=lambda path: int(path.stem.removeprefix("state-")))
+    step = torch.load(state, weights_only=True)["progress"]["step"]
     assert f"stopped after step {step}; state saved" in errors
     assert "Traceback" not in errors
     assert len(errors[errors.index("error: ") :].splitlines()) <= 3

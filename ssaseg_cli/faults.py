@@ -1,0 +1,46 @@
+"""What a step may die of that a recipe's key mends, told by that key."""
+
+import contextlib
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import torch
+
+from ssaseg.cli.console import CommandError
+
+if TYPE_CHECKING:
+    from ssaseg.cli.job import Job
+
+
+@contextlib.contextmanager
+def told(job: "Job", evaluation: bool = False) -> Iterator[None]:
+    """Around a step, or an evaluation: turns what PyTorch raises into a CommandError that names the key."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        from ssaseg.cli.memory import explain
+
+        if not evaluation:
+            raise explain(job, error) from None
+        raise CommandError(
+            f"{job.device}: its memory is used up by a validation image in the evaluation after step "
+            f"{job.progress.step}, whose state is saved\nexpected room for each image at its test.scale\n"
+            "start a new run with test.mode=slide, test.crop and test.stride, or a smaller test.scale"
+        ) from None
+    except RuntimeError as error:
+        text = str(error)
+        if job.recipe.train.deterministic and "deterministic" in text:
+            what = text.partition(" does not have")[0].partition(". ")[0].splitlines()[0][:200]
+            raise CommandError(
+                f"train.deterministic: on this device PyTorch has no deterministic form of {what}\n"
+                "expected one for every operation of the network\n"
+                "use train.deterministic=false (same seeds, equal to rounding), or a CPU"
+            ) from None
+        if job.recipe.train.compile and type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+            what = " ".join(text.split())[:200]
+            raise CommandError(
+                f"train.compile: torch.compile failed ({type(error).__name__}: {what})\n"
+                "expected a compiler that works here: Triton on a GPU, a C++ compiler on a CPU\n"
+                "use train.compile=false"
+            ) from None
+        raise

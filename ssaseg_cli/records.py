@@ -1,0 +1,114 @@
+"""What a run remembers of its surroundings: versions, machine and command, and a fingerprint of its data."""
+
+import hashlib
+import json
+import os
+import platform
+import sys
+from datetime import datetime, timezone
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+import torch
+
+from ssaseg.cli.console import CommandError
+from ssaseg.models.checkpoint import write_atomic
+
+if TYPE_CHECKING:
+    from ssaseg.cli.job import Job
+
+# What decides how sums are rounded: where one of these has changed, a resumed run is no longer equal bit for bit.
+ROUNDING = ("torch", "cuda", "cudnn", "device", "gpu", "cpu", "threads", "ranks")
+
+
+def environment(job: "Job") -> dict[str, Any]:
+    """Where, with what, and on which data a run is computed, as JSON values."""
+    on_gpu = job.device.type == "cuda"
+    installed = {found.metadata["Name"]: found.version for found in metadata.distributions()}
+    return {
+        "command": ["ssaseg", *sys.argv[1:]],  # as it was typed, its program's path left out
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "host": platform.node(),
+        "ssaseg": installed.get("ssaseg"),
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "cudnn": torch.backends.cudnn.version() if on_gpu else None,
+        "device": str(job.device),
+        "gpu": torch.cuda.get_device_name(job.device) if on_gpu else None,
+        "cpu": torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(),
+        "ranks": job.ranks.size,
+        "seed": job.recipe.train.seed,
+        "packages": dict(sorted(installed.items(), key=lambda item: str(item[0]).lower())),
+        "data": fingerprints(job.train_set, job.val_set),
+    }
+
+
+def write_environment(path: Path, now: dict[str, Any], step: int) -> None:
+    """`env.json`: `now` where the run begins; where it goes on after `step`, what differs since is added to `resumed`.
+
+    What decides rounding is also told in a line.
+    """
+    time = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    try:
+        first = json.loads(path.read_text()) if step else {}
+    except (OSError, ValueError):  # of the files of a run the least: a lost one does not stop it
+        first = {}
+    if not first:
+        content = {"time": time, **now}
+    else:
+        other = {key: value for key, value in now.items() if first.get(key) != value and key in first}
+        content = {**first, "resumed": [*first.get("resumed", []), {"time": time, "step": step, **other}]}
+        changed = [f"{key} {first[key]} → {other[key]}" for key in ROUNDING if key in other]
+        if changed:
+            effect = "equal to rounding, not bit for bit"
+            if "ranks" in other:
+                effect = "BatchNorm sees other groups of images"
+            click.echo(f"note: since this run was begun: {', '.join(changed)}; from here on {effect}", err=True)
+    write_atomic(path, (json.dumps(content, indent=2) + "\n").encode())
+
+
+def fingerprints(train_set: Any, val_set: Any) -> dict[str, Any]:
+    """`fingerprint` of both splits, by name."""
+    return {"train": fingerprint(train_set), "val": fingerprint(val_set)}
+
+
+def fingerprint(dataset: Any) -> dict[str, Any]:
+    """What a data set is, in a few lines: its number of images, classes, and SHA-256 sums over the images' names and
+    over the sizes of all files [bytes]; where there are no files, over the numbers that decide what is drawn.
+
+    Reads no file. Raises OSError where one is gone.
+    """
+    names = [dataset.name(index) for index in range(len(dataset))]
+    files = [file for kind in ("image", "mask", "annotation") for file in getattr(dataset, f"{kind}_files", ())]
+    drawn = {key: value for key, value in sorted(vars(dataset).items()) if isinstance(value, int | str)}
+    content = [str(os.stat(file).st_size) for file in files] or [f"{key}={value}" for key, value in drawn.items()]
+    sums = {key: hashlib.sha256("\n".join(text).encode(errors="surrogateescape")).hexdigest()
+            for key, text in (("names", names), ("content", content))}  # fmt: skip
+    return {"images": len(names), "classes": list(dataset.classes), **sums}
+
+
+def require_same_data(before: dict[str, Any] | None, now: dict[str, Any], folder: Path) -> None:
+    """Raises CommandError where the data of a resumed run are not those that it was begun with (None: not known)."""
+    for split, old in (before or {}).items():
+        new = now[split]
+        if old == new:
+            continue
+        if old["images"] != new["images"]:
+            found = f"{new['images']} images now, {old['images']} when the run was begun"
+        elif old["classes"] != new["classes"]:
+            pairs = zip(old["classes"], new["classes"], strict=False)
+            differ = [f"class {k} is {b}, was {a}" for k, (a, b) in enumerate(pairs) if a != b]
+            found = differ[0] if differ else f"{len(new['classes'])} classes now, {len(old['classes'])} before"
+        elif old["names"] != new["names"]:
+            found = f"{new['images']} images as before, but of other names"
+        else:
+            found = "the same names, but files of other sizes: images, masks or annotations were changed"
+        raise CommandError(
+            f"{folder}: the {split} split is not the one this run was begun with: {found}\n"
+            "expected the same data, as which images a step sees follows from their number and order\n"
+            f"restore them (or data.root), or start a new run: --out, model.pretrained={folder / 'last.safetensors'}"
+        )
