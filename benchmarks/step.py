@@ -5,10 +5,11 @@
     python benchmarks/step.py --smoke      # small and quick, writes nothing
 
 Batch 16 in bfloat16 on a GPU where there is one, else batch 4 in float32 on a CPU with 2 threads; images of 512×512,
-150 classes and 11. A step is forward, backward and a fused AdamW's update; what the sides are: step_sides.py. They run
-in turn, a time is the median of the rounds, a ratio the median of the rounds' ratios; "processor" is the time that all
-threads worked, which other programs lengthen less. First ssa and plain must agree in float32, in every loss and in the
-gradient of all parameters, to 1e-4.
+150 classes and 11. A step is forward, losses, backward and a fused AdamW's update, without what `ssaseg train` does
+beside (preparing the batch, but in two sides; the gradient's norm, the guard, averages); the sides: step_sides.py. They
+run in turn, a time is the median of the rounds, a ratio the median of the rounds' ratios; "processor" is the time that
+all threads worked, which other programs lengthen less. First ssa and plain must agree in float32, in every loss and in
+the gradient of all parameters, to 1e-4.
 
 The peak is that of a process of its own for each side: on a GPU PyTorch's `max_memory_allocated`, network and optimiser
 included; on a CPU what the step adds to the resident memory of a process that has made a small step before.

@@ -1,9 +1,10 @@
 """The sides of step.py: a training step of the same network under one classifier's losses, in several forms.
 
-`linear` and `ssa` are the product's. `plain` is ssa with its losses as losses.py writes them, the way the official code
-works: full-resolution logits of all images at once, Python loops over the classes present, OpenCV's edges on the CPU.
-Forms of the product's, all on a GPU: `compiled` (as train.compile), `graph` (the whole step replayed as one CUDA
-graph), `fed` (the batch is copied and prepared for each step), `prefetched` (the same on a stream of its own).
+`linear` and `ssa` are the product's forward, losses, backward and optimiser; the rest of its step, such as the guard
+and the gradient's norm, is left out of all sides. `plain` is ssa with its losses as losses.py writes them, the way the
+official code works: full-resolution logits of all images at once, Python loops over the classes present, OpenCV's edges
+on the CPU. Forms of the product's, all on a GPU: `compiled` (as train.compile), `graph` (the whole step replayed as one
+CUDA graph), `fed` (the batch is copied and prepared for each step), `prefetched` (the same on a stream of its own).
 """
 
 from collections.abc import Callable

@@ -112,7 +112,8 @@ def write_atomic(path: Path, content: bytes, sync: bool = True) -> None:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
         if isinstance(error, OSError):
-            amount = f"{len(content) / 2**20:.1f} MiB were to be written; what was there before stays"
+            size = f"{len(content) / 2**20:.1f} MiB" if len(content) > 2**17 else f"{len(content)} bytes"
+            amount = f"{size} were to be written; what was there before stays"
             raise OSError(error.errno, f"{error.strerror or error} ({amount})", str(path)) from None
         raise
 

@@ -5,7 +5,8 @@ A network is handed its classifier and knows none by name. What it relies on:
 - `forward(feature)` → logits; pure: no buffer written, no randomness in evaluation.
 - `stages(feature)` → logits, and the logits before adaptation where the classifier `adapts`.
 - `training_step(feature, labels, pairs)` → `TrainingStep`; owns dropout, upsampling conventions and float32 islands.
-- `step_pairs(labels)` → what a loss must know of the *whole* optimiser step before its first micro-batch.
+- `step_pairs(labels)` → what a loss must know of the *whole* optimiser step before its first micro-batch. A classifier
+  that does not adapt is not asked, and gets None.
 - `update(memories)`, after the optimiser's step: state that is not learnt by gradient. Nothing by default.
 - `training_only()`: prefixes of the state dict that a deploy form drops.
 

@@ -150,8 +150,9 @@ class Train(Section):
     batch: Count = Field(default=16, description="images per step, whatever the memory: micro-batches add up to it")
     micro_batch: Count | Literal["auto"] | None = Field(
         default=None,
-        description="images at once on one device (BatchNorm sees these); null: all of its share of the batch; "
-        "auto: as many as fit its memory, found at the start",
+        description="images at once on one device (BatchNorm sees these): a divisor of its share of the batch, and "
+        "for ssa a multiple of distill.group; null: all of its share; auto: as many as fit its memory, found at the "
+        "start",
     )
     amp: Annotated[
         Literal["off", "bf16", "fp16"],

@@ -14,7 +14,8 @@ from ssaseg.cli import curves
 from ssaseg.cli.confused import finish_bars, save_figure, shorten
 from ssaseg.cli.console import CommandError, json_target, print_table, write_json
 from ssaseg.cli.curves import Record, line
-from ssaseg.cli.report import read_metrics
+from ssaseg.cli.report import read_log
+from ssaseg.cli.state import flat
 from ssaseg.recipes import RecipeError, load_recipe
 
 MARK = {"Software": "ssaseg compare"}  # in the PNG: only a picture that this command made is overwritten
@@ -39,6 +40,7 @@ class Run:
     recipe: dict[str, Any]
     data: Any  # the fingerprint in env.json, None where there is none
     ious: dict[str, float | None] = field(default_factory=dict)
+    damaged: int = 0  # lines of metrics.jsonl that are no records
 
     def figures(self) -> dict[str, Any]:
         """What the table shows, as JSON has it; None is not known."""
@@ -137,26 +139,20 @@ def open_run(folder: Path, name: str) -> Run:
         data = json.loads((folder / "env.json").read_text(encoding="utf-8")).get("data")
     except (OSError, ValueError, AttributeError):
         data = None
-    run = Run(name, folder, read_metrics(folder / "metrics.jsonl"), recipe, data)
+    records, damaged = read_log(folder / "metrics.jsonl")
+    run = Run(name, folder, records, recipe, data, damaged=damaged)
     run.ious = best_ious(run)
     return run
 
 
 def best_ious(run: Run) -> dict[str, float | None]:
-    """IoU [%] by class at the best evaluation: the log's, or those in the header of best.safetensors."""
+    """IoU [%] by class at the best evaluation."""
     evaluations = curves.evaluated(run.records)
     best = curves.best_of(evaluations)
     if best is None:
         return {}
     found = next((record.get("IoU") for record in evaluations if record["step"] == best[0]), None)
     return found if isinstance(found, dict) else {}
-
-
-def flat(tree: Any, prefix: str = "") -> dict[str, Any]:
-    """Leaves of nested mappings by dotted key."""
-    if not isinstance(tree, dict) or not tree:
-        return {prefix: tree}
-    return {key: leaf for name, part in tree.items() for key, leaf in flat(part, f"{prefix}.{name}".strip(".")).items()}
 
 
 # ---- comparing ---------------------------------------------------------------------------------------------------
@@ -196,6 +192,7 @@ def remarks(runs: Sequence[Run]) -> list[str]:
     """What a reader of the table must know before he believes it."""
     notes = [f"{run.name}: no evaluation yet" for run in runs if not curves.evaluated(run.records)]
     notes += [f"{run.name}: no step of training is logged" for run in runs if not curves.trained(run.records)]
+    notes += [f"{run.name}: its log is damaged, lines left out: {run.damaged}" for run in runs if run.damaged]
     if len(runs) == 1:
         return [*notes, "one run only: nothing to compare it with"]
     without = [run.name for run in runs if curves.evaluated(run.records) and not run.ious]

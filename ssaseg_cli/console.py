@@ -29,12 +29,16 @@ def select_device(name: str) -> "torch.device":
     """The device for "auto" (CUDA where there is one), "cpu" or "cuda".
 
     Raises:
-        CommandError: "cuda" was asked for and PyTorch finds none.
+        CommandError: "cuda" was asked for and PyTorch finds none; "auto" with `--gpus` where there is none.
     """
     import torch
 
+    from ssaseg.cli.launch import LAUNCHED
+
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
+        if name == "cpu" and LAUNCHED in os.environ:
+            raise CommandError("--gpus: PyTorch finds no GPU\nuse --device cpu for that many processes on the CPU")
     if name == "cuda" and not torch.cuda.is_available():
         why = "this PyTorch is built without CUDA" if torch.version.cuda is None else "PyTorch finds no GPU"
         raise CommandError(f"--device cuda: {why}\nuse --device cpu, or --device auto to take what there is")

@@ -2,7 +2,7 @@
 
 Each computes its share and all end up with the same weights. Rank 0 alone reads states, writes files and prints; what
 the others need of it they are sent, so that they need not see its disk. Words between hosts (wishes, scores, errors) go
-by gloo and never make a GPU wait; gradients and BatchNorm's statistics go by NCCL between GPUs, by gloo between CPUs.
+by gloo and read nothing from a GPU; gradients and BatchNorm's statistics go by NCCL between GPUs, by gloo between CPUs.
 """
 
 import contextlib
@@ -26,15 +26,25 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ssaseg.cli.console import CommandError
 from ssaseg.cli.errors import muted, report
+from ssaseg.cli.launch import LAUNCHED
+from ssaseg.cli.meeting import meet
 from ssaseg.cli.watch import StopSignal
 
-# A dead rank's connections close and are noticed at once; this bounds only how long rank 0 may do something alone, such
-# as checking every label of a large data set.
+# How long a rank waits for another, such as for rank 0 while it checks every label of a large data set. That a rank is
+# gone is noticed sooner by those that wait for it in gloo, as its connections close. One that waits inside CUDA, as in
+# each SyncBatchNorm, notices it only where NCCL does, at the latest after this time: `--gpus` and torchrun soon end the
+# ranks of their own machine, but with several machines and --max-restarts 0 those of the others may wait that long.
 PATIENCE = timedelta(minutes=30)
-# What gloo, NCCL and the store say when the process at the other end is not there any more.
-LOST = ("closed by peer", "reset by peer", "Broken pipe", "Connection refused", "Timed out", "timed out", "NCCL")
+# What gloo, NCCL and the store say when the process at the other end is not there any more: not all that NCCL says.
+LOST = (
+    "closed by peer", "reset by peer", "closed by remote peer", "Remote peer closed", "Broken pipe",
+    "Connection refused", "Connection was likely closed", "remote process exit", "communicator was aborted",
+)  # fmt: skip
+LATE = ("Timed out", "timed out", "wait timeout")  # and when it has not answered for PATIENCE
+NOTICE = 2.0  # seconds that the parent of a rank may need to notice its end
+SETTLE = 0.2  # seconds
+met = False  # whether this process has been one of several ranks
 SHARE = "SSASEG_SHARE_GPU"  # =1: ranks may share a GPU, over gloo; for tests
-LAUNCHED = "SSASEG_LAUNCHED"  # set by our launcher, which tells itself how a process of its own ended
 
 
 class Elsewhere(Exception):
@@ -133,6 +143,9 @@ class Ranks:
     def wrap(self, model: nn.Module, unused: bool = False) -> nn.Module:
         """`model` with gradients averaged over ranks, begun with rank 0's weights; on GPUs BatchNorm sees all ranks.
 
+        PyTorch's SyncBatchNorm reads back which ranks had images: in a training step the host waits for its GPU, and
+        with it for the other ranks, at each norm. The steps of several GPUs are not queued ahead as those of one are.
+
         unused: some parameters get no gradient, which has to be looked for in each step. Alone: the model itself.
         """
         if self.size == 1:
@@ -164,6 +177,9 @@ class Ranks:
             try:
                 self.barrier()  # rank 0 may keep the store that others still read
                 dist.destroy_process_group()
+                # Threads of gloo may still hold the last tensors. One that lets go of them only while Python ends would
+                # abort the process; a model in a cycle of references keeps the threads alive that long.
+                time.sleep(SETTLE)
                 return
             except RuntimeError as late:
                 error = late
@@ -179,20 +195,16 @@ class Ranks:
         code = None
         if isinstance(error, Elsewhere):
             code = self._told_code(seconds=10.0) or 1  # that rank may still end its workers before it tells
-        elif is_loss(error):
+        elif is_loss(error) or is_late(error):
             code = self._told_code(seconds=0.5)
-            farewell = None if code else self._farewell()
-            if farewell and LAUNCHED in os.environ:
+            farewell = None if code else self._farewell(error)
+            if farewell and LAUNCHED in os.environ and not is_late(error):
                 code = 1  # the launcher knows which rank ended first, and how
             elif farewell:
                 error = CommandError(farewell)
         if code is None:
             code = self._tell(error)
-        for child in active_children():  # they would look for this process only every five seconds
-            child.kill()
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
+        leave(code)
 
     def _tell(self, error: BaseException) -> int:
         """Prints the error unless another rank has told one already. Returns its exit code."""
@@ -223,27 +235,46 @@ class Ranks:
                 time.sleep(0.05)
         return None
 
-    def _farewell(self) -> str | None:
-        """Which ranks are gone; None where all are there. Processes of other machines cannot be looked at from here."""
+    def _farewell(self, error: BaseException) -> str | None:
+        """Which ranks are gone, or late; None where all are there. Processes of other machines cannot be looked at."""
         others = [(rank, *place) for rank, place in enumerate(self.peers) if rank != self.rank]
         here = [(rank, pid) for rank, host, pid in others if host == socket.gethostname()]
-        until = time.monotonic() + 2.0  # its parent needs a moment to notice its end
+        until = time.monotonic() + NOTICE
         while all(is_alive(pid) for _, pid in here) and time.monotonic() < until:
             time.sleep(0.05)
         gone = [str(rank) for rank, pid in here if not is_alive(pid)]
-        if not gone and len(here) == len(others):
+        all_here = len(here) == len(others)
+        if not gone and is_late(error):
+            return (
+                f"rank {self.rank} of {self.size} has waited {PATIENCE.total_seconds() / 60:g} minutes for another, "
+                f"{'which is alive' if all_here else 'perhaps on a machine that was lost'} ({first_line(error)})\n"
+                "rank 0 alone looks at the labels, and --check all may take longer than that\n"
+                "use `ssaseg data check` beforehand, in a process of its own, and leave out --check all"
+            )
+        if not gone and all_here:
             return None
         who = f"rank {', '.join(gone)} of {self.size}" if gone else "a rank on another machine"
         return (
             f"{who} is gone: killed from outside, or its machine was lost\n"
+            f"this rank was told: {first_line(error)}\n"
             "go on from the last state with --resume; torchrun's --max-restarts does so by itself"
         )
+
+
+def leave(code: int) -> NoReturn:
+    """Ends this process without Python's own way out, on which gloo's threads may abort it and NCCL's may hang."""
+    for child in active_children():  # they would look for this process only every five seconds
+        child.kill()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def connect(device: torch.device) -> Ranks:
     """Meets the other ranks of torchrun's environment (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_*); without it, alone.
 
-    `device`: of the wished type; `Ranks.device` is this rank's own. Raises CommandError for fewer GPUs than ranks.
+    `device`: of the wished type; `Ranks.device` is this rank's own. Raises CommandError for fewer GPUs than ranks, and
+    where the ranks do not meet.
     """
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1 or "RANK" not in os.environ:
@@ -255,12 +286,21 @@ def connect(device: torch.device) -> Ranks:
         )
         torch.cuda.set_device(device)
         backend = "gloo" if shared else "cpu:gloo,cuda:nccl"
-    store, rank, size = next(iter(dist.rendezvous("env://", timeout=PATIENCE)))
-    # torchrun's store outlives a restart: under the same names ranks would find the addresses of those before them.
-    store = dist.PrefixStore(f"{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')} of {size}", store)
-    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=PATIENCE)
-    ranks = Ranks(device, rank, size, dist.PrefixStore("ssaseg", store))
-    ranks.peers = ranks.gather((socket.gethostname(), os.getpid()))
+    try:
+        store, rank, size = meet(PATIENCE)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=PATIENCE)
+        ranks = Ranks(device, rank, size, dist.PrefixStore("ssaseg", store))
+        ranks.peers = ranks.gather((socket.gethostname(), os.getpid()))
+    except RuntimeError as error:
+        if not (isinstance(error, dist.DistError) or is_loss(error) or is_late(error)):
+            raise
+        raise CommandError(
+            f"rank {os.environ['RANK']} of {size} did not meet the others: {first_line(error)}\n"
+            "one of them ended before, or is not reached over the network under MASTER_ADDR and MASTER_PORT",
+            exit_code=1,
+        ) from None
+    global met
+    met = True
     return ranks
 
 
@@ -278,8 +318,18 @@ def own_gpu(local_rank: int, here: int) -> tuple[torch.device, bool]:
 
 
 def was_restarted() -> bool:
-    """Whether torchrun has started this run again after a failure: it then goes on by itself, without --resume."""
+    """Whether torchrun has started this rank again after a failure: the run then goes on by itself, without --resume.
+
+    To be asked on all ranks (`Ranks.any`): each machine counts its own failures, and one that came in for another none.
+    Where machines join a run without a failure (`--nnodes 1:4` that grows), nobody counts one: that is not supported,
+    and ends with the error that the run folder is not empty.
+    """
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+
+
+def under_torchrun() -> bool:
+    """Whether torchrun has started this process: it begins a run anew that ends with another exit code than 0."""
+    return "TORCHELASTIC_RUN_ID" in os.environ
 
 
 def images_per_rank(batch: int, group: int, ranks: int) -> int:
@@ -308,6 +358,16 @@ def averaging(model: nn.Module, last: bool) -> contextlib.AbstractContextManager
 def is_loss(error: BaseException) -> bool:
     """Whether an error says that another rank is not there any more."""
     return isinstance(error, RuntimeError) and any(words in str(error) for words in LOST)
+
+
+def is_late(error: BaseException) -> bool:
+    """Whether an error says that another rank has not come in time."""
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in LATE)
+
+
+def first_line(error: BaseException) -> str:
+    """An error's first line, at most 200 characters of it."""
+    return str(error).strip().partition("\n")[0][:200]
 
 
 def is_alive(pid: int) -> bool:

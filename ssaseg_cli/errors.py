@@ -1,8 +1,11 @@
 """How a command ends: what it returns or raises becomes an exit code, and an error at most three lines."""
 
 import contextlib
+import errno
 import os
+import signal
 import sys
+import threading
 from collections.abc import Iterator
 from typing import Any, NoReturn
 
@@ -20,14 +23,46 @@ class CommandGroup(click.Group):
     def main(self, *args: Any, **extra: Any) -> NoReturn:
         extra["standalone_mode"] = False
         try:
-            code = super().main(*args, **extra)
+            with ended_by_sigterm():
+                code = super().main(*args, **extra)
         except Exception as error:
             if os.environ.get("SSASEG_DEBUG") == "1":
                 raise
             # What goes wrong before the ranks of a machine have met goes wrong in each: the first of them tells it.
             with muted(os.environ.get("LOCAL_RANK", "0") != "0"):
                 code = report(error)
+        ranks = sys.modules.get("ssaseg.cli.distributed")  # imported by what needs it alone: it imports torch
+        if ranks is not None and ranks.met:
+            ranks.leave(code or 0)
         sys.exit(code)
+
+
+@contextlib.contextmanager
+def ended_by_sigterm() -> Iterator[None]:
+    """Inside, SIGTERM is an exception, SystemExit(143), so that what was begun is closed and cleared away. Commands
+    that first finish something take the signal over meanwhile.
+
+    Not for one of several ranks: it may be waiting in C++ for the others, where no exception reaches it.
+    """
+    if "RANK" in os.environ or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    own = os.getpid()
+
+    def end(number: int, _: Any) -> None:
+        if os.getpid() != own:  # a process forked from this one: it ends as it always did
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+            return
+        click.echo("stopped", err=True)
+        sys.exit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        if signal.getsignal(signal.SIGTERM) is end:  # else nobody is to heed it any more: `StopSignal.settle`
+            signal.signal(signal.SIGTERM, before)
 
 
 @contextlib.contextmanager
@@ -56,6 +91,8 @@ def report(error: Exception) -> int:
     elif isinstance(error, OSError):
         where = f"{error.filename}: " if error.filename is not None else ""
         lines, code = f"{where}{error.strerror or error}", 2
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            lines += "\nmake room on that disk, then call the command again"
     elif isinstance(error, CommandError):
         lines, code = str(error), error.exit_code
     elif isinstance(error, FloatingPointError):

@@ -16,7 +16,7 @@ from ssaseg.cli.console import CommandError, json_target, print_table, select_de
 from ssaseg.cli.distributed import Ranks, connect
 from ssaseg.cli.inference import Inference, require_size, state_views
 from ssaseg.cli.metrics import Confusion, Interval, nan_mean
-from ssaseg.cli.watch import StopSignal
+from ssaseg.cli.watch import Interrupted, StopSignal
 from ssaseg.datasets import Dataset, build_dataset
 from ssaseg.datasets.loader import eval_loader
 from ssaseg.models import Segmenter, load_model
@@ -24,10 +24,6 @@ from ssaseg.recipes import Recipe, Test, load_recipe, parse_protocol, parse_reci
 
 WORKERS = 2  # processes that decode ahead
 MEANS = ("mIoU", "mBoundaryIoU", "fwIoU", "aAcc", "mAcc")  # printed; the report has all
-
-
-class Interrupted(Exception):
-    """An evaluation was asked to stop."""
 
 
 # ---- many images -------------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from ssaseg.cli.console import CommandError
+from ssaseg.cli.watch import Interrupted
 
 if TYPE_CHECKING:
     from ssaseg.cli.job import Job
@@ -14,7 +15,10 @@ if TYPE_CHECKING:
 
 @contextlib.contextmanager
 def told(job: "Job", evaluation: bool = False) -> Iterator[None]:
-    """Around a step, or an evaluation: turns what PyTorch raises into a CommandError that names the key."""
+    """Around a step, or an evaluation: turns what PyTorch raises into a CommandError that names the key.
+
+    Raises Interrupted where a signal to stop has ended the compiler, too: a terminal sends Ctrl-C to all its processes.
+    """
     try:
         yield
     except torch.OutOfMemoryError as error:
@@ -27,8 +31,12 @@ def told(job: "Job", evaluation: bool = False) -> Iterator[None]:
             f"{job.progress.step}, whose state is saved\nexpected room for each image at its test.scale\n"
             "start a new run with test.mode=slide, test.crop and test.stride, or a smaller test.scale"
         ) from None
+    except FileNotFoundError as error:
+        raise mendable(error) from None
     except RuntimeError as error:
         text = str(error)
+        if job.recipe.train.compile and job.stop.requested:
+            raise Interrupted from None
         if job.recipe.train.deterministic and "deterministic" in text:
             what = text.partition(" does not have")[0].partition(". ")[0].splitlines()[0][:200]
             raise CommandError(
@@ -44,3 +52,16 @@ def told(job: "Job", evaluation: bool = False) -> Iterator[None]:
                 "use train.compile=false"
             ) from None
         raise
+
+
+def mendable(error: Exception) -> Exception:
+    """For a file of the data that was there when the run began, and cannot be read now, an error that says what to do;
+    any other as it is.
+    """
+    if not isinstance(error, OSError) or error.filename is None:
+        return error
+    return CommandError(
+        f"{error.filename}: {error.strerror}\n"
+        "expected a file that can be read as long as the run lasts: it was there at its beginning\n"
+        "restore it, or the disk that it is on, then go on with --resume"
+    )

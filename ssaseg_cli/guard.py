@@ -3,7 +3,8 @@
 A GPU runs ahead of the program, and to ask after every step whether a number is finite would make it wait each time.
 So the verdict on a step stays on the device and suppresses the step's update there; the program reads the verdicts when
 it logs. Until then the steps after a bad one that ends the run change nothing: what is found, however late, are the
-weights and statistics from before it.
+weights and statistics from before it. Of several GPUs this holds, too, but they are waited for all the same: by
+SyncBatchNorm, see `Ranks.wrap`.
 """
 
 import contextlib
@@ -13,6 +14,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from ssaseg.cli.console import CommandError
 
 if TYPE_CHECKING:
     from ssaseg.cli.distributed import Ranks
@@ -49,17 +52,21 @@ class Guard:
         self.scaler, self.ranks, self.limit = scaler, ranks, limit
         self.count = torch.full((), float(min(skipped, limit)), device=ranks.device)
         self.held = torch.zeros((), device=ranks.device)
-        # Buffers change in place only, so that these views stay true; by type, as one tensor has one type.
-        views = [buffer.view(-1) for buffer in model.buffers()]
+        # What is not stored is constant. The others change in place only, so that these views stay true; by type, as
+        # one tensor has one type.
+        stored = model.state_dict().keys()
+        views = [buffer.view(-1) for name, buffer in model.named_buffers() if name in stored]
         types = {view.dtype for view in views}
         self.buffers = [[view for view in views if view.dtype == each] for each in sorted(types, key=str)]
-        self.before: list[Tensor] = []
+        self.before: list[Tensor] = []  # of the step that is being made
+        self.updated = False  # whether that step's update was begun
         scaler.scale(self.held)  # it makes its tensors when it is first used
         tensors = (scaler._scale, scaler._growth_tracker) if scaler.is_enabled() else ()
         self.scale = [each for each in tensors if each is not None]
 
     def start(self) -> None:
         """Before a step: keeps what its forward pass will change."""
+        self.updated = False
         self.before = [torch.cat(views) for views in self.buffers] + [each.clone() for each in self.scale]
 
     def judge(self, losses: Tensor, norm: Tensor, optimizer: torch.optim.Optimizer) -> Tensor:
@@ -87,10 +94,12 @@ class Guard:
     def finish(self) -> None:
         """After a step: puts back what a held one changed beside the weights: statistics, and fp16's loss scale."""
         self._put_back(self.held > 0)
+        self.before = []
 
     def undo(self) -> None:
-        """After a step that was broken off: puts back what it had changed."""
-        self._put_back(torch.ones_like(self.held, dtype=torch.bool))
+        """After a step that was broken off before its update: puts back what it had changed."""
+        if self.before:  # else it was broken off as it began
+            self._put_back(torch.ones_like(self.held, dtype=torch.bool))
 
     def _put_back(self, where: Tensor) -> None:
         before = iter(self.before)
@@ -104,22 +113,31 @@ class Guard:
 def low_scale(job: "Job") -> float | None:
     """fp16's loss scale where it has fallen so low that something is wrong, else None. Waits for the device.
 
-    Raises FloatingPointError where no scale is left: then no step has been made for long.
+    Raises FloatingPointError, with the state saved, where no scale is left: then no step has been made for long.
     """
     scale = job.scaler.get_scale()
     if job.scaler.is_enabled() and scale < NO_SCALE:
+        kept = save_before_error(job, "the state")
         raise FloatingPointError(
-            f"step {job.progress.step}: in fp16 the gradient is not finite at any loss scale (now {scale:g})\n"
-            + advice(job.folder)
+            f"step {job.progress.step}: in fp16 the gradient is not finite at any loss scale (now {scale:g}); {kept}\n"
+            + advice(job, skippable=False)
         )
     return scale if job.scaler.is_enabled() and scale < LOW_SCALE else None
 
 
-def advice(folder: Path) -> str:
-    """What to do after a number that is not finite: going on with the same recipe would end the same way."""
-    weights = folder / "last.safetensors"
-    start = f"model.pretrained={weights}, " if weights.exists() else ""
-    skip = "--resume with train.nonfinite=skip leaves such updates out; else " if weights.exists() else ""
+def advice(job: "Job", skippable: bool = True) -> str:
+    """What to do after a number that is not finite: going on with the same recipe would end the same way.
+
+    skippable: leaving out updates would help.
+    """
+    weights, limit = job.folder / "last.safetensors", job.guard.limit
+    start, skip = "", ""
+    if weights.exists():
+        # Not these: they are finite, and may have diverged all the same. Before a first evaluation little is lost.
+        best = job.folder / "best.safetensors"
+        start = f"model.pretrained={best}, " if best.exists() else ""
+        more = f"train.max_skipped above {limit} leaves more" if limit else "train.nonfinite=skip leaves"
+        skip = f"--resume with {more} such updates out; else " if skippable else ""
     return f"{skip}start a new run with {start}a lower optim.lr, optim.grad_clip=1 or train.amp=off"
 
 
@@ -128,8 +146,6 @@ def stop_before(job: "Job", step: StepRecord, names: list[str]) -> FloatingPoint
 
     Every rank calls it; `names` of the losses. Waits for the device.
     """
-    from ssaseg.cli.saving import save
-
     job.progress.step = step.number - 1
     own = torch.cat([step.losses, step.norm.view(1)]).float()
     table = own.new_zeros(job.ranks.size, len(own))
@@ -138,16 +154,9 @@ def stop_before(job: "Job", step: StepRecord, names: list[str]) -> FloatingPoint
     # The gradient is the same everywhere: a loss tells which rank it came from.
     rank = next((rank for rank, row in enumerate(rows) if not all(map(isfinite, row[:-1]))), 0)
     losses, norm = dict(zip(names, rows[rank][:-1], strict=True)), rows[rank][-1]
-    wrong = [name for name, value in losses.items() if not isfinite(value)]
-    what = "every loss" if len(wrong) > 1 and len(wrong) == len(losses) else f"loss {', '.join(wrong)}"
-    what = what if wrong else "the gradient" if not isfinite(norm) else "a norm's statistic"
-    terms = ", ".join(f"{name} {value:g}" for name, value in {**losses, "gradient norm": norm}.items())
+    what = broken_terms(losses, norm)
     path = job.folder / f"nonfinite-step-{step.number}.pt"
-    kept = "the state before it is saved"
-    try:
-        save(job)
-    except (FloatingPointError, OSError) as error:
-        kept = "the state before it could not be saved: " + str(error).partition("\n")[0]
+    kept = save_before_error(job, "the state before it")
     content = reproducer(job, rank, step.pairs, losses, norm)
     if job.ranks.main:
         with contextlib.suppress(OSError):  # a full disk: the message matters more
@@ -156,9 +165,30 @@ def stop_before(job: "Job", step: StepRecord, names: list[str]) -> FloatingPoint
     kept, written = job.ranks.share((kept, path.exists()))  # whichever rank tells it
     where = f"; batch and weights: {path.name}" if written else ""
     return FloatingPointError(
-        f"step {step.number}{allowed}: {what} is not finite ({terms}); {kept}\n"
-        f"images: {', '.join(content['names'])}{where}\n" + advice(job.folder)
+        f"step {step.number}{allowed}: {what}; {kept}\nimages: {', '.join(content['names'])}{where}\n" + advice(job)
     )
+
+
+def broken_terms(losses: dict[str, float], norm: float) -> str:
+    """What is not finite of a bad step, in a few words: at most three losses by name; the reproducer has all."""
+    wrong = {name: value for name, value in losses.items() if not isfinite(value)}
+    if not wrong:
+        return "a norm's statistic is not finite" if isfinite(norm) else f"the gradient is not finite (norm {norm:g})"
+    told = [f"{name} {value:g}" for name, value in wrong.items()][:3]
+    what = "every loss" if len(wrong) > 1 and len(wrong) == len(losses) else f"loss {', '.join(list(wrong)[:3])}"
+    more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+    return f"{what}{more if what != 'every loss' else ''} is not finite ({', '.join(told)}{more})"
+
+
+def save_before_error(job: "Job", what: str) -> str:
+    """Saves, and says whether that went well, as a part of the error that follows: it matters more than this one."""
+    from ssaseg.cli.saving import save
+
+    try:
+        save(job)
+    except (FloatingPointError, CommandError, OSError) as error:
+        return f"{what} could not be saved: " + str(error).partition("\n")[0]
+    return f"{what} is saved"
 
 
 def reproducer(job: "Job", rank: int, pairs: Tensor | None, losses: dict[str, float], norm: float) -> dict[str, Any]:
@@ -194,9 +224,12 @@ def replay(path: Path | str, device: str = "cpu") -> tuple[dict[str, float], flo
     """Takes the step in a `nonfinite-step-N.pt` again, with a fresh network: its losses by name, and the norm of its
     gradient before clipping. Raises FileNotFoundError where there is no such file.
 
+    On the kind of device that the file came from, as dropout draws other numbers on another. Without fp16's loss scale:
+    a gradient that vanishes or overflows there alone may differ.
+
     >>> losses, norm = replay("runs/demo/nonfinite-step-7.pt")
     """
-    from ssaseg.cli.freezing import set_mode
+    from ssaseg.cli.freezing import freeze, set_mode
     from ssaseg.cli.job import build_network
     from ssaseg.cli.train import autocast, gradient_norm
     from ssaseg.recipes import parse_recipe
@@ -206,6 +239,7 @@ def replay(path: Path | str, device: str = "cpu") -> tuple[dict[str, float], flo
     model = build_network(recipe, content["classes"])
     model.load_state_dict(content["weights"])
     model.to(device)
+    freeze(model, recipe.optim.freeze)
     set_mode(model, recipe.optim.freeze)
     torch.manual_seed(content["seed"])
     parts = list(zip(*(content[key].split(content["micro_batch"]) for key in ("images", "labels")), strict=True))

@@ -52,6 +52,7 @@ class Job:
     micro_batch: int  # images at once on one rank
     batches: Iterator[Any]  # micro-batches, from where the progress is
     fingerprints: dict[str, Any] = field(default_factory=dict)
+    saved: int = 0  # the step of the newest state on the disk; 0: none
     log: MetricsLog | None = None  # on rank 0
     stop: StopSignal = field(default_factory=StopSignal)
     deadline: float | None = None  # of `time.monotonic()` [s], for --max-hours
@@ -80,6 +81,8 @@ def build_job(
     prints = fingerprints(train_set, val_set)
     if stored is not None:
         require_same_data(stored.get("extra", {}).get("data"), prints, out)
+    if recipe.model.pretrained and stored is None:
+        require_start(Path(recipe.model.pretrained))
     if ranks.main:  # an error on it ends the others
         check_labels({"training": train_set, "validation": val_set}, check)
     ranks.barrier()
@@ -110,7 +113,7 @@ def build_job(
         average.load_state_dict(stored["extra"]["ema"])
     job = Job(
         recipe, out, ranks, model, optimizer, scaler, train_set, val_set, progress, model, guard, prepare, average,
-        micro_batch=share, batches=iter(()), fingerprints=prints,
+        micro_batch=share, batches=iter(()), fingerprints=prints, saved=progress.step,
     )  # fmt: skip
     choose_micro_batch(job, share)
     assemble(job)
@@ -208,17 +211,21 @@ def open_loader(job: Job, step: int, workers: int, rank: int) -> Iterator[Any]:
     )
 
 
+def require_start(path: Path) -> None:
+    """Raises CommandError where `model.pretrained` is no file: before the labels are looked at, which may take long."""
+    if not path.is_file():
+        raise CommandError(
+            f"model.pretrained={path}: no such checkpoint\n"
+            "put it there (`ssaseg recipes show` says where it is from) or name it: model.pretrained=FILE\n"
+            "model.pretrained=null starts from random weights instead, and ends with a lower mIoU"
+        )
+
+
 def load_start(model: Segmenter, path: str, classes: Sequence[str], tell: bool) -> None:
     """Loads `model.pretrained`, prints the matched share and holds it to at least 95 % of the backbone."""
     from ssaseg.cli.convert import load_pretrained
 
-    try:
-        matched = load_pretrained(model, Path(path), classes=classes)
-    except FileNotFoundError as error:
-        raise CommandError(
-            f"{error}\nput it there (`ssaseg recipes show` says where it is from) or name it: model.pretrained=FILE\n"
-            "model.pretrained=null starts from random weights instead, and ends with a lower mIoU"
-        ) from None
+    matched = load_pretrained(model, Path(path), classes=classes)
     if tell:
         click.echo(str(matched), err=True)
 
@@ -288,6 +295,12 @@ def describe(job: Job) -> None:
         f"step {job.progress.step} of {train.steps}, run folder {job.folder}",
         err=True,
     )
+    if train.compile and ranks > 1 and job.device.type == "cuda":
+        click.echo(
+            "note: train.compile on several GPUs was never measured; SyncBatchNorm breaks the compiled graphs at each "
+            "norm, which is likely slower than train.compile=false",
+            err=True,
+        )
     if recipe.optim.freeze:
         trained = sum(p.numel() for p in job.model.parameters() if p.requires_grad) / 1e6
         click.echo(f"frozen: {', '.join(recipe.optim.freeze)}; {trained:.2f} M parameters are trained", err=True)

@@ -15,6 +15,12 @@ from typing import Any
 
 from ssaseg.cli.console import CommandError
 
+LAUNCHED = "SSASEG_LAUNCHED"  # set for the ranks: this launcher tells itself how a process of its own ended
+# The command, as `python -m ssaseg.cli` would run it, but for the current directory among the modules: a file there
+# that is called as one of ours is none of ours.
+COMMAND = (
+    "import sys; sys.path[:1] = filter(None, sys.path[:1]); from ssaseg.cli.main import cli; cli(prog_name='ssaseg')"
+)
 # Seconds that the others get to end by themselves once a rank has failed.
 GRACE = 15.0
 POLL = 0.05  # seconds
@@ -25,8 +31,20 @@ class Killed(Exception):
 
 
 def needs_ranks(gpus: int | None) -> bool:
-    """Whether `--gpus` asks for processes that neither it nor torchrun has started yet."""
-    return (gpus or 1) > 1 and "RANK" not in os.environ
+    """Whether `--gpus` asks for processes that neither it nor torchrun has started yet.
+
+    Raises CommandError where something else than it has started another number of them.
+    """
+    if "RANK" not in os.environ:
+        return (gpus or 1) > 1
+    here = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("WORLD_SIZE") or "1"
+    if gpus is not None and LAUNCHED not in os.environ and here != str(gpus):
+        raise CommandError(
+            f"--gpus {gpus}: RANK is set, as torchrun or a job system does, and for processes on this machine: {here}\n"
+            "expected the same number; where torchrun starts them, leave out --gpus and use its --nproc-per-node\n"
+            "where --gpus shall start them, call it as `env -u RANK ssaseg ...`"
+        )
+    return False
 
 
 def run_launch(count: int) -> int:
@@ -52,7 +70,8 @@ def run_launch(count: int) -> int:
             processes.append(subprocess.Popen(own_command(), env={**common, **place}, start_new_session=True))
         code = watch(processes)
         # One that had not yet begun to heed signals ends of them: with a negative code, or an error about the others.
-        return 128 + wishes[0] if wishes and code else code
+        # What a rank itself found wrong in the same moment stays.
+        return 128 + wishes[0] if wishes and code not in (0, 2, 3) else code
     except Killed as error:
         if wishes:
             return 128 + wishes[0]
@@ -68,7 +87,7 @@ def run_launch(count: int) -> int:
 
 def own_command() -> list[str]:
     """What this process was called with, for another Python."""
-    return [sys.executable, "-m", "ssaseg.cli", *sys.argv[1:]]
+    return [sys.executable, "-c", COMMAND, *sys.argv[1:]]
 
 
 def environment(count: int) -> dict[str, str]:
@@ -81,7 +100,7 @@ def environment(count: int) -> dict[str, str]:
         "LOCAL_WORLD_SIZE": str(count),
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
-        "SSASEG_LAUNCHED": "1",
+        LAUNCHED: "1",
     }
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     # PyTorch tells of broken connections in pages; the rank that broke them, or this process, tells it in three lines.

@@ -52,7 +52,10 @@ def cli() -> None:
 )
 @gpus_option
 @click.option(
-    "--max-hours", type=click.FloatRange(min=0, min_open=True), metavar="H", help="Save and stop after H hours."
+    "--max-hours",
+    type=click.FloatRange(min=0, min_open=True),
+    metavar="H",
+    help="Save and stop after H hours: exit code 1, or 0 under torchrun.",
 )
 @click.option("--track", type=click.Choice(["tensorboard", "wandb"]), multiple=True, help="Log there too; repeatable.")
 @click.option("--dry-run", is_flag=True, help="Build everything, run one step, tell memory and time, write nothing.")

@@ -9,6 +9,7 @@ import click
 import torch
 
 from ssaseg.cli.console import CommandError
+from ssaseg.cli.prefetch import AHEAD
 
 if TYPE_CHECKING:
     from ssaseg.cli.job import Job
@@ -48,15 +49,15 @@ def explain(job: "Job", error: torch.OutOfMemoryError) -> CommandError:
     return CommandError(
         f"{job.device}: its memory is used up by {now} images at once at augment.crop={_crop(job)}\n"
         f"expected at most {found}, which fitted when tried; a step's batch stays {job.recipe.train.batch}\n"
-        f"use train.micro_batch={found}, with --resume in this run's folder"
+        f"use train.micro_batch={found}"
     )
 
 
 def _nothing_fits(job: "Job") -> CommandError:
     least = parts(job)[-1]
     return CommandError(
-        f"{job.device}: its memory does not suffice for {least} image{'s' * (least > 1)} at once at "
-        f"augment.crop={_crop(job)}\nexpected room for one training step of them\n"
+        f"{job.device}: not even {least} image{'s' * (least > 1)} at once fit into its memory, and can be trained, at "
+        f"augment.crop={_crop(job)}\nexpected room for one training step of them; BatchNorm needs 2 values a channel\n"
         "use a smaller augment.crop, train.amp=bf16, a smaller distill.group, or end what else runs on this GPU"
     )
 
@@ -75,7 +76,8 @@ def parts(job: "Job") -> list[int]:
 
 
 def fits(job: "Job", images: int) -> bool:
-    """Whether a forward and backward of so many random images at the crop's size finds the memory it needs.
+    """Whether a forward and backward of so many random images at the crop's size finds the memory it needs, and
+    BatchNorm the values: an image alone has no variance where a feature map is one pixel.
 
     Done on a copy: the run's weights, buffers, gradients and memories are not touched, its generators are put back.
     """
@@ -85,6 +87,10 @@ def fits(job: "Job", images: int) -> bool:
             _trial(job, images)
         except torch.OutOfMemoryError as error:
             traceback.clear_frames(error.__traceback__)
+            fitted = False
+        except ValueError as error:
+            if "more than 1 value per channel" not in str(error):
+                raise
             fitted = False
         else:
             fitted = True
@@ -110,8 +116,8 @@ def _trial(job: "Job", images: int) -> None:
     if device.type == "cuda":
         spare = int(SPARE * torch.cuda.get_device_properties(device).total_memory)
         held.append(torch.empty(spare, dtype=torch.uint8, device=device))
-        if job.recipe.train.prefetch:  # the next batch waits on the device
-            held += [torch.empty_like(pixels), torch.empty_like(labels)]
+        if job.recipe.train.prefetch:  # the next batches wait on the device
+            held += [torch.empty_like(each) for each in (pixels, labels) for _ in range(AHEAD)]
     with autocast(device, job.recipe.train.amp):
         losses = model(pixels, labels, model.classifier.step_pairs(labels))
     torch.stack(list(losses.values())).sum().backward()

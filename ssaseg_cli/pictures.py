@@ -98,22 +98,24 @@ def write_predictions(job: "Job", images: int = IMAGES) -> None:
     training = job.model.training
     job.model.eval()
     rows, maps = [], []
-    # Spread over the split: neighbours in it are often frames of one video.
-    for index in np.unique(np.linspace(0, len(data) - 1, images).round().astype(int)).tolist():
-        image, labels = data.load(index)
-        protocol, mean, std = recipe.test.model_dump(), recipe.data.mean, recipe.data.std
-        final, coarse = predict_labels(job.model, image, protocol, mean, std, job.device)[:2]
-        row = [Panel(data.name(index), image), Panel("label", panels.coloured(image, labels, palette))]
-        maps += [labels, final]
-        if coarse is not None:
-            maps.append(coarse)
-            row.append(Panel(f"coarse: {right(coarse, labels)}", panels.coloured(image, coarse, palette)))
-        word = "predicted" if coarse is None else "adapted"
-        row.append(Panel(f"{word}: {right(final, labels)}", panels.coloured(image, final, palette)))
-        if coarse is not None:
-            row.append(panels.changes(image, labels, coarse, final))
-        rows.append(row)
-    job.model.train(training)
+    try:
+        # Spread over the split: neighbours in it are often frames of one video.
+        for index in np.unique(np.linspace(0, len(data) - 1, images).round().astype(int)).tolist():
+            image, labels = data.load(index)
+            protocol, mean, std = recipe.test.model_dump(), recipe.data.mean, recipe.data.std
+            final, coarse = predict_labels(job.model, image, protocol, mean, std, job.device)[:2]
+            row = [Panel(data.name(index), image), Panel("label", panels.coloured(image, labels, palette))]
+            maps += [labels, final]
+            if coarse is not None:
+                maps.append(coarse)
+                row.append(Panel(f"coarse: {right(coarse, labels)}", panels.coloured(image, coarse, palette)))
+            word = "predicted" if coarse is None else "adapted"
+            row.append(Panel(f"{word}: {right(final, labels)}", panels.coloured(image, final, palette)))
+            if coarse is not None:
+                row.append(panels.changes(image, labels, coarse, final))
+            rows.append(row)
+    finally:
+        job.model.train(training)
     legend = panels.legend_of(maps, data.classes, palette)
     picture = panels.grid(rows, legend, panels.CHANGES if len(rows[0]) == 5 else ())
     kept = job.folder / "predictions" / f"step-{job.progress.step:06d}.jpg"

@@ -10,11 +10,12 @@ from ssaseg.cli.console import CommandError
 
 @click.group()
 def recipes() -> None:
-    """List, show and copy recipes.
+    """List, show and copy recipes, and explain their keys.
 
     \b
     Example:
       ssaseg recipes list
+      ssaseg recipes keys optim
     """
 
 

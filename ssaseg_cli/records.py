@@ -1,5 +1,6 @@
 """What a run remembers of its surroundings: versions, machine and command, and a fingerprint of its data."""
 
+import contextlib
 import hashlib
 import json
 import os
@@ -43,22 +44,19 @@ def environment(job: "Job") -> dict[str, Any]:
         "ranks": job.ranks.size,
         "seed": job.recipe.train.seed,
         "packages": dict(sorted(installed.items(), key=lambda item: str(item[0]).lower())),
-        "data": fingerprints(job.train_set, job.val_set),
+        "data": job.fingerprints,
     }
 
 
 def write_environment(path: Path, now: dict[str, Any], step: int) -> None:
     """`env.json`: `now` where the run begins; where it goes on after `step`, what differs since is added to `resumed`.
 
-    What decides rounding is also told in a line.
+    What decides rounding is also told in a line. Where the file is lost or damaged, the new one begins after `step`.
     """
     time = datetime.now(timezone.utc).isoformat(timespec="seconds")
-    try:
-        first = json.loads(path.read_text()) if step else {}
-    except (OSError, ValueError):  # of the files of a run the least: a lost one does not stop it
-        first = {}
+    first = _first(path) if step else {}
     if not first:
-        content = {"time": time, **now}
+        content = {"time": time, **({"step": step} if step else {}), **now}
     else:
         other = {key: value for key, value in now.items() if first.get(key) != value and key in first}
         content = {**first, "resumed": [*first.get("resumed", []), {"time": time, "step": step, **other}]}
@@ -71,6 +69,25 @@ def write_environment(path: Path, now: dict[str, Any], step: int) -> None:
     write_atomic(path, (json.dumps(content, indent=2) + "\n").encode())
 
 
+def _first(path: Path) -> dict[str, Any]:
+    """What `env.json` says of the run's beginning; {} where it cannot be read: of the files of a run the least, a lost
+    one does not stop it. It is set aside.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(content, dict) and isinstance(content.get("resumed", []), list):
+            return content
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError):
+        pass
+    aside = path.with_name(f"{path.name}.unreadable")
+    with contextlib.suppress(OSError):
+        path.rename(aside)
+    click.echo(f"warning: {path}: cannot be read, kept as {aside.name}; the new one begins here", err=True)
+    return {}
+
+
 def fingerprints(train_set: Any, val_set: Any) -> dict[str, Any]:
     """`fingerprint` of both splits, by name."""
     return {"train": fingerprint(train_set), "val": fingerprint(val_set)}
@@ -80,7 +97,8 @@ def fingerprint(dataset: Any) -> dict[str, Any]:
     """What a data set is, in a few lines: its number of images, classes, and SHA-256 sums over the images' names and
     over the sizes of all files [bytes]; where there are no files, over the numbers that decide what is drawn.
 
-    Reads no file. Raises OSError where one is gone.
+    Reads no file, so that a mask whose labels were changed without its size is not noticed. Raises OSError where a file
+    is gone.
     """
     names = [dataset.name(index) for index in range(len(dataset))]
     files = [file for kind in ("image", "mask", "annotation") for file in getattr(dataset, f"{kind}_files", ())]

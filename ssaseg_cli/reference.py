@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 from ssaseg.cli.console import CommandError
+from ssaseg.cli.state import FREE_KEYS
 from ssaseg.recipes import Recipe
 
 JsonSchema = Mapping[str, Any]
@@ -44,12 +45,17 @@ Shipped recipes therefore differ from the defaults: `ssaseg train NAME --print-c
 in the end, and a run stores the same as `config.yaml`, which is itself a recipe.
 
 **How they merge.** Sections key by key; a list is replaced whole, and so is a section that is given as
-`key={...}`; `null` takes back what a base said. A `data.dataset` other than the base's drops all of the base's
-`data` section but mean, std and cache.
+`key={...}`; `null` takes back what a base said, for keys that have null among their values. A
+`data.dataset` other than the base's drops all of the base's `data` section but mean, std and cache.
 
 **How they are read.** As YAML 1.2 has it: `1e-3` is a number, `off` and `no` are text. Nothing is converted
 silently, so `batch: "16"` is an error; and so is an unknown key, with the nearest known one named. Paths are
 relative to the current directory, in `extends` to the recipe's folder.
+
+**What a resumed run may change.** `ssaseg train --resume` goes on with other values of these keys, and refuses
+any other change, as it would change the result:
+FREE_KEYS.
+More steps are a new run with another `--out`, which may start from `model.pretrained=RUN/best.safetensors`.
 """
 
 
@@ -79,7 +85,9 @@ def recipe_page() -> str:
     parts = read_schema()
     listed = ", ".join(f"`{name}`" for part in parts for name in part.names if name)
     index = textwrap.fill(f"**Sections:** {listed}.", WIDTH, **WHOLE)
-    return "\n".join([HEADER, f"{index}\n", *(text_of(part) for part in parts)]).rstrip() + "\n"
+    free = textwrap.fill(", ".join(f"`{key}`" for key in sorted(FREE_KEYS)), WIDTH, **WHOLE)
+    header = HEADER.replace("FREE_KEYS", free)
+    return "\n".join([header, f"{index}\n", *(text_of(part) for part in parts)]).rstrip() + "\n"
 
 
 def section_page(wanted: str) -> str:

@@ -14,7 +14,7 @@ import click
 
 from ssaseg.cli import records
 from ssaseg.cli.console import CommandError
-from ssaseg.cli.state import load_state, refuse_changes
+from ssaseg.cli.state import load_state, refuse_changes, state_files
 from ssaseg.models.checkpoint import write_atomic
 from ssaseg.recipes import Recipe, dump_recipe, parse_recipe
 
@@ -34,20 +34,23 @@ class RunFolder:
 
 
 @contextlib.contextmanager
-def open_run(out: Path, recipe: Recipe, resume: bool, restarted: bool = False) -> Iterator[RunFolder]:
-    """Holds the run folder `out`, made if need be, while the context lasts.
+def open_run(out: Path, recipe: Recipe, resume: bool, restarted: bool = False, ranks: int = 1) -> Iterator[RunFolder]:
+    """Holds the run folder `out`, made if need be, while the context lasts; `ranks`: how many compute the run.
 
     restarted: by a supervisor, after a failure: resumed, also where nothing was saved yet, if that run was its own.
     Raises CommandError where `out` does not fit the wish, cannot be written, or another run writes into it.
     """
-    if resume and not restarted and not (out / "config.yaml").exists():
-        raise CommandError(f"{out}: no run to resume here (no config.yaml)\nstart one without --resume")
+    if resume and not restarted and not is_run(out):
+        taken = out.is_dir() and any(path.name != LOCK for path in out.iterdir())
+        mend = "name the run's folder with --out" if taken else "start one without --resume"
+        raise CommandError(f"{out}: no run to resume here (neither config.yaml nor state-*.pt)\n{mend}")
+    made = not out.exists()
     # A lock's name that is there before us was left by a run that failed. One that was refused leaves none: its
     # restart would else go on with the run that it found here.
     failed = (out / LOCK).exists()
     file, begun = _lock(out), False
     try:
-        run = _resumed(out, recipe) if resume or (restarted and failed) else _begun(out, recipe)
+        run = _resumed(out, recipe, ranks) if resume or (restarted and failed) else _begun(out, recipe)
         begun = True
         yield run
         begun = False
@@ -55,16 +58,24 @@ def open_run(out: Path, recipe: Recipe, resume: bool, restarted: bool = False) -
         if not begun or not (out / "config.yaml").exists():
             with contextlib.suppress(OSError):
                 (out / LOCK).unlink()
+                if made:
+                    out.rmdir()  # with anything in it the system refuses
         os.close(file)
+
+
+def is_run(out: Path) -> bool:
+    """Whether a run was begun in the folder. A state alone suffices to go on, as the recipe is in it."""
+    return (out / "config.yaml").exists() or bool(state_files(out))
 
 
 def _begun(out: Path, recipe: Recipe) -> RunFolder:
     if any(path.name != LOCK for path in out.iterdir()):
-        raise CommandError(f"{out}: the run folder is not empty\ngo on in it with --resume, or choose another --out")
+        mend = "go on in it with --resume, or choose another --out" if is_run(out) else "choose another --out"
+        raise CommandError(f"{out}: the run folder is not empty\n{mend}")
     return RunFolder(out, recipe, None)
 
 
-def _resumed(out: Path, recipe: Recipe) -> RunFolder:
+def _resumed(out: Path, recipe: Recipe, ranks: int) -> RunFolder:
     stored = load_state(out)
     if stored is None:
         if (out / "last.safetensors").exists():
@@ -75,9 +86,13 @@ def _resumed(out: Path, recipe: Recipe) -> RunFolder:
         return RunFolder(out, recipe, None)
     # Parsed, so that keys which came after the run was begun have the default that it went by.
     before = parse_recipe(stored["recipe"], str(out))
-    if recipe.train.micro_batch == "auto":
-        found = recipe.train.model_copy(update={"micro_batch": before.train.micro_batch})
-        recipe = recipe.model_copy(update={"train": found})
+    if not (out / "config.yaml").exists():
+        click.echo(f"note: {out / 'config.yaml'}: was missing, written anew from the state", err=True)
+        write_atomic(out / "config.yaml", dump_recipe(before).encode())
+    found = before.train.micro_batch
+    # What does not cut a rank's share, now that there are more or fewer ranks, is to be found anew.
+    if recipe.train.micro_batch == "auto" and isinstance(found, int) and recipe.train.batch // ranks % found == 0:
+        recipe = recipe.model_copy(update={"train": recipe.train.model_copy(update={"micro_batch": found})})
     refuse_changes(before.model_dump(mode="json"), recipe.model_dump(mode="json"), out)
     return RunFolder(out, recipe, stored)
 

@@ -18,12 +18,14 @@ def save(job: "Job") -> None:
     job.ranks.same_buffers(job.model)
     require_finite(job)
     if not job.ranks.main:
+        job.saved = job.progress.step
         return
     extra: dict[str, Any] = {"data": job.fingerprints}
     if job.average is not None:
         extra["ema"] = job.average.state_dict()
     recipe = job.recipe.model_dump(mode="json")
     save_state(job.folder, job.progress, job.model, job.optimizer, job.scaler, recipe, extra)
+    job.saved = job.progress.step
     # The weights as they are trained; scores belong to their average, where there is one.
     save_model(job.folder / "last.safetensors", job.model, metadata(job, scored=job.average is None))
 
@@ -54,7 +56,7 @@ def require_finite(job: "Job") -> None:
     if not torch.stack([value.isfinite().all() for value in values]).all():
         raise FloatingPointError(
             f"step {job.progress.step}: a weight or a norm's statistic is not finite; nothing was overwritten\n"
-            + advice(job.folder)
+            + advice(job)
         )
 
 

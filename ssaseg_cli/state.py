@@ -4,6 +4,7 @@ import contextlib
 import errno
 import io
 import os
+import shlex
 import zipfile
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -19,7 +20,7 @@ LEGACY = "state.pt"  # the one file of runs that were begun before there were se
 # Recipe keys that a resumed run may change, each with what becomes of the numbers; all others are refused.
 FREE_KEYS = {
     "name": "",  # a label
-    "data.root": "",  # where the data lie: what they are is held by their fingerprint
+    "data.root": "",  # where the data lie: their names and sizes are held by their fingerprint
     "data.cache": "",  # the same pixels, from memory
     "train.workers": "",  # a sample is a function of the seed and its position alone
     "train.prefetch": "",  # the same batches, earlier on the device
@@ -163,7 +164,7 @@ def refuse_changes(stored: dict[str, Any], given: dict[str, Any], folder: Path) 
 
     Other differences are told in one line.
     """
-    old, new = _flat(stored), _flat(given)
+    old, new = flat(stored), flat(given)
     changed = {
         key: _difference(key, old.get(key), new.get(key))
         for key in sorted(old.keys() | new.keys())
@@ -171,10 +172,16 @@ def refuse_changes(stored: dict[str, Any], given: dict[str, Any], folder: Path) 
     }
     refused = [text for key, text in changed.items() if key not in FREE_KEYS]
     if refused:
-        shown = ", ".join(refused[:3])
+        shown, own = ", ".join(refused[:3]), shlex.quote(str(folder))
+        best = next((folder / f"{name}.safetensors" for name in ("best", "last")
+                     if (folder / f"{name}.safetensors").exists()), None)  # fmt: skip
+        new_run = "or start a new run with another --out"
+        if "train.steps" in changed and best is not None:
+            # Learning rates follow from the number of steps: those that were made are of another schedule.
+            new_run += f"; longer than it was planned: that and model.pretrained={shlex.quote(str(best))}"
         raise CommandError(
             f"{folder}: the recipe is not the one this run was started with: {shown}{' …' if refused[3:] else ''}\n"
-            f"resume it with {folder / 'config.yaml'}, or start a new run with --out"
+            f"resume it by: ssaseg train {shlex.quote(str(folder / 'config.yaml'))} --out {own} --resume\n{new_run}"
         )
     if changed:
         notes = [text + (f" ({FREE_KEYS[key]})" if FREE_KEYS[key] else "") for key, text in changed.items()]
@@ -189,9 +196,10 @@ def _difference(key: str, old: Any, new: Any) -> str:
     return f"{key} {old} → {new}"
 
 
-def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
+def flat(tree: Any, prefix: str = "") -> dict[str, Any]:
+    """Leaves of nested mappings by dotted key."""
     if not isinstance(tree, dict) or not tree:
         return {prefix: list(tree) if isinstance(tree, tuple) else tree}
     return {
-        key: leaf for name, part in tree.items() for key, leaf in _flat(part, f"{prefix}.{name}".lstrip(".")).items()
+        key: leaf for name, part in tree.items() for key, leaf in flat(part, f"{prefix}.{name}".lstrip(".")).items()
     }

@@ -24,7 +24,7 @@ from ssaseg.cli.runfolder import open_run, write_start
 from ssaseg.cli.saving import complete, save, save_best
 from ssaseg.cli.schedule import learning_rate
 from ssaseg.cli.tracking import Tracker, open_trackers
-from ssaseg.cli.watch import Window
+from ssaseg.cli.watch import Interrupted, Window
 from ssaseg.datasets import DataError
 from ssaseg.datasets.loader import WorkerError
 from ssaseg.recipes import Recipe
@@ -45,7 +45,7 @@ def run_train(
     track: Sequence[str] = (),
 ) -> int:
     """Trains `recipe` in the folder `out`. Returns the exit code: 0 done, or, with the state saved, 1 after `max_hours`
-    and 130 / 143 after a signal.
+    and 130 / 143 after a signal. Under torchrun it is 0 after `max_hours`: for any other it would begin them anew.
 
     Raises CommandError for what the user can mend, FloatingPointError where a loss or a weight is not finite.
     """
@@ -60,9 +60,10 @@ def run_train(
         ranks = stack.enter_context(distributed.connect(chosen))
         trackers: list[Tracker] = []
         stored = None
+        restarted = ranks.any(distributed.was_restarted())
         if ranks.main and not dry_run:
             trackers = open_trackers(track, out, recipe)
-            run = stack.enter_context(open_run(out, recipe, resume, distributed.was_restarted()))
+            run = stack.enter_context(open_run(out, recipe, resume, restarted, ranks.size))
             recipe, stored = run.recipe, run.stored
         recipe, stored = ranks.share((recipe, stored))
         job = build_job(recipe, out, ranks, stored, check)
@@ -78,7 +79,11 @@ def run_train(
             open_log(job, trackers)
             stack.callback(close_all, trackers)
         with job.stop, contextlib.closing(Window(job)) as window:
-            return train(job, window)
+            try:
+                return train(job, window)
+            finally:
+                if job.stop.requested:
+                    job.stop.settle()
 
 
 def open_log(job: Job, trackers: Sequence[Tracker]) -> None:
@@ -132,9 +137,10 @@ def train(job: Job, window: Window) -> int:
             with window.aside():
                 save(job)
         if stop or (late and progress.step < recipe.train.steps):
+            job.stop.saved = True
             why = "" if stop else " as --max-hours is over"
             say(job, f"stopped after step {progress.step}{why}; state saved, go on with --resume")
-            return job.stop.exit_code if stop else 1
+            return job.stop.exit_code if stop else int(not distributed.under_torchrun())
 
 
 def read_batches(job: Job, window: Window) -> list[Any]:
@@ -145,7 +151,7 @@ def read_batches(job: Job, window: Window) -> list[Any]:
     try:
         batches = [next(job.batches) for _ in range(job.micro_batches)]
     except (DataError, WorkerError, OSError) as error:
-        failed = error
+        failed = faults.mendable(error)
     window.stop_waiting()
     if not job.ranks.any(failed is not None):
         return batches
@@ -158,11 +164,16 @@ def take_step(job: Job, window: Window, batches: list[Any]) -> tuple[StepRecord,
     try:
         with faults.told(job):
             return train_step(job, batches)
-    except CommandError:
-        if job.ranks.size == 1:  # others would wait for this one in their step
+    except (CommandError, Interrupted) as error:
+        # Other ranks would wait for this one in their step; weights of which some are updated are those of no step.
+        if job.ranks.size == 1 and not job.guard.updated:
             job.guard.undo()
             rescue(job, window)
-        raise
+        onward = f"goes on from state-{job.saved}.pt" if job.saved else "begins anew: no state was saved yet"
+        if isinstance(error, Interrupted):
+            say(job, f"stopped while step {job.progress.step + 1} was compiled; --resume {onward}")
+            sys.exit(job.stop.exit_code)
+        raise CommandError(f"{error}; --resume {onward}", error.exit_code) from None
 
 
 def rescue(job: Job, window: Window) -> None:
@@ -172,8 +183,13 @@ def rescue(job: Job, window: Window) -> None:
     bad = window.check()
     if bad is not None:
         raise stop_before(job, bad, window.names) from None
-    save(job)
-    say(job, f"stopped after step {job.progress.step}; state saved, go on with --resume once this is mended:")
+    try:
+        save(job)
+    except (CommandError, OSError) as error:  # the first error matters more
+        say(job, f"the state after step {job.progress.step} could not be saved: " + str(error).partition("\n")[0])
+        return
+    mended = "" if job.stop.requested else " once this is mended:"
+    say(job, f"stopped after step {job.progress.step}; state saved, go on with --resume{mended}")
 
 
 def train_step(job: Job, batches: list[Any]) -> tuple[StepRecord, list[str]]:
@@ -199,6 +215,7 @@ def train_step(job: Job, batches: list[Any]) -> tuple[StepRecord, list[str]]:
     norm = gradient_norm(model, recipe.optim.grad_clip)
     terms = torch.stack(list(totals.values()))
     bad = guard.judge(terms, norm, optimizer)
+    guard.updated = True
     scaler.step(optimizer)
     scaler.update()
     optimizer.zero_grad(set_to_none=True)
@@ -211,8 +228,10 @@ def train_step(job: Job, batches: list[Any]) -> tuple[StepRecord, list[str]]:
 
 
 def count_pairs(job: Job, batches: list[Any]) -> Tensor | None:
-    """What the dice is divided by, a number of the whole step, which its first micro-batch must know already."""
-    if len(batches) == 1 and job.ranks.size == 1:
+    """What the dice is divided by, a number of the whole step, which its first micro-batch must know already; None
+    where it is that of the only one, and for a classifier without a dice.
+    """
+    if not job.model.classifier.adapts or (len(batches) == 1 and job.ranks.size == 1):
         return None
     labels = (batch.labels.to(job.device, non_blocking=True) for batch in batches)
     pairs = torch.stack([job.model.classifier.step_pairs(label) for label in labels]).mean()
@@ -274,10 +293,11 @@ def evaluate(job: Job) -> bool:
 
     The weights were saved, and so found finite, before; the state that says "evaluated" comes last.
     """
-    from ssaseg.cli.evaluate import Interrupted, evaluate_model, state_protocol
+    from ssaseg.cli.evaluate import evaluate_model, state_protocol
 
     recipe, progress = job.recipe, job.progress
     started = time.perf_counter()
+    job.stop.saved = True
     # Validation images come in many sizes; each would be tuned, and compiled, for.
     tuned, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, False
     stance = torch.compiler.set_stance("force_eager") if recipe.train.compile else contextlib.nullcontext()
@@ -300,6 +320,7 @@ def evaluate(job: Job) -> bool:
         say(job, f"stopped while evaluating step {progress.step}; state saved, go on with --resume")
         return False
     finally:
+        job.stop.saved = False
         torch.backends.cudnn.benchmark = tuned
     save(job)
     return True

@@ -23,11 +23,18 @@ if TYPE_CHECKING:
 BOUND, STEPS = 0.2, 20
 
 
+class Interrupted(Exception):
+    """A step or an evaluation was broken off by a wish to stop."""
+
+
 class StopSignal:
-    """Turns SIGINT and SIGTERM into a wish that the loop reads between steps; a second Ctrl-C stops at once."""
+    """Turns SIGINT and SIGTERM into a wish that the loop reads between steps; a second Ctrl-C stops at once, unless
+    `saved` says that nothing would be lost by waiting for the end.
+    """
 
     def __init__(self) -> None:
         self.number: int | None = None
+        self.saved = False
 
     @property
     def requested(self) -> bool:
@@ -47,8 +54,15 @@ class StopSignal:
         for each, handler in self.before.items():
             signal.signal(each, handler)
 
+    def settle(self) -> None:
+        """For a process that is about to end: signals are not heeded any more, also beyond the context. They would only
+        break off its leaving, in the middle of some destructor, with a traceback.
+        """
+        self.before = dict.fromkeys((signal.SIGINT, signal.SIGTERM), signal.SIG_IGN)
+
     def _take(self, number: int, _: Any) -> None:
-        if self.number is not None and number == signal.SIGINT:
+        if self.number is not None and number == signal.SIGINT and not self.saved:
+            self.saved = True  # a third one must not break off what the second one raises
             raise KeyboardInterrupt
         self.number = number
 

@@ -11,7 +11,7 @@ import pytest
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")  # before the fixtures of a module, whose bits its tests compare with
 def one_thread() -> Iterator[None]:
     """For images so small that they only wait for a second thread."""
     import torch

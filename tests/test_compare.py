@@ -11,6 +11,7 @@ from PIL import Image
 
 from ssaseg.cli import compare
 from ssaseg.cli.main import cli
+from ssaseg.cli.report import read_log
 from ssaseg.recipes import dump_recipe, load_recipe
 
 CLASSES = {"sky": 90.0, "road": 40.0, "boat": None}
@@ -28,6 +29,15 @@ def make_run(
         records.append({"step": step, "mIoU": miou, "eval_seconds": 5.0, "IoU": {**CLASSES, **ious}})
     (folder / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     return folder
+
+
+def test_a_damaged_log_is_told(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "a")
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 3\nrubbish\n\n{"step": 40, "lo')  # the last one is only being written
+    assert read_log(folder / "metrics.jsonl")[1] == 2
+    notes = compare.remarks(compare.open_runs([folder]))
+    assert "a: its log is damaged, lines left out: 2" in notes
 
 
 def run(*arguments: object) -> Result:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +18,14 @@ import psutil
 import pytest
 import torch
 from click.testing import CliRunner
+from tiny import TINY
 from torch.utils._pytree import tree_leaves
 
 from ssaseg.cli import distributed, launch
 from ssaseg.cli.console import CommandError
 from ssaseg.cli.distributed import Ranks, connect, images_per_rank, is_loss
 from ssaseg.cli.evaluate import run_eval
+from ssaseg.cli.job import describe
 from ssaseg.cli.main import cli
 from ssaseg.cli.metrics import Confusion
 from ssaseg.cli.watch import StopSignal
@@ -93,6 +96,16 @@ def test_too_few_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     assert distributed.own_gpu(3, 4) == (torch.device("cuda", 1), True)
 
 
+def test_compiling_on_several_gpus_is_remarked_upon(
+    make_job: Callable[..., Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    job = make_job(tmp_path, "train.compile=true")
+    for kind, size, remarks in (("cuda", 2, 1), ("cuda", 1, 0), ("cpu", 2, 0)):
+        job.ranks = Ranks(torch.device(kind), 0, size)
+        describe(job)
+        assert capsys.readouterr().err.count("train.compile on several GPUs was never measured") == remarks
+
+
 @pytest.mark.parametrize("ranks", [2, 3, 8])
 def test_counts_of_parts_are_the_count_of_all(ranks: int) -> None:
     rng = np.random.default_rng(0)
@@ -112,6 +125,11 @@ def test_counts_of_parts_are_the_count_of_all(ranks: int) -> None:
     [
         ("[../gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:2345", True),
         ("NCCL communicator was aborted on rank 0", True),
+        ("NCCL error in: NCCLUtils.hpp:268, remote process exited or there was a network error", True),
+        ("Failed to recv, got 0 bytes. Connection was likely closed. Did the remote server shutdown or crash?", True),
+        ("Net : Connection closed by remote peer node2<42830>", True),
+        ("NCCL error in: NCCLUtils.hpp:268, unhandled cuda error (run with NCCL_DEBUG=INFO for details)", False),
+        ("NCCL error in: NCCLUtils.hpp:268, invalid usage: Duplicate GPU detected", False),
         ("The size of tensor a (3) must match the size of tensor b (4)", False),
     ],
 )
@@ -120,26 +138,28 @@ def test_errors_about_other_ranks(message: str, lost: bool) -> None:
     assert not is_loss(CommandError(message))
 
 
-def test_only_ranks_that_are_gone_are_called_so() -> None:
+def test_only_ranks_that_are_gone_are_called_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(distributed, "NOTICE", 0.0)
     host, ended = socket.gethostname(), subprocess.Popen([sys.executable, "-c", ""])
     ended.wait()
 
-    def farewell(*others: tuple[str, int]) -> str | None:
-        return Ranks(CPU, size=1 + len(others), peers=[(host, 0), *others])._farewell()
+    def farewell(error: str, *others: tuple[str, int]) -> str | None:
+        return Ranks(CPU, size=1 + len(others), peers=[(host, 0), *others])._farewell(RuntimeError(error))
 
-    assert farewell((host, os.getpid())) is None  # an error of NCCL's own is told as it is
-    assert "rank 2 of 3 is gone" in str(farewell((host, os.getpid()), (host, ended.pid)))
-    assert "a rank on another machine is gone" in str(farewell(("elsewhere", 1)))
+    closed, late = "Connection closed by peer\nframe #0", "Timed out waiting 1800000ms for recv"
+    assert farewell(closed, (host, os.getpid())) is None  # told as it is
+    assert "rank 2 of 3 is gone" in str(farewell(closed, (host, os.getpid()), (host, ended.pid)))
+    assert "a rank on another machine is gone" in str(farewell(closed, ("elsewhere", 1)))
+    assert "this rank was told: Connection closed by peer\n" in str(farewell(closed, ("elsewhere", 1)))
+    assert "30 minutes for another, which is alive (Timed out" in str(farewell(late, (host, os.getpid())))
+    assert "perhaps on a machine that was lost" in str(farewell(late, ("elsewhere", 1)))
+    assert "rank 1 of 2 is gone" in str(farewell(late, (host, ended.pid)))
 
 
 # ---- whole ranks, over gloo on 127.0.0.1 --------------------------------------------------------------------------
 
-# Augmentation, a worker, micro-batches, dropout and drop path: whatever could make a resumed run differ.
-TINY = [
-    "data.synthetic.height=64", "data.synthetic.width=64", "data.synthetic.train=12", "data.synthetic.val=3",
-    "augment.scale=[64,64]", "augment.crop=[64,64]", "model.drop_path=0.2", "model.dropout=0.1", "distill.group=2",
-    "train.batch=8", "train.micro_batch=2", "train.steps=6", "train.workers=1", "train.log_every=2",
-    "train.eval_every=3", "train.save_every=2",
+KEYS = [
+    *TINY, "data.synthetic.val=3", "train.batch=8", "train.workers=1", "optim.ema=0.9", "optim.grad_clip=1",
 ]  # fmt: skip
 DIE_AT_STEP_4 = """
 import os, signal, torch
@@ -189,7 +209,7 @@ def script(monkeypatch: pytest.MonkeyPatch, text: str, count: int) -> int:
 
 def train_script(out: Path, *arguments: str, prelude: str = "") -> str:
     """`ssaseg train` after `prelude` (Python) has been run."""
-    command = ["train", "demo", *TINY, "--device", "cpu", "--out", str(out), *arguments]
+    command = ["train", "demo", *KEYS, "--device", "cpu", "--out", str(out), *arguments]
     return f"{prelude}\nfrom ssaseg.cli.main import cli\ncli({command!r})"
 
 
@@ -197,10 +217,54 @@ def same_state(first: Path, second: Path) -> None:
     """The last states of two runs: weights, statistics and the optimiser's moments, bit for bit."""
     ours, theirs = (torch.load(folder / "state-6.pt", weights_only=True) for folder in (first, second))
     assert ours["progress"] == theirs["progress"]
-    for part in ("model", "optimizer"):
+    assert ours["extra"]["ema"]
+    for part in ("model", "optimizer", "extra"):
         a, b = (tree_leaves(state[part]) for state in (ours, theirs))
         for mine, other in zip(a, b, strict=True):
             assert torch.equal(mine, other) if isinstance(mine, torch.Tensor) else mine == other
+
+
+# Twice, as after a restart. Machines count their own failures: here rank 0 has had one more.
+MEET = """
+import os, torch
+from ssaseg.cli.distributed import connect, was_restarted
+rank = int(os.environ["RANK"])
+for failures in (0, 1):
+    os.environ["TORCHELASTIC_RESTART_COUNT"] = str(failures + 1 - rank)
+    with connect(torch.device("cpu")) as ranks:
+        assert ranks.gather(rank) == [0, 1]
+        assert ranks.any(was_restarted())
+"""
+
+
+def test_ranks_meet_whatever_each_machine_has_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a store like torchrun's, which keeps what ranks of earlier starts have left in it."""
+    store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    store.set("ssaseg/call/1", "of an earlier start")
+    own = launch.environment
+    agents = {"MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    monkeypatch.setattr(launch, "environment", lambda count: own(count) | agents)
+    assert script(monkeypatch, MEET, 2) == 0
+
+
+def test_a_rank_that_waits_in_vain_names_what_may_take_long(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    slow = """
+import time, torch
+from datetime import timedelta
+from ssaseg.cli import distributed
+distributed.PATIENCE = timedelta(seconds=4)
+with distributed.connect(torch.device("cpu")) as ranks:
+    time.sleep(20 if ranks.main else 0)
+    ranks.barrier()
+"""
+    monkeypatch.setattr(launch, "GRACE", 0.2)
+    assert script(monkeypatch, slow, 2) == 2
+    told = capfd.readouterr().err.splitlines()
+    assert len(told) == 3
+    assert told[0].startswith("error: rank 1 of 2 has waited")
+    assert "--check all" in told[1]
 
 
 @pytest.fixture(scope="module")
@@ -239,7 +303,7 @@ with connect(torch.device("{device}")) as ranks:
 @pytest.mark.usefixtures("one_thread")
 def test_two_ranks_have_the_losses_and_gradients_of_one(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """With BatchNorm's statistics fixed, as without SyncBatchNorm they are those of a micro-batch."""
-    fixed = [*TINY, "optim.freeze=[norm]", "model.dropout=0", "model.drop_path=0", "train.workers=0"]
+    fixed = [*KEYS, "optim.freeze=[norm]", "model.dropout=0", "model.drop_path=0", "train.workers=0"]
     kinds = [[*fixed, f"model.classifier={kind}"] for kind in ("ssa", "linear")]
     # Parameters without a gradient: the teacher's, where nothing is learnt from it.
     kinds.append([*kinds[0], *(f"distill.weights.{term}=0" for term in TEACHER)])
@@ -251,7 +315,7 @@ def test_two_ranks_that_share_a_gpu_have_the_gradients_of_one(monkeypatch: pytes
     """BatchNorm trains: SyncBatchNorm has the statistics of all ranks' images. Over gloo, as NCCL wants a GPU each."""
     monkeypatch.setenv(distributed.SHARE, "1")
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
-    live = [*TINY, "model.dropout=0", "model.drop_path=0", "train.workers=0", "train.micro_batch=null"]
+    live = [*KEYS, "model.dropout=0", "model.drop_path=0", "train.workers=0", "train.micro_batch=null"]
     crop = ["augment.scale=[128,128]", "augment.crop=[128,128]"]
     compare_with_one_rank(monkeypatch, tmp_path, "cuda", [[*live, *crop]], 1e-4)
 
@@ -312,7 +376,7 @@ def test_a_signal_saves_once_and_one_rank_can_go_on(
     told = capfd.readouterr().err
     assert told.count("state saved, go on with --resume") == 1
     assert "Traceback" not in told
-    result = CliRunner().invoke(cli, ["train", "demo", *TINY, "--device", "cpu", "--out", str(out), "--resume"])
+    result = CliRunner().invoke(cli, ["train", "demo", *KEYS, "--device", "cpu", "--out", str(out), "--resume"])
     assert result.exit_code == 0, result.output
     assert "ranks 2 → 1" in result.stderr
     assert (out / "state-6.pt").exists()

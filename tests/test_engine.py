@@ -1,5 +1,8 @@
 """What can be asked of the training: averaging, freezing, stopping early, compiling, determinism, time limits."""
 
+import errno
+import os
+import signal
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -191,6 +194,33 @@ def test_compiled_training_has_the_same_losses_and_names(
     torch.testing.assert_close(found[1], found[0], rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("asked", [True, False])
+def test_a_signal_that_ends_the_compiler_too_is_no_broken_compiler(
+    tmp_path: Path, make_job: MakeJob, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], asked: bool
+) -> None:
+    """Ctrl-C in a terminal also reaches g++."""
+    job = make_job(tmp_path)
+
+    def compiler(*_: Any) -> Any:
+        job.stop.number = signal.SIGINT if asked else None
+        raise OSError("g++ ended with signal 2")
+
+    monkeypatch.setattr(jobs, "COMPILER", compiler)
+    train_section = job.recipe.train.model_copy(update={"compile": True})
+    job.recipe = job.recipe.model_copy(update={"train": train_section})
+    jobs.assemble(job)
+    if asked:
+        with pytest.raises(SystemExit) as stopped:
+            run(job)
+        assert stopped.value.code == 130
+        told = capsys.readouterr().err
+        assert "stopped while step 1 was compiled; --resume begins anew: no state was saved yet" in told
+    else:
+        with pytest.raises(CommandError, match=r"train.compile: torch.compile failed \(BackendCompilerFailed"):
+            run(job)
+    torch._dynamo.reset()
+
+
 def test_deterministic_mode_ends_with_the_run() -> None:
     with deterministic(True):
         assert torch.are_deterministic_algorithms_enabled()
@@ -208,28 +238,91 @@ def test_an_operation_without_deterministic_form_is_named(tmp_path: Path, make_j
     assert len(message.splitlines()) == 3
 
 
-def test_memory_that_does_not_suffice_is_told_after_saving(tmp_path: Path, make_job: MakeJob) -> None:
-    job = make_job(tmp_path / "run", "train.batch=4")
-    model = job.model
+class Full:
+    """`function`, for which memory runs out in the third step; half a step's trace is left before."""
 
-    class TooBig(torch.nn.Module):
-        def forward(self, images: torch.Tensor, *others: Any) -> Any:
-            if job.progress.step == 2:
-                model.get_buffer("backbone.stem.norm.running_mean").fill_(7)  # half a step's trace
-                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate")
-            return model(images, *others)
+    def __init__(self, job: Job, function: Callable[..., Any], trace: bool = False) -> None:
+        self.job, self.function, self.trace = job, function, trace
 
-    job.network = TooBig()
-    with pytest.raises(CommandError, match=r"train.micro_batch=2"):
-        run(job)
-    state: Any = load_state(tmp_path / "run")
-    assert state["progress"]["step"] == 2
-    other = make_job(tmp_path / "other", "train.batch=4")
+    def __call__(self, *inputs: Any) -> Any:
+        if self.job.progress.step < 2:
+            return self.function(*inputs)
+        if self.trace:
+            self.job.model.get_buffer("backbone.stem.norm.running_mean").fill_(7)
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate")
+
+
+@pytest.fixture(scope="module")
+def after_two_steps(tmp_path_factory: pytest.TempPathFactory, make_job: MakeJob) -> Any:
+    """The weights of a run that nothing disturbed."""
+    job = make_job(tmp_path_factory.mktemp("two"), "train.batch=4")
     for step in range(2):
-        train.set_learning_rate(other, step)
-        train.train_step(other, [next(other.batches)])
-        other.progress.step += 1
-    assert_equal(state["model"], other.model.state_dict())
+        train.set_learning_rate(job, step)
+        train.train_step(job, [next(job.batches)])
+        job.progress.step += 1
+    return job.model.state_dict()
+
+
+@pytest.mark.parametrize("where", ["forward", "start"])
+def test_memory_that_does_not_suffice_is_told_after_saving(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, make_job: MakeJob, after_two_steps: Any, where: str
+) -> None:
+    job = make_job(tmp_path, "train.batch=4")
+    if where == "forward":
+        job.network = torch.nn.Module()
+        job.network.forward = Full(job, job.model, trace=True)  # type: ignore[assignment]
+    else:
+        start, real = job.guard.start, torch.cat
+
+        def without_memory() -> None:  # for the copies that it makes; else there is enough
+            with monkeypatch.context() as patch:
+                patch.setattr(torch, "cat", Full(job, real))
+                start()
+
+        monkeypatch.setattr(job.guard, "start", without_memory)
+    with pytest.raises(CommandError, match=r"train.micro_batch=2; --resume goes on from state-2.pt"):
+        run(job)
+    state: Any = load_state(tmp_path)
+    assert state["progress"]["step"] == 2
+    assert_equal(state["model"], after_two_steps)
+
+
+@pytest.mark.parametrize("saved", [1, 0])
+@pytest.mark.parametrize("where", ["update", "average"])
+def test_weights_that_are_no_steps_are_not_saved(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, make_job: MakeJob, after_two_steps: Any, where: str, saved: int
+) -> None:
+    """Memory runs out once the optimiser has begun, or has ended."""
+    job = make_job(tmp_path, "train.batch=4", "optim.ema=0.9", f"train.save_every={100 - 99 * saved}")
+    owner, name = (job.optimizer, "step") if where == "update" else (job.average, "update")
+    function = getattr(owner, name)
+    monkeypatch.setattr(owner, name, Full(job, function))
+    onward = "goes on from state-2.pt" if saved else "begins anew: no state was saved yet"
+    with pytest.raises(CommandError, match=f"train.micro_batch=2; --resume {onward}"):
+        run(job)
+    assert sorted(path.name for path in tmp_path.glob("state-*")) == ["state-1.pt", "state-2.pt"][: 2 * saved]
+    if saved:
+        state: Any = load_state(tmp_path)
+        assert_equal(state["model"], after_two_steps)
+
+
+def test_a_full_disk_does_not_hide_why_a_run_ends(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, make_job: MakeJob, capsys: pytest.CaptureFixture[str]
+) -> None:
+    job = make_job(tmp_path, "train.batch=4")
+    job.network = torch.nn.Module()
+    job.network.forward = Full(job, job.model)  # type: ignore[assignment]
+
+    def refuse(path: Path, *_: Any, **__: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+
+    monkeypatch.setattr("ssaseg.cli.state.write_atomic", refuse)
+    with pytest.raises(CommandError, match=r"memory is used up by 4 .*\n.*\n.*begins anew: no state was saved yet"):
+        run(job)
+    told = [line for line in capsys.readouterr().err.splitlines() if "could not be saved" in line]
+    assert len(told) == 1
+    assert told[0].startswith("the state after step 2 could not be saved: ")
+    assert told[0].endswith("No space left on device")
 
 
 # ---- waiting for data ------------------------------------------------------------------------------------------------

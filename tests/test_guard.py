@@ -1,7 +1,9 @@
 """What is not finite: held back on the device, told late, and nothing of it left in what is saved."""
 
 import copy
+import errno
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,11 +12,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from ssaseg.cli import train
 from ssaseg.cli.distributed import Ranks
-from ssaseg.cli.guard import Guard, low_scale, replay
+from ssaseg.cli.errors import report
+from ssaseg.cli.guard import Guard, advice, broken_terms, low_scale, replay
 from ssaseg.cli.job import Job
 from ssaseg.cli.watch import Window
 
@@ -101,9 +103,9 @@ def before_step_3(tmp_path_factory: pytest.TempPathFactory, make_job: MakeJob) -
 @pytest.mark.parametrize(
     ("spoil", "named"),
     [
-        (spoil_loss, "loss coarse_ce is not finite"),
-        (spoil_gradient, "the gradient is not finite"),
-        (spoil_statistic, "a norm's statistic is not finite"),
+        (spoil_loss, "loss coarse_ce is not finite (coarse_ce nan); "),
+        (spoil_gradient, "the gradient is not finite (norm nan); "),
+        (spoil_statistic, "a norm's statistic is not finite; "),
     ],
 )
 def test_a_run_stops_with_the_state_before_the_bad_step(
@@ -124,7 +126,9 @@ def test_a_run_stops_with_the_state_before_the_bad_step(
     assert spoiled.calls == (3 if at_once else 5)
     lines = str(caught.value).splitlines()
     assert len(lines) == 3
-    assert lines[0].startswith(f"step 3: {named} (main_ce ")
+    assert lines[0].startswith(f"step 3: {named}")
+    assert lines[0].endswith("the state before it is saved")
+    assert "safetensors" not in lines[2], "nothing was evaluated: no weights are known to be good"
     assert lines[1].startswith("images: ")
     assert "nonfinite-step-3.pt" in lines[1]
     assert [path.name for path in tmp_path.glob("state-*.pt")] == ["state-2.pt"]
@@ -135,6 +139,21 @@ def test_a_run_stops_with_the_state_before_the_bad_step(
     assert all(torch.equal(state["model"][key], value) for key, value in content["weights"].items())
     for name in content["names"]:
         assert name in lines[1]
+
+
+def test_at_most_three_terms_are_named() -> None:
+    losses = dict.fromkeys("abcde", torch.nan)
+    assert broken_terms(losses, torch.nan) == "every loss is not finite (a nan, b nan, c nan and 2 more)"
+    assert broken_terms({"fine": 1.0, **losses}, 1.0).startswith("loss a, b, c and 2 more is not finite (a nan, ")
+    assert broken_terms({"fine": 1.0, "e": torch.inf}, 1.0) == "loss e is not finite (e inf)"
+
+
+def test_only_weights_that_were_evaluated_are_advised(tmp_path: Path) -> None:
+    job: Any = SimpleNamespace(folder=tmp_path, guard=SimpleNamespace(limit=0))
+    (tmp_path / "last.safetensors").touch()
+    assert "model.pretrained" not in advice(job)
+    (tmp_path / "best.safetensors").touch()
+    assert f"model.pretrained={tmp_path / 'best.safetensors'}, a lower optim.lr" in advice(job)
 
 
 def test_what_is_stored_gives_the_same_loss_again(tmp_path: Path, make_job: MakeJob) -> None:
@@ -153,37 +172,41 @@ def test_what_is_stored_gives_the_same_loss_again(tmp_path: Path, make_job: Make
     assert not torch.tensor(norm).isfinite()
 
 
-def test_what_is_stored_gives_the_same_finite_loss_again(tmp_path: Path, make_job: MakeJob) -> None:
-    job = make_job(tmp_path, EMA, "train.batch=4", "train.micro_batch=2", "model.dropout=0.3")
+@pytest.mark.parametrize("frozen", ["[]", "[backbone]", "[norm]"])
+def test_what_is_stored_gives_the_same_finite_loss_again(tmp_path: Path, make_job: MakeJob, frozen: str) -> None:
+    words = [EMA, "train.batch=4", "train.micro_batch=2", "model.dropout=0.3", f"optim.freeze={frozen}"]
+    job = make_job(tmp_path / "run", *words)
     job.network = Spoiled(job.model, spoil_gradient, {3})  # the first micro-batch of the second step
     with pytest.raises(FloatingPointError, match="step 2: the gradient"):
         run(job)
-    content = torch.load(tmp_path / "nonfinite-step-2.pt", weights_only=True)
-    losses, norm = replay(tmp_path / "nonfinite-step-2.pt")
+    content = torch.load(tmp_path / "run" / "nonfinite-step-2.pt", weights_only=True)
+    losses, norm = replay(tmp_path / "run" / "nonfinite-step-2.pt")
     assert losses == pytest.approx(content["losses"], rel=1e-6)
-    assert torch.tensor(norm).isfinite(), "the file has the batch, not what this test does to the gradient"
+    # The file has the batch, not what this test does to the gradient.
+    undisturbed = make_job(tmp_path / "other", *words)
+    walk(undisturbed, 1)
+    record, _ = train.train_step(undisturbed, [next(undisturbed.batches) for _ in range(2)])
+    assert norm == pytest.approx(record.norm.item(), rel=1e-5)
 
 
-class NothingRead(TorchDispatchMode):
-    """Fails where a tensor's value reaches Python, for which a GPU would have to be waited for."""
+def test_a_full_disk_hides_no_bad_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], make_job: MakeJob
+) -> None:
+    job = make_job(tmp_path, EMA)
+    job.network = Spoiled(job.model, spoil_loss, {3})
 
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        assert function not in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default)
-        return function(*args, **(kwargs or {}))
+    def refuse(path: Path, *_: Any, **__: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
 
-
-@pytest.mark.parametrize("word", ["train.amp=off", "optim.grad_clip=1", "train.nonfinite=skip", "optim.freeze=[norm]"])
-def test_a_step_reads_nothing(tmp_path: Path, make_job: MakeJob, word: str) -> None:
-    job = make_job(tmp_path, EMA, word, "train.batch=4", "train.micro_batch=2")
-    batches = [next(job.batches) for _ in range(2)]
-    prepared = {id(batch): job.prepare(batch) for batch in batches}
-    job.prepare = lambda batch: prepared[id(batch)]  # type: ignore[assignment]
-    with pytest.raises(AssertionError), NothingRead():
-        torch.ones(1).item()
-    train.set_learning_rate(job, 0)
-    with NothingRead():
-        train.train_step(job, batches)
-        train.train_step(job, batches)  # the optimiser's state is there already
+    monkeypatch.setattr("ssaseg.cli.state.write_atomic", refuse)
+    with pytest.raises(FloatingPointError) as caught:
+        run(job)
+    assert report(caught.value) == 3
+    told = capsys.readouterr().err.splitlines()[-3:]
+    assert told[0].startswith("error: step 3: loss coarse_ce is not finite (coarse_ce nan); ")
+    assert "the state before it could not be saved: " in told[0]
+    assert "No space left on device" in told[0]
+    assert told[1].startswith("images: ")
 
 
 def test_skip_leaves_out_one_update(
@@ -211,8 +234,9 @@ def test_more_than_max_skipped_ends_the_run(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr(train, "READY", set())
     job = make_job(tmp_path / "run", EMA, "train.nonfinite=skip", "train.max_skipped=1")
     job.network = Spoiled(job.model, spoil_gradient, {2, 4})
-    with pytest.raises(FloatingPointError, match=r"step 4 \(after 1 that train.nonfinite=skip left out\)"):
+    with pytest.raises(FloatingPointError, match=r"step 4 \(after 1 that train.nonfinite=skip left out\)") as caught:
         run(job)
+    assert "--resume with train.max_skipped above 1 leaves more such updates out" in str(caught.value)
     state = torch.load(tmp_path / "run" / "state-3.pt", weights_only=True)
     assert (state["progress"]["step"], state["progress"]["skipped"]) == (3, 1)
     undisturbed = make_job(tmp_path / "other", EMA)
@@ -237,60 +261,58 @@ def test_a_resumed_run_goes_on_counting() -> None:
     assert not bool(stopped_before.held)
 
 
-class Scaled:
-    """A linear layer trained with fp16's loss scale, on a CPU, where the scaler is the same."""
-
-    def __init__(self) -> None:
-        self.model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.BatchNorm1d(2))
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), fused=True)
-        self.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=2)
-        self.guard = Guard(self.model, self.scaler, CPU, limit=0)
-
-    def step(self, factor: float = 1.0, explode: bool = False) -> bool:
-        self.guard.start()
-        loss = self.model(torch.tensor([[1.0, 2.0], [3.0, 5.0]])).pow(3).sum() * factor
-        self.scaler.scale(_Explode.apply(loss) if explode else loss).backward()
-        self.scaler.unscale_(self.optimizer)
-        bad = self.guard.judge(loss.detach().view(1), train.gradient_norm(self.model), self.optimizer)
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        self.optimizer.zero_grad()
-        self.guard.finish()
-        return bool(bad)
-
-    def state(self) -> Any:
-        return copy.deepcopy((self.model.state_dict(), self.optimizer.state_dict()["state"], self.scaler.state_dict()))
+def make_scaled_job(folder: Path, make_job: MakeJob, *words: str) -> Job:
+    """A job that trains with fp16's loss scale, which grows after each second step; its arithmetic is float32."""
+    job = make_job(folder, *words)
+    job.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=2)
+    job.guard = Guard(job.model, job.scaler, job.ranks, job.guard.limit)
+    return job
 
 
-def test_overflow_in_fp16_is_the_scalers_business() -> None:
-    scaled = Scaled()
-    assert not scaled.step()
-    weight = scaled.model[0].weight.detach().clone()
-    assert not scaled.step(explode=True)
-    assert torch.equal(scaled.model[0].weight, weight)
-    assert scaled.scaler.get_scale() == 512
-    assert not bool(scaled.guard.held)
-    assert not scaled.step()
-    assert not torch.equal(scaled.model[0].weight, weight)
+def state_of(job: Job) -> Any:
+    optimizer = job.optimizer.state_dict()["state"]
+    return copy.deepcopy((job.model.state_dict(), optimizer, job.scaler.state_dict()))
 
 
-def test_a_loss_that_is_not_finite_in_fp16_leaves_the_scale_alone() -> None:
-    scaled = Scaled()
-    scaled.step()
-    before = scaled.state()
-    assert scaled.step(factor=torch.nan)
-    for _ in range(3):  # held until somebody looks
-        assert not scaled.step()
-    after = scaled.state()
-    torch.testing.assert_close(after, before, rtol=0, atol=0)
+def test_overflow_in_fp16_is_the_scalers_business(tmp_path: Path, make_job: MakeJob) -> None:
+    job = make_scaled_job(tmp_path, make_job)
+    job.network = Spoiled(job.model, spoil_gradient, {2})
+    weight = job.model.get_parameter("classifier.conv_seg.weight")
+    walk(job, 1)
+    before = weight.detach().clone()
+    record, _ = train.train_step(job, [next(job.batches)])
+    assert not record.norm.isfinite()
+    assert not bool(record.bad)
+    assert not bool(job.guard.held)
+    assert torch.equal(weight, before)
+    assert job.scaler.get_scale() == 512
+    record, _ = train.train_step(job, [next(job.batches)])
+    assert not bool(record.bad)
+    assert not torch.equal(weight, before)
 
 
-@pytest.mark.parametrize(("scale", "told"), [(65536.0, None), (0.5, 0.5), (2.0**-25, FloatingPointError)])
-def test_a_loss_scale_that_collapses_is_told(tmp_path: Path, scale: float, told: Any) -> None:
-    scaler = torch.amp.GradScaler("cpu", init_scale=scale)
-    job: Any = SimpleNamespace(scaler=scaler, progress=SimpleNamespace(step=9), folder=tmp_path)
-    if told is FloatingPointError:
-        with pytest.raises(FloatingPointError, match="step 9: in fp16"):
-            low_scale(job)
-    else:
-        assert low_scale(job) == told
+def test_a_loss_that_is_not_finite_in_fp16_leaves_the_scale_alone(tmp_path: Path, make_job: MakeJob) -> None:
+    job = make_scaled_job(tmp_path, make_job)
+    job.network = Spoiled(job.model, spoil_loss, {2})
+    walk(job, 1)
+    before = state_of(job)
+    verdicts = [bool(train.train_step(job, [next(job.batches)])[0].bad) for _ in range(4)]
+    assert verdicts == [True, False, False, False], "held until somebody looks"
+    torch.testing.assert_close(state_of(job), before, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.5])
+def test_a_low_loss_scale_is_told(scale: float) -> None:
+    job: Any = SimpleNamespace(scaler=torch.amp.GradScaler("cpu", init_scale=scale))
+    assert low_scale(job) == (None if scale == 1 else scale)
+
+
+def test_a_loss_scale_that_collapses_ends_the_run_with_its_state(tmp_path: Path, make_job: MakeJob) -> None:
+    job = make_scaled_job(tmp_path, make_job)
+    walk(job, 1)
+    job.scaler.update(2.0**-25)
+    with pytest.raises(FloatingPointError, match=r"step 1: in fp16 .*; the state is saved") as caught:
+        low_scale(job)
+    assert "nonfinite=skip" not in str(caught.value), "no update was made that could be left out"
+    state = torch.load(tmp_path / "state-1.pt", weights_only=True)
+    assert all(torch.equal(state["model"][key], value) for key, value in job.model.state_dict().items())

@@ -2,15 +2,19 @@
 
 import os
 import signal
+import subprocess
 import sys
 import threading
 from pathlib import Path
 
 import psutil
 import pytest
+import torch
+from click.testing import CliRunner
 
 from ssaseg.cli import launch
-from ssaseg.cli.console import CommandError
+from ssaseg.cli.console import CommandError, select_device
+from ssaseg.cli.main import cli
 
 
 def launched(monkeypatch: pytest.MonkeyPatch, script: str, wish: int | None = None) -> int:
@@ -28,8 +32,41 @@ def launched(monkeypatch: pytest.MonkeyPatch, script: str, wish: int | None = No
 
 def test_launcher_is_for_more_than_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [launch.needs_ranks(gpus) for gpus in (None, 1, 2)] == [False, False, True]
-    monkeypatch.setenv("RANK", "0")  # one that the launcher or torchrun has started
-    assert not launch.needs_ranks(2)
+    monkeypatch.setenv("RANK", "0")
+    assert not launch.needs_ranks(None)
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert not launch.needs_ranks(2)  # torchrun's
+    with pytest.raises(CommandError, match=r"--gpus 8: RANK is set.*: 2\n"):
+        launch.needs_ranks(8)
+    monkeypatch.setenv(launch.LAUNCHED, "1")
+    assert not launch.needs_ranks(8)
+
+
+def test_one_process_of_a_job_system_is_not_taken_for_many(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"RANK": "0", "WORLD_SIZE": "1"}.items():
+        monkeypatch.setenv(name, value)
+    assert not launch.needs_ranks(1)
+    result = CliRunner().invoke(cli, ["train", "demo", "--gpus", "8", "--device", "cpu", "--dry-run"])
+    assert result.exit_code == 2
+    assert result.stderr.startswith("error: --gpus 8: RANK is set")
+
+
+def test_gpus_without_a_gpu_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert select_device("auto").type == "cpu"
+    monkeypatch.setenv(launch.LAUNCHED, "1")
+    assert select_device("cpu").type == "cpu"
+    with pytest.raises(CommandError, match=r"--gpus: PyTorch finds no GPU\nuse --device cpu"):
+        select_device("auto")
+
+
+def test_ranks_import_nothing_from_the_current_directory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "click.py").write_text("raise SystemExit('the wrong click')")
+    monkeypatch.setattr(sys, "argv", ["ssaseg", "--version"])
+    done = subprocess.run(launch.own_command(), cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith("ssaseg, version ")
 
 
 def test_launcher_gives_places_and_returns_zero(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -68,3 +105,5 @@ sys.exit({128 + number})
     assert [(tmp_path / str(rank)).read_text() for rank in (0, 1)] == ["1", "1"]
     # Nor does one that has not learnt to heed it make another code of it.
     assert launched(monkeypatch, "time.sleep(60)", number) == 128 + number
+    # A numerical failure in the same moment is told as such.
+    assert launched(monkeypatch, heed.replace(f"sys.exit({128 + number})", "sys.exit(3)"), number) == 3

@@ -238,16 +238,22 @@ def test_nothing_reads_a_value(name: str) -> None:
         assert step.losses["main_ce"].shape == ()
 
 
-def test_options_compile_without_graph_break() -> None:
-    classifier = build("linear", OPTIONS["all"])
+@pytest.mark.parametrize(("name", "kind"), [("ssa", None), ("linear", None), ("linear", "all")])
+def test_losses_compile_without_graph_break(name: str, kind: str | None) -> None:
+    classifier = build(name, OPTIONS[kind] if kind else None)
     feature, labels = batch(images=2, size=32, small=8)
 
-    def loss(feature: Tensor, labels: Tensor) -> Tensor:
-        return classifier.training_step(feature, labels).losses["main_ce"]
+    def step(feature: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        return classifier.training_step(feature, labels).losses
 
+    eager = step(feature, labels)
     torch._dynamo.reset()
-    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
-    assert torch.allclose(compiled(feature, labels), loss(feature, labels), rtol=1e-5)
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")(feature, labels)
+    assert set(compiled) == set(eager)
+    for term, value in eager.items():
+        assert torch.allclose(compiled[term], value, rtol=1e-5), term
+    found, expected = (torch.autograd.grad(sum(each.values()), feature)[0] for each in (compiled, eager))
+    assert relative(found, expected) < 1e-5
 
 
 @pytest.mark.parametrize("name", ["ssa", "linear"])

@@ -71,14 +71,26 @@ def test_parts_are_whole_groups_and_divide_a_ranks_share() -> None:
 def test_nothing_fits() -> None:
     with pytest.raises(CommandError) as caught:
         fit_micro_batch(make_job(1))
-    assert "does not suffice for 2 images at once at augment.crop=[64, 64]" in str(caught.value)
-    assert len(str(caught.value).splitlines()) == 3
+    lines = str(caught.value).splitlines()
+    assert "not even 2 images at once fit into its memory, and can be trained, at augment.crop=[64, 64]" in lines[0]
+    assert len(lines) == 3
 
 
 def test_a_rank_with_less_memory_decides(monkeypatch: pytest.MonkeyPatch) -> None:
     job = make_job(100)
     monkeypatch.setattr(job.ranks, "any", lambda flag: flag or tried[-1] > 4)  # another rank refuses more than 4
     assert fit_micro_batch(job) == 4
+
+
+def test_one_image_without_a_variance_does_not_fit() -> None:
+    """Where a feature map is one pixel."""
+    job = make_job(1, "augment.crop=[32,32]", "train.batch=2", classifier="linear")
+    job.model.backbone[0] = torch.nn.Conv2d(3, 8, 32, stride=32)
+    with pytest.raises(CommandError) as caught:
+        fit_micro_batch(job)
+    assert tried == [2, 1]
+    assert "not even 1 image at once fit" in str(caught.value)
+    assert "not even 1 image at once fit" in str(explain(job, torch.OutOfMemoryError("no room")))
 
 
 def test_a_trial_leaves_no_trace() -> None:
@@ -123,23 +135,25 @@ def test_the_message_says_what_would_fit() -> None:
     assert tried == [12, 4], "what is not smaller need not be tried"
     assert "used up by 6 images at once at augment.crop=[64, 64]" in message
     assert "batch stays 12" in message
-    assert "use train.micro_batch=4, with --resume" in message
+    assert message.endswith("use train.micro_batch=4"), "a dry run has no folder to go on in"
     assert len(message.splitlines()) == 3
 
 
 def test_the_message_where_nothing_smaller_fits() -> None:
     message = str(explain(make_job(1, "train.micro_batch=null"), torch.OutOfMemoryError("no room")))
-    assert "does not suffice for 2 images at once" in message
+    assert "not even 2 images at once fit" in message
     assert "smaller augment.crop" in message
 
 
 def test_a_run_that_finds_its_micro_batch_and_one_that_is_told(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, one_thread: None
 ) -> None:
-    real, room = Segmenter.forward, 4
+    """Memory that all of a step fits into for two steps, and then half of it: as where others use the GPU, too."""
+    real, calls = Segmenter.forward, []
 
     def forward(self: Segmenter, images: torch.Tensor, labels: Any = None, pairs: Any = None) -> Any:
-        if labels is not None and len(images) > room:
+        calls.append(len(images))
+        if labels is not None and len(images) > 4 and len(calls) > 2:
             raise torch.OutOfMemoryError("no room")
         return real(self, images, labels, pairs)
 
@@ -147,15 +161,16 @@ def test_a_run_that_finds_its_micro_batch_and_one_that_is_told(
     monkeypatch.setattr("ssaseg.cli.train.after_evaluation", lambda *_: None)
     scenes = "data.synthetic={height: 64, width: 64, train: 8, val: 1, seed: 0}"
     words = ["train", "demo", scenes, "augment.scale=[64,64]", "augment.crop=[64,64]", "distill.group=2",
-             "train.batch=8", "train.steps=2", "train.workers=0", "--device", "cpu",
+             "train.batch=8", "train.steps=4", "train.workers=0", "--device", "cpu",
              "--out", str(tmp_path / "run")]  # fmt: skip
     told = CliRunner().invoke(cli, words)
     assert told.exit_code == 2
     assert "cpu: its memory is used up by 8 images at once" in told.stderr
-    assert "train.micro_batch=4, with --resume" in told.stderr
+    assert told.stderr.endswith("use train.micro_batch=4; --resume goes on from state-2.pt\n")
+    assert torch.load(tmp_path / "run" / "state-2.pt", weights_only=True)["recipe"]["train"]["micro_batch"] is None
     found = CliRunner().invoke(cli, [*words, "--resume", "train.micro_batch=auto"])
     assert found.exit_code == 0, found.stderr
     assert "4 images at once fit, of 8" in found.stderr
     assert load_recipe(str(tmp_path / "run" / "config.yaml")).train.micro_batch == 4
-    state = torch.load(tmp_path / "run" / "state-2.pt", weights_only=True)
+    state = torch.load(tmp_path / "run" / "state-4.pt", weights_only=True)
     assert state["recipe"]["train"]["micro_batch"] == 4

@@ -172,9 +172,8 @@ def test_cityscapes(tmp_path: Path) -> None:
 
     labels = source / "gtFine/val/lindau/lindau_000000_000019_gtFine_labelIds.png"
     labels.rename(labels.with_name("lindau_000000_000019_gtFine_polygons.json"))
-    assert_told(
-        prepare("cityscapes", source, tmp_path / "other"), 2, labels.name, "only its polygons", "gtFine_trainvaltest"
-    )
+    result = prepare("cityscapes", source, tmp_path / "other")
+    assert_told(result, 2, labels.name, "only its polygons", "gtFine_trainvaltest")
 
 
 def test_sets_that_are_read_as_downloaded_are_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

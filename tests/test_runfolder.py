@@ -21,16 +21,16 @@ from ssaseg.cli.runfolder import open_run
 from ssaseg.cli.state import FREE_KEYS, Progress, load_state, refuse_changes, save_state, state_files
 from ssaseg.datasets.pairs import PairDataset
 from ssaseg.datasets.synthetic import SyntheticScenes
-from ssaseg.recipes import load_recipe
+from ssaseg.recipes import Recipe, load_recipe
 
 RECIPE = load_recipe("demo")
 
 
-def save(folder: Path, step: int, **changes: Any) -> None:
+def save(folder: Path, step: int, base: Recipe = RECIPE, **changes: Any) -> None:
     """A state of one weight, whose value is the step."""
     model = torch.nn.Linear(1, 1, bias=False)
     torch.nn.init.constant_(model.weight, step)
-    recipe = RECIPE.model_dump(mode="json")
+    recipe = base.model_dump(mode="json")
     recipe["train"] |= changes
     optimizer = torch.optim.AdamW(model.parameters())
     scaler = torch.amp.GradScaler("cpu", enabled=False)
@@ -189,16 +189,37 @@ def test_other_changes_are_refused(tmp_path: Path, word: str) -> None:
     assert "train.keep" not in str(caught.value)
 
 
+def test_the_way_back_is_a_whole_command(tmp_path: Path) -> None:
+    folder = tmp_path / "my run"
+    folder.mkdir()
+    (folder / "best.safetensors").touch()
+    with pytest.raises(CommandError) as caught:
+        refuse_changes(changed(), changed("train.steps=5"), folder)
+    lines = str(caught.value).splitlines()
+    assert len(lines) == 3
+    assert lines[1] == f"resume it by: ssaseg train '{folder}/config.yaml' --out '{folder}' --resume"
+    assert f"model.pretrained='{folder}/best.safetensors'" in lines[2]
+    with pytest.raises(CommandError) as caught:
+        refuse_changes(changed(), changed("train.seed=5"), folder)
+    assert "pretrained" not in str(caught.value)
+
+
 def test_free_keys_are_keys() -> None:
     flat = {"name", *(f"{part}.{key}" for part in ("data", "train") for key in changed()[part])}
     assert FREE_KEYS.keys() <= flat
 
 
-def test_a_micro_batch_that_was_found_stays(tmp_path: Path) -> None:
-    save(tmp_path, 3, micro_batch=4)
+@pytest.mark.parametrize(
+    ("found", "ranks", "then"),
+    [(4, 1, 4), (3, 2, 3), (4, 2, "auto"), (12, 2, "auto"), (None, 1, "auto")],
+    ids=["stays", "cuts the smaller share", "does not cut it", "is more", "none was looked for"],
+)
+def test_a_micro_batch_that_was_found_stays_where_it_fits(tmp_path: Path, found: Any, ranks: int, then: Any) -> None:
+    recipe = load_recipe("demo", ["model.classifier=linear", "train.micro_batch=auto", "train.batch=12"])
+    save(tmp_path, 3, recipe, micro_batch=found)
     (tmp_path / "config.yaml").touch()
-    with open_run(tmp_path, load_recipe("demo", ["train.micro_batch=auto"]), True) as run:
-        assert run.recipe.train.micro_batch == 4
+    with open_run(tmp_path, recipe, True, ranks=ranks) as run:
+        assert run.recipe.train.micro_batch == then
         assert step_of(run.stored) == 3
 
 
@@ -238,12 +259,24 @@ def test_what_does_not_fit_the_folder(tmp_path: Path) -> None:
         pass
     assert not (tmp_path / "new").exists()
     (tmp_path / "notes.txt").touch()
-    with pytest.raises(CommandError, match="not empty"), open_run(tmp_path, RECIPE, False):
+    with pytest.raises(CommandError, match="not empty\nchoose another --out"), open_run(tmp_path, RECIPE, False):
+        pass
+    with pytest.raises(CommandError, match="name the run's folder"), open_run(tmp_path, RECIPE, True):
         pass
     assert names(tmp_path) == ["notes.txt"]
     # torchrun starts again what was refused: it must not go on with what it finds there.
     with pytest.raises(CommandError, match="not empty"), open_run(tmp_path, RECIPE, False, restarted=True):
         pass
+
+
+def test_a_state_alone_suffices_to_go_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    save(tmp_path, 3)
+    with pytest.raises(CommandError, match="go on in it with --resume"), open_run(tmp_path, RECIPE, False):
+        pass
+    with open_run(tmp_path, RECIPE, True) as run:
+        assert step_of(run.stored) == 3
+    assert "config.yaml: was missing, written anew from the state" in capsys.readouterr().err
+    assert load_recipe(str(tmp_path / "config.yaml")).model_dump() == RECIPE.model_dump()
 
 
 def test_a_restart_goes_on_with_the_run_that_failed(tmp_path: Path) -> None:
@@ -270,6 +303,9 @@ def test_a_run_that_fails_before_it_writes_leaves_nothing(tmp_path: Path) -> Non
     with pytest.raises(ZeroDivisionError), open_run(tmp_path, RECIPE, False):
         raise ZeroDivisionError
     assert names(tmp_path) == []
+    with pytest.raises(SystemExit), open_run(tmp_path / "new", RECIPE, False):
+        raise SystemExit(143)
+    assert names(tmp_path) == [], "nor the folder that it made"
 
 
 @pytest.mark.parametrize("resume", [False, True])
@@ -291,7 +327,12 @@ def test_a_folder_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.Mon
 def make_job(**changes: Any) -> Any:
     scenes = {split: SyntheticScenes(3, 64, 64, 0, split) for split in ("train", "val")}
     cpu = torch.device("cpu")
-    parts = {"recipe": RECIPE, "device": cpu, "ranks": Ranks(cpu)}
+    parts = {
+        "recipe": RECIPE,
+        "device": cpu,
+        "ranks": Ranks(cpu),
+        "fingerprints": records.fingerprints(*scenes.values()),
+    }
     return SimpleNamespace(**(parts | {"train_set": scenes["train"], "val_set": scenes["val"]} | changes))
 
 
@@ -317,9 +358,14 @@ def test_what_is_remembered_of_a_run(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert {key: again[key] for key in first} == first, "the first record stays"
     assert [(entry["step"], entry.get("torch")) for entry in again["resumed"]] == [(5, None), (7, "9.9")]
 
-    path.write_text("{cut")
-    records.write_environment(path, now, 9)
-    assert json.loads(path.read_text())["torch"] == torch.__version__
+    capsys.readouterr()
+    for damaged in ("{cut", "[1]", '{"resumed": 3}'):
+        path.write_text(damaged)
+        records.write_environment(path, now, 9)
+        anew = json.loads(path.read_text())
+        assert (anew["torch"], anew["step"]) == (torch.__version__, 9)
+        assert (tmp_path / "env.json.unreadable").read_text() == damaged
+        assert capsys.readouterr().err.count("cannot be read, kept as env.json.unreadable") == 1
 
 
 def pairs(root: Path, files: dict[str, int]) -> PairDataset:

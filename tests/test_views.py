@@ -114,6 +114,10 @@ def test_no_training_ends_for_a_picture(
         "warning: iou.png could not be written (ValueError: no such font)",
     ]
     assert (tmp_path / "predictions.png").exists()
+    monkeypatch.setattr("ssaseg.cli.inference.predict_labels", broken)
+    pictures.after_evaluation(job, confusion)
+    assert "warning: predictions could not be written" in capsys.readouterr().err
+    assert job.model.training, "as before"
     with pytest.raises(KeyboardInterrupt), pictures.drawing("x"):
         raise KeyboardInterrupt
 
