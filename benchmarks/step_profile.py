@@ -1,9 +1,9 @@
 """What a training step spends its time on, and what bounds it: for step.py --profile.
 
 Parts are timed with a wait after each, which a step by itself does not have. "products" are convolutions and matrix
-products. Bounds: the step's multiply-accumulates over the speed of a large product here, and the bytes of every
-operation (read and written once, as if nothing stayed in a cache) over that of a large copy. On a GPU a step is bound
-by launches where the GPU is idle for more than a tenth of it.
+products. Estimates: the step's multiply-accumulates over the speed of a large product here, and the bytes of every
+operation over that of a large copy. They are no bounds: caches save bytes, and a machine's speed is not steady. On a
+GPU a step is bound by launches where the GPU is idle for more than a tenth of it.
 """
 
 import time
@@ -34,7 +34,7 @@ def profile_of(side: Side) -> dict[str, Any]:
         "top [ms]": top,
     }
     if not side.name.endswith("compiled"):  # a compiled network is one operation to the counter
-        found["at least [ms]"] = bounds(side)
+        found["estimates [ms]"] = estimates(side)
     if side.device.type == "cuda":
         found |= {"queued after [ms]": host, "GPU busy [ms]": busy, "kernels": launched}
     found["bound by"] = bound_by(found)
@@ -103,8 +103,8 @@ def operators(side: Side) -> tuple[dict[str, float], dict[str, float], float, in
     return kinds, {name[:90]: value for name, value in top[:10]}, sum(spent.values()), count
 
 
-def bounds(side: Side) -> dict[str, float]:
-    """Least time of a step's arithmetic and of its bytes [ms], by the speeds that are reached here."""
+def estimates(side: Side) -> dict[str, float]:
+    """Time of a step's arithmetic and of its bytes [ms], by the speeds of a large product and a large copy here."""
     work = Work()
     with work:
         side.step()
@@ -154,11 +154,11 @@ def show_profile(found: dict[str, dict[str, Any]]) -> None:
         whole = sum(told["parts [ms]"].values())
         shares = ", ".join(f"{part} {value / whole:.0%}" for part, value in told["parts [ms]"].items())
         print(f"  profile of {name}: {told['step [ms]']:.1f} ms; {shares}")
-        if "at least [ms]" in told:
-            least = told["at least [ms]"]
+        if "estimates [ms]" in told:
+            guess = told["estimates [ms]"]
             print(
-                f"    at least: arithmetic {least['arithmetic']:.1f} ms ({least['GMAC']:.0f} GMAC), "
-                f"bytes {least['bytes']:.1f} ms ({least['GB']:.1f} GB in {least['operations']} operations)"
+                f"    estimates: arithmetic {guess['arithmetic']:.1f} ms ({guess['GMAC']:.0f} GMAC), "
+                f"bytes {guess['bytes']:.1f} ms ({guess['GB']:.1f} GB in {guess['operations']} operations)"
             )
         if "kernels" in told:
             print(
