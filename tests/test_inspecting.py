@@ -11,12 +11,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from click.testing import CliRunner, Result
+from calling import call, put
 from PIL import Image
 
 from ssaseg.cli.console import CommandError
 from ssaseg.cli.job import check_labels
-from ssaseg.cli.main import cli
 from ssaseg.cli.starting import watch
 from ssaseg.datasets import check
 from ssaseg.datasets.exporting import export_scenes
@@ -34,23 +33,6 @@ augment: {{scale: [64, 64], crop: [64, 64]}}
 optim: {{lr: 1.0e-3}}
 train: {{steps: 1}}
 """
-
-
-def call(*words: str | Path) -> Result:
-    result = CliRunner().invoke(cli, [str(word) for word in words])
-    assert "Traceback" not in result.output, result.output
-    assert result.exception is None or isinstance(result.exception, SystemExit), repr(result.exception)
-    return result
-
-
-def put(file: Path, values: tuple[int, ...] | None = None, size: tuple[int, int] = (40, 50), mode: str = "RGB") -> Path:
-    """A mask of these ids, or a picture."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    if values is None:
-        Image.fromarray(np.full((*size, 3), 99, np.uint8)).convert(mode).save(file)
-    else:
-        Image.fromarray(np.resize(np.array(values, np.uint8), size)).save(file)
-    return file
 
 
 def make_pairs(root: Path, values: tuple[int, ...] = (0, 1, 2), count: int = 4) -> Path:

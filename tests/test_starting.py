@@ -11,33 +11,15 @@ from typing import Any
 
 import numpy as np
 import pytest
-from click.testing import CliRunner, Result
+from calling import call, put
 from PIL import Image
 
-from ssaseg.cli.main import cli
 from ssaseg.cli.recipetext import sizes
 from ssaseg.datasets import DataError, build_dataset
 from ssaseg.datasets.exporting import export_scenes
 from ssaseg.datasets.published import LAYOUTS
 from ssaseg.datasets.survey import find_folders, split_names
 from ssaseg.recipes import load_recipe
-
-
-def call(*words: str | Path) -> Result:
-    result = CliRunner().invoke(cli, [str(word) for word in words])
-    assert "Traceback" not in result.output, result.output
-    assert result.exception is None or isinstance(result.exception, SystemExit), repr(result.exception)
-    return result
-
-
-def put(file: Path, values: tuple[int, ...] | None = None, size: tuple[int, int] = (40, 50), mode: str = "RGB") -> Path:
-    """A mask of these ids, or a picture."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    if values is None:
-        Image.fromarray(np.full((*size, 3), 99, np.uint8)).convert(mode).save(file)
-    else:
-        Image.fromarray(np.resize(np.array(values, np.uint8), size)).save(file)
-    return file
 
 
 @pytest.mark.parametrize(
