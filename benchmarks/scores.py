@@ -82,7 +82,7 @@ def per_image(classes: int, size: tuple[int, int], rounds: int) -> dict[str, Any
     maps = torch.from_numpy(prediction), torch.from_numpy(label)
     confusion, boundaries, once = Confusion(classes), Boundaries(classes), Boundaries(classes)
     once.update(*maps)
-    agree = np.array_equal(once._counts[:, :classes].numpy(), plain_boundaries(label, prediction, classes))
+    agree = np.array_equal(once.counts[:, :classes].numpy(), plain_boundaries(label, prediction, classes))
     sides = in_turn(
         rounds,
         counting=lambda: confusion.update(*maps),
