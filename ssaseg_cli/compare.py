@@ -85,9 +85,9 @@ def run_compare(runs: Sequence[Path], out: Path, json_out: str | None) -> int:
     json_out = json_target(json_out)
     require_own(out)
     read = open_runs(runs)
-    notes = remarks(read)
     rows = [run.figures() for run in read]
     differences = recipe_differences(read)
+    notes = remarks(read, differences)
     classes = class_differences(read)
     if json_out != "-":
         print_runs(rows, differences, classes)
@@ -188,8 +188,8 @@ def class_differences(runs: Sequence[Run]) -> list[dict[str, Any]]:
     return sorted(rows, key=lambda row: -row["spread"])
 
 
-def remarks(runs: Sequence[Run]) -> list[str]:
-    """What a reader of the table must know before he believes it."""
+def remarks(runs: Sequence[Run], differ: Mapping[str, Any]) -> list[str]:
+    """What a reader of the table must know before he believes it; `differ`: the runs' `recipe_differences`."""
     notes = [f"{run.name}: no evaluation yet" for run in runs if not curves.evaluated(run.records)]
     notes += [f"{run.name}: no step of training is logged" for run in runs if not curves.trained(run.records)]
     notes += [f"{run.name}: its log is damaged, lines left out: {run.damaged}" for run in runs if run.damaged]
@@ -198,10 +198,9 @@ def remarks(runs: Sequence[Run]) -> list[str]:
     without = [run.name for run in runs if curves.evaluated(run.records) and not run.ious]
     if without:
         notes.append(f"no IoU per class is known of {', '.join(without)}: begun by an earlier version?")
-    if all(run.recipe for run in runs) and not recipe_differences(runs):
+    if all(run.recipe for run in runs) and not differ:
         notes.append("the recipes are the same but for name, paths and logging")
     classes = [run.ious.keys() for run in runs if run.ious]
-    differ = recipe_differences(runs)
     if any(each != classes[0] for each in classes) or any(key == "data.classes" for key in differ):
         common = set.intersection(*map(set, classes)) if classes else set()
         also = f"; {len(common)} classes have the same name in all" if classes else ""

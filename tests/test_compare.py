@@ -36,7 +36,7 @@ def test_a_damaged_log_is_told(tmp_path: Path) -> None:
     with (folder / "metrics.jsonl").open("a") as file:
         file.write('{"step": 3\nrubbish\n\n{"step": 40, "lo')  # the last one is only being written
     assert read_log(folder / "metrics.jsonl")[1] == 2
-    notes = compare.remarks(compare.open_runs([folder]))
+    notes = compare.remarks(compare.open_runs([folder]), {})
     assert "a: its log is damaged, lines left out: 2" in notes
 
 

@@ -276,7 +276,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-def compare_with_one_rank(
+def assert_equal_to_one_rank(
     monkeypatch: pytest.MonkeyPatch, folder: Path, device: str, kinds: list[list[str]], tolerance: float
 ) -> None:
     """Losses and gradients of a step on two ranks against those of one that has the whole batch at once."""
@@ -307,7 +307,7 @@ def test_two_ranks_have_the_losses_and_gradients_of_one(monkeypatch: pytest.Monk
     kinds = [[*fixed, f"model.classifier={kind}"] for kind in ("ssa", "linear")]
     # Parameters without a gradient: the teacher's, where nothing is learnt from it.
     kinds.append([*kinds[0], *(f"distill.weights.{term}=0" for term in TEACHER)])
-    compare_with_one_rank(monkeypatch, tmp_path, "cpu", kinds, 1e-5)
+    assert_equal_to_one_rank(monkeypatch, tmp_path, "cpu", kinds, 1e-5)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -317,7 +317,7 @@ def test_two_ranks_that_share_a_gpu_have_the_gradients_of_one(monkeypatch: pytes
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     live = [*KEYS, "model.dropout=0", "model.drop_path=0", "train.workers=0", "train.micro_batch=null"]
     crop = ["augment.scale=[128,128]", "augment.crop=[128,128]"]
-    compare_with_one_rank(monkeypatch, tmp_path, "cuda", [[*live, *crop]], 1e-4)
+    assert_equal_to_one_rank(monkeypatch, tmp_path, "cuda", [[*live, *crop]], 1e-4)
 
 
 def test_a_run_of_two_ranks_has_one_log_and_one_state(undisturbed: Path) -> None:
