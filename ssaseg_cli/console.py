@@ -47,6 +47,11 @@ def select_device(name: str) -> "torch.device":
     return torch.device(name)
 
 
+def count_cores() -> int:
+    """Cores that this process may use, of those that the machine has."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def make_console() -> "Console":
     """A rich console; into a file or pipe it writes plain lines, wide enough not to break a table's rows."""
     from rich.console import Console

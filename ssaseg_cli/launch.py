@@ -13,7 +13,7 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from ssaseg.cli.console import CommandError
+from ssaseg.cli.console import CommandError, count_cores
 
 LAUNCHED = "SSASEG_LAUNCHED"  # set for the ranks: this launcher tells itself how a process of its own ended
 # The command, as `python -m ssaseg.cli` would run it, but for the current directory among the modules: a file there
@@ -102,7 +102,7 @@ def environment(count: int) -> dict[str, str]:
         "MASTER_PORT": str(port),
         LAUNCHED: "1",
     }
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = count_cores()
     # PyTorch tells of broken connections in pages; the rank that broke them, or this process, tells it in three lines.
     defaults = {"OMP_NUM_THREADS": str(max(cores // count, 1)), "TORCH_CPP_LOG_LEVEL": "ERROR"}
     if sys.platform == "linux":

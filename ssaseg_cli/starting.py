@@ -2,7 +2,6 @@
 
 import contextlib
 import difflib
-import os
 import shlex
 import sys
 from collections import Counter
@@ -14,7 +13,7 @@ import click
 import numpy as np
 from PIL import Image
 
-from ssaseg.cli.console import CommandError
+from ssaseg.cli.console import CommandError, count_cores
 from ssaseg.cli.evaluate import progress_bar
 from ssaseg.cli.recipetext import Own, recipe_text
 from ssaseg.cli.watch import StopSignal
@@ -129,7 +128,7 @@ def watch(dataset: Dataset, verb: str, decoded: int | None = None) -> Findings:
 
     Ctrl-C and SIGTERM take effect between two pairs: then SystemExit with 130 or 143.
     """
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = count_cores()
     done = 0
     with StopSignal() as stop, progress_bar(len(dataset), verb) as advance:
 

@@ -1,7 +1,6 @@
 """Watching a run: the wish to stop, and the steps since the last line of the log."""
 
 import contextlib
-import os
 import signal
 import sys
 import time
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from tqdm import tqdm
 
+from ssaseg.cli.console import count_cores
 from ssaseg.cli.guard import StepRecord, low_scale
 
 if TYPE_CHECKING:
@@ -191,7 +191,7 @@ class Window:
 
 def remedy(recipe: "Recipe", waiting: float) -> str:
     """What to do where training waits for its data for `waiting` (a share) of the time."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = count_cores()
     workers = recipe.train.workers
     mends = [f"train.workers={min(2 * workers or 1, cores)}"] if workers < cores else []
     if not recipe.data.cache and recipe.data.dataset != "synthetic":
