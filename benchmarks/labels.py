@@ -32,8 +32,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ssaseg.cli.inference import forward
-from ssaseg.cli.profiling import LiveTensors
+from ssaseg.cli.profiling.profile import LiveTensors
+from ssaseg.cli.scoring.inference import forward
 from ssaseg.datasets.colour import normalize
 from ssaseg.datasets.transforms import test_image
 from ssaseg.models import load_model

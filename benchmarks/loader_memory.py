@@ -48,7 +48,7 @@ def evaluation_slope(images: int) -> float:
     import psutil
     import torch
 
-    from ssaseg.cli.evaluate import evaluate_model
+    from ssaseg.cli.scoring.evaluate import evaluate_model
     from ssaseg.datasets.synthetic import SyntheticScenes
     from ssaseg.models import build_model
 

@@ -28,8 +28,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ssaseg.models import LOSS_WEIGHTS, Distillation
-from ssaseg.models.classifier import SSAClassifier
-from ssaseg.models.losses import IGNORE, cosine, cosine_logits
+from ssaseg.models.classifiers.losses import IGNORE, cosine, cosine_logits
+from ssaseg.models.classifiers.ssa import SSAClassifier
 
 RESULTS = Path(__file__).parent / "results" / "losses.json"
 TOLERANCE = 1e-4

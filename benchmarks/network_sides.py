@@ -132,7 +132,7 @@ def about(side: str) -> dict[str, str]:
         import mmseg
 
         return {"mmsegmentation": mmseg.__version__, "its torch": torch.__version__}
-    import ssaseg.models
+    import ssaseg.models.build
 
     return {"from": str(ssaseg.models.__file__)}
 

@@ -23,8 +23,8 @@ import cv2
 import numpy as np
 import torch
 
-from ssaseg.cli.boundary import Boundaries, reach
-from ssaseg.cli.metrics import Confusion, resampled_miou
+from ssaseg.cli.scoring.boundary import Boundaries, reach
+from ssaseg.cli.scoring.metrics import Confusion, resampled_miou
 
 RESULTS = Path(__file__).parent / "results" / "scores.json"
 

@@ -36,7 +36,7 @@ from networks import processor, rounded
 from step_profile import profile_of, show_profile
 from step_sides import CPU_SIDES, CUDA_SIDES, Case, Side
 
-from ssaseg.cli.console import select_device
+from ssaseg.cli.device import select_device
 
 RESULTS = Path(__file__).parent / "results" / "step.json"
 TOLERANCE = 1e-4

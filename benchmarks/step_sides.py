@@ -15,11 +15,11 @@ import torch
 from losses import GROUP, plain_losses
 from torch import Tensor
 
-from ssaseg.cli.prefetch import Preparer
 from ssaseg.datasets.loader import Batch
+from ssaseg.datasets.prefetch import Preparer
 from ssaseg.datasets.transforms import DRAWS
 from ssaseg.models import Distillation, build_model
-from ssaseg.models.losses import IGNORE
+from ssaseg.models.classifiers.losses import IGNORE
 
 MEAN, STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
 PRESENT, PATCHES = 12, 8  # classes of an image at most; patches of one class along a side

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from pycocotools import mask as mask_utils
 
-from ssaseg.datasets import DataError
+from ssaseg.datasets.base import DataError
 from ssaseg.datasets.pairs import some
 
 

@@ -15,18 +15,33 @@ from typing import Any, NamedTuple
 import cv2
 import numpy as np
 
-from ssaseg.datasets import DataError, Dataset
+from ssaseg.datasets.base import DataError, Dataset
 from ssaseg.datasets.decoding import header_size, read_image, read_mask, require_complete
 from ssaseg.datasets.loader import Work, read_ahead
 from ssaseg.datasets.pairs import PairDataset, some
 from ssaseg.datasets.synthetic import SyntheticScenes
 
+
+def require_same_classes(train: Sequence[str], val: Sequence[str]) -> None:
+    """Raises DataError where the splits' classes differ: annotation files each bring their own."""
+    if tuple(train) != tuple(val):
+        differ = [name for name in (*train, *val) if (name in train) != (name in val)]
+        found = f"only one of them has {', '.join(differ[:3])}" if differ else "their order differs"
+        raise DataError(
+            f"training and validation split have other classes: {len(train)} and {len(val)}; {found}\n"
+            "state data.classes: the names that count, in the order of the train ids"
+        )
+
+
 # A set of this size is read in about a second, so that a sample would save nothing.
 SMALL = 512
+
 # Images of a sample that are decoded; of the others the header and the end are read.
 DECODED = 64
+
 # Problems told in full. A convention that is misunderstood shows in every file.
 TOLD = 10
+
 # More than this share of all pixels is no remainder that nobody labelled: it may well be a class.
 MUCH = 0.5
 
@@ -128,8 +143,6 @@ def look_through(
 
 
 # ---- one pair ----------------------------------------------------------------------------------------------------
-
-
 class Seen(NamedTuple):
     """What one pair is like."""
 
@@ -252,8 +265,6 @@ def _image_size(dataset: PairDataset, index: int, decode: bool) -> tuple[int, in
 
 
 # ---- the whole set -----------------------------------------------------------------------------------------------
-
-
 def _zero_label(dataset: Dataset, findings: Findings) -> Iterator[str]:
     """Doubts about what 0 means: the commonest mistake of the field, labels shifted by one.
 

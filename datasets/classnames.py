@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
-from ssaseg.datasets import IGNORED, DataError
+from ssaseg.datasets.base import IGNORED, DataError
 from ssaseg.datasets.pairs import some
 
 NAME_FILES = ("classes.txt", "labels.txt", "labelmap.txt", "label_map.txt", "class_names.txt", "class_dict.csv")

@@ -17,8 +17,8 @@ from pathlib import Path, PurePosixPath
 
 import numpy as np
 
-from ssaseg.datasets import IGNORED, DataError, Palette, default_palette
 from ssaseg.datasets.annotations import Region, read_annotations, region_runs
+from ssaseg.datasets.base import IGNORED, DataError, Palette, default_palette
 from ssaseg.datasets.decoding import read_image
 from ssaseg.datasets.pairs import some
 

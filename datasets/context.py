@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ssaseg.datasets import DataError
 from ssaseg.datasets.annotations import Region, read_document, region_runs
+from ssaseg.datasets.base import DataError
 
 CONTEXT_FILE = "trainval_merged.json"
 ANNOTATIONS = "annos_segmentation"  # its key

@@ -12,7 +12,7 @@ import cv2
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from ssaseg.datasets import DataError
+from ssaseg.datasets.base import DataError
 
 # What Pillow raises on damaged files, beside OSError: its PNG reader alone uses three types.
 _DAMAGE = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)

@@ -14,8 +14,8 @@ import numpy as np
 from PIL import Image
 from pycocotools import mask as mask_utils
 
-from ssaseg.datasets import IGNORED
 from ssaseg.datasets.annotations import run_lengths
+from ssaseg.datasets.base import IGNORED
 from ssaseg.datasets.published import LAYOUTS, Layout
 from ssaseg.datasets.synthetic import CLASSES, PALETTE, SyntheticScenes
 

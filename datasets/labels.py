@@ -9,7 +9,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ssaseg.datasets import DataError
+from ssaseg.datasets.base import DataError
 
 
 class LabelSpace(NamedTuple):

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from ssaseg.datasets import DataError, Dataset
+from ssaseg.datasets.base import DataError, Dataset
 from ssaseg.datasets.transforms import DRAWS, TrainTransform, scaled_inputs
 
 # Batches or images that a worker prepares ahead of their use: a bound on memory.

@@ -14,7 +14,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from ssaseg.datasets import IGNORED, DataError, default_palette
+from ssaseg.datasets.base import IGNORED, DataError, default_palette
 from ssaseg.datasets.decoding import read_image, read_mask
 
 Decoded = tuple[np.ndarray, np.ndarray, np.ndarray | None]  # image, raw ids, colours of a palette file

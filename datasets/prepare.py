@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import cv2
 import numpy as np
 
-from ssaseg.datasets import IGNORED, DataError
+from ssaseg.datasets.base import IGNORED, DataError
 from ssaseg.datasets.context import CONTEXT_FILE, CONTEXT_IDS, Drawing, draw, drawings
 from ssaseg.datasets.decoding import header_size, read_mask
 from ssaseg.datasets.loader import Work, read_ahead

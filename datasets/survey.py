@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
-from ssaseg.datasets import DataError
+from ssaseg.datasets.base import DataError
 from ssaseg.datasets.pairs import IMAGE_SUFFIXES, read_names, some, walk
 from ssaseg.datasets.prepare import count_pairs
 from ssaseg.datasets.published import LAYOUTS

@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 import cv2
 import numpy as np
 
-from ssaseg.datasets import IGNORED, DataError, Palette
+from ssaseg.datasets.base import IGNORED, DataError, Palette
 
 CLASSES: tuple[str, ...] = (
     "sky", "mountain", "grass", "water", "road", "tree", "house", "car", "boat", "ball", "buoy", "bale", "crate",

@@ -15,7 +15,7 @@ from typing import NamedTuple, Protocol
 import cv2
 import numpy as np
 
-from ssaseg.datasets import IGNORED
+from ssaseg.datasets.base import IGNORED
 
 MAX_TRIES = 10
 

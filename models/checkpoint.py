@@ -11,6 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
+from ssaseg.models.build import build_model
 from ssaseg.models.segmenter import Segmenter
 
 FORMAT = "ssaseg-1"
@@ -124,8 +125,6 @@ def load_model(path: str | os.PathLike[str]) -> tuple[Segmenter, dict[str, Any]]
     Raises CheckpointError where the file is not such a checkpoint, is truncated or does not fit its own header,
     FileNotFoundError where there is none.
     """
-    from ssaseg.models import build_model
-
     tensors, metadata = read_checkpoint(path)
     try:
         model = build_model(metadata["model"], len(metadata["classes"]), metadata["classifier"])

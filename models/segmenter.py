@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ssaseg.models.classifier import Classifier
+from ssaseg.models.classifiers.base import Classifier
 
 
 class Segmenter(nn.Module):

@@ -3,53 +3,16 @@
 import json
 import os
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:  # imported where they are used: `--help` must not pay for them
-    import torch
+from ssaseg.cli.errors import CommandError
+
+if TYPE_CHECKING:
     from rich.console import Console
-
-
-class CommandError(Exception):
-    """Something the user can mend; the command prints the message (at most three lines) and exits.
-
-    Args:
-        message: what was got, what was expected, the mend.
-        exit_code: 2 the user's or the input's fault, 3 a numerical failure.
-    """
-
-    def __init__(self, message: str, exit_code: int = 2) -> None:
-        super().__init__(message)
-        self.exit_code = exit_code
-
-
-def select_device(name: str) -> "torch.device":
-    """The device for "auto" (CUDA where there is one), "cpu" or "cuda".
-
-    Raises:
-        CommandError: "cuda" was asked for and PyTorch finds none; "auto" with `--gpus` where there is none.
-    """
-    import torch
-
-    from ssaseg.cli.launch import LAUNCHED
-
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-        if name == "cpu" and LAUNCHED in os.environ:
-            raise CommandError("--gpus: PyTorch finds no GPU\nuse --device cpu for that many processes on the CPU")
-    if name == "cuda" and not torch.cuda.is_available():
-        why = "this PyTorch is built without CUDA" if torch.version.cuda is None else "PyTorch finds no GPU"
-        raise CommandError(f"--device cuda: {why}\nuse --device cpu, or --device auto to take what there is")
-    # TF32, cuDNN's default, has ten bits of mantissa: scores would depend on the GPU, and float32 would not be float32.
-    torch.backends.cudnn.allow_tf32 = False
-    return torch.device(name)
-
-
-def count_cores() -> int:
-    """Cores that this process may use, of those that the machine has."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def make_console() -> "Console":
@@ -106,3 +69,24 @@ def write_json(json_out: str | None, report: Mapping[str, Any]) -> None:
         sys.stdout.write(text)
     elif json_out is not None:
         write_atomic(Path(json_out), text.encode())
+
+
+@contextmanager
+def progress_bar(total: int, verb: str) -> Iterator[Callable[[int], object]]:
+    """Yields a function that takes the number of images just done: a bar on a terminal, else a line in ten seconds."""
+    if sys.stderr.isatty():
+        from tqdm import tqdm
+
+        with tqdm(total=total, desc=verb, unit="img", file=sys.stderr) as bar:
+            yield bar.update
+        return
+    finished, told = 0, time.perf_counter()
+
+    def advance(done: int) -> None:
+        nonlocal finished, told
+        finished += done
+        if time.perf_counter() - told >= 10:
+            told = time.perf_counter()
+            print(f"{verb} {finished}/{total} images", file=sys.stderr, flush=True)
+
+    yield advance

@@ -3,15 +3,27 @@
 import contextlib
 import errno
 import os
-import signal
 import sys
-import threading
 from collections.abc import Iterator
 from typing import Any, NoReturn
 
 import click
 
-from ssaseg.cli.console import CommandError
+from ssaseg.cli.signals import ended_by_sigterm
+
+
+class CommandError(Exception):
+    """Something the user can mend; the command prints the message (at most three lines) and exits.
+
+    Args:
+        message: what was got, what was expected, the mend.
+        exit_code: 2 the user's or the input's fault, 3 a numerical failure.
+    """
+
+    def __init__(self, message: str, exit_code: int = 2) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
+
 
 # Told by name: importing them would import torch and pydantic, also where nothing went wrong.
 USERS_FAULT = {"RecipeError", "DataError", "CheckpointError", "WorkerError"}
@@ -31,38 +43,10 @@ class CommandGroup(click.Group):
             # What goes wrong before the ranks of a machine have met goes wrong in each: the first of them tells it.
             with muted(os.environ.get("LOCAL_RANK", "0") != "0"):
                 code = report(error)
-        ranks = sys.modules.get("ssaseg.cli.distributed")  # imported by what needs it alone: it imports torch
+        ranks = sys.modules.get("ssaseg.cli.ranks.ranks")  # imported by what needs it alone: it imports torch
         if ranks is not None and ranks.met:
             ranks.leave(code or 0)
         sys.exit(code)
-
-
-@contextlib.contextmanager
-def ended_by_sigterm() -> Iterator[None]:
-    """Inside, SIGTERM is an exception, SystemExit(143), so that what was begun is closed and cleared away. Commands
-    that first finish something take the signal over meanwhile.
-
-    Not for one of several ranks: it may be waiting in C++ for the others, where no exception reaches it.
-    """
-    if "RANK" in os.environ or threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    own = os.getpid()
-
-    def end(number: int, _: Any) -> None:
-        if os.getpid() != own:  # a process forked from this one: it ends as it always did
-            signal.signal(number, signal.SIG_DFL)
-            os.kill(os.getpid(), number)
-            return
-        click.echo("stopped", err=True)
-        sys.exit(128 + number)
-
-    before = signal.signal(signal.SIGTERM, end)
-    try:
-        yield
-    finally:
-        if signal.getsignal(signal.SIGTERM) is end:  # else nobody is to heed it any more: `StopSignal.settle`
-            signal.signal(signal.SIGTERM, before)
 
 
 @contextlib.contextmanager

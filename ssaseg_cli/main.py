@@ -9,11 +9,11 @@ from typing import Any
 
 import click
 
-from ssaseg.cli.datacommands import data
+from ssaseg.cli.data.commands import data
 from ssaseg.cli.errors import CommandGroup
-from ssaseg.cli.launch import needs_ranks, run_launch
 from ssaseg.cli.options import CLASSIFIERS, device_option, existing_file, gpus_option, json_option
-from ssaseg.cli.recipecommands import recipes
+from ssaseg.cli.ranks.launcher import needs_ranks, run_launch
+from ssaseg.cli.recipes import recipes
 
 # PyTorch's CPU threads wait for one another by spinning. Where a loader's worker needs the same core, they spin through
 # its whole time slice, and a step can take many times as long; a short spin gives the core away soon.
@@ -91,7 +91,7 @@ def train(
         return 0
     if needs_ranks(gpus):
         return run_launch(gpus or 1)
-    from ssaseg.cli.train import run_train
+    from ssaseg.cli.training.loop import run_train
 
     out = out or Path("runs") / resolved.name
     return run_train(resolved, out, resume, device, dry_run, check, max_hours, track)
@@ -148,7 +148,7 @@ def evaluate(
         raise click.UsageError("give either --slide or --whole", click.get_current_context())
     if needs_ranks(gpus):
         return run_launch(gpus or 1)
-    from ssaseg.cli.evaluate import run_eval
+    from ssaseg.cli.scoring.report import run_eval
 
     changes = {key: value for key, value in changes.items() if value is not None}
     if slide or whole:
@@ -190,7 +190,7 @@ def predict(
     Example:
       ssaseg predict best.safetensors photos 'more/**/*.jpg' --out labels --save index,overlay
     """
-    from ssaseg.cli.predict import run_predict
+    from ssaseg.cli.prediction.predict import run_predict
 
     return run_predict(checkpoint, inputs, out, save, skip_existing, device)
 
@@ -239,10 +239,10 @@ def profile(
                 "--paper-table has its own classifiers, classes and size; leave those options out",
                 click.get_current_context(),
             )
-        from ssaseg.cli.papertable import run_paper_table
+        from ssaseg.cli.profiling.paper_table import run_paper_table
 
         return run_paper_table(json_out, device, runs)
-    from ssaseg.cli.profiling import run_profile
+    from ssaseg.cli.profiling.profile import run_profile
 
     return run_profile(target, classifier, classes, size, json_out, device, runs)
 
@@ -290,7 +290,7 @@ def convert(
       ssaseg convert ours.safetensors ours.onnx --input rgb --output labels
       ssaseg convert ours.safetensors small.safetensors --deploy
     """
-    from ssaseg.cli.convert import run_convert
+    from ssaseg.cli.weights.convert import run_convert
 
     given = {key: value for key, value in form.items() if value is not None}
     return run_convert(source, destination, model, classifier, dataset, allow_partial, given, classes, deploy)
@@ -313,7 +313,7 @@ def compare(runs: tuple[Path, ...], out: Path, json_out: str | None) -> int:
       ssaseg compare runs/linear runs/ssa
       ssaseg compare runs/* --out all.png --json all.json
     """
-    from ssaseg.cli.compare import run_compare
+    from ssaseg.cli.comparison.compare import run_compare
 
     return run_compare(runs, out, json_out)
 

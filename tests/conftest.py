@@ -36,9 +36,9 @@ def make_job() -> Callable[..., Any]:
     """A function (folder, overrides …, stored=state) → a `Job` on the CPU with its log, in this process."""
     import torch
 
-    from ssaseg.cli.distributed import Ranks
-    from ssaseg.cli.job import build_job
-    from ssaseg.cli.report import MetricsLog
+    from ssaseg.cli.ranks.ranks import Ranks
+    from ssaseg.cli.training.build import build_job
+    from ssaseg.cli.training.log import MetricsLog
     from ssaseg.recipes import load_recipe
 
     def make(out: Path, *overrides: str, stored: dict[str, Any] | None = None) -> Any:

@@ -1,13 +1,20 @@
-"""The house rules that a machine can hold: who imports whom, and how long a file or a function may be."""
+"""The house rules that a machine can hold: who imports whom, how long a file or function may be, what the wheel has."""
 
 import ast
+import shutil
+import subprocess
 import sys
+from collections import Counter
 from collections.abc import Iterator
+from graphlib import CycleError, TopologicalSorter
 from importlib.util import find_spec
 from pathlib import Path
+from zipfile import ZipFile
 
 import pytest
+from places import PROJECT
 
+FOLDERS = {"cli": "ssaseg_cli", "models": "models", "datasets": "datasets", "recipes": "recipes"}
 # Only the commands see more than themselves: a recipe holds names, the command looks them up.
 MAY_IMPORT = {
     "models": {"torch", "safetensors", "ssaseg.models"},
@@ -16,14 +23,24 @@ MAY_IMPORT = {
     "cli": {"torch", "numpy", "cv2", "PIL", "pycocotools", "safetensors", "click", "rich", "tqdm", "matplotlib"}
     | {f"ssaseg.{part}" for part in ("models", "datasets", "recipes", "cli")},
 }
-LONGEST_FILE, LONGEST_FUNCTION = 400, 80  # lines
+# From the lowest up: what stands in a room may import the rooms before it, and the room itself. A file that is named
+# here is a room of its own; "" is what else lies directly in the folder.
+ROOMS = {
+    "cli": ["signals", "errors", "device", "console", "options", "drawing", "ranks", "scoring", "weights", "data",
+            "prediction", "profiling", "training", "comparison", ""],
+    "models": ["layers", "classifiers", "segmenter", "networks", "build", "keys", "checkpoint", ""],
+}  # fmt: skip
+LONGEST_FILE, LONGEST_FUNCTION, FULLEST_ROOM = 400, 80, 22  # lines, lines, files
 
 
 def files_of(part: str) -> list[Path]:
-    spec = find_spec(f"ssaseg.{part}")
-    assert spec is not None
-    assert spec.origin is not None
-    return sorted(Path(spec.origin).parent.glob("*.py"))
+    return sorted((PROJECT / FOLDERS[part]).rglob("*.py"))
+
+
+def module_of(file: Path) -> str:
+    folder, *parts = file.relative_to(PROJECT).with_suffix("").parts
+    part = next(part for part, name in FOLDERS.items() if name == folder)
+    return ".".join(["ssaseg", part, *(name for name in parts if name != "__init__")])
 
 
 def imports_of(tree: ast.AST) -> Iterator[tuple[str, list[str]]]:
@@ -34,6 +51,17 @@ def imports_of(tree: ast.AST) -> Iterator[tuple[str, list[str]]]:
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, "relative import"
             yield node.module or "", [alias.name for alias in node.names]
+
+
+def own_imports() -> dict[str, set[str]]:
+    """Each module of the project and those of the project that it imports anywhere, inside functions too."""
+    files = {module_of(file): file for part in FOLDERS for file in files_of(part)}
+    graph: dict[str, set[str]] = {module: set() for module in files}
+    for module, file in files.items():
+        for source, names in imports_of(ast.parse(file.read_text(encoding="utf-8"))):
+            targets = {f"{source}.{name}" if f"{source}.{name}" in files else source for name in names} or {source}
+            graph[module] |= {target for target in targets if target in files} - {module}
+    return graph
 
 
 @pytest.mark.parametrize("part", MAY_IMPORT)
@@ -49,8 +77,37 @@ def test_folders_import_only_what_they_may(part: str) -> None:
                 assert find_spec(room) is not None, f"{file.name} imports {room}, which is not there"
 
 
+def test_no_circle_of_imports() -> None:
+    try:
+        TopologicalSorter(own_imports()).prepare()
+    except CycleError as error:
+        pytest.fail(" -> ".join(error.args[1]))
+
+
+@pytest.mark.parametrize("part", ROOMS)
+def test_rooms_see_only_those_below_them(part: str) -> None:
+    order = ROOMS[part]
+
+    def room(module: str) -> str:
+        name = [*module.split("."), ""][2]
+        return name if name in order else ""
+
+    graph = own_imports()
+    wrong = [
+        f"{module} imports {target}"
+        for module, targets in graph.items()
+        for target in sorted(targets)
+        if module.startswith(f"ssaseg.{part}.") and target.startswith(f"ssaseg.{part}.")
+        if order.index(room(target)) > order.index(room(module))
+    ]
+    assert wrong == []
+    assert {room(module) for module in graph if module.startswith(f"ssaseg.{part}.")} == set(order)
+    full = Counter(file.parent for file in files_of(part))
+    assert max(full.values()) <= FULLEST_ROOM, full
+
+
 def test_files_and_functions_stay_readable() -> None:
-    benchmarks = sorted((Path(__file__).parents[1] / "benchmarks").glob("*.py"))
+    benchmarks = sorted((PROJECT / "benchmarks").glob("*.py"))
     too_long = []
     for file in [*(file for part in MAY_IMPORT for file in files_of(part)), *benchmarks]:
         text = file.read_text(encoding="utf-8")
@@ -62,3 +119,23 @@ def test_files_and_functions_stay_readable() -> None:
                 if node.end_lineno - node.lineno + 1 > LONGEST_FUNCTION:
                     too_long.append(f"{file.parent.name}/{file.name}:{node.lineno} {node.name}")
     assert too_long == []
+
+
+def test_the_wheel_holds_every_file(tmp_path: Path) -> None:
+    """Every module and data file of the four folders: sub-packages are listed by hand."""
+    copy = tmp_path / "project"
+    for folder in FOLDERS.values():
+        shutil.copytree(PROJECT / folder, copy / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(PROJECT / name, copy)
+    build = "from setuptools import build_meta; build_meta.build_wheel('.')"
+    subprocess.run([sys.executable, "-c", build], cwd=copy, check=True, capture_output=True)
+    (wheel,) = copy.glob("*.whl")
+    found = {name for name in ZipFile(wheel).namelist() if ".dist-info/" not in name}
+    expected = {
+        str(Path("ssaseg", part, file.relative_to(copy / folder)))
+        for part, folder in FOLDERS.items()
+        for file in (copy / folder).rglob("*.*")
+        if file.is_file()
+    }
+    assert found == expected

@@ -1,0 +1,157 @@
+"""Online multi-domain distillation: a teacher branch that sees the labels, and the losses that tie the student to it.
+
+Source: "SSA-Seg" (NeurIPS 2024, arXiv 2405.06525, section 3.4) and its official implementation.
+
+Axes: N images, K classes, C channels, h×w feature pixels, P = h·w, G groups of images.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ssaseg.models.classifiers import losses
+from ssaseg.models.classifiers.base import Distillation
+
+
+class Adapted(NamedTuple):
+    """The SSA classifier's intermediate results for one batch."""
+
+    coarse: Tensor  # (N,K,h,w) logits before adaptation
+    spatial_feature: Tensor  # (N,C,h,w) F_p
+    feature: Tensor  # (N,C,h,w) F + F_p
+    pixels: Tensor  # (N,P,C) its pixels, each divided by its norm
+    semantic: Tensor  # (N,K,C) adapted semantic prototypes S'
+    spatial: Tensor  # (N,K,C) adapted spatial prototypes P'
+    logits: Tensor  # (N,K,h,w)
+
+
+class PrototypeProjections(nn.Module):
+    """φ_s, φ_p and the linear map that merges them: one set adapts the student's prototypes, another the teacher's."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.semantic = _squeeze(channels)
+        self.spatial = _squeeze(channels)
+        self.merge = nn.Linear(channels, channels, bias=False)
+
+    def forward(self, semantic: tuple[Tensor, Tensor], spatial: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """Two pairs of prototypes, each (K,C) or (N,K,C), in the order of concatenation → S', P' and Z."""
+        semantic_out = self.semantic(_concatenate(*semantic))
+        spatial_out = self.spatial(_concatenate(*spatial))
+        return semantic_out, spatial_out, self.merge(semantic_out + spatial_out)
+
+
+def _squeeze(channels: int) -> nn.Sequential:
+    hidden = channels // 2
+    return nn.Sequential(nn.Linear(2 * channels, hidden, bias=False), nn.ReLU(), nn.Linear(hidden, channels))
+
+
+def _concatenate(first: Tensor, second: Tensor) -> Tensor:
+    """Along channels; a table (K,C) is repeated for each image of its partner."""
+    return torch.cat(torch.broadcast_tensors(first, second), dim=-1)
+
+
+class Teaching(NamedTuple):
+    """The teacher's results for one batch, and the labels and groups that they were made with."""
+
+    labels: Tensor  # (N,h,w) at the feature's resolution
+    members: Tensor  # (G,N)
+    semantic: Tensor  # (N,K,C) S'_gt of each image's group
+    spatial: Tensor  # (N,K,C) P'_gt
+    logits: Tensor  # (N,K,h,w) T
+
+
+def teach(
+    projections: PrototypeProjections,
+    fixed_semantic: Tensor,
+    fixed_spatial: Tensor,
+    feature: Tensor,
+    student: Adapted,
+    labels: Tensor,
+    group: int,
+) -> Teaching:
+    """Prototypes from the labels: semantic ones per group, spatial ones per image; absent classes keep the fixed ones.
+
+    projections: the teacher's; fixed prototypes (K,C), feature (N,C,h,w) float32, labels (N,H,W), images per group.
+    Gradients of the teacher's own losses flow into both features.
+    """
+    small = losses.resize_labels(labels, feature.shape[-2:])
+    members = losses.group_matrix(len(labels), group, feature.device)
+    one_hot = losses.one_hot_pixels(small, len(fixed_semantic))  # (N,K,P)
+    pixels = one_hot.sum(dim=2, keepdim=True)  # (N,K,1)
+    sums = one_hot @ feature.flatten(2).transpose(1, 2)  # (N,K,C)
+    group_sums = torch.einsum("gn,nkc->gkc", members, sums)
+    group_pixels = torch.einsum("gn,nkc->gkc", members, pixels)
+    semantic_mean = _means(group_sums, group_pixels, fixed_semantic)  # (G,K,C)
+    spatial_sums = one_hot @ student.spatial_feature.flatten(2).transpose(1, 2)
+    spatial_mean = _means(spatial_sums, pixels, fixed_spatial)  # (N,K,C)
+    # Here the labels' mean stands first in both pairs, unlike in the student.
+    semantic, spatial, prototypes = projections(
+        (torch.einsum("gn,gkc->nkc", members, semantic_mean), fixed_semantic),
+        (spatial_mean, fixed_spatial),
+    )
+    logits = losses.cosine_logits(student.feature, prototypes, student.pixels)
+    return Teaching(small, members, semantic, spatial, logits)
+
+
+def _means(sums: Tensor, pixels: Tensor, fallback: Tensor) -> Tensor:
+    """Class means, with the detached row of `fallback` (K,C) where a class has no pixel."""
+    return torch.where(pixels > 0, sums / (pixels + losses.EPS), fallback.detach())
+
+
+def terms(
+    student: Adapted,
+    teacher: Teaching,
+    labels: Tensor,
+    pairs: Tensor | None,
+    settings: Distillation,
+    weighing: losses.Weighing,
+) -> dict[str, Tensor]:
+    """The weighted losses by name, averaged over groups; the dices over the (image, class) pairs of the step.
+
+    `weighing` is of the main cross entropy; the others do without its mining of hard examples.
+    """
+    weights, members = settings.weights, teacher.members
+    pixels = losses.class_pixels(labels, student.logits.shape[1])
+    branches = {"main": student.logits, "coarse": student.coarse, "teacher": teacher.logits}
+    found: dict[str, Tensor] = {}
+    for name, logits in branches.items():
+        dice = bool(weights.get(f"{name}_dice"))
+        if dice or weights[f"{name}_ce"]:
+            kind = weighing if name == "main" else weighing._replace(threshold=None)
+            found |= _upsampled(name, logits, labels, pixels, members, pairs, dice, kind)
+    if weights["response"]:
+        found["response"] = losses.response_loss(student.logits, teacher.logits, teacher.labels, members)
+    images = members.new_ones(len(labels))
+    if weights["semantic"]:
+        per_image = losses.semantic_loss(student.semantic, teacher.semantic)
+        found["semantic"] = losses.group_ratio(per_image, images, members)
+    if weights["spatial"]:
+        per_image = losses.spatial_loss(student.spatial, teacher.spatial)
+        found["spatial"] = losses.group_ratio(per_image, images, members)
+    return {name: weight * found[name] for name, weight in weights.items() if weight and name in found}
+
+
+def _upsampled(
+    name: str,
+    logits: Tensor,
+    labels: Tensor,
+    pixels: Tensor,
+    members: Tensor,
+    pairs: Tensor | None,
+    dice: bool,
+    weighing: losses.Weighing,
+) -> dict[str, Tensor]:
+    """Cross entropy (and dice) of one branch at the labels' size, upsampled with align_corners=True."""
+    image = losses.full_resolution_terms(logits, labels, True, dice, pixels, weighing)
+    # The main term's mean counts ignored pixels in its denominator (mmseg's avg_non_ignore=False) and takes every pixel
+    # for one, whatever its class weighs; the others' means do neither.
+    everything = torch.full_like(image.valid, float(labels[0].numel()))
+    counted = everything if name == "main" else image.valid
+    found = {f"{name}_ce": losses.group_ratio(image.cross_entropy, counted, members)}
+    if dice:
+        # Without pairs this batch is the whole step; with them the loop's mean over micro-batches restores the sum.
+        count = image.pairs.sum() if pairs is None else pairs
+        found[f"{name}_dice"] = image.dice.sum() / torch.where(count > 0, count, 1.0)
+    return found

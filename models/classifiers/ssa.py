@@ -1,0 +1,96 @@
+"""SSA-Seg's classifier: semantic and spatial prototypes that adapt to the image.
+
+Source: arXiv 2405.06525, sections 3.2 and 3.3.
+
+Axes: N images, K classes, C channels, h×w feature pixels, P = h·w.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from ssaseg.models.classifiers import distillation, losses
+from ssaseg.models.classifiers.base import Classifier, Distillation, LossOptions, TrainingStep
+from ssaseg.models.classifiers.distillation import Adapted, PrototypeProjections
+
+
+class SSAClassifier(Classifier):
+    """SSA-Seg: semantic (SEPA) and spatial (SPPA) prototypes adapted to the image, compared by cosine.
+
+    Source: arXiv 2405.06525, sections 3.2 and 3.3. All arithmetic is float32, under autocast too: its 1e-12 and its
+    sums over thousands of pixels do not exist in half precision. Its weights therefore stay float32, too: for speed
+    there are autocast and `ssaseg.models.fast`, not `.half()`.
+    """
+
+    adapts = True
+
+    def __init__(
+        self, channels: int, num_classes: int, dropout: float, settings: Distillation, loss: LossOptions | None = None
+    ) -> None:
+        super().__init__(channels, num_classes, dropout, settings, loss)
+        self.spatial_conv = nn.Conv2d(channels, channels, 3, padding=1, groups=channels)
+        self.spatial_prototypes = nn.Parameter(torch.randn(num_classes, channels))
+        self.student = PrototypeProjections(channels)
+        self.teacher = PrototypeProjections(channels)
+
+    def forward(self, feature: Tensor) -> Tensor:
+        """(N,C,h,w) → logits (N,K,h,w) in [−15, 15], float32."""
+        return self.adapt(feature).logits
+
+    def stages(self, feature: Tensor) -> tuple[Tensor, Tensor | None]:
+        """(N,C,h,w) → final and coarse logits, both (N,K,h,w), in one pass."""
+        adapted = self.adapt(feature)
+        return adapted.logits, adapted.coarse
+
+    def adapt(self, feature: Tensor) -> Adapted:
+        """(N,C,h,w) → everything that the classifier computes on the way to its logits."""
+        with torch.autocast(feature.device.type, enabled=False):
+            feature = feature.float()
+            coarse = self.coarse(feature)
+            spatial_feature = self.spatial_conv(feature)
+            scores = coarse.flatten(2)  # (N,K,P)
+            by_class = scores.softmax(dim=1)
+            mass = by_class.sum(dim=2, keepdim=True) + losses.EPS
+            semantic_mean = by_class @ feature.flatten(2).transpose(1, 2) / mass  # (N,K,C)
+            spatial_mean = scores.softmax(dim=2) @ spatial_feature.flatten(2).transpose(1, 2)  # (N,K,C)
+            # The orders differ, and trained weights depend on them: the image's mean first for semantic prototypes,
+            # the fixed table first for spatial ones.
+            semantic, spatial, prototypes = self.student(
+                (semantic_mean, self.semantic_prototypes), (self.spatial_prototypes, spatial_mean)
+            )
+            adapted = feature + spatial_feature
+            pixels = losses.pixel_directions(adapted)
+            logits = losses.cosine_logits(adapted, prototypes, pixels)
+            return Adapted(coarse, spatial_feature, adapted, pixels, semantic, spatial, logits)
+
+    @property
+    def semantic_prototypes(self) -> Tensor:
+        """Fixed semantic prototypes (K,C): the weight of the 1×1 convolution."""
+        return self.conv_seg.weight.flatten(1)
+
+    def training_step(self, feature: Tensor, labels: Tensor, pairs: Tensor | None = None) -> TrainingStep:
+        """Weighted losses of online multi-domain distillation by name; terms of weight 0 are not listed.
+
+        labels (N,H,W) integer in [0, K) or 255. `pairs`: (image, class) pairs per micro-batch, averaged over the
+        optimiser's step; None takes this batch for the whole step.
+        """
+        student = self.adapt(feature)
+        with torch.autocast(feature.device.type, enabled=False):
+            teacher = distillation.teach(
+                self.teacher,
+                self.semantic_prototypes,
+                self.spatial_prototypes,
+                feature.float(),
+                student,
+                labels,
+                self.settings.group,
+            )
+            terms = distillation.terms(student, teacher, labels, pairs, self.settings, self.weighing)
+        return TrainingStep(student.logits, terms)
+
+    def step_pairs(self, labels: Tensor) -> Tensor:
+        """Number of (image, class) pairs in labels (N,H,W): the dice's denominator."""
+        return (losses.class_pixels(labels, self.num_classes) > 0).sum().float()
+
+    def training_only(self) -> tuple[str, ...]:
+        """The teacher branch."""
+        return ("teacher.",)

@@ -1,0 +1,187 @@
+"""CGRSeg: context from a pyramid, features rebuilt along rows and columns, and a prototype-guided plain classifier.
+
+Source: "Context-Guided Spatial Feature Reconstruction for Efficient Semantic Segmentation" (Ni et al., ECCV 2024,
+arXiv 2405.06228), its configurations `local_configs/cgrseg/cgrseg-{t,b,l}_ade20k_160k.py`.
+
+Axes: N images, C channels, H×W pixels, P = H·W, K classes.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ssaseg.models.classifiers.base import Distillation, LossOptions
+from ssaseg.models.classifiers.linear import LinearClassifier
+from ssaseg.models.layers import ConvNorm, Depthwise, init_conv_module, resize_bilinear
+from ssaseg.models.networks import efficientformer
+from ssaseg.models.networks.efficientformer import EfficientFormerV2
+
+MLP_RATIO = 2
+
+SCALE = 1e-6  # that residual branches start with
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One size: backbone, channels of the decoder, blocks on the pyramid's context, length of the bands."""
+
+    backbone: str
+    channels: int
+    context: int
+    band: int
+
+
+# Rows of numbers from the official files named in the module's docstring.
+VARIANTS = {
+    "cgrseg_t": Variant(backbone="s1", channels=128, context=5, band=11),
+    "cgrseg_b": Variant(backbone="s2", channels=256, context=6, band=11),
+    "cgrseg_l": Variant(backbone="l", channels=256, context=5, band=9),
+}
+
+
+class RectangularAttention(nn.Module):
+    """Rectangular self-calibration attention (section 3.2): a map of rows plus columns, shaped by two bands."""
+
+    def __init__(self, channels: int, band: int) -> None:
+        super().__init__()
+        self.local = Depthwise(channels, 3)
+        self.horizontal = ConvNorm(channels, channels, (1, band), groups=channels, bias=True)
+        self.vertical = Depthwise(channels, (band, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N,C,H,W) → (N,C,H,W)."""
+        rectangle = x.mean(dim=3, keepdim=True) + x.mean(dim=2, keepdim=True)
+        return torch.sigmoid(self.vertical(F.relu(self.horizontal(rectangle)))) * self.local(x)
+
+
+class CalibrationBlock(nn.Module):
+    """Rectangular self-calibration module: that attention, a norm and an MLP; residual, with a learnt scale."""
+
+    def __init__(self, channels: int, band: int) -> None:
+        super().__init__()
+        self.attention = RectangularAttention(channels, band)
+        self.norm = nn.BatchNorm2d(channels)
+        self.expand = nn.Conv2d(channels, channels * MLP_RATIO, 1)
+        self.project = nn.Conv2d(channels * MLP_RATIO, channels, 1)
+        self.scale = nn.Parameter(torch.full((channels,), SCALE))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N,C,H,W) → (N,C,H,W)."""
+        branch = self.project(F.gelu(self.expand(self.norm(self.attention(x)))))
+        return x + branch * self.scale[:, None, None]
+
+
+class Fusion(nn.Module):
+    """Gates local features by the context: local · up(hard-sigmoid(context)), the gate taken before the upsampling."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.local = ConvNorm(inputs, outputs)
+        self.gate = ConvNorm(inputs, outputs)
+
+    def forward(self, local: Tensor, context: Tensor) -> Tensor:
+        """(N,C,H,W), (N,C,h,w) → (N,outputs,H,W)."""
+        gate = F.hardsigmoid(self.gate(context))
+        return self.local(local) * resize_bilinear(gate, local.shape[-2:])
+
+
+class Guided(NamedTuple):
+    """What the plain classifier of CGRSeg is given: the decoder's feature before and after its output layer."""
+
+    raw: Tensor  # (N,C,H/8,W/8)
+    fused: Tensor  # (N,C,H/8,W/8)
+
+
+class GuidedDecoder(nn.Module):
+    """Decoder: context at 1/64 from all maps at once, then each map rebuilt under it, coarsest first."""
+
+    def __init__(self, inputs: tuple[int, ...], variant: Variant) -> None:
+        super().__init__()
+        self.inputs, self.channels = inputs, variant.channels
+        total = sum(inputs)
+        self.context = nn.Sequential(*(CalibrationBlock(total, variant.band) for _ in range(variant.context)))
+        self.rebuild = nn.ModuleList(CalibrationBlock(width, variant.band) for width in inputs)
+        self.fuse = nn.ModuleList(Fusion(width, self.channels) for width in inputs)
+        # From a coarser result down to the next finer map.
+        self.descend = nn.ModuleList(nn.Conv2d(self.channels, width, 1) for width in inputs[:-1])
+        self.output = ConvNorm(self.channels, self.channels, groups=self.channels)
+        # mmcv initialises its own modules; the other convolutions keep torch's initialisation.
+        init_conv_module(self.fuse)
+        init_conv_module(self.output)
+
+    def forward(self, maps: list[Tensor]) -> Guided:
+        """Maps, finest first → the feature (N,channels,H/8,W/8) before and after the output layer."""
+        height, width = maps[-1].shape[-2:]
+        half = ((height + 1) // 2, (width + 1) // 2)
+        pyramid = torch.cat([F.adaptive_avg_pool2d(each, half) for each in maps], dim=1)
+        contexts = self.context(pyramid).split(self.inputs, dim=1)
+        local, last = maps[-1], len(maps) - 1
+        raw = self.fuse[last](self.rebuild[last](local), contexts[last])
+        for i in range(last - 1, -1, -1):
+            local = maps[i] + self.descend[i](resize_bilinear(raw, maps[i].shape[-2:]))
+            raw = self.fuse[i](self.rebuild[i](local), contexts[i])
+        return Guided(raw, F.relu(self.output(raw)))
+
+
+class Decoder(GuidedDecoder):
+    """The same decoder for a classifier of its own kind: it gives the feature alone."""
+
+    def forward(self, maps: list[Tensor]) -> Tensor:  # type: ignore[override]
+        """Maps, finest first → feature (N,channels,H/8,W/8)."""
+        return super().forward(maps).fused
+
+
+class GuidedClassifier(LinearClassifier):
+    """CGRSeg's own plain classifier, with its dynamic-prototype guidance (section 3.3).
+
+    A first prediction gathers a prototype per class from the image; together they weigh the feature's channels for the
+    second prediction, by the same 1×1 convolution. Only the second one is supervised, as officially.
+    """
+
+    def __init__(
+        self, channels: int, num_classes: int, dropout: float, settings: Distillation, loss: LossOptions | None = None
+    ) -> None:
+        super().__init__(channels, num_classes, dropout, settings, loss)
+        self.weigh = nn.Conv2d(channels, 1, 1)
+        self.enter = nn.Conv2d(channels, channels, 1)
+        self.norm = nn.LayerNorm([channels, 1, 1])
+        self.leave = nn.Conv2d(channels, channels, 1)
+        nn.init.kaiming_normal_(self.weigh.weight, mode="fan_in", nonlinearity="relu")
+        for zero in (self.weigh.bias, self.leave.weight, self.leave.bias):
+            nn.init.zeros_(zero)  # type: ignore[arg-type]
+
+    def forward(self, feature: Guided) -> Tensor:  # type: ignore[override]
+        """Features (N,C,h,w) → logits (N,K,h,w) of the second prediction."""
+        raw = feature.raw
+        prototypes = self.prototypes(self.coarse(feature.fused), raw)
+        shares = self.weigh(prototypes).softmax(dim=2)  # (N,1,K,1)
+        summary = (prototypes * shares).sum(dim=2, keepdim=True)  # (N,C,1,1)
+        gate = torch.sigmoid(self.leave(F.relu(self.norm(self.enter(summary)))))
+        return self.coarse(raw * gate + raw)
+
+    def prototypes(self, logits: Tensor, feature: Tensor) -> Tensor:
+        """Logits (N,K,h,w), feature (N,C,h,w) → the feature's mean under each class (N,C,K,1)."""
+        with torch.autocast(feature.device.type, enabled=False):
+            # Over thousands of pixels a softmax leaves numbers that half precision does not have.
+            where = logits.float().flatten(2).softmax(dim=2)  # (N,K,P)
+            means = where @ feature.float().flatten(2).mT
+        return means.mT.unsqueeze(3).to(feature.dtype)
+
+
+def _build(name: str, drop_path: float | None, decoder: type[GuidedDecoder]) -> tuple[EfficientFormerV2, GuidedDecoder]:
+    variant = VARIANTS[name]
+    backbone = EfficientFormerV2(efficientformer.VARIANTS[variant.backbone], drop_path)
+    return backbone, decoder(backbone.channels, variant)
+
+
+def build(name: str, drop_path: float | None = None) -> tuple[EfficientFormerV2, GuidedDecoder]:
+    """Backbone and decoder of a variant in `VARIANTS` for any classifier, initialised as in the official run."""
+    return _build(name, drop_path, Decoder)
+
+
+def build_guided(name: str, drop_path: float | None = None) -> tuple[EfficientFormerV2, GuidedDecoder]:
+    """The same for `GuidedClassifier`."""
+    return _build(name, drop_path, GuidedDecoder)

@@ -1,0 +1,257 @@
+"""EfficientFormerV2: convolutional stages, then attention on at most a 16×16 grid; CGRSeg's backbone.
+
+Source: "Rethinking Vision Transformers for MobileNet Size and Speed" (Li et al., ICCV 2023, arXiv 2212.08059), as
+CGRSeg's `models/backbones/efficientformer_v2.py` builds it for segmentation.
+
+Different from there, on purpose:
+- Any height and width from 32 on. There the query grid is ⌊H/2⌋, which crashes where H/16 is odd; here it is the size
+  of the strided convolution's output, and attention is upsampled to its identity's own size. Equal at multiples of 32.
+- The relative bias is computed from its parameter in every pass. There `.eval()` caches it, so that weights loaded
+  afterwards are not used.
+- BatchNorm trains, as it does in the official distributed run; outside of that the official code freezes it.
+
+Axes: N images, C channels, H×W pixels, h heads, D channels of a head, Q queries, P keys.
+"""
+
+from collections import OrderedDict
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ssaseg.models.layers import ConvNorm, Depthwise, DropPath, drop_path_rates, resize_bilinear
+
+HEADS = 8
+
+GRID = 16  # side of the attention's grid at 512 pixels, for which relative biases are stored
+
+SCALE = 1e-5  # that residual branches start with
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One size. `expansions[i]`: the MLP ratio of each block of stage i; the last `attention` of stages 2, 3 attend."""
+
+    widths: tuple[int, int, int, int]
+    expansions: tuple[tuple[int, ...], ...]
+    attention: int
+    drop_path: float
+
+    @property
+    def depths(self) -> tuple[int, ...]:
+        """Blocks of each stage."""
+        return tuple(len(stage) for stage in self.expansions)
+
+
+# Rows of numbers from the official file named in the module's docstring.
+VARIANTS = {
+    "s1": Variant(
+        widths=(32, 48, 120, 224),
+        expansions=((4,) * 3, (4,) * 3, (4, 4, 3, 3, 3, 3, 4, 4, 4), (4, 4, 3, 3, 4, 4)),
+        attention=2,
+        drop_path=0.0,
+    ),
+    "s2": Variant(
+        widths=(32, 64, 144, 288),
+        expansions=((4,) * 4, (4,) * 4, (4, 4, 3, 3, 3, 3, 3, 3, 4, 4, 4, 4), (4, 4, 3, 3, 3, 3, 4, 4)),
+        attention=4,
+        drop_path=0.02,
+    ),
+    "l": Variant(
+        widths=(40, 80, 192, 384),
+        expansions=(
+            (4,) * 5,
+            (4,) * 5,
+            (4, 4, 4, 4, 3, 3, 3, 3, 3, 3, 3, 4, 4, 4, 4),
+            (4, 4, 4, 3, 3, 3, 3, 4, 4, 4),
+        ),
+        attention=6,
+        drop_path=0.1,
+    ),
+}
+
+
+class RelativeBias(nn.Module):
+    """What attention adds for a key's distance from a query: a learnt number per head and offset (|Δy|, |Δx|).
+
+    Stored for a grid of 16×16 queries and `stride` times as many keys a side; for other grids the *flattened* matrix
+    of queries by keys is resized bicubically, as officially.
+    """
+
+    distance: Tensor
+
+    def __init__(self, stride: int) -> None:
+        super().__init__()
+        keys = GRID * stride
+        self.table = nn.Parameter(torch.zeros(HEADS, keys * keys))
+        distance = (stride * torch.arange(GRID)[:, None] - torch.arange(keys)).abs()
+        self.register_buffer("distance", distance, persistent=False)  # (16, keys), the same along both axes
+
+    def forward(self, queries: int, keys: int) -> Tensor:
+        """→ (h,Q,P)."""
+        grid, side = self.distance.shape
+        table = self.table.unflatten(1, (side, side))
+        # Axis by axis, since the second, large lookup then reads whole rows: (h,|Δy|,|Δx|) → (h,y,y',|Δx|) → (…,x,x').
+        offsets = table[:, self.distance.flatten()][:, :, self.distance.flatten()]
+        offsets = offsets.view(HEADS, grid, side, grid, side)
+        bias = offsets.transpose(2, 3).reshape(HEADS, grid * grid, side * side)
+        if bias.shape[1:] == (queries, keys):
+            return bias
+        return F.interpolate(bias[None], size=(queries, keys), mode="bicubic", align_corners=False)[0]
+
+
+def split_heads(maps: Tensor) -> Tensor:
+    """(N,h·D,H,W) → (N,h,D,P): a head's channels lie together."""
+    return maps.flatten(2).unflatten(1, (HEADS, -1))
+
+
+def merge_heads(tokens: Tensor, size: torch.Size) -> Tensor:
+    """(N,h,P,D) → (N,h·D,H,W), laid out channels last as convolutions here are."""
+    return tokens.transpose(1, 2).flatten(2).mT.unflatten(2, size)
+
+
+class TalkingHeads(nn.Conv2d):
+    """1×1 convolution over heads, as a matrix product: attention's maps are not laid out channels last."""
+
+    def __init__(self) -> None:
+        super().__init__(HEADS, HEADS, 1)
+
+    def forward(self, maps: Tensor) -> Tensor:
+        """(N,h,Q,P) → (N,h,Q,P)."""
+        mixed = self.weight.flatten(1) @ maps.flatten(2) + self.bias[:, None]  # type: ignore[index]
+        return mixed.view(maps.shape)
+
+
+class Attention(nn.Module):
+    """Attention whose heads talk before and after the softmax, with a depthwise convolution of the values beside it.
+
+    In stage 2 on a grid of half the resolution (`stride` 2), and back up afterwards.
+    """
+
+    def __init__(self, channels: int, stride: int, key_dim: int = 32) -> None:
+        super().__init__()
+        keys, values = HEADS * key_dim, HEADS * 4 * key_dim
+        self.scale = key_dim**-0.5
+        self.reduce = (
+            ConvNorm(channels, channels, 3, stride, groups=channels, bias=True) if stride > 1 else nn.Identity()
+        )
+        self.query = ConvNorm(channels, keys, bias=True)
+        self.key = ConvNorm(channels, keys, bias=True)
+        self.value = ConvNorm(channels, values, bias=True)
+        self.local = ConvNorm(values, values, 3, groups=values, bias=True)
+        self.bias = RelativeBias(stride=1)
+        self.talk_before = TalkingHeads()
+        self.talk_after = TalkingHeads()
+        self.project = ConvNorm(values, channels, bias=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N,C,H,W) → (N,C,H,W)."""
+        size = x.shape[-2:]
+        x = self.reduce(x)
+        value = self.value(x)
+        scores = split_heads(self.query(x)).mT @ split_heads(self.key(x)) * self.scale  # (N,h,P,P)
+        scores = self.talk_before(scores + self.bias(*scores.shape[-2:]))
+        weights = self.talk_after(scores.softmax(dim=-1))
+        attended = merge_heads(weights @ split_heads(value).mT, x.shape[-2:])
+        return self.project(F.gelu(resize_bilinear(attended + self.local(value), size)))
+
+
+class AttentionDownsample(nn.Module):
+    """Halves the resolution: attention from a coarse grid's queries to the fine one's keys, beside a convolution."""
+
+    def __init__(self, inputs: int, outputs: int, key_dim: int = 16) -> None:
+        super().__init__()
+        keys, values = HEADS * key_dim, HEADS * 4 * key_dim
+        self.scale = key_dim**-0.5
+        self.query_local = Depthwise(inputs, 3, stride=2)
+        self.query = ConvNorm(inputs, keys, bias=True)
+        self.key = ConvNorm(inputs, keys, bias=True)
+        self.value = ConvNorm(inputs, values, bias=True)
+        self.local = ConvNorm(values, values, 3, stride=2, groups=values, bias=True)
+        self.bias = RelativeBias(stride=2)
+        self.project = ConvNorm(values, outputs, bias=True)
+        self.conv = ConvNorm(inputs, outputs, 3, stride=2, bias=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N,C,H,W) → (N,outputs,⌈H/2⌉,⌈W/2⌉)."""
+        value = self.value(x)
+        local = self.local(value)
+        query = self.query(self.query_local(x) + x[..., ::2, ::2])
+        scores = split_heads(query).mT @ split_heads(self.key(x)) * self.scale  # (N,h,Q,P)
+        weights = (scores + self.bias(*scores.shape[-2:])).softmax(dim=-1)
+        attended = merge_heads(weights @ split_heads(value).mT, local.shape[-2:])
+        return self.project(F.gelu(attended + local)) + self.conv(x)
+
+
+class ConvMLP(nn.Sequential):
+    """1×1 to more channels, depthwise 3×3, 1×1 back; each with a norm, GELU between."""
+
+    def __init__(self, channels: int, ratio: int) -> None:
+        super().__init__()
+        hidden = channels * ratio
+        self.expand = ConvNorm(channels, hidden, bias=True)
+        self.expand_act = nn.GELU()
+        self.depthwise = ConvNorm(hidden, hidden, 3, groups=hidden, bias=True)
+        self.depthwise_act = nn.GELU()
+        self.project = ConvNorm(hidden, channels, bias=True)
+        for layer in (self.expand.conv, self.project.conv):
+            nn.init.trunc_normal_(layer.weight, std=0.02)
+            nn.init.zeros_(layer.bias)  # type: ignore[arg-type]
+
+
+class Residual(nn.Module):
+    """x + scale · branch(x), the scale a learnt vector."""
+
+    def __init__(self, branch: nn.Module, channels: int, drop_path: float) -> None:
+        super().__init__()
+        self.branch = branch
+        self.scale = nn.Parameter(torch.full((channels, 1, 1), SCALE))
+        self.drop_path = DropPath(drop_path)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N,C,H,W) → (N,C,H,W)."""
+        return x + self.drop_path(self.scale * self.branch(x))
+
+
+class EfficientFormerV2(nn.Module):
+    """Backbone: a stem at 1/4 and four stages at strides 4, 8, 16, 32.
+
+    Convolutions keep torch's own initialisation, as officially; only the MLPs' 1×1 ones are drawn with deviation 0.02.
+    """
+
+    def __init__(self, variant: Variant, drop_path: float | None = None) -> None:
+        super().__init__()
+        rates = iter(drop_path_rates(variant.drop_path if drop_path is None else drop_path, variant.depths))
+        a, b, c, d = variant.widths
+        self.stem = nn.Sequential(
+            ConvNorm(3, a // 2, 3, stride=2, bias=True),
+            nn.GELU(),
+            ConvNorm(a // 2, a, 3, stride=2, bias=True),
+            nn.GELU(),
+        )
+        self.stages = nn.ModuleList()
+        for stage, (width, ratios) in enumerate(zip(variant.widths, variant.expansions, strict=True)):
+            attending = range(len(ratios) - variant.attention, len(ratios)) if stage >= 2 else ()
+            blocks = nn.Sequential()
+            for block, ratio in enumerate(ratios):
+                rate = next(rates)
+                parts: dict[str, nn.Module] = {"mlp": ConvMLP(width, ratio)}
+                if block in attending:
+                    parts = {"attention": Attention(width, stride=2 if stage == 2 else 1), **parts}
+                residuals = {part: Residual(branch, width, rate) for part, branch in parts.items()}
+                blocks.append(nn.Sequential(OrderedDict[str, nn.Module](residuals)))
+            self.stages.append(blocks)
+        self.downsample = nn.ModuleList(
+            [ConvNorm(a, b, 3, stride=2, bias=True), ConvNorm(b, c, 3, stride=2, bias=True), AttentionDownsample(c, d)]
+        )
+        self.channels = variant.widths[1:]
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        """(N,3,H,W) → maps (N,C,⌈H/s⌉,⌈W/s⌉), finest first: s = 8, 16, 32. The map at 1/4 goes no further."""
+        x = self.stages[0](self.stem(images))
+        maps = []
+        for downsample, stage in zip(self.downsample, self.stages[1:], strict=False):
+            x = stage(downsample(x))
+            maps.append(x)
+        return maps

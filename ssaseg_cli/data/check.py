@@ -1,0 +1,263 @@
+"""`ssaseg data check`: read all of a data set, and tell everything that is wrong with it."""
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import click
+import numpy as np
+
+from ssaseg.cli.console import json_target, print_table, write_json
+from ssaseg.cli.data.reading import look_at, watch
+from ssaseg.cli.errors import CommandError
+from ssaseg.datasets import IGNORED, DataError, Dataset, build_dataset
+from ssaseg.datasets.check import Findings, Problem, require_same_classes
+from ssaseg.datasets.pairs import PairDataset, some
+from ssaseg.datasets.published import LAYOUTS
+from ssaseg.datasets.survey import ANYBODYS
+from ssaseg.recipes import Recipe, RecipeError, list_recipes, load_recipe
+
+SPLITS = ("train", "val")
+
+
+class Target(NamedTuple):
+    """What is to be checked, not yet opened."""
+
+    title: str
+    splits: Mapping[str, Callable[[], Dataset]]
+    counts: Mapping[str, int]  # split -> published number of pairs
+
+
+def run_check(target: str, overrides: Sequence[str], split: str | None, json_out: str | None) -> int:
+    """Checks a recipe's data or a folder, prints a table of classes and the problems of each split, and returns 0
+    where there is none, 1 for warnings, 2 for errors.
+
+    target: a recipe's name or file, or a folder: with a recipe in it, of a published layout, or of images and masks.
+    overrides: `key=value` words for a recipe. split: only this one. json_out: a file for the report, "-" for stdout
+    without the tables. Raises CommandError, RecipeError or DataError where there is nothing to check; SystemExit after
+    Ctrl-C (130) and SIGTERM (143).
+    """
+    json_out = json_target(json_out)
+    started = time.perf_counter()
+    chosen = open_target(target, overrides)
+    if split is not None and split not in chosen.splits:
+        raise CommandError(f"--split {split}: {chosen.title} has only {', '.join(chosen.splits)}")
+    names = [split] if split is not None else list(chosen.splits)
+    if json_out != "-":
+        click.echo(chosen.title)
+    splits: list[dict[str, Any]] = []
+    for name in names:
+        report, findings = check_split(name, chosen)
+        if splits and splits[0]["classes"] and report["classes"]:
+            _compare_classes(splits[0], report, findings)
+        splits.append(report)
+        if json_out != "-":
+            print_split(report, findings)
+    counted = {
+        severity: sum(problem["severity"] == severity for report in splits for problem in report["problems"])
+        for severity in ("error", "warning")
+    }
+    seconds = time.perf_counter() - started
+    report = {"target": target, "checked": chosen.title, "splits": splits, "errors": counted["error"]}
+    report |= {"warnings": counted["warning"], "seconds": round(seconds, 2)}
+    if json_out != "-":
+        words = [_count(count, severity) for severity, count in counted.items() if count]
+        click.echo(f"{', '.join(words) or 'no problems found'}; read in {seconds:.1f} s")
+    write_json(json_out, report)
+    return 2 if counted["error"] else 1 if counted["warning"] else 0
+
+
+# ---- what to check -----------------------------------------------------------------------------------------------
+def open_target(target: str, overrides: Sequence[str]) -> Target:
+    """A recipe's data or a folder's. Raises CommandError or RecipeError where `target` is neither."""
+    folder = Path(target)
+    if folder.is_dir() and target not in list_recipes():
+        recipe = _recipe_in(folder)
+        if recipe is not None:
+            return _of_recipe(load_recipe(str(recipe), overrides), str(recipe))
+        if overrides:
+            raise CommandError(
+                f"{overrides[0]}: {target} is a folder without recipe, so there are no keys to set\nleave it out"
+            )
+        return _of_layout(folder) or _of_folder(folder)
+    if folder.suffix not in (".yaml", ".yml") and target not in list_recipes() and len(folder.parts) > 1:
+        raise CommandError(f"{target}: no such folder\nexpected a recipe's name, a .yaml file or a folder of data")
+    return _of_recipe(load_recipe(target, overrides), target)
+
+
+def _recipe_in(folder: Path) -> Path | None:
+    """The only recipe among the YAML files of a folder."""
+    recipes = []
+    for file in sorted(path for path in folder.iterdir() if path.suffix in (".yaml", ".yml")):
+        try:
+            load_recipe(f"{folder}/{file.name}")
+        except RecipeError:  # other programs write YAML, too
+            continue
+        recipes.append(Path(folder, file.name))
+    if len(recipes) > 1:
+        raise CommandError(
+            f"{folder}: {len(recipes)} recipes: {some([file.name for file in recipes])}\nname one of them"
+        )
+    return recipes[0] if recipes else None
+
+
+def _of_recipe(recipe: Recipe, name: str) -> Target:
+    data = recipe.data
+    # Each pair is read once: a cache would hold them all. And what lacks its mask is told, the others are read.
+    options = data.model_dump() | {"cache": False, "partial": True}
+    build = partial(build_dataset, data.dataset, root=Path(data.root), options=options)
+    where = "" if data.dataset == "synthetic" else f" below {data.root}"
+    counts = LAYOUTS[data.dataset].counts if data.dataset in LAYOUTS else {}
+    title = f"recipe {name}: data set {data.dataset}{where}"
+    return Target(title, {split: partial(build, split) for split in SPLITS}, counts)
+
+
+def _of_layout(root: Path) -> Target | None:
+    """The published data set whose folders are below `root`, or None."""
+    for name, layout in LAYOUTS.items():
+        splits = [
+            split
+            for split in SPLITS
+            if all((root / folders[split]).is_dir() for folders in (layout.images, layout.masks))
+        ]
+        if layout.lists:
+            splits = [split for split in splits if (root / layout.lists[split]).is_file()]
+        build = partial(build_dataset, name, root=root, options={"partial": True})
+        if splits and (name not in ANYBODYS or _is_whole(build, layout.counts)):
+            title = f"{root}: the layout of data set {name}"
+            return Target(title, {split: partial(build, split) for split in splits}, layout.counts)
+    return None
+
+
+def _is_whole(build: Callable[[str], Dataset], counts: Mapping[str, int]) -> bool:
+    """Whether every split has the published number of pairs."""
+    try:
+        return all(len(build(split)) == count for split, count in counts.items())
+    except (DataError, OSError):
+        return False
+
+
+def _of_folder(root: Path) -> Target:
+    """Image and mask folders as `data init` finds them, with the classes that it would write."""
+    own = look_at(root)
+    labels = own.labels
+
+    def build(names: Path | None, images: str, masks: str) -> Dataset:
+        return PairDataset(
+            root / images,
+            root / masks,
+            labels.classes,
+            labels.palette,
+            image_suffixes=own.found.image_suffixes,
+            mask_suffix=own.found.mask_suffix,
+            reduce_zero_label=labels.reduce_zero_label,
+            raw_to_train=labels.raw_to_train,
+            names=names,
+            partial=True,
+        )
+
+    splits: dict[str, Callable[[], Dataset]] = {}
+    for split in own.pairs:
+        images, masks = own.found.folders.get(split) or own.found.folders["all"]
+        names = root / own.found.lists[split] if split in own.found.lists else None
+        splits[split] = partial(build, names, images, masks)
+    notes = "".join(f"\n- {note}" for note in (*own.found.notes, *labels.notes))
+    return Target(f"{root}: images and masks as `ssaseg data init` finds them{notes}", splits, {})
+
+
+# ---- one split ---------------------------------------------------------------------------------------------------
+def check_split(split: str, target: Target) -> tuple[dict[str, Any], Findings]:
+    """Everything about one split, as JSON has it and as found. Where it cannot be opened, that is its problem."""
+    try:
+        dataset = target.splits[split]()
+    except (DataError, OSError) as error:
+        told = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) else str(error)
+        findings = Findings(0, problems=[Problem("error", told, "cannot be opened")])
+        return {"split": split, "pairs": 0, "classes": [], "raw_ids": [], **_problems(findings)}, findings
+    findings = watch(dataset, f"checked {split}")
+    expected = target.counts.get(split)
+    if expected is not None and len(dataset) != expected:
+        text = f"{_count(len(dataset), 'pair')}; the published {split} split has {expected}"
+        findings.problems.append(Problem("warning", text, "number of pairs"))
+    report = {
+        "split": split,
+        "pairs": len(dataset),
+        "palette_masks": sum(findings.palettes.values()),
+        "smallest": _size(min(findings.sizes, key=_area, default=None)),
+        "largest": _size(max(findings.sizes, key=_area, default=None)),
+        "classes": list(_classes(dataset, findings)),
+        "raw_ids": list(_raw_ids(dataset, findings)),
+        **_problems(findings),
+    }
+    return report, findings
+
+
+def _compare_classes(train: Mapping[str, Any], val: dict[str, Any], findings: Findings) -> None:
+    """Adds to the validation split's problems, if its classes are not those of the training split."""
+    try:
+        require_same_classes(*([row["name"] for row in report["classes"]] for report in (train, val)))
+    except DataError as error:
+        findings.problems.append(Problem("error", str(error), "other classes"))
+        val.update(_problems(findings))
+
+
+def _problems(findings: Findings) -> dict[str, Any]:
+    return {"problems": [asdict(problem) for problem in findings.problems]}
+
+
+def _area(size: tuple[int, int]) -> int:
+    return size[0] * size[1]
+
+
+def _size(size: tuple[int, int] | None) -> str | None:
+    return None if size is None else f"{size[1]}x{size[0]}"
+
+
+def _classes(dataset: Dataset, findings: Findings) -> Iterator[dict[str, Any]]:
+    per_class = np.zeros(256, np.int64)
+    np.add.at(per_class, dataset.label_lut, findings.pixels)
+    total = max(int(per_class[: len(dataset.classes)].sum()), 1)
+    for index, name in enumerate(dataset.classes):
+        pixels, images = int(per_class[index]), int(findings.images[index])
+        yield {"id": index, "name": name, "pixels": pixels, "share": pixels / total * 100, "images": images}
+
+
+def _raw_ids(dataset: Dataset, findings: Findings) -> Iterator[dict[str, Any]]:
+    """What was found of each id in the files, and what it means: a class, "ignored" or "out of range"."""
+    for raw in map(int, np.flatnonzero(findings.pixels)):
+        train_id = int(dataset.label_lut[raw])
+        meaning = "ignored" if train_id == IGNORED else dataset.classes[train_id]
+        meaning = meaning if dataset.valid_raw[raw] else "out of range"
+        yield {"id": raw, "is": meaning, "pixels": int(findings.pixels[raw]), "masks": int(findings.masks[raw])}
+
+
+def _count(count: int, what: str) -> str:
+    return f"{count} {what}{'s' * (count != 1)}"
+
+
+def print_split(report: Mapping[str, Any], findings: Findings) -> None:
+    """The table of classes and the problems, on stdout: of each severity ten in full."""
+    if report["pairs"]:
+        rows = [
+            (row["name"], str(row["id"]), f"{row['pixels']:,}", f"{row['share']:.2f}", str(row["images"]))
+            for row in report["classes"]
+        ]
+        low, high = report["smallest"], report["largest"]
+        size = f", images of {low}" + (f" to {high}" if low != high else "") + " pixels" if low else ""
+        masks = f", {report['palette_masks']} masks with a palette" if report["palette_masks"] else ""
+        title = f"{report['split']} split: {_count(report['pairs'], 'pair')}{size}{masks}"
+        print_table(("class", "id", "pixels", "share [%]", "images"), rows, title)
+        every = max(sum(row["pixels"] for row in report["raw_ids"]), 1)
+        for meaning in ("ignored", "out of range"):
+            found = [row for row in report["raw_ids"] if row["is"] == meaning]
+            if found:
+                told = [f"id {row['id']} ({row['pixels']:,} pixels in {_count(row['masks'], 'mask')})" for row in found]
+                share = sum(row["pixels"] for row in found) / every
+                click.echo(f"{meaning}: {share:.2%} of the pixels: {some(told, 8)}")
+    for severity, colour in (("error", "red"), ("warning", "yellow")):
+        label = click.style(f"{severity}, {report['split']} split:", fg=colour)
+        for text in findings.told(severity):
+            click.echo(f"{label} {text}")

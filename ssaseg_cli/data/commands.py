@@ -1,0 +1,137 @@
+"""The commands of `ssaseg data`: each a signature, a docstring with an example, and one call, as in `main`."""
+
+from pathlib import Path
+
+import click
+
+from ssaseg.cli.options import CLASSIFIERS, json_option
+
+
+@click.group()
+def data() -> None:
+    """Prepare, check and describe data sets.
+
+    \b
+    Example:
+      ssaseg data init photos --out photos.yaml
+      ssaseg data check photos.yaml
+    """
+
+
+@data.command()
+@click.argument("out", type=click.Path(file_okay=False, path_type=Path))
+@click.option("--count", type=click.IntRange(min=1), metavar="N", default=16, show_default=True, help="Scenes.")
+@click.option("--split", type=click.Choice(["train", "val"]), default="val", show_default=True)
+@click.option(
+    "--size",
+    nargs=2,
+    type=click.IntRange(min=64),
+    metavar="H W",
+    default=(160, 160),
+    help="[pixels]  [default: 160 160]",
+)
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="As data.synthetic.seed.")
+@click.option(
+    "--layout",
+    type=click.Choice(["folder", "ade20k", "pascal_context", "coco"]),
+    default="folder",
+    show_default=True,
+    help="Folders, and what labels look like.",
+)
+def export(out: Path, count: int, split: str, size: tuple[int, int], seed: int, layout: str) -> None:
+    """Write built-in scenes as files.
+
+    Images go to OUT/images/SPLIT, masks to OUT/annotations/SPLIT: the layout that a recipe with data.dataset folder
+    reads. The same seed, split and size give the same scenes as in training. With another --layout images are JPEG, and
+    folders and labels those of the data set: for trying its reader, or another program.
+
+    \b
+    Example:
+      ssaseg data export scenes --count 20
+      ssaseg data export scenes-coco --layout coco --split train
+    """
+    from ssaseg.datasets.exporting import EXPORTS, export_scenes
+
+    images = export_scenes(out, count, split=split, height=size[0], width=size[1], seed=seed, layout=layout)
+    labels = out / EXPORTS[layout].masks[split]
+    click.echo(f"wrote {len(images)} scenes to {images[0].parent} and their labels to {labels}")
+
+
+@data.command()
+@click.argument("name")
+@click.option(
+    "--source", required=True, type=click.Path(exists=True, file_okay=False, path_type=Path), help="What you unpacked."
+)
+@click.option(
+    "--root",
+    type=click.Path(file_okay=False, path_type=Path),
+    help="Where to write.  [default: SOURCE, or VOC2010 in it]",
+)
+@click.option("--workers", type=click.IntRange(min=0), metavar="N", help="Processes.  [default: one a core]")
+def prepare(name: str, source: Path, root: Path | None, workers: int | None) -> int:
+    """Bring a published data set into the layout that recipes read.
+
+    Ends with the counts on disk beside the published ones: exit code 1 where they differ. Nothing in SOURCE is changed;
+    images become hard links where the disk allows it, else copies. It may be stopped, and goes on when it is run again.
+
+    \b
+    NAME                    what SOURCE holds
+    coco_stuff10k           images/, annotations/*.mat, imageLists/ (cocostuff-10k-v1.1.zip; needs ssaseg[mat])
+    coco_stuff164k          train2017/, val2017/, stuffthingmaps/ (in it stuffthingmaps_trainval2017.zip)
+    pascal_context_59, _60  JPEGImages/ (VOC 2010's trainval) and trainval_merged.json
+    cityscapes              leftImg8bit/, gtFine/ (leftImg8bit_ and gtFine_trainvaltest.zip)
+    ade20k, voc2012, camvid are read as they are downloaded: only counted
+
+    \b
+    Example:
+      ssaseg data prepare coco_stuff10k --source ~/Downloads/cocostuff --root data/coco_stuff10k
+      ssaseg data prepare ade20k --source data/ade/ADEChallengeData2016
+    """
+    from ssaseg.cli.data.prepare import run_prepare
+
+    return run_prepare(name, source, root, workers)
+
+
+@data.command()
+@click.argument("target", metavar="RECIPE|ROOT")
+@click.argument("overrides", metavar="[KEY=VALUE]...", nargs=-1)
+@click.option("--split", type=click.Choice(["train", "val"]), help="Only this one.  [default: both]")
+@json_option
+def check(target: str, overrides: tuple[str, ...], split: str | None, json_out: str | None) -> int:
+    """Read all of a data set and tell what is wrong with it.
+
+    ROOT is a folder: with a recipe in it, of a published data set, or of images and masks as `init` finds them. Told
+    are pairs that are incomplete, damaged or of two sizes, masks in colours, ids out of range, doubts about
+    reduce_zero_label, and each class's pixels. No data is written. Exit code 0: clean, 1: warnings, 2: errors.
+
+    \b
+    Example:
+      ssaseg data check my.yaml
+      ssaseg data check ade20k-seaformer_b-ssa data.root=/data/ADEChallengeData2016 --split val
+      ssaseg data check photos --json report.json
+    """
+    from ssaseg.cli.data.check import run_check
+
+    return run_check(target, overrides, split, json_out)
+
+
+@data.command()
+@click.argument("root", metavar="DIR", type=click.Path(path_type=Path))
+@click.option("--out", metavar="FILE.yaml", type=click.Path(path_type=Path), help="[default: DIR's name, here]")
+@click.option("--model", metavar="NAME", default="seaformer_b", show_default=True, help="Network.")
+@click.option("--classifier", type=CLASSIFIERS, default="ssa", show_default=True)
+def init(root: Path, out: Path | None, model: str, classifier: str) -> int:
+    """Write a recipe for images and masks of your own.
+
+    DIR holds images, and for each a mask of class ids: in folders such as images and masks, with train and val in them
+    or not, or side by side as X.jpg and X_mask.png. The recipe says what was found in them and what was guessed. Where
+    there are no splits, a fifth of the pairs becomes validation, by lists of names beside the recipe.
+
+    \b
+    Example:
+      ssaseg data init photos --out photos.yaml
+      ssaseg train photos.yaml
+    """
+    from ssaseg.cli.data.init import run_init
+
+    return run_init(root, out, model, classifier)

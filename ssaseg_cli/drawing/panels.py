@@ -1,0 +1,181 @@
+"""Pictures made of pictures: panels with captions in rows, a legend of class colours below.
+
+Axes: H×W pixels of an image, h×w of a panel, K classes. Images are BGR uint8 (H,W,3), as OpenCV has them.
+"""
+
+from collections.abc import Iterable, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from ssaseg.datasets import IGNORED
+
+WIDTH, TALLEST = 320, 400  # of a panel [pixels]
+
+TEXT, LINE = 13, 20  # size of the letters, height of a line [pixels]
+
+INK, PAPER = (40, 40, 40), 255
+
+CUT_OFF = 26  # letters of a class name in a legend
+
+MOST_NAMES = 48  # classes in a legend
+
+RIGHTED, WORSENED, STILL_WRONG = (60, 190, 80), (230, 50, 50), (250, 200, 40)  # RGB: green, red, yellow
+
+CHANGES = (
+    ("changed: now right", RIGHTED),
+    ("changed: no longer right", WORSENED),
+    ("changed: wrong before, too", STILL_WRONG),
+)
+
+Legend = Sequence[tuple[str, Sequence[int]]]  # names and their colours RGB 0..255
+
+WORDS_ALONE: Sequence[int] = ()  # the colour of an entry without a patch
+
+
+class Panel(NamedTuple):
+    """An image and the words above it."""
+
+    caption: str
+    image: np.ndarray
+
+
+def overlay(image: np.ndarray, labels: np.ndarray, palette: Sequence[Sequence[int]]) -> np.ndarray:
+    """Half image, half class colours; ignored pixels (255) stay as they are. BGR uint8 (H,W,3), (H,W) → BGR uint8."""
+    colours = np.zeros((256, 3), np.uint8)
+    colours[: len(palette)] = np.asarray(palette, np.uint8)[:, ::-1]
+    mixed = (image.astype(np.uint16) + colours[labels] + 1) // 2
+    return np.where((labels == IGNORED)[..., None], image, mixed.astype(np.uint8))
+
+
+def coloured(image: np.ndarray, labels: np.ndarray, palette: Sequence[Sequence[int]]) -> np.ndarray:
+    """Class colours over a faint grey image, so that they look as in the legend; ignored pixels are hatched.
+
+    BGR uint8 (H,W,3), (H,W), K colours RGB → BGR uint8 (H,W,3).
+    """
+    grey = image.mean(axis=2, keepdims=True).astype(np.uint8).repeat(3, axis=2)
+    flat = overlay(grey, labels, palette)
+    mixed = overlay(flat, labels, palette)  # three quarters colour
+    diagonal = np.add.outer(np.arange(labels.shape[0]), np.arange(labels.shape[1]))
+    hatch = (diagonal // max(labels.shape[1] // 64, 1)) % 4 == 0
+    mixed[(labels == IGNORED) & hatch] = 0
+    return mixed
+
+
+def changes(image: np.ndarray, labels: np.ndarray, coarse: np.ndarray, final: np.ndarray) -> Panel:
+    """What adaptation changed, over the grey image; label maps uint8 (H,W).
+
+    Green: now right; red: no longer right; yellow: wrong before and after. Ignored pixels are left out, and shares are
+    of the labelled ones.
+    """
+    grey = image.mean(axis=2, keepdims=True).repeat(3, axis=2) * 0.5 + 100
+    changed = (coarse != final) & (labels != IGNORED)
+    marks = {
+        "right": (changed & (final == labels), RIGHTED),
+        "wrong": (changed & (coarse == labels), WORSENED),
+        "other": (changed & (coarse != labels) & (final != labels), STILL_WRONG),
+    }
+    for pixels, colour in marks.values():
+        grey[pixels] = colour[::-1]
+    whole = max(int((labels != IGNORED).sum()), 1)
+    shares = {name: pixels.sum() / whole * 100 for name, (pixels, _) in marks.items()}
+    caption = f"changed: {shares['right']:.1f} % to right, {shares['wrong']:.1f} % to wrong"
+    return Panel(caption, grey.astype(np.uint8))
+
+
+def grid(rows: Iterable[Sequence[Panel]], *legends: Legend) -> np.ndarray:
+    """Rows of panels, each `WIDTH` wide, with their captions, and below them the legends. BGR uint8."""
+    lines = [np.concatenate([_framed(panel) for panel in _same_height(row)], axis=1) for row in rows]
+    if not lines:
+        return np.full((LINE, WIDTH, 3), PAPER, np.uint8)
+    widest = max(line.shape[1] for line in lines)
+    parts = [*lines, *(_legend(legend, widest) for legend in legends if legend)]
+    return np.concatenate([np.pad(p, ((0, 0), (0, widest - p.shape[1]), (0, 0)), constant_values=PAPER) for p in parts])
+
+
+def legend_of(label_maps: Iterable[np.ndarray], classes: Sequence[str], palette: Sequence[Sequence[int]]) -> Legend:
+    """Names and colours of the classes that the label maps (H,W) show, the largest first; most of 171 are nowhere."""
+    pixels = sum((np.bincount(each.ravel(), minlength=256) for each in label_maps), np.zeros(256, np.int64))
+    seen = [int(index) for index in np.argsort(-pixels[: len(classes)], kind="stable") if pixels[index]]
+    shown: list[tuple[str, Sequence[int]]] = [(classes[index], palette[index]) for index in seen[:MOST_NAMES]]
+    if len(seen) > MOST_NAMES:
+        shown.append((f"and {len(seen) - MOST_NAMES} more", WORDS_ALONE))
+    if pixels[IGNORED]:
+        shown.append(("hatched: not labelled", WORDS_ALONE))
+    return shown
+
+
+def encode(image: np.ndarray, suffix: str) -> bytes:
+    """The content of a .png or .jpg file of a BGR image."""
+    import cv2
+
+    return cv2.imencode(suffix, image, [cv2.IMWRITE_JPEG_QUALITY, 85] if suffix == ".jpg" else [])[1].tobytes()
+
+
+# ---- parts ---------------------------------------------------------------------------------------------------------
+def _fit(image: np.ndarray) -> np.ndarray:
+    """The image within WIDTH × TALLEST, its proportions kept, on a ground WIDTH wide."""
+    import cv2
+
+    height, width = image.shape[:2]
+    scale = min(WIDTH / width, TALLEST / height)
+    size = max(round(width * scale), 1), max(round(height * scale), 1)
+    fitted = cv2.resize(image, size, interpolation=cv2.INTER_AREA if scale < 1 else cv2.INTER_NEAREST)
+    return np.pad(fitted, ((0, 0), (0, WIDTH - size[0]), (0, 0)), constant_values=PAPER)
+
+
+def _same_height(row: Sequence[Panel]) -> list[Panel]:
+    fitted = [Panel(panel.caption, _fit(panel.image)) for panel in row]
+    tallest = max(panel.image.shape[0] for panel in fitted)
+    return [
+        Panel(name, np.pad(image, ((0, tallest - image.shape[0]), (0, 0), (0, 0)), constant_values=PAPER))
+        for name, image in fitted
+    ]
+
+
+def _framed(panel: Panel) -> np.ndarray:
+    """The panel under its caption, with four white pixels to the right and below."""
+    head = np.full((LINE, panel.image.shape[1], 3), PAPER, np.uint8)
+    words = panel.caption
+    while len(words) > 1 and _font().getlength(words) > WIDTH - 4:  # the end tells more of a path than its beginning
+        words = "…" + words.lstrip("…")[1:]
+    framed = np.concatenate([_written(head, [(2, 1, words)]), panel.image])
+    return np.pad(framed, ((0, 4), (0, 4), (0, 0)), constant_values=PAPER)
+
+
+def _legend(entries: Legend, width: int) -> np.ndarray:
+    """Patches of colour with names, in as many columns as fit."""
+    names = [name if len(name) <= CUT_OFF else name[: CUT_OFF - 1] + "…" for name, _ in entries]
+    column = int(max(_font().getlength(name) for name in names)) + 2 * LINE + 4
+    columns = max(width // column, 1)
+    rows = -(-len(entries) // columns)
+    image = np.full((rows * LINE + 8, width, 3), PAPER, np.uint8)
+    words = []
+    for index, (_, colour) in enumerate(entries):
+        x, y = index % columns * column + 4, index // columns * LINE + 6
+        if colour != WORDS_ALONE:
+            image[y : y + 14, x : x + 22] = INK
+            image[y + 1 : y + 13, x + 1 : x + 21] = np.asarray(colour, np.uint8)[::-1]
+        words.append((x + 27, y - 2, names[index]))
+    return _written(image, words)
+
+
+def _written(image: np.ndarray, words: Iterable[tuple[int, int, str]]) -> np.ndarray:
+    """The image with text at (x, y); Pillow writes other letters than ASCII, too, OpenCV none of them."""
+    from PIL import Image, ImageDraw
+
+    picture = Image.fromarray(image)
+    draw = ImageDraw.Draw(picture)
+    for x, y, text in words:
+        draw.text((x, y), text, fill=INK, font=_font())
+    return np.asarray(picture)
+
+
+@cache
+def _font() -> Any:
+    import matplotlib
+    from PIL import ImageFont
+
+    return ImageFont.truetype(Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf"), TEXT)

@@ -1,0 +1,164 @@
+"""The results of `predict` on disk: one file an image and kind, or one `rle.json` for all images.
+
+Axes: K classes, H×W pixels of an image.
+"""
+
+import io
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+
+import numpy as np
+from PIL import Image
+
+from ssaseg.cli.drawing.panels import overlay
+from ssaseg.cli.errors import CommandError
+from ssaseg.cli.scoring.inference import Prediction
+
+# Each kind's folder below OUT, and the suffix of its files; "rle" is one file for all images.
+SUFFIXES: Mapping[str, str] = {"index": ".png", "color": ".png", "overlay": ".jpg", "probs": ".npz", "coarse": ".png"}
+
+
+@dataclass(frozen=True)
+class Style:
+    """What results look like: K class names, and their colours RGB uint8 (256,3), black from K on."""
+
+    classes: tuple[str, ...]
+    colours: np.ndarray
+
+
+def style_of(classes: Sequence[str], palette: Iterable[Sequence[int]]) -> Style:
+    """Style of K class names and at least K colours RGB 0..255."""
+    colours = np.zeros((256, 3), np.uint8)
+    for index, colour in zip(range(len(classes)), palette, strict=False):
+        colours[index] = colour
+    return Style(tuple(classes), colours)
+
+
+def encode(kind: str, image: np.ndarray, prediction: Prediction, style: Style) -> bytes:
+    """The content of one result's file. image: BGR uint8 (H,W,3)."""
+    buffer = io.BytesIO()
+    if kind == "probs":
+        assert prediction.probabilities is not None
+        np.savez_compressed(buffer, probabilities=prediction.probabilities)  # float16 (K,H,W), adds up to 1 over K
+    elif kind == "overlay":
+        mixed = overlay(image, prediction.labels, style.colours[: len(style.classes)].tolist())
+        Image.fromarray(mixed[..., ::-1]).save(buffer, "JPEG", quality=90)
+    elif kind == "color":
+        Image.fromarray(style.colours[prediction.labels]).save(buffer, "PNG")
+    else:
+        labels = prediction.coarse if kind == "coarse" else prediction.labels
+        assert labels is not None
+        picture = Image.fromarray(labels)
+        # A palette of 256 colours keeps a pixel a byte: Pillow packs smaller ones, which some readers cannot take.
+        picture.putpalette(style.colours.tobytes())
+        picture.save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def rle_lines(name: str, labels: np.ndarray, classes: Sequence[str]) -> list[str]:
+    """COCO run lengths of each class in labels (H,W): JSON objects.
+
+    Keys: image (path below its input), category_id (0..K-1), category, segmentation {size [H,W], counts}, area
+    [pixels], bbox [x, y, width, height].
+    """
+    from pycocotools import mask
+
+    by_column = np.asfortranarray(labels)  # the order of COCO's run lengths
+    lines = []
+    for category in np.unique(labels).tolist():
+        code = mask.encode((by_column == category).view(np.uint8))
+        entry = {
+            "image": name,
+            "category_id": category,
+            "category": classes[category],
+            "segmentation": {"size": list(labels.shape), "counts": code["counts"].decode("ascii")},
+            "area": int(mask.area(code)),
+            "bbox": mask.toBbox(code).tolist(),
+        }
+        lines.append(json.dumps(entry, ensure_ascii=False))
+    return lines
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Gives an OSError, which a full disk raises without a name, the file's."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno, error.strerror or str(error), str(path)) from None
+
+
+class RleFile:
+    """`rle.json`: a JSON list with one object a line, written as images get done and put in place at the end.
+
+    Images of the present file that this run did not do follow those it did. Ctrl-C and errors put in place what there
+    is: always a whole list of whole images. OSErrors name `path`.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.temporary = path.with_name(f".{path.name}.partial")
+        self.done: set[str] = set()
+        self.separator = "[\n"  # before the next object
+        self.whole = True  # False while an image is being written, and where that failed
+
+    def __enter__(self) -> "RleFile":
+        with naming(self.path):
+            # A file name that is no Unicode becomes the escape that JSON has for it.
+            self.file = self.temporary.open("w", encoding="utf-8", errors="backslashreplace")
+        return self
+
+    def add(self, name: str, lines: Sequence[str]) -> None:
+        """Appends the objects of one image."""
+        self.whole = False
+        with naming(self.path):
+            self._append(lines)
+        self.done.add(name)
+        self.whole = True
+
+    def _append(self, lines: Sequence[str]) -> None:
+        self.file.write(self.separator + ",\n".join(lines))
+        self.separator = ",\n"
+
+    def __exit__(self, kind: type[BaseException] | None, error: object, trace: TracebackType | None) -> None:
+        try:
+            with naming(self.path):
+                with self.file:
+                    if self.whole and self.done:
+                        self._take_over()
+                if self.whole and self.done:  # otherwise the old file stays
+                    self.temporary.replace(self.path)
+        finally:
+            with suppress(OSError):
+                self.temporary.unlink(missing_ok=True)
+
+    def _take_over(self) -> None:
+        """Appends what the present file has of other images, and ends the list."""
+        if self.path.exists():
+            for name, line in read_rle(self.path):
+                if name not in self.done:
+                    self._append([line])
+        self.file.write("\n]\n")
+
+
+def read_rle(path: Path) -> Iterator[tuple[str, str]]:
+    """(image, JSON object) of each line of a file that `RleFile` wrote. Raises CommandError for any other file."""
+    with path.open(encoding="utf-8", errors="replace") as file:
+        for line in file:
+            text = line.strip().removesuffix(",")
+            if text in ("[", "]", "[]"):
+                continue
+            try:
+                yield json.loads(text)["image"], text
+            except (ValueError, KeyError, TypeError):
+                mend = "move it away, or choose another --out: the entries of other images are kept"
+                raise CommandError(f"{path}: not a list that `ssaseg predict` wrote\n{mend}") from None
+
+
+def labelled_images(path: Path) -> set[str]:
+    """Images in an `rle.json`; none where there is no file."""
+    return {name for name, _ in read_rle(path)} if path.exists() else set()

@@ -1,0 +1,294 @@
+"""What a network costs: parameters, multiply-accumulates in two countings, latency and memory; linear beside ssa.
+
+Two countings, since published figures and work done differ. "Every operation" is `torch.utils.flop_counter` halved:
+each convolution and matrix product, wherever it is called from. "Modules only" is the papers' way, mmcv 1.x's
+`get_model_complexity_info`: it hooks modules and so misses the matrix products of attention and of the SSA classifier.
+"""
+
+import difflib
+import time
+import weakref
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from ssaseg.cli.console import json_target, print_table, write_json
+from ssaseg.cli.device import select_device
+from ssaseg.cli.errors import CommandError
+from ssaseg.models import CLASSIFIERS, Segmenter, build_model, list_models, load_model
+from ssaseg.models.labelling import label_map
+
+CLASSES = 150  # of a network by name: ADE20K's, as in published figures
+
+WARM_UP = 3  # passes before the first timed one
+
+EVERY_OPERATION = "every operation"
+
+MODULES_ONLY = "modules only (the papers' way)"
+
+COUNTINGS = {
+    EVERY_OPERATION: "convolutions and matrix products (torch.utils.flop_counter / 2); no bias, norm or activation",
+    MODULES_ONLY: "convolution and linear modules, ReLU family, GroupNorm, LayerNorm, pooling and upsampling modules "
+    "as mmcv 1.x counts them; no BatchNorm (mmcv misses the one that stands in for SyncBatchNorm), no other "
+    "activation, no matrix product outside a module",
+}
+
+# An activation costs one operation an element; a hard sigmoid is built on a ReLU6 in the official networks.
+ACTIVATIONS = {F.relu, F.relu6, F.leaky_relu, F.hardsigmoid}
+
+POOLINGS = (nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveMaxPool2d, nn.AdaptiveAvgPool2d)
+
+
+def run_profile(
+    target: str,
+    classifier: str | None,
+    classes: int | None,
+    size: Sequence[int],
+    json_out: str | None,
+    device: str,
+    runs: int = 30,
+) -> int:
+    """Measures a network by name or checkpoint on one image of `size` (height, width).
+
+    classifier: "linear" or "ssa"; None takes both for a name, its own for a checkpoint. classes: of a name; None is
+    150. json_out: file, "-" for stdout without the table, or None. runs: timed passes. Returns 0. Raises CommandError
+    for a target that is neither, and a classifier or number of classes that is not the checkpoint's.
+    """
+    chosen = select_device(device)
+    json_out = json_target(json_out)
+    models = _models(target, classifier, classes)
+    image = torch.randn(1, 3, *size, generator=torch.Generator().manual_seed(0)).to(chosen)
+    columns = [{"classifier": each.classifier_name, **count(each, image)} for each in models]
+    for column, timings in zip(
+        columns, measure_latency([each.to(chosen) for each in models], image, runs), strict=True
+    ):
+        column.update(timings)
+    for column, model in zip(columns, models, strict=True):
+        column["peak_mib"] = peak_memory(model, image) / 2**20
+    report = {
+        "target": target,
+        "model": models[0].name,
+        "classes": models[0].num_classes,
+        "size": list(size),
+        "device": torch.cuda.get_device_name(chosen) if chosen.type == "cuda" else "cpu",
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "runs": runs,
+        "countings": COUNTINGS,
+        "columns": columns,
+    }
+    if json_out != "-":
+        print_profile(report)
+    write_json(json_out, report)
+    return 0
+
+
+def _models(target: str, classifier: str | None, classes: int | None) -> list[Segmenter]:
+    """The networks to compare, in evaluation mode on the CPU.
+
+    Without gradients: the flop counter hooks them on whatever a module is called with, and cannot where it is a bare
+    parameter, such as SSA's table of prototypes.
+    """
+    if target in list_models():
+        names = [classifier] if classifier else list(CLASSIFIERS)
+        return [build_model(target, classes or CLASSES, name).eval().requires_grad_(False) for name in names]
+    if not Path(target).is_file():
+        near = difflib.get_close_matches(target, list_models(), n=1)
+        mend = f"did you mean {near[0]}?" if near else f"networks: {', '.join(list_models())}"
+        raise CommandError(f"{target}: neither a network nor a checkpoint that is there\n{mend}")
+    model, _ = load_model(target)
+    if classifier not in (None, model.classifier_name):
+        raise CommandError(
+            f"{target}: its classifier is {model.classifier_name}, not {classifier}\n"
+            f"leave out --classifier, or profile the network by name: {model.name}"
+        )
+    if classes not in (None, model.num_classes):
+        raise CommandError(
+            f"{target}: it has {model.num_classes} classes, not {classes}\n"
+            f"leave out --classes, or profile the network by name: {model.name}"
+        )
+    return [model.requires_grad_(False)]
+
+
+# ---- counting ----------------------------------------------------------------------------------------------------
+def count(model: Segmenter, image: Tensor) -> dict[str, Any]:
+    """Parameters, and giga multiply-accumulates of one pass over `image` (1,3,H,W). The model: as from `_models`.
+
+    Parameters "deployed" leave out what only training reads, such as SSA's teacher branch.
+    """
+    only_training = tuple(f"classifier.{prefix}" for prefix in model.classifier.training_only())
+    sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
+    with torch.inference_mode(), FlopCounterMode(display=False) as operations:
+        modules = count_modules(model, image.cpu())
+    return {
+        "parameters": sum(sizes.values()),
+        "parameters_deployed": sum(size for name, size in sizes.items() if not name.startswith(only_training or "?")),
+        "gmacs": {EVERY_OPERATION: operations.get_total_flops() / 2e9, MODULES_ONLY: modules / 1e9},
+    }
+
+
+def count_modules(model: nn.Module, image: Tensor) -> int:
+    """Operations of one pass as mmcv 1.x counts them for the official networks; see `COUNTINGS`.
+
+    Ours call activations as functions where theirs have modules, so those are counted where they are called.
+    """
+    total = 0
+
+    def add(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+        nonlocal total
+        total += module_operations(module, inputs[0], output)
+
+    class Activations(TorchFunctionMode):
+        def __torch_function__(
+            self, function: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+        ) -> Any:
+            nonlocal total
+            output = function(*args, **(kwargs or {}))
+            if function in ACTIVATIONS:
+                total += output.numel()
+            return output
+
+    hooks = [module.register_forward_hook(add) for module in model.modules()]
+    try:
+        with Activations():
+            model(image)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return total
+
+
+def module_operations(module: nn.Module, given: Any, output: Any) -> int:
+    """mmcv's formula for one call of one module; 0 for kinds that it does not know. Its factors are its own."""
+    if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
+        per_output = module.weight[0].numel() + (module.bias is not None)
+        return output.numel() * per_output
+    if isinstance(module, nn.Linear):
+        return given.numel() * module.out_features
+    if isinstance(module, nn.GroupNorm | nn.LayerNorm):
+        return given.numel() * (2 if module.weight is not None else 1)
+    if isinstance(module, POOLINGS):
+        return given.numel()
+    if isinstance(module, nn.Upsample):
+        return output[0].numel()
+    return 0
+
+
+# ---- measuring ---------------------------------------------------------------------------------------------------
+def measure_latency(models: Sequence[Segmenter], image: Tensor, runs: int) -> list[dict[str, Any]]:
+    """p50 and p90 [ms] of network and post-processing per model, the models taking turns so that all see one load.
+
+    Post-processing is both bilinear steps and the arg-max, labels on the device. The image (1,3,H,W) is there already.
+    """
+    size = tuple(image.shape[-2:])
+    times: list[dict[str, list[float]]] = [{"network_ms": [], "post_ms": []} for _ in models]
+    with torch.inference_mode():
+        for run in range(-WARM_UP, runs):
+            for model, spent in zip(models, times, strict=True):
+                begun = _now(image.device)
+                logits = model(image)
+                between = _now(image.device)
+                label_map(logits.float(), size, size)
+                ended = _now(image.device)
+                if run >= 0:
+                    spent["network_ms"].append(1e3 * (between - begun))
+                    spent["post_ms"].append(1e3 * (ended - between))
+    return [
+        {
+            key: {f"p{quantile}": float(np.percentile(values, quantile)) for quantile in (50, 90)}
+            for key, values in spent.items()
+        }
+        for spent in times
+    ]
+
+
+def _now(device: torch.device) -> float:
+    """Seconds, once the device has finished what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def peak_memory(model: Segmenter, image: Tensor) -> int:
+    """Bytes held at most during one pass, post-processing included: the model's tensors, the image, what is computed.
+
+    On CUDA by `max_memory_allocated`; on the CPU by `LiveTensors`, which misses what an operation needs only inside.
+    """
+    size = tuple(image.shape[-2:])
+    held = [*model.state_dict().values(), image]
+    own = sum(tensor.numel() * tensor.element_size() for tensor in held)
+    live = LiveTensors(held)
+    on_cuda = image.device.type == "cuda"
+    before = torch.cuda.memory_allocated(image.device) if on_cuda else 0
+    if on_cuda:
+        torch.cuda.reset_peak_memory_stats(image.device)
+    with torch.inference_mode(), nullcontext() if on_cuda else live:
+        label_map(model(image).float(), size, size)
+    return own + (torch.cuda.max_memory_allocated(image.device) - before if on_cuda else live.peak)
+
+
+class LiveTensors(TorchDispatchMode):
+    """Adds up the storages that operations return, until they are freed; `peak` [bytes]. `held` count as nothing."""
+
+    def __init__(self, held: Sequence[Tensor]) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self.known = {tensor.untyped_storage()._cdata for tensor in held}
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        output = function(*args, **(kwargs or {}))
+        for tensor in output if isinstance(output, list | tuple) else [output]:
+            if isinstance(tensor, Tensor):
+                self._add(tensor.untyped_storage())
+        return output
+
+    def _add(self, storage: torch.UntypedStorage) -> None:
+        address = storage._cdata  # a view or an in-place operation returns a storage that is known
+        if address in self.known:
+            return
+        self.known.add(address)
+        self.now += storage.nbytes()
+        self.peak = max(self.peak, self.now)
+        weakref.finalize(storage, self._free, address, storage.nbytes())
+
+    def _free(self, address: int, size: int) -> None:
+        self.known.discard(address)
+        self.now -= size
+
+
+def print_profile(report: dict[str, Any]) -> None:
+    """The columns side by side on stdout."""
+    columns = report["columns"]
+
+    def row(label: str, cell: Callable[[dict[str, Any]], str]) -> tuple[str, ...]:
+        return (label, *(cell(column) for column in columns))
+
+    def timing(key: str) -> Callable[[dict[str, Any]], str]:
+        return lambda column: f"{column[key]['p50']:.2f} / {column[key]['p90']:.2f}"
+
+    rows = [
+        row("parameters [M]", lambda column: f"{column['parameters'] / 1e6:.4f}"),
+        row("  without the training-only part [M]", lambda column: f"{column['parameters_deployed'] / 1e6:.4f}"),
+        row(f"GMACs, {EVERY_OPERATION}", lambda column: f"{column['gmacs'][EVERY_OPERATION]:.3f}"),
+        row(f"GMACs, {MODULES_ONLY}", lambda column: f"{column['gmacs'][MODULES_ONLY]:.3f}"),
+        row("network, p50 / p90 [ms]", timing("network_ms")),
+        row("upsampling and arg-max, p50 / p90 [ms]", timing("post_ms")),
+        row("peak memory, weights included [MiB]", lambda column: f"{column['peak_mib']:.1f}"),
+    ]
+    height, width = report["size"]
+    title = f"{report['model']}, {report['classes']} classes, {height}x{width} (height x width), {report['device']}"
+    print_table(("", *(column["classifier"] for column in columns)), rows, title)
+    for name, meaning in COUNTINGS.items():
+        print(f"{name}: {meaning}")
+    print(f"{report['runs']} timed passes each, in turn; {report['threads']} CPU threads; torch {report['torch']}")

@@ -1,0 +1,175 @@
+"""A training run's parts: built, checked and described before its first step."""
+
+import difflib
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+
+from ssaseg.cli.errors import CommandError
+from ssaseg.cli.ranks.ranks import Ranks, images_per_rank
+from ssaseg.cli.training.average import Average
+from ssaseg.cli.training.fingerprint import fingerprints, require_same_data
+from ssaseg.cli.training.guard import Guard
+from ssaseg.cli.training.job import Job, Progress
+from ssaseg.cli.training.optimiser import freeze, param_groups
+from ssaseg.cli.training.preflight import check_labels, require_start, require_trainable
+from ssaseg.datasets.check import require_same_classes
+from ssaseg.datasets.prefetch import Preparer
+from ssaseg.models import Segmenter
+from ssaseg.models.checkpoint import load_strict
+from ssaseg.recipes import Recipe
+
+# What `train.compile` compiles with.
+COMPILER = "inductor"
+
+
+def build_job(
+    recipe: Recipe, out: Path, ranks: Ranks, stored: dict[str, Any] | None = None, check: str = "sample"
+) -> Job:
+    """Data, model, optimiser and loader, with the stored state in them; labels are checked first: `check_labels`."""
+    device, train = ranks.device, recipe.train
+    train_set, val_set = load_data(recipe)
+    prints = fingerprints(train_set, val_set)
+    if stored is not None:
+        require_same_data(stored.get("extra", {}).get("data"), prints, out)
+    if recipe.model.pretrained and stored is None:
+        require_start(Path(recipe.model.pretrained))
+    if ranks.main:  # an error on it ends the others
+        check_labels({"training": train_set, "validation": val_set}, check)
+    ranks.barrier()
+    torch.manual_seed(train.seed)
+    model = build_network(recipe, train_set.classes)
+    share = images_per_rank(train.batch, recipe.distill.group if model.classifier.adapts else 1, ranks.size)
+    if recipe.model.pretrained and stored is None:
+        load_start(model, recipe.model.pretrained, train_set.classes, ranks.main)
+    freeze(model, recipe.optim.freeze)
+    model.to(device)
+    require_trainable(model, recipe, share, device)
+    groups = param_groups(model, recipe.optim.lr, recipe.optim.weight_decay, recipe.optim.rules)
+    optimizer = torch.optim.AdamW(groups, betas=recipe.optim.betas, fused=True)
+    scaler = torch.amp.GradScaler(device.type, enabled=train.amp == "fp16")
+    progress = Progress()
+    if stored is not None:
+        load_strict(model, stored["model"], f"{out}: the state")
+        optimizer.load_state_dict(stored["optimizer"])
+        scaler.load_state_dict(stored["scaler"])
+        progress = Progress(**stored["progress"])
+    if device.type == "cuda":
+        torch.backends.cudnn.benchmark = not train.deterministic
+    prepare = Preparer(recipe.data.mean, recipe.data.std, device, train.prefetch)
+    limit = 0 if train.nonfinite == "stop" else train.max_skipped
+    guard = Guard(model, scaler, ranks, limit, progress.skipped)
+    average = Average(model, recipe.optim.ema) if recipe.optim.ema else None
+    if average is not None and stored is not None:
+        average.load_state_dict(stored["extra"]["ema"])
+    job = Job(
+        recipe, out, ranks, model, optimizer, scaler, train_set, val_set, progress, model, guard, prepare, average,
+        micro_batch=share, batches=iter(()), fingerprints=prints, saved=progress.step,
+    )  # fmt: skip
+    choose_micro_batch(job, share)
+    assemble(job)
+    job.batches = open_loader(job, progress.step, train.workers, ranks.rank)
+    return job
+
+
+def load_data(recipe: Recipe) -> tuple[Any, Any]:
+    """The training and the validation split."""
+    from ssaseg.datasets import build_dataset
+
+    options, root = recipe.data.model_dump(), Path(recipe.data.root)
+    train_set, val_set = (build_dataset(recipe.data.dataset, s, root=root, options=options) for s in ("train", "val"))
+    require_same_classes(train_set.classes, val_set.classes)
+    return train_set, val_set
+
+
+def build_network(recipe: Recipe, classes: Sequence[str]) -> Segmenter:
+    """The recipe's network for `classes`, with fresh weights. Raises CommandError for names that are not known."""
+    from ssaseg.models import Distillation, LossOptions, build_model
+
+    loss, weights = recipe.loss, recipe.loss.class_weights
+    for name in weights:
+        if name not in classes:
+            near = difflib.get_close_matches(name.casefold(), [each.casefold() for each in classes], n=1)
+            nearest = next((each for each in classes if near and each.casefold() == near[0]), None)
+            raise CommandError(
+                f"loss.class_weights.{name}: no such class\nexpected names of {', '.join(classes)[:1000]}\n"
+                + (f"did you mean {nearest}?" if nearest else "correct the name, or remove the key")
+            )
+    options = LossOptions(
+        class_weights=tuple(weights.get(name, 1.0) for name in classes) if weights else None,
+        label_smoothing=loss.label_smoothing,
+    )
+    if loss.ohem is not None:
+        options = replace(options, ohem_threshold=loss.ohem.threshold, ohem_min_kept=loss.ohem.min_kept)
+    try:
+        return build_model(
+            recipe.model.name,
+            len(classes),
+            recipe.model.classifier,
+            drop_path=recipe.model.drop_path,
+            dropout=recipe.model.dropout,
+            distillation=Distillation(recipe.distill.group, recipe.distill.weights.model_dump()),
+            loss=options,
+        )
+    except ValueError as error:
+        raise CommandError(f"recipe {recipe.name}, model: {error}") from None
+
+
+def choose_micro_batch(job: Job, share: int) -> None:
+    """Sets `job.micro_batch`, of the rank's `share` of the batch; what `auto` finds goes into the run's recipe."""
+    wished = job.recipe.train.micro_batch
+    if wished == "auto":
+        from ssaseg.cli.training.memory import fit_micro_batch
+
+        wished = fit_micro_batch(job)
+        train = job.recipe.train.model_copy(update={"micro_batch": wished})
+        job.recipe = job.recipe.model_copy(update={"train": train})
+    job.micro_batch = min(wished or share, share)
+    if share % job.micro_batch:
+        raise CommandError(
+            f"train.micro_batch: {job.micro_batch} images at once do not add up to a rank's {share} of train.batch\n"
+            f"expected a divisor of {share}; use train.micro_batch=auto, or null for all at once"
+        )
+
+
+def assemble(job: Job) -> None:
+    """Sets `job.network`: the model compiled if the recipe wants it, and made one of several ranks."""
+    if job.recipe.train.compile:
+        # In place, so that names in checkpoints stay. The classifier's losses, loops over bands, stay as they are.
+        for part in (job.model.backbone, job.model.decoder):
+            part.compile(backend=COMPILER, dynamic=False)
+    weights = job.recipe.distill.weights.model_dump().values()
+    job.network = job.ranks.wrap(job.model, unused=job.model.classifier.adapts and not all(weights))
+
+
+def open_loader(job: Job, step: int, workers: int, rank: int) -> Iterator[Any]:
+    """A rank's micro-batches from the position in the data that `step` finished steps have reached."""
+    from ssaseg.datasets.loader import train_loader
+    from ssaseg.datasets.transforms import TrainTransform
+
+    recipe = job.recipe
+    return train_loader(
+        job.train_set,
+        TrainTransform(**recipe.augment.model_dump()),
+        recipe.train.seed,
+        job.micro_batch,
+        workers,
+        step * recipe.train.batch,
+        pin_memory=job.device.type == "cuda",
+        rank=rank,
+        ranks=job.ranks.size,
+        batch=recipe.train.batch,
+    )
+
+
+def load_start(model: Segmenter, path: str, classes: Sequence[str], tell: bool) -> None:
+    """Loads `model.pretrained`, prints the matched share and holds it to at least 95 % of the backbone."""
+    from ssaseg.cli.weights.pretrained import load_pretrained
+
+    matched = load_pretrained(model, Path(path), classes=classes)
+    if tell:
+        click.echo(str(matched), err=True)

@@ -1,0 +1,52 @@
+"""A fingerprint of a run's data sets, so that a resumed run can tell whether they are the same."""
+
+import hashlib
+import os
+from pathlib import Path
+from typing import Any
+
+from ssaseg.cli.errors import CommandError
+
+
+def fingerprints(train_set: Any, val_set: Any) -> dict[str, Any]:
+    """`fingerprint` of both splits, by name."""
+    return {"train": fingerprint(train_set), "val": fingerprint(val_set)}
+
+
+def fingerprint(dataset: Any) -> dict[str, Any]:
+    """What a data set is, in a few lines: its number of images, classes, and SHA-256 sums over the images' names and
+    over the sizes of all files [bytes]; where there are no files, over the numbers that decide what is drawn.
+
+    Reads no file, so that a mask whose labels were changed without its size is not noticed. Raises OSError where a file
+    is gone.
+    """
+    names = [dataset.name(index) for index in range(len(dataset))]
+    files = [file for kind in ("image", "mask", "annotation") for file in getattr(dataset, f"{kind}_files", ())]
+    drawn = {key: value for key, value in sorted(vars(dataset).items()) if isinstance(value, int | str)}
+    content = [str(os.stat(file).st_size) for file in files] or [f"{key}={value}" for key, value in drawn.items()]
+    sums = {key: hashlib.sha256("\n".join(text).encode(errors="surrogateescape")).hexdigest()
+            for key, text in (("names", names), ("content", content))}  # fmt: skip
+    return {"images": len(names), "classes": list(dataset.classes), **sums}
+
+
+def require_same_data(before: dict[str, Any] | None, now: dict[str, Any], folder: Path) -> None:
+    """Raises CommandError where the data of a resumed run are not those that it was begun with (None: not known)."""
+    for split, old in (before or {}).items():
+        new = now[split]
+        if old == new:
+            continue
+        if old["images"] != new["images"]:
+            found = f"{new['images']} images now, {old['images']} when the run was begun"
+        elif old["classes"] != new["classes"]:
+            pairs = zip(old["classes"], new["classes"], strict=False)
+            differ = [f"class {k} is {b}, was {a}" for k, (a, b) in enumerate(pairs) if a != b]
+            found = differ[0] if differ else f"{len(new['classes'])} classes now, {len(old['classes'])} before"
+        elif old["names"] != new["names"]:
+            found = f"{new['images']} images as before, but of other names"
+        else:
+            found = "the same names, but files of other sizes: images, masks or annotations were changed"
+        raise CommandError(
+            f"{folder}: the {split} split is not the one this run was begun with: {found}\n"
+            "expected the same data, as which images a step sees follows from their number and order\n"
+            f"restore them (or data.root), or start a new run: --out, model.pretrained={folder / 'last.safetensors'}"
+        )

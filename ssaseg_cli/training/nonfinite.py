@@ -1,0 +1,150 @@
+"""What happens at a loss or gradient that is not finite: the run stops, and the step can be run again."""
+
+import contextlib
+from math import isfinite
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ssaseg.cli.errors import CommandError
+from ssaseg.cli.training.faults import advice
+from ssaseg.cli.training.job import StepRecord
+
+if TYPE_CHECKING:
+    from ssaseg.cli.training.job import Job
+
+
+# Below it fp16's loss scale no longer helps: gradients of the loss itself overflow.
+LOW_SCALE = 1.0
+
+# 40 halvings from 65536: not even an all but vanished loss has a gradient that fp16 can hold.
+NO_SCALE = 2.0**-24
+
+
+def low_scale(job: "Job") -> float | None:
+    """fp16's loss scale where it has fallen so low that something is wrong, else None. Waits for the device.
+
+    Raises FloatingPointError, with the state saved, where no scale is left: then no step has been made for long.
+    """
+    scale = job.scaler.get_scale()
+    if job.scaler.is_enabled() and scale < NO_SCALE:
+        kept = save_before_error(job, "the state")
+        raise FloatingPointError(
+            f"step {job.progress.step}: in fp16 the gradient is not finite at any loss scale (now {scale:g}); {kept}\n"
+            + advice(job, skippable=False)
+        )
+    return scale if job.scaler.is_enabled() and scale < LOW_SCALE else None
+
+
+def stop_before(job: "Job", step: StepRecord, names: list[str]) -> FloatingPointError:
+    """Ends a run at a bad step: saves the state from before it, writes what reproduces it, returns the error.
+
+    Every rank calls it; `names` of the losses. Waits for the device.
+    """
+    job.progress.step = step.number - 1
+    own = torch.cat([step.losses, step.norm.view(1)]).float()
+    table = own.new_zeros(job.ranks.size, len(own))
+    table[job.ranks.rank] = own
+    rows = job.ranks.total(table).tolist()
+    # The gradient is the same everywhere: a loss tells which rank it came from.
+    rank = next((rank for rank, row in enumerate(rows) if not all(map(isfinite, row[:-1]))), 0)
+    losses, norm = dict(zip(names, rows[rank][:-1], strict=True)), rows[rank][-1]
+    what = broken_terms(losses, norm)
+    path = job.folder / f"nonfinite-step-{step.number}.pt"
+    kept = save_before_error(job, "the state before it")
+    content = reproducer(job, rank, step.pairs, losses, norm)
+    if job.ranks.main:
+        with contextlib.suppress(OSError):  # a full disk: the message matters more
+            torch.save(content, path)
+    allowed = f" (after {job.guard.limit} that train.nonfinite=skip left out)" if job.guard.limit else ""
+    kept, written = job.ranks.share((kept, path.exists()))  # whichever rank tells it
+    where = f"; batch and weights: {path.name}" if written else ""
+    return FloatingPointError(
+        f"step {step.number}{allowed}: {what}; {kept}\nimages: {', '.join(content['names'])}{where}\n" + advice(job)
+    )
+
+
+def broken_terms(losses: dict[str, float], norm: float) -> str:
+    """What is not finite of a bad step, in a few words: at most three losses by name; the reproducer has all."""
+    wrong = {name: value for name, value in losses.items() if not isfinite(value)}
+    if not wrong:
+        return "a norm's statistic is not finite" if isfinite(norm) else f"the gradient is not finite (norm {norm:g})"
+    told = [f"{name} {value:g}" for name, value in wrong.items()][:3]
+    what = "every loss" if len(wrong) > 1 and len(wrong) == len(losses) else f"loss {', '.join(list(wrong)[:3])}"
+    more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+    return f"{what}{more if what != 'every loss' else ''} is not finite ({', '.join(told)}{more})"
+
+
+def save_before_error(job: "Job", what: str) -> str:
+    """Saves, and says whether that went well, as a part of the error that follows: it matters more than this one."""
+    from ssaseg.cli.training.saving import save
+
+    try:
+        save(job)
+    except (FloatingPointError, CommandError, OSError) as error:
+        return f"{what} could not be saved: " + str(error).partition("\n")[0]
+    return f"{what} is saved"
+
+
+def reproducer(job: "Job", rank: int, pairs: Tensor | None, losses: dict[str, float], norm: float) -> dict[str, Any]:
+    """What `replay` takes: step, seed, recipe, classes, weights before the step, and `rank`'s images as the network saw
+    them: float32 (N,3,H,W) normalised RGB, labels uint8 (N,H,W); `pairs` and the figures that came out.
+
+    The batch is loaded again, as it is decided by seed and position alone.
+    """
+    from ssaseg.cli.training.build import open_loader
+    from ssaseg.cli.training.step import step_seed
+
+    recipe = job.recipe
+    loader = open_loader(job, job.progress.step, workers=0, rank=rank)
+    batches = [next(loader) for _ in range(job.micro_batches)]
+    parts = [job.prepare(batch) for batch in batches]
+    return {
+        "step": job.progress.step + 1,
+        "seed": step_seed(recipe.train.seed, job.progress.step, rank),
+        "recipe": recipe.model_dump(mode="json"),
+        "classes": list(job.train_set.classes),
+        "names": [name for batch in batches for name in batch.names],
+        "images": torch.cat([images for images, _ in parts]).cpu(),
+        "labels": torch.cat([labels for _, labels in parts]).byte().cpu(),
+        "micro_batch": job.micro_batch,
+        "pairs": None if pairs is None else pairs.cpu(),
+        "losses": losses,
+        "grad_norm": norm,
+        "weights": {key: value.cpu() for key, value in job.model.state_dict().items()},
+    }
+
+
+def replay(path: Path | str, device: str = "cpu") -> tuple[dict[str, float], float]:
+    """Takes the step in a `nonfinite-step-N.pt` again, with a fresh network: its losses by name, and the norm of its
+    gradient before clipping. Raises FileNotFoundError where there is no such file.
+
+    On the kind of device that the file came from, as dropout draws other numbers on another. Without fp16's loss scale:
+    a gradient that vanishes or overflows there alone may differ.
+
+    >>> losses, norm = replay("runs/demo/nonfinite-step-7.pt")
+    """
+    from ssaseg.cli.training.build import build_network
+    from ssaseg.cli.training.optimiser import freeze, set_mode
+    from ssaseg.cli.training.step import autocast, gradient_norm
+    from ssaseg.recipes import parse_recipe
+
+    content = torch.load(path, map_location=device, weights_only=True)
+    recipe = parse_recipe(content["recipe"], str(path))
+    model = build_network(recipe, content["classes"])
+    model.load_state_dict(content["weights"])
+    model.to(device)
+    freeze(model, recipe.optim.freeze)
+    set_mode(model, recipe.optim.freeze)
+    torch.manual_seed(content["seed"])
+    parts = list(zip(*(content[key].split(content["micro_batch"]) for key in ("images", "labels")), strict=True))
+    totals: dict[str, float] = {}
+    for images, labels in parts:
+        with autocast(torch.device(device), recipe.train.amp):
+            losses = model(images, labels.long(), content["pairs"])
+        (torch.stack(list(losses.values())).sum() / len(parts)).backward()
+        for name, loss in losses.items():
+            totals[name] = totals.get(name, 0.0) + loss.item() / len(parts)
+    return totals, gradient_norm(model).item()

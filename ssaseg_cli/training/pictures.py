@@ -1,0 +1,139 @@
+"""The pictures that a run draws of itself: augmented batches, predictions of the same images, curves and class bars."""
+
+import contextlib
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from ssaseg.cli.drawing import bars, panels
+from ssaseg.cli.drawing.curves import draw_curves
+from ssaseg.cli.drawing.panels import Panel
+from ssaseg.cli.scoring import confused
+from ssaseg.cli.training.environment import resumptions
+from ssaseg.cli.training.log import read_metrics
+from ssaseg.datasets import IGNORED
+from ssaseg.models.checkpoint import write_atomic
+
+if TYPE_CHECKING:
+    from ssaseg.cli.scoring.metrics import Confusion
+    from ssaseg.cli.training.job import Job
+
+
+IMAGES = 4  # validation images, the same ones each time
+
+
+def write_batch(job: "Job", images: int = 8) -> None:
+    """`batch.png`: the first augmented training images, colours as the network gets them, beside their labels."""
+    from ssaseg.datasets.colour import prepare_batch
+    from ssaseg.datasets.loader import train_loader
+    from ssaseg.datasets.transforms import TrainTransform
+
+    recipe = job.recipe
+    transform = TrainTransform(**recipe.augment.model_dump())
+    batch = next(train_loader(job.train_set, transform, recipe.train.seed, min(images, recipe.train.batch), 0))
+    prepared, _ = prepare_batch(batch, recipe.data.mean, recipe.data.std, torch.device("cpu"))
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (recipe.data.mean, recipe.data.std))
+    row: list[Panel] = []
+    for image, labels, name in zip(prepared, batch.labels.numpy(), batch.names, strict=True):
+        pixels = (image * std + mean).round().clamp(0, 255).byte().flip(0).permute(1, 2, 0).numpy()
+        row += [Panel(name, pixels), Panel("label", panels.coloured(pixels, labels, job.train_set.palette))]
+    legend = panels.legend_of(batch.labels.numpy(), job.train_set.classes, job.train_set.palette)
+    rows = [row[start : start + 4] for start in range(0, len(row), 4)]
+    with drawing("batch.png"):
+        write_atomic(job.folder / "batch.png", panels.encode(panels.grid(rows, legend), ".png"), sync=False)
+        if job.log is not None:
+            job.log.picture("batch", job.folder / "batch.png", job.progress.step)
+
+
+def after_evaluation(job: "Job", confusion: "Confusion") -> None:
+    """Draws everything anew: curves.png, iou.png, confused.png and .json, predictions; says which pairs lead.
+
+    Called once the evaluation is in the log, with the weights that were evaluated in `job.model`. A picture that cannot
+    be drawn is told and left out: training goes on.
+    """
+    folder, step, classes = job.folder, job.progress.step, job.val_set.classes
+    matrix, scores = confusion.matrix, confusion.scores()
+    pairs = confused.confused_pairs(matrix, classes)
+    tqdm.write(confused.told(pairs), file=sys.stderr)
+    title = f"{job.recipe.name}, step {step}: mIoU {scores['mIoU']:.2f} %"
+    # Each by itself: one that fails takes no other with it.
+    with drawing("confused.json"):
+        write_atomic(
+            folder / "confused.json", json.dumps({"step": step, "pairs": pairs}, indent=1).encode(), sync=False
+        )
+    with drawing("curves.png"):
+        draw_log(folder, job.recipe.name)
+    with drawing("iou.png"):
+        palette = job.val_set.palette
+        bars.draw_ious(scores["IoU"], matrix.sum(axis=1), classes, palette, title, folder / "iou.png")
+    with drawing("confused.png"):
+        bars.draw_pairs(pairs, title, folder / "confused.png")
+    with drawing("predictions"):
+        write_predictions(job)
+    if job.log is not None:
+        kept = folder / "predictions" / f"step-{step:06d}.jpg"
+        for name, path in {"iou": folder / "iou.png", "confused": folder / "confused.png", "predictions": kept}.items():
+            if path.exists():
+                job.log.picture(name, path, step)
+
+
+def draw_log(folder: Path, title: str = "") -> None:
+    """RUN/curves.png, from the run's log."""
+    draw_curves(read_metrics(folder / "metrics.jsonl"), resumptions(folder), title, folder / "curves.png")
+
+
+@contextlib.contextmanager
+def drawing(what: str) -> Iterator[None]:
+    """Turns whatever goes wrong inside into a line on stderr: nobody's training ends for a picture."""
+    try:
+        yield
+    except Exception as error:
+        text = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        tqdm.write(f"warning: {what} could not be written ({text})", file=sys.stderr)
+
+
+def write_predictions(job: "Job", images: int = IMAGES) -> None:
+    """predictions/step-000500.jpg, and the same as `predictions.png`: image, label, coarse labels, adapted labels, and
+    what adaptation changed, for the same validation images each time. A plain classifier has one prediction.
+    """
+    from ssaseg.cli.scoring.inference import predict_labels
+
+    recipe, data, palette = job.recipe, job.val_set, job.val_set.palette
+    training = job.model.training
+    job.model.eval()
+    rows, maps = [], []
+    try:
+        # Spread over the split: neighbours in it are often frames of one video.
+        for index in np.unique(np.linspace(0, len(data) - 1, images).round().astype(int)).tolist():
+            image, labels = data.load(index)
+            protocol, mean, std = recipe.test.model_dump(), recipe.data.mean, recipe.data.std
+            final, coarse = predict_labels(job.model, image, protocol, mean, std, job.device)[:2]
+            row = [Panel(data.name(index), image), Panel("label", panels.coloured(image, labels, palette))]
+            maps += [labels, final]
+            if coarse is not None:
+                maps.append(coarse)
+                row.append(Panel(f"coarse: {right(coarse, labels)}", panels.coloured(image, coarse, palette)))
+            word = "predicted" if coarse is None else "adapted"
+            row.append(Panel(f"{word}: {right(final, labels)}", panels.coloured(image, final, palette)))
+            if coarse is not None:
+                row.append(panels.changes(image, labels, coarse, final))
+            rows.append(row)
+    finally:
+        job.model.train(training)
+    legend = panels.legend_of(maps, data.classes, palette)
+    picture = panels.grid(rows, legend, panels.CHANGES if len(rows[0]) == 5 else ())
+    kept = job.folder / "predictions" / f"step-{job.progress.step:06d}.jpg"
+    write_atomic(kept, panels.encode(picture, ".jpg"), sync=False)
+    write_atomic(job.folder / "predictions.png", panels.encode(picture, ".png"), sync=False)
+
+
+def right(prediction: np.ndarray, labels: np.ndarray) -> str:
+    """The share of the labelled pixels that are predicted rightly, in words."""
+    known = labels != IGNORED
+    return f"{(prediction == labels)[known].mean() * 100:.1f} % right" if known.any() else "nothing labelled"

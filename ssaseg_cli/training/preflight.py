@@ -1,0 +1,119 @@
+"""What is checked and printed before the first step."""
+
+import contextlib
+import copy
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+
+from ssaseg.cli.errors import CommandError
+from ssaseg.cli.training.job import Job
+from ssaseg.models import Segmenter
+from ssaseg.recipes import Recipe
+
+
+def require_start(path: Path) -> None:
+    """Raises CommandError where `model.pretrained` is no file: before the labels are looked at, which may take long."""
+    if not path.is_file():
+        raise CommandError(
+            f"model.pretrained={path}: no such checkpoint\n"
+            "put it there (`ssaseg recipes show` says where it is from) or name it: model.pretrained=FILE\n"
+            "model.pretrained=null starts from random weights instead, and ends with a lower mIoU"
+        )
+
+
+def require_trainable(model: Segmenter, recipe: Recipe, share: int, device: torch.device) -> None:
+    """Raises CommandError where a norm would have one value of each channel, which has no variance: an image alone,
+    of which a feature map is a single pixel. Tried on a copy, as networks differ in how far they go down.
+    """
+    wished = recipe.train.micro_batch
+    if (share if wished in (None, "auto") else int(wished)) > 1:
+        return
+    size = recipe.augment.crop
+    trial = copy.deepcopy(model).train()
+    try:
+        with torch.no_grad():
+            trial(torch.zeros(1, 3, *size, device=device), torch.zeros(1, *size, dtype=torch.uint8, device=device))
+    except ValueError as error:
+        if "more than 1 value per channel" not in str(error):
+            raise
+        key = "train.batch" if wished in (None, "auto", recipe.train.batch) else "train.micro_batch"
+        raise CommandError(
+            f"{key}: 1 image at once, with augment.crop={list(size)}, leaves BatchNorm one value a channel\n"
+            f"expected 2 images or more, or a larger crop\nuse {key}=2, or larger sides in augment.crop"
+        ) from None
+
+
+def check_labels(splits: dict[str, Any], check: str = "sample") -> None:
+    """Looks through each split before the first step: at up to 512 pairs of it ("sample"; the loader checks the others
+    as it reads them), or at every pixel of all ("all").
+
+    Raises CommandError for the first error; prints warnings where there is none.
+    """
+    from ssaseg.cli.data.reading import watch
+    from ssaseg.datasets.check import Problem, check_dataset
+
+    problems: list[tuple[str, Problem]] = []
+    for name, split in splits.items():
+        found = check_dataset(split, 512) if check == "sample" else watch(split, f"checked {name}").problems
+        problems += [(name, problem) for problem in found]
+    errors = [problem.text for _, problem in problems if problem.severity == "error"]
+    if errors:
+        several = " (the first of several problems: `ssaseg data check` tells all)" if len(errors) > 1 else ""
+        raise CommandError(errors[0] + several)
+    for name, problem in problems:
+        click.echo(f"warning, {name} split: {problem.text}", err=True)
+
+
+def describe(job: Job) -> None:
+    """Says what is about to be trained."""
+    recipe, train, ranks = job.recipe, job.recipe.train, job.ranks.size
+    size = sum(parameter.numel() for parameter in job.model.parameters()) / 1e6
+    where = f"{ranks} ranks on {job.device.type}" if ranks > 1 else str(job.device)
+    click.echo(
+        f"{recipe.name}: {recipe.model.name} {recipe.model.classifier}, {size:.2f} M parameters, {where}, "
+        f"amp {train.amp}; {len(job.train_set)} training and {len(job.val_set)} validation images; "
+        f"step {job.progress.step} of {train.steps}, run folder {job.folder}",
+        err=True,
+    )
+    if train.compile and ranks > 1 and job.device.type == "cuda":
+        click.echo(
+            "note: train.compile on several GPUs was never measured; SyncBatchNorm breaks the compiled graphs at each "
+            "norm, which is likely slower than train.compile=false",
+            err=True,
+        )
+    if recipe.optim.freeze:
+        trained = sum(p.numel() for p in job.model.parameters() if p.requires_grad) / 1e6
+        click.echo(f"frozen: {', '.join(recipe.optim.freeze)}; {trained:.2f} M parameters are trained", err=True)
+    if job.average is not None:
+        click.echo(f"averaged weights (decay {job.average.decay:g}) are scored, and kept as best", err=True)
+    if job.micro_batches > 1:
+        click.echo(
+            f"batch {train.batch} in {job.micro_batches} micro-batches"
+            + (f" on each of {ranks} ranks" if ranks > 1 else "")
+            + f": BatchNorm sees {job.micro_batch} images",
+            err=True,
+        )
+
+
+@contextlib.contextmanager
+def deterministic(wished: bool) -> Iterator[None]:
+    """`train.deterministic`: inside, PyTorch refuses algorithms whose result depends on the order of threads."""
+    if not wished:
+        yield
+        return
+    # Read when cuBLAS first starts, so before anything is computed on a GPU.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+    # PyTorch would also fill new memory with NaN: for finding bugs, and it costs time.
+    filling: Any = torch.utils.deterministic
+    before, filling.fill_uninitialized_memory = filling.fill_uninitialized_memory, False
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+        filling.fill_uninitialized_memory = before

@@ -1,0 +1,75 @@
+"""What a run saves: its state, to go on from, and checkpoints that describe themselves."""
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ssaseg.cli.training.faults import advice
+from ssaseg.cli.training.state import save_state
+from ssaseg.models import CheckpointError, save_model
+from ssaseg.models.checkpoint import read_checkpoint
+
+if TYPE_CHECKING:
+    from ssaseg.cli.training.job import Job
+
+
+def save(job: "Job") -> None:
+    """Writes the training state, then its weights; never weights that are not finite over good ones. On every rank."""
+    job.ranks.same_buffers(job.model)
+    require_finite(job)
+    if not job.ranks.main:
+        job.saved = job.progress.step
+        return
+    extra: dict[str, Any] = {"data": job.fingerprints}
+    if job.average is not None:
+        extra["ema"] = job.average.state_dict()
+    recipe = job.recipe.model_dump(mode="json")
+    save_state(job.folder, job.progress, job.model, job.optimizer, job.scaler, recipe, extra)
+    job.saved = job.progress.step
+    # The weights as they are trained; scores belong to their average, where there is one.
+    save_model(job.folder / "last.safetensors", job.model, metadata(job, scored=job.average is None))
+
+
+def complete(job: "Job") -> None:
+    """On resuming: writes the `last.safetensors` of the state, where a kill came between the two."""
+    path, header = job.folder / "last.safetensors", metadata(job, scored=job.average is None)
+    try:
+        _, found = read_checkpoint(path)
+    except (FileNotFoundError, CheckpointError):
+        found = {"step": 0}
+    # A later one stays: its state could not be read, and the steps to it come again.
+    older, other = found["step"] <= header["step"], any(found.get(key) != header[key] for key in ("step", "scores"))
+    if older and other:
+        save_model(path, job.model, header)
+
+
+def save_best(job: "Job") -> None:
+    """`best.safetensors`: the weights that were just scored. Called inside `job.averaged()`."""
+    require_finite(job)
+    if job.ranks.main:
+        save_model(job.folder / "best.safetensors", job.model, metadata(job))
+
+
+def require_finite(job: "Job") -> None:
+    """Raises FloatingPointError where a weight or a statistic is not finite. Waits for the device."""
+    values = [value for value in job.model.state_dict().values() if value.is_floating_point()]
+    if not torch.stack([value.isfinite().all() for value in values]).all():
+        raise FloatingPointError(
+            f"step {job.progress.step}: a weight or a norm's statistic is not finite; nothing was overwritten\n"
+            + advice(job)
+        )
+
+
+def metadata(job: "Job", scored: bool = True) -> dict[str, Any]:
+    """The header of the run's checkpoints; `scored`: whether the progress's scores are of these weights."""
+    data, progress = job.recipe.data, job.progress
+    return {
+        "classes": list(job.val_set.classes),
+        "palette": [list(colour) for colour in job.val_set.palette],
+        "mean": list(data.mean),
+        "std": list(data.std),
+        "protocol": job.recipe.test.model_dump(mode="json"),
+        "recipe": job.recipe.model_dump(mode="json"),
+        "step": progress.step,
+        "scores": progress.scores if scored and progress.evaluated == progress.step else {},
+    }

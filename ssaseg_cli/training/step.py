@@ -1,0 +1,86 @@
+"""One optimiser step: micro-batches forward and backward, the verdict, the update."""
+
+import contextlib
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ssaseg.cli.ranks import ranks as distributed
+from ssaseg.cli.training.job import Job, StepRecord
+from ssaseg.cli.training.optimiser import learning_rate, set_mode
+
+AMP_TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def train_step(job: Job, batches: list[Any]) -> tuple[StepRecord, list[str]]:
+    """One optimiser step over its micro-batches. Returns what the log needs, on the device, and the losses' names.
+
+    Every random number of step i comes from (seed, i): a resumed run draws what the undisturbed one would have drawn.
+    """
+    recipe, model, optimizer, scaler, guard = job.recipe, job.model, job.optimizer, job.scaler, job.guard
+    torch.manual_seed(step_seed(recipe.train.seed, job.progress.step, job.ranks.rank))
+    set_mode(model, recipe.optim.freeze)
+    guard.start()
+    pairs = count_pairs(job, batches)
+    totals: dict[str, Tensor] = {}
+    for number, batch in enumerate(batches, 1):
+        images, labels = job.prepare(batch)
+        with distributed.averaging(job.network, last=number == len(batches)):
+            with autocast(job.device, recipe.train.amp):
+                losses = job.network(images, labels, pairs)
+            scaler.scale(torch.stack(list(losses.values())).sum() / len(batches)).backward()
+        for name, loss in losses.items():
+            totals[name] = totals.get(name, 0) + loss.detach() / len(batches)
+    scaler.unscale_(optimizer)
+    norm = gradient_norm(model, recipe.optim.grad_clip)
+    terms = torch.stack(list(totals.values()))
+    bad = guard.judge(terms, norm, optimizer)
+    guard.updated = True
+    scaler.step(optimizer)
+    scaler.update()
+    optimizer.zero_grad(set_to_none=True)
+    model.update()
+    guard.finish()
+    if job.average is not None:
+        job.average.update(job.progress.step + 1, guard.held)
+    images_of_step = [name for batch in batches for name in batch.names]
+    return StepRecord(job.progress.step + 1, images_of_step, terms, norm, bad, pairs), list(totals)
+
+
+def count_pairs(job: Job, batches: list[Any]) -> Tensor | None:
+    """What the dice is divided by, a number of the whole step, which its first micro-batch must know already; None
+    where it is that of the only one, and for a classifier without a dice.
+    """
+    if not job.model.classifier.adapts or (len(batches) == 1 and job.ranks.size == 1):
+        return None
+    labels = (batch.labels.to(job.device, non_blocking=True) for batch in batches)
+    pairs = torch.stack([job.model.classifier.step_pairs(label) for label in labels]).mean()
+    return job.ranks.total(pairs) / job.ranks.size
+
+
+def gradient_norm(model: nn.Module, clip: float | None = None) -> Tensor:
+    """Norm of all gradients together, () on the device; they are then scaled down to the norm `clip` where given."""
+    if clip:
+        return nn.utils.clip_grad_norm_(model.parameters(), clip)
+    return nn.utils.get_total_norm([each.grad for each in model.parameters() if each.grad is not None])
+
+
+def step_seed(seed: int, step: int, rank: int = 0) -> int:
+    """A seed for each step of each run and rank: a 64-bit mix, so that neighbours share nothing."""
+    mixed = (seed * 0x9E3779B97F4A7C15 + step + 1 + rank * 0xD1B54A32D192ED03) & 0xFFFFFFFFFFFFFFFF
+    mixed = ((mixed ^ (mixed >> 30)) * 0xBF58476D1CE4E5B9) & 0xFFFFFFFFFFFFFFFF
+    return (mixed ^ (mixed >> 27)) & 0x7FFFFFFFFFFFFFFF
+
+
+def set_learning_rate(job: Job, step: int) -> float:
+    """Sets every group's rate for `step`; returns the base rate's value, for the log."""
+    optim, steps = job.recipe.optim, job.recipe.train.steps
+    for group in job.optimizer.param_groups:
+        group["lr"] = learning_rate(group["base_lr"], step, steps, optim)
+    return learning_rate(optim.lr, step, steps, optim)
+
+
+def autocast(device: torch.device, amp: str) -> contextlib.AbstractContextManager[Any]:
+    """Mixed precision of a recipe's `train.amp` on `device`."""
+    return torch.autocast(device.type, dtype=AMP_TYPES.get(amp, torch.bfloat16), enabled=amp != "off")

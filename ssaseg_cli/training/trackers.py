@@ -1,0 +1,183 @@
+"""Other places for a run's figures and pictures: TensorBoard and Weights & Biases, which nobody must have installed.
+
+`metrics.jsonl` is the record; a tracker has a copy. One that fails, at the start or in mid-run, says so once and is
+left alone from then on: training goes on.
+"""
+
+import os
+import secrets
+import sys
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from ssaseg.cli.errors import CommandError
+from ssaseg.recipes import Recipe, dump_recipe
+
+
+def open_trackers(names: Iterable[str], folder: Path, recipe: Recipe) -> "list[Tracker]":
+    """Trackers by name (tensorboard, wandb) for the run in `folder`. Nothing is written, and no connection made, before
+    `MetricsLog` starts them.
+
+    Raises CommandError where a package is missing, or a new run of Weights & Biases would have no account to go to.
+    """
+    kinds: dict[str, type[Tracker]] = {"tensorboard": TensorBoard, "wandb": WandB}
+    names = list(dict.fromkeys(names))
+    for name in names:
+        found = find_spec(name)
+        if found is None or found.origin is None:  # without origin: a folder of that name, as both make them
+            raise CommandError(
+                f"--track {name}: the package {name} is not installed\n"
+                f"install it with: pip install 'ssaseg[{name}]', or leave --track out; metrics.jsonl is always written"
+            )
+    return [kinds[name](folder, recipe) for name in names]
+
+
+class Tracker(ABC):
+    """A place for figures and pictures. What its library raises goes no further than a line on stderr."""
+
+    name: str
+
+    def __init__(self, folder: Path, recipe: Recipe) -> None:
+        self.folder, self.recipe = folder, recipe
+        self.working = False
+
+    def start(self, step: int) -> None:
+        """Opens it for a run that goes on after `step` (0: a new one)."""
+        self.working = True
+        self._try(lambda: self._start(step))
+
+    def log(self, record: dict[str, Any]) -> None:
+        """Takes a record of `metrics.jsonl`."""
+        self._try(lambda: self._log(named(record), record["step"]))
+
+    def picture(self, name: str, path: Path, step: int) -> None:
+        """Takes a picture file."""
+        self._try(lambda: self._picture(name, path, step))
+
+    def close(self) -> None:
+        """Hands over what is waiting; nothing happens where it was closed before or has failed."""
+        self._try(self._close)
+        self.working = False
+
+    def _try(self, action: Callable[[], object]) -> None:
+        if not self.working:
+            return
+        try:
+            action()
+        except Exception as error:  # whatever such a library may raise: a week of training does not end for a copy
+            self.working = False
+            text = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+            tqdm.write(f"warning: {self.name} failed and is left out from here on ({text})", file=sys.stderr)
+
+    @abstractmethod
+    def _start(self, step: int) -> None: ...
+
+    @abstractmethod
+    def _log(self, values: dict[str, float], step: int) -> None: ...
+
+    @abstractmethod
+    def _picture(self, name: str, path: Path, step: int) -> None: ...
+
+    @abstractmethod
+    def _close(self) -> None: ...
+
+
+def named(record: dict[str, Any]) -> dict[str, float]:
+    """A record's numbers under `train/` or `val/`, its class scores under `val/IoU/`; what is no number left out."""
+    part = "val" if "mIoU" in record else "train"
+    values = {f"{part}/{key}": value for key, value in record.items() if key not in ("step", "IoU")}
+    values |= {f"val/IoU/{key}": value for key, value in record.get("IoU", {}).items()}
+    return {key: value for key, value in values.items() if isinstance(value, int | float)}
+
+
+class TensorBoard(Tracker):
+    """Event files in RUN/tensorboard: `tensorboard --logdir RUN`, or of the folder with all runs."""
+
+    name = "tensorboard"
+
+    def _start(self, step: int) -> None:
+        from torch.utils import tensorboard
+
+        writer: Any = tensorboard.SummaryWriter
+        # What a killed run wrote beyond its state is taken back: the resumed one writes those steps again.
+        folder = str(self.folder / "tensorboard")
+        self.writer = writer(folder, purge_step=step + 1)
+        if step == 0:
+            text = "".join(f"    {line}\n" for line in dump_recipe(self.recipe).splitlines())  # Markdown's code
+            self.writer.add_text("recipe", text)
+
+    def _log(self, values: dict[str, float], step: int) -> None:
+        for key, value in values.items():
+            self.writer.add_scalar(key, value, step)
+        self.writer.flush()
+
+    def _picture(self, name: str, path: Path, step: int) -> None:
+        from PIL import Image
+        from torch.utils.tensorboard.summary import Summary
+
+        with Image.open(path) as image:
+            width, height = image.size
+        # The file as it is: `add_image` would make a PNG of it, five times as large as a JPEG.
+        picture = Summary.Image(height=height, width=width, colorspace=3, encoded_image_string=path.read_bytes())
+        value = Summary.Value(tag=name, image=picture)
+        self.writer.file_writer.add_summary(Summary(value=[value]), step)
+
+    def _close(self) -> None:
+        self.writer.close()
+
+
+class WandB(Tracker):
+    """A run of Weights & Biases; its id stays in RUN/wandb-id, so that a resumed training goes on in the same one.
+
+    WANDB_PROJECT, WANDB_ENTITY and WANDB_MODE=offline (then `wandb sync`) do what they always do.
+    """
+
+    name = "wandb"
+
+    def __init__(self, folder: Path, recipe: Recipe) -> None:
+        super().__init__(folder, recipe)
+        self.wandb: Any = import_module("wandb")
+        self.id_file = folder / "wandb-id"
+        offline = os.environ.get("WANDB_MODE") in ("offline", "disabled", "dryrun")
+        # A run that goes on, perhaps restarted by a machine at night, does without rather than not at all.
+        if not offline and not self.id_file.exists():
+            self._log_in()
+
+    def _log_in(self) -> None:
+        try:
+            self.wandb.login()
+        except Exception as error:
+            reason = " ".join(str(error).split())[:150]
+            mend = "run `wandb login`, or set WANDB_MODE=offline and send the run later with `wandb sync`"
+            raise CommandError(f"--track wandb: {reason}\n{mend}") from None
+
+    def _start(self, step: int) -> None:
+        if not self.id_file.exists():
+            self.id_file.write_text(secrets.token_hex(4))
+        self.run = self.wandb.init(
+            project=os.environ.get("WANDB_PROJECT", "ssaseg"),
+            dir=str(self.folder),
+            id=self.id_file.read_text().strip(),
+            name=self.folder.resolve().name,
+            resume="allow",
+            config=self.recipe.model_dump(mode="json"),
+            settings={"console": "off"},  # what is printed stays ours
+        )
+        # Its own step only goes up, and would refuse the steps that a resumed run does again.
+        self.run.define_metric("step", hidden=True)
+        self.run.define_metric("*", step_metric="step")
+
+    def _log(self, values: dict[str, float], step: int) -> None:
+        self.run.log({"step": step, **values})
+
+    def _picture(self, name: str, path: Path, step: int) -> None:
+        self.run.log({"step": step, name: self.wandb.Image(str(path))})
+
+    def _close(self) -> None:
+        self.run.finish()

@@ -1,0 +1,159 @@
+"""The steps since the last line of the log: their losses, their speed, and the time spent waiting for data."""
+
+import contextlib
+import sys
+import time
+from collections.abc import Iterator
+from math import isfinite
+from typing import TYPE_CHECKING
+
+import torch
+from tqdm import tqdm
+
+from ssaseg.cli.device import count_cores
+from ssaseg.cli.training.job import StepRecord
+from ssaseg.cli.training.nonfinite import low_scale
+
+if TYPE_CHECKING:
+    from ssaseg.cli.training.job import Job
+    from ssaseg.recipes import Recipe
+
+
+# Waiting for data is told from this share of the time on, over at least so many steps.
+BOUND, STEPS = 0.2, 20
+
+
+class Window:
+    """The steps since the last log line: their losses, still on the device, and the images they came from."""
+
+    def __init__(self, job: "Job", bar: bool = True) -> None:
+        self.job = job
+        self.steps: list[StepRecord] = []
+        self.bad: list[bool] = []  # of the steps whose verdict was read
+        self.names: list[str] = []
+        self.waited = 0.0
+        self.warm = self.told = self.told_scale = False
+        self.block = [0.0, 0.0, 0.0]  # waited [s], in all [s], steps: since waiting was last looked at
+        self.started = time.perf_counter()
+        total, done = job.recipe.train.steps, job.progress.step
+        shown = bar and job.ranks.main and sys.stderr.isatty()
+        self.bar = tqdm(total=total, initial=done, disable=not shown, unit="step", dynamic_ncols=True)
+
+    def start_waiting(self) -> None:
+        """Before asking the loader for data."""
+        self.wait_started = time.perf_counter()
+
+    def stop_waiting(self) -> None:
+        """After the loader has given it."""
+        self.waited += time.perf_counter() - self.wait_started
+
+    def add(self, record: StepRecord, names: list[str]) -> None:
+        """Keeps a step, its losses named `names`, without reading them."""
+        self.names = names
+        self.steps.append(record)
+        self.bar.update()
+
+    def check(self) -> StepRecord | None:
+        """Reads the verdicts on the steps since the last look; waits for the device. Returns the step that ends the
+        run, None where it goes on.
+        """
+        fresh = self.steps[len(self.bad) :]
+        if not fresh:
+            return None
+        verdicts = torch.stack([record.bad for record in fresh]).tolist()
+        for verdict, record in zip(verdicts, fresh, strict=True):
+            if verdict and self.job.progress.skipped >= self.job.guard.limit:
+                return record
+            self.bad.append(bool(verdict))
+            self.job.progress.skipped += bool(verdict)
+        return None
+
+    def write(self, rate: float) -> None:
+        """One line for people, one for machines: the means since the last one. Every rank calls it, after `check`."""
+        job, count = self.job, len(self.steps)
+        step = self.steps[-1].number
+        kept = [record for record, bad in zip(self.steps, self.bad, strict=True) if not bad]
+        if kept:
+            means = torch.stack([record.losses for record in kept]).mean(dim=0)
+            losses = dict(zip(self.names, (job.ranks.total(means) / job.ranks.size).tolist(), strict=True))
+        norms = torch.stack([record.norm for record in self.steps]).tolist()
+        scale = low_scale(job)
+        seconds = time.perf_counter() - self.started
+        waiting = self.waited / seconds
+        if job.ranks.main and kept:
+            self._tell(step, rate, losses, [norm for norm in norms if isfinite(norm)], count / seconds, waiting)
+        if job.ranks.main:
+            self._tell_faults(scale)
+            self._tell_waiting(seconds)
+        self.steps, self.bad, self.waited, self.started = [], [], 0.0, time.perf_counter()
+
+    def _tell(
+        self, step: int, rate: float, losses: dict[str, float], norms: list[float], pace: float, waiting: float
+    ) -> None:
+        """pace: steps a second; waiting: share of the time."""
+        train = self.job.recipe.train
+        loss, norm, speed = sum(losses.values()), sum(norms) / max(len(norms), 1), pace * train.batch
+        record = {"step": step, "lr": rate, "loss": loss, **losses}
+        assert self.job.log is not None
+        more = {"grad_norm": norm, "images_per_s": round(speed, 2), "data_wait": round(waiting, 4)}
+        self.job.log.write(record | more)
+        terms = " ".join(f"{name} {value:.3f}" for name, value in losses.items())
+        line = f"loss {loss:.3f} ({terms}) lr {rate:.2e} {speed:.1f} images/s, data wait {waiting:.0%}"
+        left = (train.steps - step) / pace
+        clock = f"{int(left // 3600)}:{int(left % 3600 // 60):02d}:{int(left % 60):02d}"
+        tqdm.write(f"step {step}/{train.steps} {line}, ETA {clock}", file=sys.stderr)  # above a bar
+        self.bar.set_postfix_str(f"loss {loss:.3f}")
+
+    def _tell_faults(self, scale: float | None) -> None:
+        """What is wrong, though training goes on: updates left out, fp16 without room."""
+        job = self.job
+        left_out = [record for record, bad in zip(self.steps, self.bad, strict=True) if bad]
+        for record in left_out:
+            values = zip(self.names, record.losses.tolist(), strict=True)
+            terms = ", ".join(f"{name} {value:g}" for name, value in values)
+            images = ", ".join(record.images)
+            tqdm.write(f"step {record.number}: not finite, left out ({terms}); images: {images}", file=sys.stderr)
+        if left_out:
+            allowed = f"{job.progress.skipped} updates left out, of at most {job.guard.limit} (train.max_skipped)"
+            tqdm.write(f"warning: {allowed}", file=sys.stderr)
+        if scale is not None and not self.told_scale:
+            self.told_scale = True
+            text = f"warning: fp16's loss scale has fallen to {scale:g}: gradients overflow; use train.amp=bf16"
+            tqdm.write(text, file=sys.stderr)
+
+    def _tell_waiting(self, seconds: float) -> None:
+        """Says once that training waits for its data. The first window does not count: workers start in it."""
+        if self.warm:
+            self.block = [sum(pair) for pair in zip(self.block, (self.waited, seconds, len(self.steps)), strict=True)]
+        self.warm = True
+        waited, in_all, steps = self.block
+        if steps >= STEPS:
+            self.block = [0.0, 0.0, 0.0]
+            if waited / in_all > BOUND and not self.told:
+                self.told = True
+                tqdm.write(remedy(self.job.recipe, waited / in_all), file=sys.stderr)
+
+    @contextlib.contextmanager
+    def aside(self) -> Iterator[None]:
+        """What is done inside does not count as training time."""
+        began = time.perf_counter()
+        yield
+        self.started += time.perf_counter() - began
+
+    def close(self) -> None:
+        """Ends the progress bar."""
+        self.bar.close()
+
+
+def remedy(recipe: "Recipe", waiting: float) -> str:
+    """What to do where training waits for its data for `waiting` (a share) of the time."""
+    cores = count_cores()
+    workers = recipe.train.workers
+    mends = [f"train.workers={min(2 * workers or 1, cores)}"] if workers < cores else []
+    if not recipe.data.cache and recipe.data.dataset != "synthetic":
+        mends.append("data.cache=true if memory allows")
+    mends = mends or ["smaller images on the disk, or more cores"]
+    return (
+        f"warning: training waits for data {waiting:.0%} of the time ({workers} workers, {cores} cores); "
+        f"use {' and '.join(mends)}"
+    )

@@ -1,0 +1,204 @@
+"""Classes of a checkpoint: what they are called, and how a classifier's rows follow the names elsewhere."""
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+from torch import Tensor
+
+from ssaseg.cli.errors import CommandError
+from ssaseg.datasets import stated_classes
+from ssaseg.datasets.labels import label_space, list_label_spaces
+from ssaseg.datasets.published import LAYOUTS
+from ssaseg.models import Segmenter
+from ssaseg.models.checkpoint import numbered
+
+# What a classifier holds a row per class of, plain or SSA.
+CLASS_ROWS = ("classifier.conv_seg.weight", "classifier.conv_seg.bias", "classifier.spatial_prototypes")
+
+SEPARATORS = re.compile("[;,]")  # between the synonyms of one class: "car;auto", "building, edifice"
+
+OF_ITS_RUN = ("recipe", "step", "scores")  # metadata that is not true of other classes
+
+
+# ---- names -------------------------------------------------------------------------------------------------------
+def own_classes(source: Path, dataset: str | None, meta: Mapping[str, Any], classes: int) -> dict[str, Any]:
+    """Metadata of an official file's classes: by `--dataset`, the file itself, or the count of ADE20K.
+
+    Empty where none of them names the classes, which are then numbered. Raises CommandError for another count.
+    """
+    stated, palette = _stated(meta)
+    if dataset is None and isinstance(stated, list | tuple) and len(stated) == classes:
+        same = [name for name in list_label_spaces() if label_space(name).classes == list(stated)]
+        if not same:
+            return {"classes": [str(c) for c in stated], "palette": _palette(palette, classes)}
+        dataset = same[0]
+    if dataset is None and isinstance(stated, list | tuple):
+        click.echo(f"  classes      the file names {len(stated)}, its head has {classes}: names not taken")
+    if dataset is None and classes == len(label_space("ade20k").classes):
+        dataset = "ade20k"
+    if dataset is None:
+        click.echo(f"  classes      {classes} without names, so numbered; --dataset would name them")
+        return {}
+    metadata = dataset_metadata(dataset)
+    if len(metadata["classes"]) != classes:
+        raise CommandError(
+            f"--dataset {dataset} has {len(metadata['classes'])} classes, {source} has {classes}\n"
+            f"expected one with as many; known: {', '.join(list_label_spaces())}, or a recipe"
+        )
+    click.echo(f"  classes      of {dataset}")
+    return metadata
+
+
+def names_in(header: Mapping[str, Any] | None, meta: Mapping[str, Any], classes: int) -> list[str] | None:
+    """The names of a checkpoint's classes, None where it has none: by our header or an official file's meta.
+
+    150 classes without names are ADE20K's, as `ssaseg convert` takes them.
+    """
+    stated = _stated(meta)[0] if header is None else header.get("classes")
+    if isinstance(stated, list | tuple) and len(stated) == classes:
+        names = [str(name) for name in stated]
+        return None if names == numbered(classes) else names
+    ade20k = label_space("ade20k").classes
+    return list(ade20k) if header is None and classes == len(ade20k) else None
+
+
+def _stated(meta: Mapping[str, Any]) -> tuple[Any, Any]:
+    """Classes and palette that a file states: mmsegmentation 1.x puts them one level lower than 0.x."""
+    inner = meta.get("dataset_meta")
+    if isinstance(inner, Mapping):
+        return inner.get("classes"), inner.get("palette")
+    return meta.get("CLASSES"), meta.get("PALETTE")
+
+
+def _palette(palette: Any, classes: int) -> list[list[int]] | None:
+    """A foreign file's palette as our metadata has it; None where it is not one RGB triple in 0..255 per class."""
+    try:
+        colours = [[int(value) for value in colour] for colour in palette]
+    except (TypeError, ValueError):
+        return None
+    fits = len(colours) == classes and all(len(c) == 3 and 0 <= min(c) <= max(c) <= 255 for c in colours)
+    return colours if fits else None
+
+
+def dataset_metadata(name: str, option: str = "--dataset") -> dict[str, Any]:
+    """Checkpoint metadata (classes, palette, protocol, ...) of a published data set, or of a recipe's data.
+
+    Raises CommandError, naming the option, where there is neither.
+    """
+    labels = LAYOUTS[name].labels if name in LAYOUTS else name
+    if labels in list_label_spaces():
+        return label_space(labels)._asdict()
+    from ssaseg.recipes import RecipeError, load_recipe
+
+    try:
+        recipe = load_recipe(name)
+    except RecipeError:
+        raise CommandError(
+            f"{option} {name}: no such data set\nexpected one of: {', '.join(list_label_spaces())}, or a recipe"
+        ) from None
+    data = recipe.data
+    classes, palette = stated_classes(data.dataset, data.model_dump())
+    if not classes:
+        raise CommandError(
+            f"{option} {name}: the classes are in its annotation files\nstate data.classes in the recipe"
+        )
+    return {
+        "classes": classes,
+        "palette": palette,
+        "mean": list(data.mean),
+        "std": list(data.std),
+        "protocol": recipe.test.model_dump(mode="json"),
+    }
+
+
+def wished_classes(value: str) -> dict[str, Any]:
+    """Metadata of `--classes`: a published data set's, a recipe's, or of names with commas between.
+
+    Raises CommandError where there is no such data set, or the names are no two to 255 different ones.
+    """
+    if "," not in value:
+        return dataset_metadata(value, "--classes")
+    names = [name.strip() for name in value.split(",")]
+    distinct = {name.casefold() for name in names}
+    if "" in distinct or len(distinct) < len(names) or len(names) > 255:
+        raise CommandError(f"--classes {value}: a name is empty or there twice\nexpected 2 to 255 names: sky,road,car")
+    return {"classes": names, "palette": None}
+
+
+# ---- rows --------------------------------------------------------------------------------------------------------
+def rows_by_name(source: Sequence[str], wanted: Sequence[str]) -> list[int | None]:
+    """For each wanted class the index of its namesake in `source`, or None.
+
+    Upper and lower case are one. Where no whole name is the same, a synonym may be: the only class of `source` that
+    shares one is taken, and none where several do.
+    """
+
+    def namesake(name: str) -> int | None:
+        same = [k for k, other in enumerate(source) if other.strip().casefold() == name.strip().casefold()]
+        same = same or [k for k, other in enumerate(source) if _synonyms(other) & _synonyms(name)]
+        return same[0] if len(same) == 1 else None
+
+    return [namesake(name) for name in wanted]
+
+
+def _synonyms(name: str) -> set[str]:
+    return {part.strip().casefold() for part in SEPARATORS.split(name)} - {""}
+
+
+def keep_rows(
+    model: Segmenter, tensors: Mapping[str, Tensor], names: Mapping[str, str], rows: Sequence[int | None]
+) -> dict[str, Tensor]:
+    """A checkpoint's tensors with its class rows as `model` is to have them: row k from its row rows[k], None: model's.
+
+    `names`: our key → the checkpoint's. A tensor that is not there, or of other channels, is left as it is.
+    """
+    kept = [k for k, row in enumerate(rows) if row is not None]
+    taken = [row for row in rows if row is not None]
+    own, found = model.state_dict(), dict(tensors)
+    for key in CLASS_ROWS:
+        theirs = found.get(names.get(key, ""))
+        if theirs is not None and theirs.shape[1:] == own[key].shape[1:]:
+            value = own[key].clone()
+            value[kept] = theirs[taken].to(value.dtype)
+            found[names[key]] = value
+    return found
+
+
+def take_rows(network: Segmenter, rows: Sequence[int | None], fresh: Segmenter) -> None:
+    """Fills `fresh`, which has len(rows) classes, from `network`: class k from class rows[k], None leaving it fresh."""
+    kept = [k for k, row in enumerate(rows) if row is not None]
+    taken = [row for row in rows if row is not None]
+    state = fresh.state_dict()
+    with torch.no_grad():
+        for key, value in network.state_dict().items():
+            if key in CLASS_ROWS:
+                state[key][kept] = value[taken]
+            else:
+                state[key].copy_(value)
+
+
+def follow_names(
+    network: Segmenter, metadata: Mapping[str, Any], wished: Mapping[str, Any], fresh: Segmenter
+) -> tuple[dict[str, Any], bool]:
+    """Fills `fresh`, with the classes `wished`, from `network` by name, and says which; (its metadata, any kept?)."""
+    rows = rows_by_name(metadata["classes"], wished["classes"])
+    take_rows(network, rows, fresh)
+    for line in told_rows(metadata["classes"], wished["classes"], rows):
+        click.echo(line)
+    known = any(row is not None for row in rows)
+    return {**{key: value for key, value in metadata.items() if key not in OF_ITS_RUN}, **wished}, known
+
+
+def told_rows(source: Sequence[str], wanted: Sequence[str], rows: Sequence[int | None]) -> list[str]:
+    """Lines that say which rows of `wanted` come from `source`, by what name there, and which are fresh."""
+    pairs = list(zip(wanted, rows, strict=True))
+    kept = [name if source[row] == name else f"{name} ({source[row]})" for name, row in pairs if row is not None]
+    new = [name for name, row in pairs if row is None]
+    return [
+        f"  rows kept    {len(kept)}: {', '.join(kept) or 'no class has a namesake'}",
+        f"  rows fresh   {len(new)}: {', '.join(new) or 'none'}",
+    ]

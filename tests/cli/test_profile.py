@@ -1,0 +1,146 @@
+"""Counts against the official code's, and what the command reports."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from click.testing import CliRunner
+from torch import nn
+
+from ssaseg.cli.errors import CommandError
+from ssaseg.cli.main import cli
+from ssaseg.cli.profiling import paper_table as papertable
+from ssaseg.cli.profiling import profile as profiling
+from ssaseg.cli.profiling.profile import EVERY_OPERATION, MODULES_ONLY, LiveTensors, count_modules, run_profile
+from ssaseg.models import build_model, save_model
+
+# SeaFormer-B, 150 classes, 512×512: parameters, those of inference, and GMACs in both countings; computed with the
+# official code (commit e67fc2f), torch 2.13's flop counter and mmcv 1.7.2's `get_model_complexity_info`.
+OFFICIAL = {
+    "linear": (8605654, 8605654, 1.757585408, 1.77734656),
+    "ssa": (8836694, 8733974, 2.073755648, 1.79928416),
+}
+
+TIMINGS = {key: {"p50": 1.0, "p90": 2.0} for key in ("network_ms", "post_ms")}
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """No warm-up, and one thread: two wait for each other where other tests run beside these."""
+    monkeypatch.setattr(profiling, "WARM_UP", 0)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def profiled(capsys: pytest.CaptureFixture[str], target: str, **changes: Any) -> dict[str, Any]:
+    given = {"classifier": None, "classes": None, "size": (512, 512), "json_out": "-", "device": "cpu", "runs": 1}
+    assert run_profile(target, **{**given, **changes}) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def test_counts_equal_the_official_ones(capsys: pytest.CaptureFixture[str]) -> None:
+    report = profiled(capsys, "seaformer_b")
+    assert [column["classifier"] for column in report["columns"]] == ["linear", "ssa"]
+    for column in report["columns"]:
+        parameters, deployed, operations, modules = OFFICIAL[column["classifier"]]
+        assert (column["parameters"], column["parameters_deployed"]) == (parameters, deployed)
+        assert column["gmacs"][EVERY_OPERATION] == pytest.approx(operations, rel=1e-9)
+        assert column["gmacs"][MODULES_ONLY] == pytest.approx(modules, rel=1e-9)
+        for key in ("network_ms", "post_ms"):
+            assert 0 < column[key]["p50"] <= column[key]["p90"]
+        # Weights alone are 33 MiB; all activations at once would be some 200.
+        assert 40 < column["peak_mib"] < 150
+    assert set(report["countings"]) == {EVERY_OPERATION, MODULES_ONLY}
+
+
+def test_the_table_names_countings_and_conditions(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    destination = tmp_path / "profile.json"
+    assert run_profile("seaformer_t", "ssa", 8, (64, 96), str(destination), "cpu", 2) == 0
+    out = capsys.readouterr().out
+    for said in ("64x96", "8 classes", "every operation", "modules only", "p50 / p90", "peak memory", "2 timed passes"):
+        assert said in out, said
+    assert "linear" not in out.splitlines()[2]
+    assert json.loads(destination.read_text())["columns"][0]["classifier"] == "ssa"
+
+
+def test_a_checkpoint_brings_its_classifier_and_classes(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    path = tmp_path / "tiny.safetensors"
+    save_model(path, build_model("seaformer_t", 6, "linear"), {})
+    report = profiled(capsys, str(path), size=(64, 64))
+    assert (report["model"], report["classes"], report["size"]) == ("seaformer_t", 6, [64, 64])
+    assert [column["classifier"] for column in report["columns"]] == ["linear"]
+    with pytest.raises(CommandError, match="its classifier is linear, not ssa"):
+        profiled(capsys, str(path), classifier="ssa")
+    with pytest.raises(CommandError, match="it has 6 classes, not 20"):
+        profiled(capsys, str(path), classes=20)
+
+
+@pytest.mark.parametrize(("target", "said"), [("seaformer_bb", "did you mean seaformer_b"), ("x.safetensors", "there")])
+def test_an_unknown_target_is_named(target: str, said: str) -> None:
+    with pytest.raises(CommandError, match=said):
+        run_profile(target, None, 150, (64, 64), None, "cpu", 1)
+
+
+def test_modules_are_counted_by_mmcvs_rules() -> None:
+    cases: list[tuple[nn.Module, tuple[int, ...], int]] = [
+        (nn.Conv2d(6, 9, 3, stride=2, padding=1, groups=3), (1, 6, 8, 8), 9 * 16 * (2 * 9 + 1)),
+        (nn.Conv2d(6, 9, 1, bias=False), (1, 6, 5, 4), 9 * 20 * 6),
+        (nn.Linear(7, 3), (2, 5, 7), 70 * 3),  # mmcv leaves the bias out
+        (nn.BatchNorm2d(4), (1, 4, 3, 3), 0),
+        (nn.LayerNorm(4), (3, 4), 24),
+        (nn.GroupNorm(2, 4, affine=False), (1, 4, 3, 3), 36),
+        (nn.ReLU(), (1, 4, 3, 3), 36),
+        (nn.Hardsigmoid(), (1, 4, 3, 3), 36),
+        (nn.GELU(), (1, 4, 3, 3), 0),
+        (nn.AdaptiveAvgPool2d(1), (1, 4, 3, 3), 36),
+        (nn.Upsample(scale_factor=2), (1, 4, 3, 3), 144),
+    ]
+    for module, shape, expected in cases:
+        with torch.inference_mode():
+            assert count_modules(module.eval(), torch.ones(shape)) == expected, module
+
+
+def test_live_tensors_follow_what_is_freed() -> None:
+    weight = torch.ones(256, 1024)  # 1 MiB
+    with LiveTensors([weight]) as live:
+        first = weight + 1
+        second = weight.view(-1) * 2  # the view is no memory of its own
+        del first
+        third = second.add_(1)  # in place
+        kept = [third + index for index in range(3)]
+    assert len(kept) == 3
+    assert live.peak == 4 * 2**20
+    del second, third, kept
+    assert live.now == 0
+
+
+def test_paper_table(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every published row within 1 % in parameters and 3 % in multiply-accumulates; the printed cells are the rows'."""
+    monkeypatch.setattr(papertable, "measure_latency", lambda models, image, runs: [TIMINGS] * len(models))
+    assert papertable.run_paper_table("-", "cpu", 1) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert [(row["model"], row["classifier"]) for row in report["rows"]] == [
+        (name, kind) for name, kinds in papertable.PAPER.items() for kind in kinds
+    ]
+    assert len(report["rows"]) == 12
+    for row in report["rows"]:
+        assert abs(row["parameters"] / row["paper"]["parameters"] - 1) < 0.01, row
+        assert abs(row["gmacs"][MODULES_ONLY] / row["paper"]["gmacs"] - 1) < 0.03, row
+        assert row["gmacs"][EVERY_OPERATION] > 0.9 * row["paper"]["gmacs"]
+    papertable.print_paper_table(report)
+    table = capsys.readouterr().out
+    for cell in ("3.004 (+0.1 %)", "8.734 (-0.8 %)", "14.899 (-0.0 %)", "66,048", "36.0"):
+        assert cell in table
+
+
+def test_paper_table_runs_and_is_told_apart() -> None:
+    """From the command line, without and with a name."""
+    runner = CliRunner()
+    for words in ([], ["seaformer_t", "--paper-table"], ["--paper-table", "--classes", "3"]):
+        result = runner.invoke(cli, ["profile", *words])
+        assert (result.exit_code, "--paper-table" in result.output) == (2, True), words

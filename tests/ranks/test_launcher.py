@@ -1,0 +1,110 @@
+"""`--gpus N`: places, signals and exit codes, with processes that only sleep."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from click.testing import CliRunner
+
+from ssaseg.cli.device import select_device
+from ssaseg.cli.errors import CommandError
+from ssaseg.cli.main import cli
+from ssaseg.cli.ranks import launcher as launch
+
+
+def launched(monkeypatch: pytest.MonkeyPatch, script: str, wish: int | None = None) -> int:
+    """`run_launch` of two processes that run `script`; the command gets the signal `wish` half a second later."""
+    command = [sys.executable, "-c", f"import os, signal, sys, time\nrank = int(os.environ['RANK'])\n{script}"]
+    monkeypatch.setattr(launch, "own_command", lambda: command)
+    timer = threading.Timer(0.5, os.kill, (os.getpid(), wish or 0))
+    timer.start()
+    try:
+        return launch.run_launch(2)
+    finally:
+        timer.join()
+        assert not psutil.Process().children(recursive=True)
+
+
+def test_launcher_is_for_more_than_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert [launch.needs_ranks(gpus) for gpus in (None, 1, 2)] == [False, False, True]
+    monkeypatch.setenv("RANK", "0")
+    assert not launch.needs_ranks(None)
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert not launch.needs_ranks(2)  # torchrun's
+    with pytest.raises(CommandError, match=r"--gpus 8: RANK is set.*: 2\n"):
+        launch.needs_ranks(8)
+    monkeypatch.setenv(launch.LAUNCHED, "1")
+    assert not launch.needs_ranks(8)
+
+
+def test_one_process_of_a_job_system_is_not_taken_for_many(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"RANK": "0", "WORLD_SIZE": "1"}.items():
+        monkeypatch.setenv(name, value)
+    assert not launch.needs_ranks(1)
+    result = CliRunner().invoke(cli, ["train", "demo", "--gpus", "8", "--device", "cpu", "--dry-run"])
+    assert result.exit_code == 2
+    assert result.stderr.startswith("error: --gpus 8: RANK is set")
+
+
+def test_gpus_without_a_gpu_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert select_device("auto").type == "cpu"
+    monkeypatch.setenv(launch.LAUNCHED, "1")
+    assert select_device("cpu").type == "cpu"
+    with pytest.raises(CommandError, match=r"--gpus: PyTorch finds no GPU\nuse --device cpu"):
+        select_device("auto")
+
+
+def test_ranks_import_nothing_from_the_current_directory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "click.py").write_text("raise SystemExit('the wrong click')")
+    monkeypatch.setattr(sys, "argv", ["ssaseg", "--version"])
+    done = subprocess.run(launch.own_command(), cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith("ssaseg, version ")
+
+
+def test_launcher_gives_places_and_returns_zero(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    names = ["RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "OMP_NUM_THREADS"]
+    write = f"open({str(tmp_path)!r} + '/' + str(rank), 'w').write(repr([os.environ[name] for name in {names}]))"
+    assert launched(monkeypatch, write) == 0
+    found = [eval((tmp_path / str(rank)).read_text()) for rank in (0, 1)]
+    assert [place[:5] for place in found] == [[str(rank), str(rank), "2", "2", "127.0.0.1"] for rank in (0, 1)]
+    assert found[0][5:] == found[1][5:]
+    assert int(found[0][6]) == max(len(os.sched_getaffinity(0)) // 2, 1)
+
+
+def test_launcher_ends_the_others_and_has_the_first_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "GRACE", 0.2)
+    assert launched(monkeypatch, "sys.exit(3) if rank else time.sleep(60)") == 3
+    with pytest.raises(CommandError, match="killed from outside: rank 1 by SIGKILL, of 2 ranks"):
+        launched(monkeypatch, "os.kill(os.getpid(), signal.SIGKILL) if rank else time.sleep(60)")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_launcher_passes_a_signal_on_once(
+    monkeypatch: pytest.MonkeyPatch, number: signal.Signals, tmp_path: Path
+) -> None:
+    heed = f"""
+told = []
+signal.signal({int(number)}, lambda *_: told.append(1))
+end = time.monotonic() + 60
+while not told and time.monotonic() < end:
+    time.sleep(0.01)
+time.sleep(0.3)
+open({str(tmp_path)!r} + f'/{{rank}}', 'w').write(str(len(told)))
+sys.exit({128 + number})
+"""
+    assert launched(monkeypatch, heed, number) == 128 + number
+    assert [(tmp_path / str(rank)).read_text() for rank in (0, 1)] == ["1", "1"]
+    # Nor does one that has not learnt to heed it make another code of it.
+    assert launched(monkeypatch, "time.sleep(60)", number) == 128 + number
+    # A numerical failure in the same moment is told as such.
+    assert launched(monkeypatch, heed.replace(f"sys.exit({128 + number})", "sys.exit(3)"), number) == 3
