@@ -89,7 +89,7 @@ def prepare(name: str, source: Path, root: Path | None, workers: int | None) -> 
     """
     from ssaseg.cli.data.prepare import run_prepare
 
-    return run_prepare(name, source, root, workers)
+    return run_prepare(name=name, source=source, root=root, workers=workers)
 
 
 @data.command()
@@ -112,7 +112,7 @@ def check(target: str, overrides: tuple[str, ...], split: str | None, json_out: 
     """
     from ssaseg.cli.data.check import run_check
 
-    return run_check(target, overrides, split, json_out)
+    return run_check(target=target, overrides=overrides, split=split, json_out=json_out)
 
 
 @data.command()
@@ -134,4 +134,4 @@ def init(root: Path, out: Path | None, model: str, classifier: str) -> int:
     """
     from ssaseg.cli.data.init import run_init
 
-    return run_init(root, out, model, classifier)
+    return run_init(root=root, out=out, model=model, classifier=classifier)

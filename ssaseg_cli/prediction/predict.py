@@ -24,7 +24,8 @@ from tqdm import tqdm
 from ssaseg.cli.console import progress_bar
 from ssaseg.cli.device import select_device
 from ssaseg.cli.errors import CommandError
-from ssaseg.cli.prediction.results import SUFFIXES, RleFile, Style, encode, labelled_images, rle_lines, style_of
+from ssaseg.cli.prediction.kinds import KINDS, Style, is_needed, style_of
+from ssaseg.cli.prediction.rle import RleFile, labelled_images, rle_lines
 from ssaseg.cli.prediction.sources import Source, find_sources
 from ssaseg.cli.scoring.inference import Inference, Prediction, state_views
 from ssaseg.cli.signals import StopSignal
@@ -71,7 +72,7 @@ def run_predict(
     chosen = select_device(device)
     model, metadata = load_model(checkpoint)
     protocol = parse_protocol(metadata["protocol"], f"{checkpoint}: protocol")
-    if "coarse" in save and not model.classifier.adapts:
+    if is_needed("coarse", save) and not model.classifier.adapts:
         raise CommandError(
             f"{checkpoint}: classifier {model.classifier_name} adapts nothing, so there is no coarse result\n"
             "leave coarse out of --save"
@@ -135,13 +136,15 @@ class Labeller:
     def infer(self, decoded: Decoded) -> Prediction:
         """One forward pass for each view, whatever kinds of results are wanted."""
         inputs = [torch.from_numpy(each) for each in decoded.inputs]
-        return self.inference.predict(inputs, decoded.image.shape[:2], "coarse" in self.save, "probs" in self.save)
+        coarse, probabilities = (is_needed(field, self.save) for field in ("coarse", "probabilities"))
+        return self.inference.predict(inputs, decoded.image.shape[:2], coarse, probabilities)
 
     def write(self, done: Labelled) -> tuple[str, list[str]]:
         """Writes the files of one image; returns its name and lines in `rle.json`."""
         for kind in self.save:
-            if kind != "rle":
-                content = encode(kind, done.image, done.prediction, self.style)
+            encode = KINDS[kind].encode
+            if encode is not None:
+                content = encode(done.image, done.prediction, self.style)
                 write_atomic(target(self.out, kind, done.source), content, sync=False)
         if "rle" not in self.save:
             return done.source.relative, []
@@ -193,7 +196,7 @@ def report_unread(source: Source, error: Exception) -> None:
 
 def target(out: Path, kind: str, source: Source) -> Path:
     """The file of one result."""
-    return out / kind / f"{source.name}{SUFFIXES[kind]}"
+    return out / kind / f"{source.name}{KINDS[kind].suffix}"
 
 
 def is_done(source: Source, out: Path, save: Sequence[str], known: set[str]) -> bool:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ssaseg.cli.errors import CommandError
-from ssaseg.cli.prediction.results import SUFFIXES
+from ssaseg.cli.prediction.kinds import KINDS
 from ssaseg.datasets.pairs import IMAGE_SUFFIXES
 
 
@@ -25,7 +25,7 @@ def find_sources(inputs: Sequence[str], out: Path) -> list[Source]:
 
     Raises CommandError for an input that gives no image, and for two images whose results would be the same file.
     """
-    results = {(out / kind).resolve() for kind in SUFFIXES}
+    results = {(out / kind).resolve() for kind in KINDS}
     found: dict[str, tuple[Path, str]] = {}
     for given in inputs:
         there = _expand(given)

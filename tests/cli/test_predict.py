@@ -18,7 +18,7 @@ from pycocotools import mask as coco
 from ssaseg.cli.errors import CommandError
 from ssaseg.cli.prediction import predict
 from ssaseg.cli.prediction.predict import in_order, run_predict
-from ssaseg.cli.prediction.results import RleFile, labelled_images
+from ssaseg.cli.prediction.rle import RleFile, labelled_images
 from ssaseg.cli.prediction.sources import find_sources
 from ssaseg.cli.scoring.inference import predict_labels
 from ssaseg.models import build_model, load_model, save_model

@@ -1,62 +1,17 @@
-"""The results of `predict` on disk: one file an image and kind, or one `rle.json` for all images.
+"""`rle.json`, the one file with the run lengths of all images.
 
 Axes: K classes, H×W pixels of an image.
 """
 
-import io
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
 import numpy as np
-from PIL import Image
 
-from ssaseg.cli.drawing.panels import overlay
 from ssaseg.cli.errors import CommandError
-from ssaseg.cli.scoring.inference import Prediction
-
-# Each kind's folder below OUT, and the suffix of its files; "rle" is one file for all images.
-SUFFIXES: Mapping[str, str] = {"index": ".png", "color": ".png", "overlay": ".jpg", "probs": ".npz", "coarse": ".png"}
-
-
-@dataclass(frozen=True)
-class Style:
-    """What results look like: K class names, and their colours RGB uint8 (256,3), black from K on."""
-
-    classes: tuple[str, ...]
-    colours: np.ndarray
-
-
-def style_of(classes: Sequence[str], palette: Iterable[Sequence[int]]) -> Style:
-    """Style of K class names and at least K colours RGB 0..255."""
-    colours = np.zeros((256, 3), np.uint8)
-    for index, colour in zip(range(len(classes)), palette, strict=False):
-        colours[index] = colour
-    return Style(tuple(classes), colours)
-
-
-def encode(kind: str, image: np.ndarray, prediction: Prediction, style: Style) -> bytes:
-    """The content of one result's file. image: BGR uint8 (H,W,3)."""
-    buffer = io.BytesIO()
-    if kind == "probs":
-        assert prediction.probabilities is not None
-        np.savez_compressed(buffer, probabilities=prediction.probabilities)  # float16 (K,H,W), adds up to 1 over K
-    elif kind == "overlay":
-        mixed = overlay(image, prediction.labels, style.colours[: len(style.classes)].tolist())
-        Image.fromarray(mixed[..., ::-1]).save(buffer, "JPEG", quality=90)
-    elif kind == "color":
-        Image.fromarray(style.colours[prediction.labels]).save(buffer, "PNG")
-    else:
-        labels = prediction.coarse if kind == "coarse" else prediction.labels
-        assert labels is not None
-        picture = Image.fromarray(labels)
-        # A palette of 256 colours keeps a pixel a byte: Pillow packs smaller ones, which some readers cannot take.
-        picture.putpalette(style.colours.tobytes())
-        picture.save(buffer, "PNG")
-    return buffer.getvalue()
 
 
 def rle_lines(name: str, labels: np.ndarray, classes: Sequence[str]) -> list[str]:

@@ -1,0 +1,79 @@
+"""`ssaseg eval`: the signature. PyTorch is imported inside, so that `--help` answers at once."""
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from ssaseg.cli.options import device_option, existing_file, gpus_option, json_option
+from ssaseg.cli.ranks.launcher import needs_ranks, run_launch
+
+
+def _ratios(context: click.Context, parameter: click.Parameter, value: str | None) -> list[float] | None:
+    try:
+        return None if value is None else [float(ratio) for ratio in value.split(",")]
+    except ValueError:
+        raise click.BadParameter(f"{value!r} is no list of numbers such as 0.5,1,1.5", context, parameter) from None
+
+
+@click.command("eval")
+@click.argument("checkpoint", type=existing_file)
+@click.option("--data", metavar="RECIPE", help="Recipe that names the data.  [default: the one in the checkpoint]")
+@click.option("--root", type=click.Path(path_type=Path), help="Folder of the data, instead of the recipe's data.root.")
+@click.option("--split", type=click.Choice(["train", "val"]), default="val", show_default=True)
+@json_option
+@device_option
+@gpus_option
+@click.option("--limit", type=click.IntRange(min=1), metavar="N", help="Only the first N images.")
+@click.option("--ratios", metavar="A,B,...", callback=_ratios, help="Scales to average, factors of the protocol's.")
+@click.option("--flip/--no-flip", default=None, help="Average with the mirrored image, or not.")
+@click.option("--slide", nargs=2, type=int, metavar="CROP STRIDE", help="Square sliding windows [pixels].")
+@click.option("--whole", is_flag=True, help="The image at once, where the protocol has windows.")
+@click.option("--boundary", is_flag=True, help="Boundary IoU as well (Cheng et al. 2021).")
+def evaluate(
+    checkpoint: Path,
+    data: str | None,
+    root: Path | None,
+    split: str,
+    json_out: str | None,
+    device: str,
+    gpus: int | None,
+    limit: int | None,
+    boundary: bool,
+    slide: tuple[int, int] | None,
+    whole: bool,
+    **changes: Any,
+) -> int:
+    """Score a checkpoint on labelled images.
+
+    Prints IoU and accuracy per class, mIoU with its 95 % interval over images, fwIoU, aAcc and mAcc [%], and the
+    protocol they belong to: the checkpoint's, or that of --data, but for what --ratios, --flip, --slide and --whole
+    change. Every ratio is a forward pass of its own, the flip doubles them.
+
+    \b
+    Example:
+      ssaseg eval runs/demo/best.safetensors
+      ssaseg eval best.safetensors --data camvid-seaformer_b-ssa --root data/camvid --json scores.json
+      ssaseg eval best.safetensors --ratios 0.5,0.75,1,1.25,1.5,1.75 --flip
+    """
+    if slide and whole:
+        raise click.UsageError("give either --slide or --whole", click.get_current_context())
+    if needs_ranks(gpus):
+        return run_launch(gpus or 1)
+    from ssaseg.cli.scoring.report import run_eval
+
+    changes = {key: value for key, value in changes.items() if value is not None}
+    if slide or whole:
+        crop, stride = ([side, side] for side in slide) if slide else (None, None)
+        changes |= {"mode": "slide" if slide else "whole", "crop": crop, "stride": stride}
+    return run_eval(
+        checkpoint=checkpoint,
+        data=data,
+        root=root,
+        split=split,
+        json_out=json_out,
+        device=device,
+        limit=limit,
+        changes=changes,
+        boundary=boundary,
+    )

@@ -1,0 +1,77 @@
+"""`ssaseg train`: the signature. PyTorch is imported inside, so that `--help` answers at once."""
+
+from pathlib import Path
+
+import click
+
+from ssaseg.cli.options import device_option, gpus_option
+from ssaseg.cli.ranks.launcher import needs_ranks, run_launch
+
+
+@click.command()
+@click.argument("recipe")
+@click.argument("overrides", metavar="[KEY=VALUE]...", nargs=-1)
+@click.option("--out", type=click.Path(file_okay=False, path_type=Path), help="Run folder.  [default: runs/RECIPE]")
+@click.option("--resume", is_flag=True, help="Go on in the run folder, exactly where it stopped.")
+@device_option
+@click.option(
+    "--check",
+    type=click.Choice(["sample", "all"]),
+    default="sample",
+    show_default=True,
+    help="Pairs to look at before step 0.",
+)
+@gpus_option
+@click.option(
+    "--max-hours",
+    type=click.FloatRange(min=0, min_open=True),
+    metavar="H",
+    help="Save and stop after H hours: exit code 1, or 0 under torchrun.",
+)
+@click.option("--track", type=click.Choice(["tensorboard", "wandb"]), multiple=True, help="Log there too; repeatable.")
+@click.option("--dry-run", is_flag=True, help="Build everything, run one step, tell memory and time, write nothing.")
+@click.option("--print-config", is_flag=True, help="Print the recipe with every key, and stop.")
+def train(
+    recipe: str,
+    overrides: tuple[str, ...],
+    out: Path | None,
+    resume: bool,
+    device: str,
+    check: str,
+    gpus: int | None,
+    max_hours: float | None,
+    track: tuple[str, ...],
+    dry_run: bool,
+    print_config: bool,
+) -> int:
+    """Train a recipe.
+
+    RECIPE is a shipped name (`ssaseg recipes list`) or a YAML file; KEY=VALUE changes any of its keys.
+
+    \b
+    Example:
+      ssaseg train demo
+      ssaseg train my.yaml optim.lr=1e-4 train.micro_batch=8 --out runs/small-lr
+      ssaseg train my.yaml --out runs/small-lr --resume
+    """
+    from ssaseg.recipes import dump_recipe, load_recipe
+
+    resolved = load_recipe(recipe, overrides)
+    if print_config:
+        click.echo(dump_recipe(resolved), nl=False)
+        return 0
+    if needs_ranks(gpus):
+        return run_launch(gpus or 1)
+    from ssaseg.cli.training.loop import run_train
+
+    out = out or Path("runs") / resolved.name
+    return run_train(
+        recipe=resolved,
+        out=out,
+        resume=resume,
+        device=device,
+        dry_run=dry_run,
+        check=check,
+        max_hours=max_hours,
+        track=track,
+    )
