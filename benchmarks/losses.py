@@ -27,7 +27,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ssaseg.models import LOSS_WEIGHTS, Distillation
 from ssaseg.models.classifiers.losses import IGNORE, cosine, cosine_logits
 from ssaseg.models.classifiers.ssa import SSAClassifier
 
@@ -53,7 +52,7 @@ class Case:
     def inputs(self) -> tuple[SSAClassifier, Tensor, Tensor]:
         """Classifier, feature that takes a gradient, labels of 64 patches and 12 classes an image, 5 % ignored."""
         torch.manual_seed(0)
-        classifier = SSAClassifier(self.channels, self.classes, 0.0, Distillation(group=GROUP))
+        classifier = SSAClassifier(self.channels, self.classes, 0.0, group=GROUP)
         torch.nn.init.normal_(classifier.conv_seg.weight, 0.0, 0.1)
         feature = torch.randn(self.batch, self.channels, self.feature, self.feature).relu()
         some = torch.stack([torch.randperm(self.classes)[:12] for _ in range(self.batch)])
@@ -96,7 +95,7 @@ def plain_losses(classifier: SSAClassifier, feature: Tensor, labels: Tensor) -> 
         found[f"{name}_ce"] = torch.stack(entropies).mean()
         if name != "coarse":
             found[f"{name}_dice"] = dice(large, labels)
-    return {name: weight * found[name] for name, weight in LOSS_WEIGHTS.items()}
+    return {name: loss.weight * found[name] for name, loss in SSAClassifier.LOSSES.items()}
 
 
 def split(*tensors: Tensor) -> list[tuple[Tensor, ...]]:

@@ -18,7 +18,7 @@ from torch import Tensor
 from ssaseg.datasets.loader import Batch
 from ssaseg.datasets.prefetch import Preparer
 from ssaseg.datasets.transforms import DRAWS
-from ssaseg.models import Distillation, build_model
+from ssaseg.models import build_model
 from ssaseg.models.classifiers.losses import IGNORE
 
 MEAN, STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
@@ -78,9 +78,7 @@ class Side:
         kind, *forms = name.split()
         self.device = torch.device(case.device)
         torch.manual_seed(0)
-        self.model = build_model(
-            case.model, case.classes, "linear" if kind == "linear" else "ssa", distillation=Distillation(group=GROUP)
-        )
+        self.model = build_model(case.model, case.classes, "linear" if kind == "linear" else "ssa", group=GROUP)
         # Fresh rows are so alike that some losses would be next to nothing.
         torch.nn.init.normal_(self.model.classifier.conv_seg.weight, 0.0, 0.1)
         self.model.to(self.device)

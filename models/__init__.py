@@ -4,19 +4,19 @@
 >>> logits = model(torch.randn(1, 3, 64, 64))  # (1, 8, 8, 8)
 """
 
-from ssaseg.models.build import CLASSIFIERS, build_model, list_models
+from ssaseg.models.build import CLASSIFIERS, build_model, facts, list_models
 from ssaseg.models.checkpoint import CheckpointError, load_model, save_model
-from ssaseg.models.classifiers.base import LOSS_WEIGHTS, Distillation, LossOptions
+from ssaseg.models.classifiers.base import Classifier, LossOptions
 from ssaseg.models.segmenter import Segmenter
 
 __all__ = [
     "CLASSIFIERS",
-    "LOSS_WEIGHTS",
     "CheckpointError",
-    "Distillation",
+    "Classifier",
     "LossOptions",
     "Segmenter",
     "build_model",
+    "facts",
     "list_models",
     "load_model",
     "save_model",

@@ -1,33 +1,36 @@
-"""Networks by name.
+"""Families and classifiers by name, and the networks that they make together."""
 
->>> model = build_model("seaformer_t", num_classes=8)
->>> logits = model(torch.randn(1, 3, 64, 64))  # (1, 8, 8, 8)
-"""
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
-from collections.abc import Callable, Mapping
-from typing import Any
-
-from ssaseg.models.classifiers.base import Classifier, Distillation, LossOptions
+from ssaseg.models.classifiers.base import Classifier, Loss, LossOptions, Option
 from ssaseg.models.classifiers.linear import LinearClassifier
 from ssaseg.models.classifiers.ssa import SSAClassifier
+from ssaseg.models.decoder import FURTHER_WEIGHT
 from ssaseg.models.networks import afformer, cgrseg, seaformer, segnext
+from ssaseg.models.networks.family import Family, Parts
 from ssaseg.models.segmenter import Segmenter
 
-# Name → function (name, drop_path) → (backbone, decoder). A decoder tells its output's `channels`.
-NETWORKS: Mapping[str, Callable[..., Any]] = {
-    **dict.fromkeys(afformer.VARIANTS, afformer.build),
-    **dict.fromkeys(cgrseg.VARIANTS, cgrseg.build),
-    **dict.fromkeys(seaformer.VARIANTS, seaformer.build),
-    **dict.fromkeys(segnext.VARIANTS, segnext.build),
+FAMILIES: Mapping[str, Family] = {
+    "afformer": afformer.FAMILY,
+    "cgrseg": cgrseg.FAMILY,
+    "seaformer": seaformer.FAMILY,
+    "segnext": segnext.FAMILY,
 }
-
-# Networks whose paper's plain classifier is more than a 1×1 convolution: what stands for `linear` there.
-GUIDED = dict.fromkeys(cgrseg.VARIANTS, (cgrseg.build_guided, cgrseg.GuidedClassifier))
+CLASSIFIERS: dict[str, type[Classifier]] = {"linear": LinearClassifier, "ssa": SSAClassifier}
 
 
 def list_models() -> list[str]:
     """Names that `build_model` takes."""
-    return sorted(NETWORKS)
+    return sorted(name for family in FAMILIES.values() for name in family.variants)
+
+
+def family_of(name: str) -> Family:
+    """The family of a network. Raises ValueError for an unknown name."""
+    for family in FAMILIES.values():
+        if name in family.variants:
+            return family
+    raise ValueError(f"model {name!r} is not known\nknown: {', '.join(list_models())}")
 
 
 def build_model(
@@ -37,26 +40,62 @@ def build_model(
     *,
     drop_path: float | None = None,
     dropout: float = 0.1,
-    distillation: Distillation | None = None,
+    group: int = 4,
     loss: LossOptions | None = None,
+    options: Mapping[str, Any] | None = None,
 ) -> Segmenter:
     """A network with fresh weights, initialised as its official run starts without pre-training; in training mode.
 
     `drop_path` in [0, 1): None takes the network's own rate. `dropout` in [0, 1): channels dropped before the
-    classifier. `loss` is of training alone. Raises ValueError for an unknown name or a number that makes no sense.
+    classifier. `group`: images over which SSA's teacher takes class means. `loss` is of training alone. `options`: of
+    the classifier, see its `OPTIONS`. Raises ValueError for an unknown name or a number that makes no sense.
     """
-    if name not in NETWORKS:
-        raise ValueError(f"model {name!r} is not known\nknown: {', '.join(list_models())}")
-    if classifier not in CLASSIFIERS:
-        raise ValueError(f"classifier {classifier!r} is not known\nknown: {', '.join(CLASSIFIERS)}")
+    family, kind = family_of(name), classifier_of(name, classifier)
     if num_classes < 1:
         raise ValueError(f"num_classes is {num_classes}, expected at least 1")
-    build, kind = NETWORKS[name], CLASSIFIERS[classifier]
-    if classifier == "linear" and name in GUIDED:
-        build, kind = GUIDED[name]
-    backbone, decoder = build(name, drop_path)
-    head = kind(decoder.channels, num_classes, dropout, distillation or Distillation(), loss)
-    return Segmenter(backbone, decoder, head, name, classifier)
+    unknown = next((option for option in options or {} if option not in kind.OPTIONS), None)
+    if unknown is not None:
+        raise ValueError(f"classifier {classifier} has no option {unknown!r}\nknown: {_listed(kind.OPTIONS)}")
+    parts = _parts(family, kind, name, num_classes, drop_path)
+    head = kind(parts.decoder.channels, num_classes, dropout, loss, group, **(options or {}))
+    weights = loss.weights if loss else {}
+    known = facts(name, classifier).losses
+    wrong = next((term for term in weights if term not in known), None)
+    if wrong is not None:
+        raise ValueError(f"{name} with {classifier} has no loss {wrong!r}\nknown: {_listed(known)}")
+    return Segmenter(*parts[:2], head, parts.auxiliary, name=name, classifier_name=classifier, weights=weights)
 
 
-CLASSIFIERS: Mapping[str, type[Classifier]] = {"linear": LinearClassifier, "ssa": SSAClassifier}
+def classifier_of(name: str, classifier: str) -> type[Classifier]:
+    """The class of a classifier on network `name`, whose family may have a plain one of its own.
+
+    Raises ValueError for an unknown name.
+    """
+    if classifier not in CLASSIFIERS:
+        raise ValueError(f"classifier {classifier!r} is not known\nknown: {_listed(CLASSIFIERS)}")
+    kind = CLASSIFIERS[classifier]
+    return family_of(name).plain if kind is LinearClassifier else kind
+
+
+def _parts(family: Family, kind: type[Classifier], name: str, num_classes: int, drop_path: float | None) -> Parts:
+    build = family.build_plain if kind is family.plain and family.build_plain else family.build
+    return build(name, num_classes, drop_path)
+
+
+def _listed(names: Mapping[str, Any]) -> str:
+    return ", ".join(names) or "none"
+
+
+class Facts(NamedTuple):
+    """What a recipe is checked against: see `ssaseg.recipes.load_recipe`."""
+
+    losses: Mapping[str, Loss]  # by name, the network's own too
+    options: Mapping[str, Option]
+    uses_groups: bool  # whether a micro-batch has to be made of whole groups
+
+
+def facts(name: str, classifier: str) -> Facts:
+    """Losses, options and groups of a network with a classifier. Raises ValueError for an unknown name."""
+    kind, family = classifier_of(name, classifier), family_of(name)
+    further = {loss: Loss(FURTHER_WEIGHT, meaning) for loss, meaning in family.losses.items()}
+    return Facts({**kind.LOSSES, **further}, kind.OPTIONS, kind.uses_groups)

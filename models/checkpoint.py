@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from ssaseg.models.build import build_model
-from ssaseg.models.segmenter import Segmenter
+from ssaseg.models.segmenter import Segmenter, is_below
 
 FORMAT = "ssaseg-1"
 # What a header always has, beside `format, model, classifier, classes`; mean and std are ImageNet's, RGB in [0, 255].
@@ -56,7 +56,7 @@ def save_lean(path: str | os.PathLike[str], model: Segmenter, metadata: Mapping[
     Raises ValueError for a weight that float16 does not hold, OSError where the disk refuses.
     """
     fixed = {"format": FORMAT, "model": model.name, "classifier": model.classifier_name}
-    deploy = {"weights": "float16", "without": [f"classifier.{prefix}" for prefix in model.classifier.training_only()]}
+    deploy = {"weights": "float16", "without": model.training_only()}
     write_tensors(Path(path), lean_tensors(model), {**DEFAULTS, **metadata, **fixed, "deploy": deploy})
 
 
@@ -66,8 +66,8 @@ def lean_tensors(model: Segmenter) -> dict[str, torch.Tensor]:
     Biases, norms and their statistics stay float32: they are a few percent of the size, and a variance may be tiny or
     huge. Raises ValueError for a value beyond float16's range.
     """
-    only_training = tuple(f"classifier.{prefix}" for prefix in model.classifier.training_only())
-    lean = {key: value for key, value in model.state_dict().items() if not key.startswith(only_training)}
+    dropped = model.training_only()
+    lean = {key: value for key, value in model.state_dict().items() if not is_below(key, dropped)}
     for key, value in lean.items():
         if value.is_floating_point() and value.dim() > 1:
             lean[key] = value.half()

@@ -6,6 +6,7 @@ Axes: N images, C channels, H×W pixels.
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.modules.batchnorm import _NormBase
 
 
 class ConvNorm(nn.Sequential):
@@ -104,3 +105,13 @@ def drop_path_rates(last: float, depths: tuple[int, ...]) -> list[float]:
     """A rate per block of a network, growing evenly from 0 to `last`, over all its stages."""
     blocks = sum(depths)
     return [last * block / max(blocks - 1, 1) for block in range(blocks)]
+
+
+def norm_statistics(model: nn.Module) -> dict[str, Tensor]:
+    """The norms' statistics by key of the state dict: all that a forward pass in training changes of a model."""
+    return {
+        f"{prefix}.{name}".lstrip("."): buffer
+        for prefix, module in model.named_modules()
+        if isinstance(module, _NormBase)
+        for name, buffer in module.named_buffers(recurse=False)
+    }

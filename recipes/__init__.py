@@ -12,6 +12,7 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
+from ssaseg.recipes.classifier import Known, check_classifier
 from ssaseg.recipes.fields import Section
 from ssaseg.recipes.messages import explain
 from ssaseg.recipes.reading import (
@@ -41,12 +42,14 @@ __all__ = [
 ]
 
 
-def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
+def load_recipe(name_or_path: str, overrides: Sequence[str] = (), known: Known | None = None) -> Recipe:
     """Read a shipped recipe or a file, resolve `extends`, apply `key=value` words, and check the result.
 
     Args:
         name_or_path: a shipped name such as "demo", or the path of a YAML file.
         overrides: words such as "optim.lr=1e-3", "train.amp=off", "augment.crop=[360,480]".
+        known: the facts of a network with its classifier, `ssaseg.models.facts`: losses, options and groups are then
+            checked too. It is needed where the recipe is to be trained.
 
     Raises:
         RecipeError: anything that is wrong, in at most three lines.
@@ -59,7 +62,7 @@ def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
         )
     layer = read_recipe(path)
     layer.values.setdefault("name", path.stem)
-    return _check(apply_overrides(layer, overrides), name_or_path)
+    return _check(apply_overrides(layer, overrides), name_or_path, known)
 
 
 def parse_recipe(data: Mapping[str, Any], source: str) -> Recipe:
@@ -72,7 +75,16 @@ def parse_recipe(data: Mapping[str, Any], source: str) -> Recipe:
     Raises:
         RecipeError: anything that is wrong, in at most three lines.
     """
-    return _check(Layer({"name": Path(source).stem, **data}, {}), source)
+    return _check(Layer({"name": Path(source).stem, **_current(data)}, {}), source)
+
+
+def _current(data: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A stored recipe with the losses' weights where they are now: checkpoints of before have them in `distill`."""
+    distill = data.get("distill")
+    if not isinstance(distill, Mapping) or "weights" not in distill:
+        return data
+    kept = {key: value for key, value in distill.items() if key != "weights"}
+    return {**data, "distill": kept, "loss": {**data.get("loss", {}), "weights": distill["weights"]}}
 
 
 class _Protocol(Section):
@@ -121,11 +133,13 @@ def list_recipes() -> list[str]:
     return shipped_recipes()
 
 
-def _check(layer: Layer, source: str) -> Recipe:
+def _check(layer: Layer, source: str, known: Known | None = None) -> Recipe:
     try:
-        return Recipe.model_validate(layer.values)
+        recipe = Recipe.model_validate(layer.values)
     except ValidationError as error:
         raise RecipeError(explain(error, source, layer.places)) from None
+    check_classifier(recipe, known, source, layer.places)
+    return recipe
 
 
 def _dump(values: dict[str, Any]) -> str:

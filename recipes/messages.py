@@ -43,11 +43,15 @@ def explain(error: ValidationError, source: str, places: Mapping[Keys, str]) -> 
     # A mistyped key is also a missing one: the unknown key is the cause and comes first.
     problems = sorted(error.errors(include_url=False), key=lambda problem: problem["type"] != "extra_forbidden")
     loc, what, mend = _tell(problems[0])
-    place = next((places[loc[:end]] for end in range(len(loc), 0, -1) if loc[:end] in places), source)
-    lines = [f"{place}: {what}", mend]
+    lines = [f"{place_of(loc, places, source)}: {what}", mend]
     if len(problems) > 1:
         lines.append(f"({len(problems) - 1} more problem{'s' if len(problems) > 2 else ''})")
     return "\n".join(line for line in lines if line)
+
+
+def place_of(keys: Keys, places: Mapping[Keys, str], source: str) -> str:
+    """Where a key, or the nearest section around it, was written ("file:line"); `source` where nowhere."""
+    return next((places[keys[:end]] for end in range(len(keys), 0, -1) if keys[:end] in places), source)
 
 
 def _tell(problem: Mapping[str, Any]) -> tuple[Keys, str, str]:
@@ -56,15 +60,15 @@ def _tell(problem: Mapping[str, Any]) -> tuple[Keys, str, str]:
     loc = tuple(part for part in problem["loc"] if part != "[key]")  # pydantic's word for "the key, not the value"
     if kind == "across_keys":
         loc, mend = tuple(context["key"].split(".")), context["mend"]
-        return loc, f"{_dotted(loc)}: expected {context['expected']}, got {short(context['got'])}", mend
+        return loc, f"{dotted(loc)}: expected {context['expected']}, got {short(context['got'])}", mend
     if kind == "extra_forbidden":
-        return loc, f"unknown key {_dotted(loc)}", _did_you_mean(loc)
+        return loc, f"unknown key {dotted(loc)}", _did_you_mean(loc)
     if kind == "missing" and isinstance(loc[-1], str):
-        return loc, f"{_dotted(loc)} is missing", _description(loc)
+        return loc, f"{dotted(loc)} is missing", _description(loc)
     if kind == "missing":  # the second number of a pair
-        return loc[:-1], f"{_dotted(loc[:-1])}: expected a longer list, got {short(got)}", _description(loc)
+        return loc[:-1], f"{dotted(loc[:-1])}: expected a longer list, got {short(got)}", _description(loc)
     expected = _EXPECTED.get(kind, problem["msg"]).format(**context)
-    return loc, f"{_dotted(loc)}: expected {expected}, got {short(got)}", _description(loc)
+    return loc, f"{dotted(loc)}: expected {expected}, got {short(got)}", _description(loc)
 
 
 def _did_you_mean(loc: Keys) -> str:
@@ -110,10 +114,10 @@ def _description(loc: Keys) -> str:
     for end in range(len(loc), 0, -1):
         field = _section(loc[: end - 1]).model_fields.get(loc[end - 1])
         if field is not None:
-            return f"{_dotted(loc[:end])}: {field.description}"
+            return f"{dotted(loc[:end])}: {field.description}"
     return ""
 
 
-def _dotted(loc: Keys) -> str:
+def dotted(loc: Keys) -> str:
     """`("augment", "crop", 1)` as augment.crop[1]."""
     return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in loc).lstrip(".")

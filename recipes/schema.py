@@ -5,7 +5,7 @@ Checks that need one key sit on the field; checks across keys are the `model_val
 classifiers and data sets are plain text here: the command that runs the recipe looks them up.
 """
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, Strict, model_validator
 
@@ -28,7 +28,8 @@ class Model(Section):
     """The network and its classifier."""
 
     name: str = Field(description="network, for example seaformer_b")
-    classifier: str = Field(default="ssa", description="ssa (adaptive prototypes) or linear (plain 1x1 convolution)")
+    classifier: str = Field(default="ssa", description="what turns the network's features into classes")
+    options: dict[NonEmpty, Any] = Field(default={}, description="options of the classifier, by name")
     drop_path: Share | None = Field(
         default=None, description="share of residual branches dropped; null: the network's own"
     )
@@ -107,11 +108,25 @@ class Rule(Section):
 
 
 class Optim(Section):
-    """AdamW and the schedule: base * (1 - step/steps)^power, times a linear warm-up (mmcv 1.x)."""
+    """The optimiser and its schedule: base * (1 - step/steps)^power, times a linear warm-up (mmcv 1.x)."""
 
+    kind: Literal["adamw", "sgd"] = Field(default="adamw", description="adamw, or sgd with momentum")
     lr: float = Field(gt=0, description="base learning rate, at the recipe's total batch")
-    weight_decay: NotNegative = Field(default=0.01, description="decoupled weight decay of AdamW")
-    betas: Annotated[tuple[Share, Share], Strict(False)] = Field(default=(0.9, 0.999), description="AdamW's two betas")
+    weight_decay: NotNegative = Field(
+        default=0.01, description="weight decay: decoupled with adamw, added to the gradient with sgd"
+    )
+    betas: Annotated[tuple[Share, Share], Strict(False)] = Field(default=(0.9, 0.999), description="the two of adamw")
+    momentum: Share = Field(default=0.9, description="momentum of sgd")
+    decay_vectors: Switch = Field(
+        default=True, description="false: no weight decay for tensors of one dimension and for biases"
+    )
+    layer_decay: float | None = Field(
+        default=None,
+        gt=0,
+        lt=1,
+        description="factor of the learning rate from each numbered layer of a plain transformer to the one before it "
+        "(BEiT's rule); null: none",
+    )
     rules: dict[NonEmpty, Rule] = Field(
         default={},
         description="part of a parameter's name -> {lr, decay} factors; of several that match the longest decides",
@@ -137,6 +152,14 @@ class Optim(Section):
     )
 
     @model_validator(mode="after")
+    def _keys_of_the_kind(self) -> "Optim":
+        for key, kind in {"betas": "adamw", "momentum": "sgd"}.items():
+            value = getattr(self, key)
+            if self.kind != kind and value != type(self).model_fields[key].default:
+                raise wrong(f"optim.{key}", value, f"no such key, as kind is {self.kind}", f"remove it, or use {kind}")
+        return self
+
+    @model_validator(mode="after")
     def _floor_below_base(self) -> "Optim":
         if self.min_lr > self.lr:
             raise wrong("optim.min_lr", self.min_lr, f"at most optim.lr, {self.lr}", "lower it, or raise optim.lr")
@@ -151,8 +174,8 @@ class Train(Section):
     micro_batch: Count | Literal["auto"] | None = Field(
         default=None,
         description="images at once on one device (BatchNorm sees these): a divisor of its share of the batch, and "
-        "for ssa a multiple of distill.group; null: all of its share; auto: as many as fit its memory, found at the "
-        "start",
+        "for a classifier that groups images, as ssa does, a multiple of distill.group; null: all of its share; "
+        "auto: as many as fit its memory, found at the start",
     )
     amp: Annotated[
         Literal["off", "bf16", "fp16"],
@@ -185,24 +208,10 @@ class Train(Section):
     )
 
 
-class Weights(Section):
-    """Weight of each loss of the SSA classifier; 0 switches a term off."""
-
-    main_ce: NotNegative = Field(default=1.0, description="cross entropy of the final logits")
-    coarse_ce: NotNegative = Field(default=1.0, description="cross entropy of the logits before adaptation")
-    teacher_ce: NotNegative = Field(default=1.0, description="cross entropy of the teacher's logits")
-    main_dice: NotNegative = Field(default=1.0, description="dice of the final logits")
-    teacher_dice: NotNegative = Field(default=1.0, description="dice of the teacher's logits")
-    response: NotNegative = Field(default=1.0, description="response distillation, boundary and interior apart")
-    semantic: NotNegative = Field(default=10.0, description="distillation of the semantic prototypes' relations")
-    spatial: NotNegative = Field(default=0.4, description="distillation of the spatial prototypes")
-
-
 class Distill(Section):
-    """Online multi-domain distillation of the SSA classifier."""
+    """Online multi-domain distillation, for classifiers that distil over groups of images."""
 
     group: Count = Field(default=4, description="images over which the teacher's class means are taken")
-    weights: Weights = Field(default=Weights(), description="weight of each loss; 0 switches a term off")
 
 
 class Ohem(Section):
@@ -217,8 +226,11 @@ class Ohem(Section):
 
 
 class Loss(Section):
-    """Changes of the cross entropies; the defaults are what the published results were trained with."""
+    """The losses' weights, and changes of the cross entropies; the defaults are those of the published results."""
 
+    weights: dict[NonEmpty, NotNegative] = Field(
+        default={}, description="name of a loss -> its weight, where not the default; 0 switches it off"
+    )
     class_weights: dict[NonEmpty, NotNegative] = Field(
         default={},
         description="class name -> factor of its pixels in every cross entropy; classes not named have 1; "
@@ -242,30 +254,5 @@ class Recipe(Section):
     test: Test = Field(default=Test(), description="preprocessing of evaluation and prediction")
     optim: Optim = Field(description="optimiser and schedule")
     train: Train = Field(description="steps, batch, precision and intervals")
-    distill: Distill = Field(default=Distill(), description="distillation of the SSA classifier")
-    loss: Loss = Field(default=Loss(), description="changes of the cross entropies")
-
-    @model_validator(mode="after")
-    def _something_is_learnt(self) -> "Recipe":
-        weights = self.distill.weights.model_dump()
-        used = {"main_ce": weights["main_ce"]} if self.model.classifier == "linear" else weights
-        if not any(used.values()):
-            raise wrong(f"distill.weights.{next(iter(used))}", 0, "a loss with a weight above 0", "set it to 1")
-        return self
-
-    @model_validator(mode="after")
-    def _batch_is_made_of_whole_parts(self) -> "Recipe":
-        batch, micro, group = self.train.batch, self.train.micro_batch, self.distill.group
-        if micro is None or micro == "auto" or micro == batch:
-            return self
-        step = 1 if self.model.classifier == "linear" else group
-        fits = [str(part) for part in range(step, batch, step) if batch % part == 0]
-        mend = f"with this batch and group: {', '.join([*fits, 'null'])}"
-        if not fits:
-            mend = "use train.micro_batch=null" + (f", or distill.group={micro}" if batch % micro == 0 else "")
-        if batch % micro:
-            raise wrong("train.micro_batch", micro, f"a divisor of train.batch, {batch}", mend)
-        if micro % group and self.model.classifier != "linear":
-            # A class mean over half a group would make the loss depend on how the step was cut.
-            raise wrong("train.micro_batch", micro, f"a multiple of distill.group, {group}", mend)
-        return self
+    distill: Distill = Field(default=Distill(), description="distillation over groups of images")
+    loss: Loss = Field(default=Loss(), description="weights of the losses, changes of the cross entropies")

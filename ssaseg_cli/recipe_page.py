@@ -89,7 +89,7 @@ def recipe_page() -> str:
     index = textwrap.fill(f"**Sections:** {listed}.", WIDTH, **WHOLE)
     free = textwrap.fill(", ".join(f"`{key}`" for key in sorted(FREE_KEYS)), WIDTH, **WHOLE)
     header = HEADER.replace("FREE_KEYS", free)
-    return "\n".join([header, f"{index}\n", *(text_of(part) for part in parts)]).rstrip() + "\n"
+    return "\n".join([header, f"{index}\n", *(text_of(part) for part in parts), classifiers_text()]).rstrip() + "\n"
 
 
 def section_page(wanted: str) -> str:
@@ -184,7 +184,21 @@ def _looked_up(name: str) -> str:
     from ssaseg.models import CLASSIFIERS, list_models
 
     tables = {"model.name": list_models(), "model.classifier": sorted(CLASSIFIERS), "data.dataset": list_datasets()}
+    if name == "model.options":
+        return f"mapping of {OWN_NAME} to a value"
     return f"{ONE_OF}{', '.join(tables[name])}" if name in tables else ""
+
+
+def classifiers_text() -> str:
+    """What each classifier's losses and options are called, with their defaults."""
+    from ssaseg.models import CLASSIFIERS
+
+    lines = ["## Losses and options of the classifiers\n", "Names for `loss.weights` and `model.options`.\n"]
+    for name, kind in CLASSIFIERS.items():
+        named = [(f"`loss.weights.{key}`", loss.weight, loss.meaning) for key, loss in kind.LOSSES.items()]
+        named += [(f"`model.options.{key}`", option.default, option.meaning) for key, option in kind.OPTIONS.items()]
+        lines += [f"- {name}", *(f"  - {key}: default `{default}`; {meaning}." for key, default, meaning in named)]
+    return "\n".join(lines)
 
 
 def _values(kind: JsonSchema) -> str:

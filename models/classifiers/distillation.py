@@ -5,13 +5,13 @@ Source: "SSA-Seg" (NeurIPS 2024, arXiv 2405.06525, section 3.4) and its official
 Axes: N images, K classes, C channels, h×w feature pixels, P = h·w, G groups of images.
 """
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from ssaseg.models.classifiers import losses
-from ssaseg.models.classifiers.base import Distillation
 
 
 class Adapted(NamedTuple):
@@ -105,14 +105,14 @@ def terms(
     teacher: Teaching,
     labels: Tensor,
     pairs: Tensor | None,
-    settings: Distillation,
+    weights: Mapping[str, float],
     weighing: losses.Weighing,
 ) -> dict[str, Tensor]:
     """The weighted losses by name, averaged over groups; the dices over the (image, class) pairs of the step.
 
     `weighing` is of the main cross entropy; the others do without its mining of hard examples.
     """
-    weights, members = settings.weights, teacher.members
+    members = teacher.members
     pixels = losses.class_pixels(labels, student.logits.shape[1])
     branches = {"main": student.logits, "coarse": student.coarse, "teacher": teacher.logits}
     found: dict[str, Tensor] = {}

@@ -5,12 +5,16 @@ Source: arXiv 2405.06525, sections 3.2 and 3.3.
 Axes: N images, K classes, C channels, h×w feature pixels, P = h·w.
 """
 
+from collections.abc import Mapping, Sequence
+from typing import ClassVar
+
 import torch
 from torch import Tensor, nn
 
 from ssaseg.models.classifiers import distillation, losses
-from ssaseg.models.classifiers.base import Classifier, Distillation, LossOptions, TrainingStep
+from ssaseg.models.classifiers.base import Classifier, Loss, LossOptions, TrainingStep, class_convolution
 from ssaseg.models.classifiers.distillation import Adapted, PrototypeProjections
+from ssaseg.models.rows import Row
 
 
 class SSAClassifier(Classifier):
@@ -21,12 +25,37 @@ class SSAClassifier(Classifier):
     there are autocast and `ssaseg.models.fast`, not `.half()`.
     """
 
-    adapts = True
+    # The weights are those of the official code (spec: section "Training").
+    LOSSES: ClassVar[Mapping[str, Loss]] = {
+        "main_ce": Loss(1.0, "cross entropy of the final logits"),
+        "coarse_ce": Loss(1.0, "cross entropy of the logits before adaptation"),
+        "teacher_ce": Loss(1.0, "cross entropy of the teacher's logits"),
+        "main_dice": Loss(1.0, "dice of the final logits"),
+        "teacher_dice": Loss(1.0, "dice of the teacher's logits"),
+        "response": Loss(1.0, "response distillation, boundary and interior apart"),
+        "semantic": Loss(10.0, "distillation of the semantic prototypes' relations"),
+        "spatial": Loss(0.4, "distillation of the spatial prototypes"),
+    }
+    has_coarse = uses_groups = needs_totals = True
+    CLASS_ROWS: ClassVar[Sequence[str]] = ("conv_seg.weight", "conv_seg.bias", "spatial_prototypes")
+    ROWS: ClassVar[Sequence[Row]] = (
+        Row("conv_seg", "conv_seg"),
+        Row("spatial_conv", "get_feat_pos"),
+        Row("spatial_prototypes", "center_pos.weight"),
+        Row("student.semantic", "center_content_proj"),
+        Row("student.spatial", "center_pos_proj"),
+        Row("student.merge", "center_proj"),
+        Row("teacher.semantic", "gt_center_content_proj"),
+        Row("teacher.spatial", "gt_center_pos_proj"),
+        Row("teacher.merge", "gt_center_proj"),
+    )
+    LEFT_OUT: ClassVar[Mapping[str, str]] = {"ssa_loss.criterion.empty_weight": "a buffer that no loss reads"}
 
     def __init__(
-        self, channels: int, num_classes: int, dropout: float, settings: Distillation, loss: LossOptions | None = None
+        self, channels: int, num_classes: int, dropout: float = 0.1, loss: LossOptions | None = None, group: int = 4
     ) -> None:
-        super().__init__(channels, num_classes, dropout, settings, loss)
+        super().__init__(channels, num_classes, dropout, loss, group)
+        self.conv_seg = class_convolution(channels, num_classes)
         self.spatial_conv = nn.Conv2d(channels, channels, 3, padding=1, groups=channels)
         self.spatial_prototypes = nn.Parameter(torch.randn(num_classes, channels))
         self.student = PrototypeProjections(channels)
@@ -45,7 +74,7 @@ class SSAClassifier(Classifier):
         """(N,C,h,w) → everything that the classifier computes on the way to its logits."""
         with torch.autocast(feature.device.type, enabled=False):
             feature = feature.float()
-            coarse = self.coarse(feature)
+            coarse = self.conv_seg(self.dropout(feature))
             spatial_feature = self.spatial_conv(feature)
             scores = coarse.flatten(2)  # (N,K,P)
             by_class = scores.softmax(dim=1)
@@ -67,10 +96,10 @@ class SSAClassifier(Classifier):
         """Fixed semantic prototypes (K,C): the weight of the 1×1 convolution."""
         return self.conv_seg.weight.flatten(1)
 
-    def training_step(self, feature: Tensor, labels: Tensor, pairs: Tensor | None = None) -> TrainingStep:
+    def training_step(self, feature: Tensor, labels: Tensor, totals: Tensor | None = None) -> TrainingStep:
         """Weighted losses of online multi-domain distillation by name; terms of weight 0 are not listed.
 
-        labels (N,H,W) integer in [0, K) or 255. `pairs`: (image, class) pairs per micro-batch, averaged over the
+        labels (N,H,W) integer in [0, K) or 255. `totals`: (image, class) pairs per micro-batch, averaged over the
         optimiser's step; None takes this batch for the whole step.
         """
         student = self.adapt(feature)
@@ -82,15 +111,15 @@ class SSAClassifier(Classifier):
                 feature.float(),
                 student,
                 labels,
-                self.settings.group,
+                self.group,
             )
-            terms = distillation.terms(student, teacher, labels, pairs, self.settings, self.weighing)
+            terms = distillation.terms(student, teacher, labels, totals, self.weights, self.weighing)
         return TrainingStep(student.logits, terms)
 
-    def step_pairs(self, labels: Tensor) -> Tensor:
+    def step_totals(self, labels: Tensor) -> Tensor:
         """Number of (image, class) pairs in labels (N,H,W): the dice's denominator."""
         return (losses.class_pixels(labels, self.num_classes) > 0).sum().float()
 
     def training_only(self) -> tuple[str, ...]:
         """The teacher branch."""
-        return ("teacher.",)
+        return ("teacher",)

@@ -7,12 +7,15 @@ The official head also builds a layer `align` of 66,048 parameters that nothing 
 Axes: N images, C channels, H×W pixels, P = H·W, h heads, D channels of one head.
 """
 
+import re
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ssaseg.models.decoder import Decoder
 from ssaseg.models.layers import (
     ConvGroupNorm,
     ConvNorm,
@@ -23,6 +26,8 @@ from ssaseg.models.layers import (
     init_fan_out,
     resize_bilinear,
 )
+from ssaseg.models.networks.family import Family, Parts
+from ssaseg.models.rows import Row, conv_norm, rows_of
 
 HEADS = 8
 
@@ -231,7 +236,7 @@ class AFFormer(nn.Module):
         return x
 
 
-class ClassHead(nn.Module):
+class ClassHead(Decoder):
     """Decoder: one 1×1 convolution with GroupNorm and ReLU."""
 
     def __init__(self, inputs: int, channels: int) -> None:
@@ -245,8 +250,76 @@ class ClassHead(nn.Module):
         return F.relu(self.squeeze(x))
 
 
-def build(name: str, drop_path: float | None = None) -> tuple[AFFormer, ClassHead]:
+def build(name: str, num_classes: int, drop_path: float | None = None) -> Parts:
     """Backbone and decoder of a variant in `VARIANTS`, initialised as the official code does without a checkpoint."""
     variant = VARIANTS[name]
     backbone = AFFormer(variant, drop_path)
-    return backbone, ClassHead(backbone.channels, variant.channels)
+    return Parts(backbone, ClassHead(backbone.channels, variant.channels))
+
+
+def _aliases(keys: Collection[str]) -> dict[str, list[str]]:
+    """Official key → further names: each transformer layer lists what it shares with its encoder once more."""
+    found = {}
+    for key in keys:
+        for part, names in _SHARED.items():
+            before, shared, after = key.partition(part)
+            if shared:
+                layers = sum(
+                    other.startswith(f"{before}mhca_blks.") and other.endswith(".norm1.bias") for other in keys
+                )
+                found[key] = [before + name.format(layer) + after for layer in range(layers) for name in names]
+    return found
+
+
+# Part of an official key → the names that a layer, {}, has for it.
+_SHARED = {
+    "mhca_blks.0.cpe.": ("mhca_blks.0.MHCA_layers.{}.cpe.",),
+    "mhca_blks.0.crpe.": ("mhca_blks.0.MHCA_layers.{}.crpe.", "mhca_blks.0.MHCA_layers.{}.factoratt_crpe.crpe."),
+}
+
+FAMILY = Family(
+    variants=VARIANTS,
+    build=build,
+    rows=[
+        *conv_norm("backbone.stem.0", "backbone.stem.0"),
+        *conv_norm("backbone.stem.2", "backbone.stem.1"),
+        *(
+            row.below("backbone.stages.{}.embeddings.{}", "backbone.patch_embed_stages.{}.patch_embeds.{}.patch_conv")
+            for row in (
+                Row("depthwise", "dwconv"),
+                Row("pointwise.conv", "pwconv"),
+                Row("pointwise.norm", "bn"),
+            )
+        ),
+        *(
+            row.below("backbone.stages.{}", "backbone.mhca_stages.{}")
+            for row in (
+                *conv_norm("restore.reduce", "Restore.conv1"),
+                Row("restore.depthwise.conv", "Restore.dwconv"),
+                Row("restore.depthwise.norm", "Restore.norm"),
+                *conv_norm("restore.expand", "Restore.conv2"),
+                *conv_norm("aggregate", "aggregate"),
+                Row("encoder.position", "mhca_blks.0.cpe.proj"),
+                Row("encoder.frequencies.high_pass.{}", "mhca_blks.0.crpe.conv_list.{}"),
+                *rows_of(
+                    "encoder.blocks.{}",
+                    "mhca_blks.0.MHCA_layers.{}",
+                    {
+                        "attention_norm": "norm1",
+                        "query_key_value": "factoratt_crpe.qkv",
+                        "attention_project": "factoratt_crpe.proj",
+                        "mlp_norm": "norm2",
+                        "expand": "mlp.fc1",
+                        "depthwise": "mlp.dwconv.dwconv",
+                        "project": "mlp.fc2",
+                    },
+                ),
+            )
+        ),
+        *conv_norm("decoder.squeeze", "decode_head.squeeze", norm="gn"),
+    ],
+    mark="backbone.mhca_stages.",
+    left_out={"decode_head.align.*": "a layer that nothing calls"},
+    renamed=[(re.compile(r"\.MHCA_layers\.\d+\.(?:factoratt_crpe\.)?(cpe|crpe)\."), r".\1.")],
+    aliases=_aliases,
+)

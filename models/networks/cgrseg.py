@@ -6,18 +6,22 @@ arXiv 2405.06228), its configurations `local_configs/cgrseg/cgrseg-{t,b,l}_ade20
 Axes: N images, C channels, H×W pixels, P = H·W, K classes.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ssaseg.models.classifiers.base import Distillation, LossOptions
+from ssaseg.models.classifiers.base import LossOptions
 from ssaseg.models.classifiers.linear import LinearClassifier
+from ssaseg.models.decoder import Decoder
 from ssaseg.models.layers import ConvNorm, Depthwise, init_conv_module, resize_bilinear
 from ssaseg.models.networks import efficientformer
 from ssaseg.models.networks.efficientformer import EfficientFormerV2
+from ssaseg.models.networks.family import Family, Parts
+from ssaseg.models.rows import Row, conv_norm, rows_of
 
 MLP_RATIO = 2
 
@@ -95,7 +99,7 @@ class Guided(NamedTuple):
     fused: Tensor  # (N,C,H/8,W/8)
 
 
-class GuidedDecoder(nn.Module):
+class GuidedDecoder(Decoder):
     """Decoder: context at 1/64 from all maps at once, then each map rebuilt under it, coarsest first."""
 
     def __init__(self, inputs: tuple[int, ...], variant: Variant) -> None:
@@ -126,7 +130,7 @@ class GuidedDecoder(nn.Module):
         return Guided(raw, F.relu(self.output(raw)))
 
 
-class Decoder(GuidedDecoder):
+class FusedDecoder(GuidedDecoder):
     """The same decoder for a classifier of its own kind: it gives the feature alone."""
 
     def forward(self, maps: list[Tensor]) -> Tensor:  # type: ignore[override]
@@ -141,10 +145,18 @@ class GuidedClassifier(LinearClassifier):
     second prediction, by the same 1×1 convolution. Only the second one is supervised, as officially.
     """
 
+    ROWS: ClassVar[Sequence[Row]] = (
+        *LinearClassifier.ROWS,
+        Row("weigh", "lgc.conv_mask"),
+        Row("enter", "lgc.channel_mul_conv.0"),
+        Row("norm", "lgc.channel_mul_conv.1"),
+        Row("leave", "lgc.channel_mul_conv.3"),
+    )
+
     def __init__(
-        self, channels: int, num_classes: int, dropout: float, settings: Distillation, loss: LossOptions | None = None
+        self, channels: int, num_classes: int, dropout: float = 0.1, loss: LossOptions | None = None, group: int = 1
     ) -> None:
-        super().__init__(channels, num_classes, dropout, settings, loss)
+        super().__init__(channels, num_classes, dropout, loss, group)
         self.weigh = nn.Conv2d(channels, 1, 1)
         self.enter = nn.Conv2d(channels, channels, 1)
         self.norm = nn.LayerNorm([channels, 1, 1])
@@ -156,11 +168,11 @@ class GuidedClassifier(LinearClassifier):
     def forward(self, feature: Guided) -> Tensor:  # type: ignore[override]
         """Features (N,C,h,w) → logits (N,K,h,w) of the second prediction."""
         raw = feature.raw
-        prototypes = self.prototypes(self.coarse(feature.fused), raw)
+        prototypes = self.prototypes(super().forward(feature.fused), raw)
         shares = self.weigh(prototypes).softmax(dim=2)  # (N,1,K,1)
         summary = (prototypes * shares).sum(dim=2, keepdim=True)  # (N,C,1,1)
         gate = torch.sigmoid(self.leave(F.relu(self.norm(self.enter(summary)))))
-        return self.coarse(raw * gate + raw)
+        return super().forward(raw * gate + raw)
 
     def prototypes(self, logits: Tensor, feature: Tensor) -> Tensor:
         """Logits (N,K,h,w), feature (N,C,h,w) → the feature's mean under each class (N,C,K,1)."""
@@ -171,17 +183,52 @@ class GuidedClassifier(LinearClassifier):
         return means.mT.unsqueeze(3).to(feature.dtype)
 
 
-def _build(name: str, drop_path: float | None, decoder: type[GuidedDecoder]) -> tuple[EfficientFormerV2, GuidedDecoder]:
+def _build(name: str, drop_path: float | None, decoder: type[GuidedDecoder]) -> Parts:
     variant = VARIANTS[name]
     backbone = EfficientFormerV2(efficientformer.VARIANTS[variant.backbone], drop_path)
-    return backbone, decoder(backbone.channels, variant)
+    return Parts(backbone, decoder(backbone.channels, variant))
 
 
-def build(name: str, drop_path: float | None = None) -> tuple[EfficientFormerV2, GuidedDecoder]:
+def build(name: str, num_classes: int, drop_path: float | None = None) -> Parts:
     """Backbone and decoder of a variant in `VARIANTS` for any classifier, initialised as in the official run."""
-    return _build(name, drop_path, Decoder)
+    return _build(name, drop_path, FusedDecoder)
 
 
-def build_guided(name: str, drop_path: float | None = None) -> tuple[EfficientFormerV2, GuidedDecoder]:
+def build_guided(name: str, num_classes: int, drop_path: float | None = None) -> Parts:
     """The same for `GuidedClassifier`."""
     return _build(name, drop_path, GuidedDecoder)
+
+
+_CALIBRATION = {
+    "attention.local": "token_mixer.dwconv_hw",
+    "attention.horizontal.conv": "token_mixer.excite.0",
+    "attention.horizontal.norm": "token_mixer.excite.1",
+    "attention.vertical": "token_mixer.excite.3",
+    "norm": "norm",
+    "expand": "mlp.fc1",
+    "project": "mlp.fc2",
+    "scale": "gamma",
+}
+
+FAMILY = Family(
+    variants=VARIANTS,
+    build=build,
+    rows=[
+        *efficientformer.ROWS,
+        *conv_norm("decoder.fuse.{}.local", "decode_head.SIM.{}.fuse1"),
+        *conv_norm("decoder.fuse.{}.gate", "decode_head.SIM.{}.fuse2"),
+        *conv_norm("decoder.output", "decode_head.linear_fuse"),
+        *rows_of("decoder.context.{}", "decode_head.trans.transformer_blocks.{}", _CALIBRATION),
+        *rows_of("decoder.rebuild.{}", "decode_head.meta.{}", _CALIBRATION),
+        Row("decoder.descend.{}", "decode_head.conv.{}"),
+    ],
+    mark="backbone.network.",
+    left_out={
+        "backbone.*.attention_biases": "ImageNet's biases, for a grid of 7×7",
+        "backbone.*.attention_bias_idxs": "indices into them",
+        "backbone.*.attention_bias_idxs_seg": "indices that follow from the geometry",
+    },
+    not_pretrained=("attention_biases_seg",),
+    plain=GuidedClassifier,
+    build_plain=build_guided,
+)

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ssaseg.models.layers import ConvNorm, Depthwise, DropPath, drop_path_rates, resize_bilinear
+from ssaseg.models.rows import Row, conv_norm
 
 HEADS = 8
 
@@ -255,3 +256,54 @@ class EfficientFormerV2(nn.Module):
             x = stage(downsample(x))
             maps.append(x)
         return maps
+
+
+def _numbered(ours: str, theirs: str, conv: int = 0) -> tuple[Row, Row]:
+    """A `ConvNorm` that is two layers of a numbered sequence there."""
+    return conv_norm(ours, theirs, conv=str(conv), norm=str(conv + 1))
+
+
+_BLOCK_ROWS = (
+    Row("attention.scale", "layer_scale_1"),
+    Row("mlp.scale", "layer_scale_2"),
+    Row("mlp.branch.expand.conv", "mlp.fc1"),
+    Row("mlp.branch.expand.norm", "mlp.norm1"),
+    Row("mlp.branch.depthwise.conv", "mlp.mid"),
+    Row("mlp.branch.depthwise.norm", "mlp.mid_norm"),
+    Row("mlp.branch.project.conv", "mlp.fc2"),
+    Row("mlp.branch.project.norm", "mlp.norm2"),
+    *_numbered("attention.branch.reduce", "token_mixer.stride_conv"),
+    *_numbered("attention.branch.query", "token_mixer.q"),
+    *_numbered("attention.branch.key", "token_mixer.k"),
+    *_numbered("attention.branch.value", "token_mixer.v"),
+    *_numbered("attention.branch.local", "token_mixer.v_local"),
+    Row("attention.branch.bias.table", "token_mixer.attention_biases_seg"),
+    Row("attention.branch.talk_before", "token_mixer.talking_head1"),
+    Row("attention.branch.talk_after", "token_mixer.talking_head2"),
+    *_numbered("attention.branch.project", "token_mixer.proj", conv=1),
+)
+# Official keys, where stages and what lies between them are one numbered list.
+ROWS = (
+    *_numbered("backbone.stem.0", "backbone.patch_embed"),
+    *_numbered("backbone.stem.2", "backbone.patch_embed", conv=3),
+    *(
+        row.below(f"backbone.stages.{stage}.{{}}", f"backbone.network.{2 * stage}.{{}}")
+        for stage in range(4)
+        for row in _BLOCK_ROWS
+    ),
+    *conv_norm("backbone.downsample.0", "backbone.network.1", conv="proj", norm="norm"),
+    *conv_norm("backbone.downsample.1", "backbone.network.3", conv="proj", norm="norm"),
+    *conv_norm("backbone.downsample.2.conv", "backbone.network.5"),
+    *(
+        row.below("backbone.downsample.2", "backbone.network.5.attn")
+        for row in (
+            Row("query_local", "q.local.0"),
+            *_numbered("query", "q.proj"),
+            *_numbered("key", "k"),
+            *_numbered("value", "v"),
+            *_numbered("local", "v_local"),
+            Row("bias.table", "attention_biases_seg"),
+            *_numbered("project", "proj", conv=1),
+        )
+    ),
+)

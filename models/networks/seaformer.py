@@ -12,7 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ssaseg.models.decoder import Decoder
 from ssaseg.models.layers import ConvNorm, DropPath, init_conv_module, init_fan_out, resize_bilinear
+from ssaseg.models.networks.family import Family, Parts
+from ssaseg.models.rows import Row, conv_norm
 
 POSITIONS = 16  # stored positions of an axial embedding; stretched to the axis's length
 
@@ -231,7 +234,7 @@ class Fusion(nn.Module):
         return local * resize_bilinear(F.hardsigmoid(self.gate(coarse)), local.shape[-2:])
 
 
-class LightHead(nn.Module):
+class LightHead(Decoder):
     """Decoder: fuses the coarser maps into the 1/8 one, one after the other, then a depthwise 1×1 with ReLU."""
 
     def __init__(self, inputs: tuple[int, ...], fuse: tuple[int, ...]) -> None:
@@ -250,7 +253,7 @@ class LightHead(nn.Module):
         return F.relu(self.output(x))
 
 
-def build(name: str, drop_path: float | None = None) -> tuple[SeaFormer, LightHead]:
+def build(name: str, num_classes: int, drop_path: float | None = None) -> Parts:
     """Backbone and decoder of a variant in `VARIANTS`, initialised as in the official distributed run.
 
     There the norms of `project` keep the weight 0 of their construction, because the loop that refills norms
@@ -258,4 +261,40 @@ def build(name: str, drop_path: float | None = None) -> tuple[SeaFormer, LightHe
     """
     variant = VARIANTS[name]
     backbone = SeaFormer(variant, drop_path)
-    return backbone, LightHead(backbone.channels, variant.fuse)
+    return Parts(backbone, LightHead(backbone.channels, variant.fuse))
+
+
+_BLOCK = ("backbone.sea.{}.{}", "backbone.trans{+1}.transformer_blocks.{}")
+
+FAMILY = Family(
+    variants=VARIANTS,
+    build=build,
+    rows=[
+        *conv_norm("backbone.stem", "backbone.smb1.stem_block.0", conv="c"),
+        *conv_norm("backbone.mobile.{}.{}.layers.{}", "backbone.smb{+1}.layer{+1}.conv.{}", conv="c"),
+        *(
+            row.below(*_BLOCK)
+            for row in (
+                *conv_norm("attention.query", "attn.to_q", conv="c"),
+                *conv_norm("attention.key", "attn.to_k", conv="c"),
+                *conv_norm("attention.value", "attn.to_v", conv="c"),
+                *conv_norm("attention.project", "attn.proj.1", conv="c"),
+                *conv_norm("attention.detail_depthwise", "attn.dwconv", conv="c"),
+                *conv_norm("attention.detail_pointwise", "attn.pwconv", conv="c"),
+                *conv_norm("attention.row.project", "attn.proj_encode_row.1", conv="c"),
+                *conv_norm("attention.column.project", "attn.proj_encode_column.1", conv="c"),
+                Row("attention.row.query_position", "attn.pos_emb_rowq.pos_embed"),
+                Row("attention.row.key_position", "attn.pos_emb_rowk.pos_embed"),
+                Row("attention.column.query_position", "attn.pos_emb_columnq.pos_embed"),
+                Row("attention.column.key_position", "attn.pos_emb_columnk.pos_embed"),
+                *conv_norm("expand", "mlp.fc1", conv="c"),
+                Row("depthwise", "mlp.dwconv"),
+                *conv_norm("project", "mlp.fc2", conv="c"),
+            )
+        ),
+        *conv_norm("decoder.fuse.{}.local", "decode_head.fuse{+1}.local_embedding"),
+        *conv_norm("decoder.fuse.{}.gate", "decode_head.fuse{+1}.global_act"),
+        *conv_norm("decoder.output", "decode_head.linear_fuse"),
+    ],
+    mark="backbone.smb1.",
+)

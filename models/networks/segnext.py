@@ -7,6 +7,7 @@ Decomposition?" (Geng et al., ICLR 2021, arXiv 2109.04553).
 Axes: N images, C channels, H×W pixels, P = H·W, R bases.
 """
 
+import re
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ssaseg.models.decoder import Decoder
 from ssaseg.models.layers import (
     ConvGroupNorm,
     ConvNorm,
@@ -24,6 +26,8 @@ from ssaseg.models.layers import (
     init_fan_out,
     resize_bilinear,
 )
+from ssaseg.models.networks.family import Family, Parts
+from ssaseg.models.rows import Row, conv_norm, rows_of
 
 STRIPS = (7, 11, 21)  # lengths of the strip convolutions
 
@@ -159,7 +163,7 @@ class MSCAN(nn.Module):
         return maps[1:]
 
 
-class LightHam(nn.Module):
+class LightHam(Decoder):
     """Decoder: all maps at 1/8, squeezed, and rebuilt from a few bases by non-negative matrix factorisation.
 
     The official code draws new random bases at every forward, so that two evaluations of one image differ. In
@@ -229,8 +233,47 @@ def factorize(x: Tensor, bases: Tensor, updates: int) -> Tensor:
     return bases @ fit(weights).mT
 
 
-def build(name: str, drop_path: float | None = None) -> tuple[MSCAN, LightHam]:
+def build(name: str, num_classes: int, drop_path: float | None = None) -> Parts:
     """Backbone and decoder of a variant in `VARIANTS`, initialised as the official code does without a checkpoint."""
     variant = VARIANTS[name]
     backbone = MSCAN(variant, drop_path)
-    return backbone, LightHam(backbone.channels, variant.channels, variant.bases)
+    return Parts(backbone, LightHam(backbone.channels, variant.channels, variant.bases))
+
+
+FAMILY = Family(
+    variants=VARIANTS,
+    build=build,
+    rows=[
+        Row("backbone.stages.0.embed.0.conv", "backbone.patch_embed1.proj.0"),
+        Row("backbone.stages.0.embed.0.norm", "backbone.patch_embed1.proj.1"),
+        Row("backbone.stages.0.embed.2.conv", "backbone.patch_embed1.proj.3"),
+        Row("backbone.stages.0.embed.2.norm", "backbone.patch_embed1.proj.4"),
+        *conv_norm("backbone.stages.{}.embed", "backbone.patch_embed{+1}", conv="proj", norm="norm"),
+        *rows_of(
+            "backbone.stages.{}.blocks.{}",
+            "backbone.block{+1}.{}",
+            {
+                "attention_norm": "norm1",
+                "attention_scale": "layer_scale_1",
+                "attention.enter": "attn.proj_1",
+                "attention.leave": "attn.proj_2",
+                "attention.gate.local": "attn.spatial_gating_unit.conv0",
+                "attention.gate.strips.{}.{}": "attn.spatial_gating_unit.conv{}_{+1}",
+                "attention.gate.mix": "attn.spatial_gating_unit.conv3",
+                "mlp_norm": "norm2",
+                "mlp_scale": "layer_scale_2",
+                "expand": "mlp.fc1",
+                "depthwise": "mlp.dwconv.dwconv",
+                "project": "mlp.fc2",
+            },
+        ),
+        Row("backbone.stages.{}.norm", "backbone.norm{+1}"),
+        *conv_norm("decoder.squeeze", "decode_head.squeeze", norm="gn"),
+        Row("decoder.enter", "decode_head.hamburger.ham_in.conv"),
+        *conv_norm("decoder.leave", "decode_head.hamburger.ham_out", norm="gn"),
+        *conv_norm("decoder.align", "decode_head.align", norm="gn"),
+    ],
+    mark="backbone.block1.",
+    # mmsegmentation since 1.0 has no module around MSCAN's depthwise convolution, nor have its ImageNet files.
+    renamed=[(re.compile(r"^(backbone\.block\d+\.\d+\.mlp\.dwconv)\.(weight|bias)$"), r"\1.dwconv.\2")],
+)

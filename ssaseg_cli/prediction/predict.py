@@ -72,7 +72,7 @@ def run_predict(
     chosen = select_device(device)
     model, metadata = load_model(checkpoint)
     protocol = parse_protocol(metadata["protocol"], f"{checkpoint}: protocol")
-    if is_needed("coarse", save) and not model.classifier.adapts:
+    if is_needed("coarse", save) and not model.classifier.has_coarse:
         raise CommandError(
             f"{checkpoint}: classifier {model.classifier_name} adapts nothing, so there is no coarse result\n"
             "leave coarse out of --save"

@@ -26,6 +26,7 @@ from ssaseg.cli.device import select_device
 from ssaseg.cli.errors import CommandError
 from ssaseg.models import CLASSIFIERS, Segmenter, build_model, list_models, load_model
 from ssaseg.models.labelling import label_map
+from ssaseg.models.segmenter import is_below
 
 CLASSES = 150  # of a network by name: ADE20K's, as in published figures
 
@@ -125,13 +126,13 @@ def count(model: Segmenter, image: Tensor) -> dict[str, Any]:
 
     Parameters "deployed" leave out what only training reads, such as SSA's teacher branch.
     """
-    only_training = tuple(f"classifier.{prefix}" for prefix in model.classifier.training_only())
+    dropped = model.training_only()
     sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
     with torch.inference_mode(), FlopCounterMode(display=False) as operations:
         modules = count_modules(model, image.cpu())
     return {
         "parameters": sum(sizes.values()),
-        "parameters_deployed": sum(size for name, size in sizes.items() if not name.startswith(only_training or "?")),
+        "parameters_deployed": sum(size for name, size in sizes.items() if not is_below(name, dropped)),
         "gmacs": {EVERY_OPERATION: operations.get_total_flops() / 2e9, MODULES_ONLY: modules / 1e9},
     }
 

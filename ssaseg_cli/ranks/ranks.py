@@ -28,6 +28,7 @@ from ssaseg.cli.device import LAUNCHED
 from ssaseg.cli.errors import CommandError, muted, report
 from ssaseg.cli.ranks.rendezvous import meet
 from ssaseg.cli.signals import StopSignal
+from ssaseg.models.layers import norm_statistics
 
 # How long a rank waits for another, such as for rank 0 while it checks every label of a large data set. That a rank is
 # gone is noticed sooner by those that wait for it in gloo, as its connections close. One that waits inside CUDA, as in
@@ -133,42 +134,47 @@ class Ranks:
         dist.all_reduce(tensor)
         return tensor
 
-    def same_buffers(self, model: nn.Module) -> None:
-        """Rank 0's buffers (BatchNorm's running statistics) to all: without SyncBatchNorm each rank has its own."""
+    def same_statistics(self, model: nn.Module) -> None:
+        """Rank 0's statistics of norms to all: without SyncBatchNorm each rank has its own. Other buffers are a
+        classifier's, which every rank has computed from the same numbers.
+        """
+        self.same_buffers(list(norm_statistics(model).values()))
+
+    def same_buffers(self, every: Sequence[Tensor]) -> None:
+        """Rank 0's values of these buffers to all."""
         if self.size == 1:
             return
         with torch.no_grad():
-            for kind in dict.fromkeys(buffer.dtype for buffer in model.buffers()):  # a set's order differs
-                buffers = [buffer for buffer in model.buffers() if buffer.dtype == kind]
+            for kind in dict.fromkeys(buffer.dtype for buffer in every):  # a set's order differs
+                buffers = [buffer for buffer in every if buffer.dtype == kind]
                 together = torch.cat([buffer.flatten() for buffer in buffers])
                 dist.broadcast(together, src=0)
                 for buffer, values in zip(buffers, together.split([b.numel() for b in buffers]), strict=True):
                     buffer.copy_(values.view_as(buffer))
 
-    def wrap(self, model: nn.Module, unused: bool = False) -> nn.Module:
+    def wrap(self, model: nn.Module) -> nn.Module:
         """`model` with gradients averaged over ranks, begun with rank 0's weights; on GPUs BatchNorm sees all ranks.
 
         PyTorch's SyncBatchNorm reads back which ranks had images: in a training step the host waits for its GPU, and
         with it for the other ranks, at each norm. The steps of several GPUs are not queued ahead as those of one are.
 
-        unused: some parameters get no gradient, which has to be looked for in each step. Alone: the model itself.
+        Parameters that a step does not touch are looked for in each step and keep their value. Alone: the model itself.
         """
         if self.size == 1:
             return model
         on_gpu = self.device.type == "cuda"
         if on_gpu:
             model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-        self.same_buffers(model)
+        self.same_buffers(list(model.buffers()))
         gpus = [self.device] if on_gpu else None
         # Said of weights such as (96,1,3,3), whose strides have two spellings.
         warnings.filterwarnings("ignore", "Grad strides do not match", UserWarning)
+        warnings.filterwarnings("ignore", "find_unused_parameters=True was specified", UserWarning)
         with warnings.catch_warnings():
             # Buffers are not sent before each step, as training reads none. PyTorch 2.13 renames that option, which
             # earlier ones know by this name alone.
             warnings.filterwarnings("ignore", category=FutureWarning)
-            return DistributedDataParallel(
-                model, device_ids=gpus, broadcast_buffers=False, find_unused_parameters=unused
-            )
+            return DistributedDataParallel(model, device_ids=gpus, broadcast_buffers=False, find_unused_parameters=True)
 
     # ---- ending --------------------------------------------------------------------------------------------------
 

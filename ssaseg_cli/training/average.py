@@ -6,9 +6,13 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor
 
+from ssaseg.models.layers import norm_statistics
+
 
 class Average:
-    """Averages of everything in a state dict that is a real number: parameters, and the norms' statistics with them.
+    """Averages of a network's parameters, and of the norms' statistics with them.
+
+    Not of a classifier's own state, such as a memory bank: that is an average already, or no number to average.
 
     average += (1 - d) * (value - average) after each step, d = min(decay, (1 + step) / (10 + step)), so that random
     first weights are soon forgotten. Source: TensorFlow's `tf.train.ExponentialMovingAverage` with `num_updates`.
@@ -16,7 +20,10 @@ class Average:
 
     def __init__(self, model: torch.nn.Module, decay: float) -> None:
         self.decay = decay
-        live = {key: value for key, value in model.state_dict().items() if value.is_floating_point()}
+        averaged = {name for name, _ in model.named_parameters()} | norm_statistics(model).keys()
+        live = {
+            key: value for key, value in model.state_dict().items() if key in averaged and value.is_floating_point()
+        }
         self.names, self.live = list(live), list(live.values())  # the model's own memory, not copies
         self.values = [value.clone() for value in self.live]
 

@@ -15,7 +15,7 @@ from ssaseg.cli.training.average import Average
 from ssaseg.cli.training.fingerprint import fingerprints, require_same_data
 from ssaseg.cli.training.guard import Guard
 from ssaseg.cli.training.job import Job, Progress
-from ssaseg.cli.training.optimiser import freeze, param_groups
+from ssaseg.cli.training.optimiser import freeze, make_optimiser
 from ssaseg.cli.training.preflight import check_labels, require_start, require_trainable
 from ssaseg.datasets.check import require_same_classes
 from ssaseg.datasets.prefetch import Preparer
@@ -43,14 +43,13 @@ def build_job(
     ranks.barrier()
     torch.manual_seed(train.seed)
     model = build_network(recipe, train_set.classes)
-    share = images_per_rank(train.batch, recipe.distill.group if model.classifier.adapts else 1, ranks.size)
+    share = images_per_rank(train.batch, model.classifier.group, ranks.size)
     if recipe.model.pretrained and stored is None:
         load_start(model, recipe.model.pretrained, train_set.classes, ranks.main)
     freeze(model, recipe.optim.freeze)
     model.to(device)
     require_trainable(model, recipe, share, device)
-    groups = param_groups(model, recipe.optim.lr, recipe.optim.weight_decay, recipe.optim.rules)
-    optimizer = torch.optim.AdamW(groups, betas=recipe.optim.betas, fused=True)
+    optimizer = make_optimiser(model, recipe.optim)
     scaler = torch.amp.GradScaler(device.type, enabled=train.amp == "fp16")
     progress = Progress()
     if stored is not None:
@@ -88,7 +87,7 @@ def load_data(recipe: Recipe) -> tuple[Any, Any]:
 
 def build_network(recipe: Recipe, classes: Sequence[str]) -> Segmenter:
     """The recipe's network for `classes`, with fresh weights. Raises CommandError for names that are not known."""
-    from ssaseg.models import Distillation, LossOptions, build_model
+    from ssaseg.models import LossOptions, build_model
 
     loss, weights = recipe.loss, recipe.loss.class_weights
     for name in weights:
@@ -100,6 +99,7 @@ def build_network(recipe: Recipe, classes: Sequence[str]) -> Segmenter:
                 + (f"did you mean {nearest}?" if nearest else "correct the name, or remove the key")
             )
     options = LossOptions(
+        weights=loss.weights,
         class_weights=tuple(weights.get(name, 1.0) for name in classes) if weights else None,
         label_smoothing=loss.label_smoothing,
     )
@@ -112,8 +112,9 @@ def build_network(recipe: Recipe, classes: Sequence[str]) -> Segmenter:
             recipe.model.classifier,
             drop_path=recipe.model.drop_path,
             dropout=recipe.model.dropout,
-            distillation=Distillation(recipe.distill.group, recipe.distill.weights.model_dump()),
+            group=recipe.distill.group,
             loss=options,
+            options=recipe.model.options,
         )
     except ValueError as error:
         raise CommandError(f"recipe {recipe.name}, model: {error}") from None
@@ -142,8 +143,7 @@ def assemble(job: Job) -> None:
         # In place, so that names in checkpoints stay. The classifier's losses, loops over bands, stay as they are.
         for part in (job.model.backbone, job.model.decoder):
             part.compile(backend=COMPILER, dynamic=False)
-    weights = job.recipe.distill.weights.model_dump().values()
-    job.network = job.ranks.wrap(job.model, unused=job.model.classifier.adapts and not all(weights))
+    job.network = job.ranks.wrap(job.model)
 
 
 def open_loader(job: Job, step: int, workers: int, rank: int) -> Iterator[Any]:

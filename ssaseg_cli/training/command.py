@@ -1,11 +1,19 @@
 """`ssaseg train`: the signature. PyTorch is imported inside, so that `--help` answers at once."""
 
 from pathlib import Path
+from typing import Any
 
 import click
 
 from ssaseg.cli.options import device_option, gpus_option
 from ssaseg.cli.ranks.launcher import needs_ranks, run_launch
+
+
+def _facts(name: str, classifier: str) -> Any:
+    """`ssaseg.models.facts`, imported only for a recipe whose keys depend on them."""
+    from ssaseg.models import facts
+
+    return facts(name, classifier)
 
 
 @click.command()
@@ -56,7 +64,7 @@ def train(
     """
     from ssaseg.recipes import dump_recipe, load_recipe
 
-    resolved = load_recipe(recipe, overrides)
+    resolved = load_recipe(recipe, overrides, _facts)
     if print_config:
         click.echo(dump_recipe(resolved), nl=False)
         return 0

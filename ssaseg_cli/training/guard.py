@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from ssaseg.models.layers import norm_statistics
+
 if TYPE_CHECKING:
     from ssaseg.cli.ranks.ranks import Ranks
 
@@ -30,10 +32,9 @@ class Guard:
         self.scaler, self.ranks, self.limit = scaler, ranks, limit
         self.count = torch.full((), float(min(skipped, limit)), device=ranks.device)
         self.held = torch.zeros((), device=ranks.device)
-        # What is not stored is constant. The others change in place only, so that these views stay true; by type, as
-        # one tensor has one type.
-        stored = model.state_dict().keys()
-        views = [buffer.view(-1) for name, buffer in model.named_buffers() if name in stored]
+        # What a forward pass changes; in place only, so that these views stay true. By type, as one tensor has one.
+        # A classifier's own state changes in its `update`, which knows of held steps.
+        views = [buffer.view(-1) for buffer in norm_statistics(model).values()]
         types = {view.dtype for view in views}
         self.buffers = [[view for view in views if view.dtype == each] for each in sorted(types, key=str)]
         self.before: list[Tensor] = []  # of the step that is being made

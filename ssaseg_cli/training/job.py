@@ -36,7 +36,7 @@ class StepRecord(NamedTuple):
     losses: Tensor  # (T,), one a term
     norm: Tensor  # () norm of the gradient, before clipping
     bad: Tensor  # () 1 where something was not finite, else 0
-    pairs: Tensor | None  # what `Classifier.training_step` was told of the whole step
+    totals: Tensor | None  # what `Classifier.training_step` was given of the whole step
 
 
 @dataclass

@@ -22,6 +22,7 @@ from ssaseg.cli.training.folder import open_run, write_start
 from ssaseg.cli.training.job import Job, StepRecord
 from ssaseg.cli.training.log import MetricsLog
 from ssaseg.cli.training.nonfinite import stop_before
+from ssaseg.cli.training.optimiser import describe_groups
 from ssaseg.cli.training.pictures import after_evaluation, write_batch
 from ssaseg.cli.training.preflight import describe, deterministic
 from ssaseg.cli.training.saving import complete, save, save_best
@@ -230,7 +231,7 @@ def evaluate(job: Job) -> bool:
     stance = torch.compiler.set_stance("force_eager") if recipe.train.compile else contextlib.nullcontext()
     try:
         with job.averaged(), stance, faults.told(job, evaluation=True):
-            job.ranks.same_buffers(job.model)
+            job.ranks.same_statistics(job.model)
             confusion = evaluate_model(
                 job.model,
                 job.val_set,
@@ -297,6 +298,8 @@ def rehearse(job: Job) -> int:
     total = int(seconds * job.recipe.train.steps)
     clock = f"{total // 3600} h {total % 3600 // 60} min {total % 60} s"
     if job.ranks.main:
+        for line in describe_groups(job.optimizer):
+            click.echo(f"{job.recipe.optim.kind}: {line}")
         click.echo(f"dry run: one step took {seconds:.2f} s (the first is slow) and {memory} at its peak")
         click.echo(f"all {job.recipe.train.steps} steps: at most {clock} without evaluation; nothing was written")
     return 0

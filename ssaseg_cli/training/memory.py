@@ -72,7 +72,7 @@ def parts(job: "Job") -> list[int]:
     """The micro-batches that a rank's share can be cut into, the largest first."""
     whole = share(job)
     # A class mean over half a group would make the loss depend on how the step was cut.
-    group = job.recipe.distill.group if job.model.classifier.adapts else 1
+    group = job.model.classifier.group
     return [size for size in range(whole, 0, -1) if whole % size == 0 and (size % group == 0 or size == whole)]
 
 
@@ -119,8 +119,9 @@ def _trial(job: "Job", images: int) -> None:
         held.append(torch.empty(spare, dtype=torch.uint8, device=device))
         if job.recipe.train.prefetch:  # the next batches wait on the device
             held += [torch.empty_like(each) for each in (pixels, labels) for _ in range(AHEAD)]
+    totals = model.classifier.step_totals(labels) if model.classifier.needs_totals else None
     with autocast(device, job.recipe.train.amp):
-        losses = model(pixels, labels, model.classifier.step_pairs(labels))
+        losses = model(pixels, labels, totals)
     torch.stack(list(losses.values())).sum().backward()
     del held
 

@@ -54,7 +54,7 @@ def stop_before(job: "Job", step: StepRecord, names: list[str]) -> FloatingPoint
     what = broken_terms(losses, norm)
     path = job.folder / f"nonfinite-step-{step.number}.pt"
     kept = save_before_error(job, "the state before it")
-    content = reproducer(job, rank, step.pairs, losses, norm)
+    content = reproducer(job, rank, step.totals, losses, norm)
     if job.ranks.main:
         with contextlib.suppress(OSError):  # a full disk: the message matters more
             torch.save(content, path)
@@ -88,9 +88,9 @@ def save_before_error(job: "Job", what: str) -> str:
     return f"{what} is saved"
 
 
-def reproducer(job: "Job", rank: int, pairs: Tensor | None, losses: dict[str, float], norm: float) -> dict[str, Any]:
+def reproducer(job: "Job", rank: int, totals: Tensor | None, losses: dict[str, float], norm: float) -> dict[str, Any]:
     """What `replay` takes: step, seed, recipe, classes, weights before the step, and `rank`'s images as the network saw
-    them: float32 (N,3,H,W) normalised RGB, labels uint8 (N,H,W); `pairs` and the figures that came out.
+    them: float32 (N,3,H,W) normalised RGB, labels uint8 (N,H,W); `totals` and the figures that came out.
 
     The batch is loaded again, as it is decided by seed and position alone.
     """
@@ -110,7 +110,7 @@ def reproducer(job: "Job", rank: int, pairs: Tensor | None, losses: dict[str, fl
         "images": torch.cat([images for images, _ in parts]).cpu(),
         "labels": torch.cat([labels for _, labels in parts]).byte().cpu(),
         "micro_batch": job.micro_batch,
-        "pairs": None if pairs is None else pairs.cpu(),
+        "totals": None if totals is None else totals.cpu(),
         "losses": losses,
         "grad_norm": norm,
         "weights": {key: value.cpu() for key, value in job.model.state_dict().items()},
@@ -143,7 +143,7 @@ def replay(path: Path | str, device: str = "cpu") -> tuple[dict[str, float], flo
     totals: dict[str, float] = {}
     for images, labels in parts:
         with autocast(torch.device(device), recipe.train.amp):
-            losses = model(images, labels.long(), content["pairs"])
+            losses = model(images, labels.long(), content["totals"])
         (torch.stack(list(losses.values())).sum() / len(parts)).backward()
         for name, loss in losses.items():
             totals[name] = totals.get(name, 0.0) + loss.item() / len(parts)

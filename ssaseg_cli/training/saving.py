@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 def save(job: "Job") -> None:
     """Writes the training state, then its weights; never weights that are not finite over good ones. On every rank."""
-    job.ranks.same_buffers(job.model)
+    job.ranks.same_statistics(job.model)
     require_finite(job)
     if not job.ranks.main:
         job.saved = job.progress.step

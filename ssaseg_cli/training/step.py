@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ssaseg.cli.ranks import ranks as distributed
+from ssaseg.cli.ranks.peers import RankPeers
 from ssaseg.cli.training.job import Job, StepRecord
 from ssaseg.cli.training.optimiser import learning_rate, set_mode
 
@@ -22,41 +23,41 @@ def train_step(job: Job, batches: list[Any]) -> tuple[StepRecord, list[str]]:
     torch.manual_seed(step_seed(recipe.train.seed, job.progress.step, job.ranks.rank))
     set_mode(model, recipe.optim.freeze)
     guard.start()
-    pairs = count_pairs(job, batches)
-    totals: dict[str, Tensor] = {}
+    totals = step_totals(job, batches)
+    sums: dict[str, Tensor] = {}
     for number, batch in enumerate(batches, 1):
         images, labels = job.prepare(batch)
         with distributed.averaging(job.network, last=number == len(batches)):
             with autocast(job.device, recipe.train.amp):
-                losses = job.network(images, labels, pairs)
+                losses = job.network(images, labels, totals)
             scaler.scale(torch.stack(list(losses.values())).sum() / len(batches)).backward()
         for name, loss in losses.items():
-            totals[name] = totals.get(name, 0) + loss.detach() / len(batches)
+            sums[name] = sums.get(name, 0) + loss.detach() / len(batches)
     scaler.unscale_(optimizer)
     norm = gradient_norm(model, recipe.optim.grad_clip)
-    terms = torch.stack(list(totals.values()))
+    terms = torch.stack(list(sums.values()))
     bad = guard.judge(terms, norm, optimizer)
     guard.updated = True
     scaler.step(optimizer)
     scaler.update()
     optimizer.zero_grad(set_to_none=True)
-    model.update()
+    model.update(RankPeers(job.ranks), guard.held)
     guard.finish()
     if job.average is not None:
         job.average.update(job.progress.step + 1, guard.held)
     images_of_step = [name for batch in batches for name in batch.names]
-    return StepRecord(job.progress.step + 1, images_of_step, terms, norm, bad, pairs), list(totals)
+    return StepRecord(job.progress.step + 1, images_of_step, terms, norm, bad, totals), list(sums)
 
 
-def count_pairs(job: Job, batches: list[Any]) -> Tensor | None:
-    """What the dice is divided by, a number of the whole step, which its first micro-batch must know already; None
-    where it is that of the only one, and for a classifier without a dice.
+def step_totals(job: Job, batches: list[Any]) -> Tensor | None:
+    """What a loss must know of the whole step before its first micro-batch: the mean of the classifier's `step_totals`
+    over micro-batches and ranks. None where the only micro-batch is the step, and for a classifier without such a loss.
     """
-    if not job.model.classifier.adapts or (len(batches) == 1 and job.ranks.size == 1):
+    if not job.model.classifier.needs_totals or (len(batches) == 1 and job.ranks.size == 1):
         return None
     labels = (batch.labels.to(job.device, non_blocking=True) for batch in batches)
-    pairs = torch.stack([job.model.classifier.step_pairs(label) for label in labels]).mean()
-    return job.ranks.total(pairs) / job.ranks.size
+    totals = torch.stack([job.model.classifier.step_totals(label) for label in labels]).mean()
+    return job.ranks.total(totals) / job.ranks.size
 
 
 def gradient_norm(model: nn.Module, clip: float | None = None) -> Tensor:

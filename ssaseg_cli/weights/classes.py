@@ -16,9 +16,6 @@ from ssaseg.datasets.published import LAYOUTS
 from ssaseg.models import Segmenter
 from ssaseg.models.checkpoint import numbered
 
-# What a classifier holds a row per class of, plain or SSA.
-CLASS_ROWS = ("classifier.conv_seg.weight", "classifier.conv_seg.bias", "classifier.spatial_prototypes")
-
 SEPARATORS = re.compile("[;,]")  # between the synonyms of one class: "car;auto", "building, edifice"
 
 OF_ITS_RUN = ("recipe", "step", "scores")  # metadata that is not true of other classes
@@ -115,7 +112,7 @@ def dataset_metadata(name: str, option: str = "--dataset") -> dict[str, Any]:
     }
 
 
-def wished_classes(value: str) -> dict[str, Any]:
+def requested_classes(value: str) -> dict[str, Any]:
     """Metadata of `--classes`: a published data set's, a recipe's, or of names with commas between.
 
     Raises CommandError where there is no such data set, or the names are no two to 255 different ones.
@@ -159,7 +156,7 @@ def keep_rows(
     kept = [k for k, row in enumerate(rows) if row is not None]
     taken = [row for row in rows if row is not None]
     own, found = model.state_dict(), dict(tensors)
-    for key in CLASS_ROWS:
+    for key in model.class_rows():
         theirs = found.get(names.get(key, ""))
         if theirs is not None and theirs.shape[1:] == own[key].shape[1:]:
             value = own[key].clone()
@@ -172,28 +169,28 @@ def take_rows(network: Segmenter, rows: Sequence[int | None], fresh: Segmenter) 
     """Fills `fresh`, which has len(rows) classes, from `network`: class k from class rows[k], None leaving it fresh."""
     kept = [k for k, row in enumerate(rows) if row is not None]
     taken = [row for row in rows if row is not None]
-    state = fresh.state_dict()
+    state, by_class = fresh.state_dict(), fresh.class_rows()
     with torch.no_grad():
         for key, value in network.state_dict().items():
-            if key in CLASS_ROWS:
+            if key in by_class:
                 state[key][kept] = value[taken]
             else:
                 state[key].copy_(value)
 
 
 def follow_names(
-    network: Segmenter, metadata: Mapping[str, Any], wished: Mapping[str, Any], fresh: Segmenter
+    network: Segmenter, metadata: Mapping[str, Any], requested: Mapping[str, Any], fresh: Segmenter
 ) -> tuple[dict[str, Any], bool]:
-    """Fills `fresh`, with the classes `wished`, from `network` by name, and says which; (its metadata, any kept?)."""
-    rows = rows_by_name(metadata["classes"], wished["classes"])
+    """Fills `fresh`, of the classes `requested`, from `network` by name; prints which. (its metadata, any kept?)."""
+    rows = rows_by_name(metadata["classes"], requested["classes"])
     take_rows(network, rows, fresh)
-    for line in told_rows(metadata["classes"], wished["classes"], rows):
+    for line in describe_rows(metadata["classes"], requested["classes"], rows):
         click.echo(line)
     known = any(row is not None for row in rows)
-    return {**{key: value for key, value in metadata.items() if key not in OF_ITS_RUN}, **wished}, known
+    return {**{key: value for key, value in metadata.items() if key not in OF_ITS_RUN}, **requested}, known
 
 
-def told_rows(source: Sequence[str], wanted: Sequence[str], rows: Sequence[int | None]) -> list[str]:
+def describe_rows(source: Sequence[str], wanted: Sequence[str], rows: Sequence[int | None]) -> list[str]:
     """Lines that say which rows of `wanted` come from `source`, by what name there, and which are fresh."""
     pairs = list(zip(wanted, rows, strict=True))
     kept = [name if source[row] == name else f"{name} ({source[row]})" for name, row in pairs if row is not None]

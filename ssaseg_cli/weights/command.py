@@ -61,7 +61,7 @@ def convert(
         classifier=classifier,
         dataset=dataset,
         allow_partial=allow_partial,
-        form=given,
         classes=classes,
+        form=given,
         deploy=deploy,
     )

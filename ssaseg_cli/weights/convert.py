@@ -1,230 +1,324 @@
-"""`ssaseg convert`, and the weights that `train` starts from: foreign tensors come in through one visible table.
+"""`ssaseg convert`: open the source, give it other classes where wanted, write it by the destination's suffix.
 
-What a file is and how it fits a network: `foreign`, `matching`; what its classes are called: `classmap`.
+What a file is and how it fits a network: `foreign`, `matching`; what its classes are called: `classes`.
 
-What an ImageNet checkpoint becomes: it has no classifier, so it is no model that could predict. The file holds the
+What an ImageNet checkpoint becomes: it has no classifier, so it is not a model that could predict. The file holds the
 backbone's tensors alone under our keys, with format "ssaseg-backbone-1" in its header. `model.pretrained` of a recipe
 takes it; `load_model` refuses it, naming the format.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from io import BytesIO
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import click
 import torch
+from torch import Tensor
 
 from ssaseg.cli.errors import CommandError
-from ssaseg.cli.weights.classes import follow_names, own_classes, wished_classes
-from ssaseg.cli.weights.deploy import run_lean
-from ssaseg.cli.weights.export import Form, run_export
-from ssaseg.cli.weights.foreign import Weights, _rows, read_weights, require_finite
-from ssaseg.cli.weights.matching import Report, _best_guess, _heading, likely_model, match
+from ssaseg.cli.weights.classes import follow_names, own_classes, requested_classes
+from ssaseg.cli.weights.deploy import write_deploy
+from ssaseg.cli.weights.export import Form, write_export
+from ssaseg.cli.weights.foreign import Weights, count_rows, read_weights, require_finite
+from ssaseg.cli.weights.matching import Match, best_guess, describe_source, likely_model, match
 from ssaseg.cli.weights.pretrained import PRETRAINED_SHARE
 from ssaseg.models import Segmenter, build_model, list_models, load_model, save_model
 from ssaseg.models.checkpoint import CheckpointError, write_atomic, write_tensors
-from ssaseg.models.keys import CLASSES_KEY, SSA_KEY, aliases, left_out, official_keys
+from ssaseg.models.official import CLASSES_KEY, SSA_KEY, aliases, left_out, official_entries
 
 BACKBONE_FORMAT = "ssaseg-backbone-1"
 
 
-# ---- the command -------------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Request:
+    """What the command was called with; `form` has what was given of `Form`'s fields."""
+
+    source: Path
+    destination: Path
+    model: str | None = None
+    classifier: str | None = None
+    dataset: str | None = None
+    classes: str | None = None
+    allow_partial: bool = False
+    deploy: bool = False
+    form: Mapping[str, Any] = field(default_factory=dict)
+
+    def options(self) -> list[str]:
+        """The options that belong to some writers only, as far as they were given."""
+        own = {"--dataset": self.dataset, "--classes": self.classes, "--allow-partial": self.allow_partial or None}
+        return [name for name, value in own.items() if value is not None] + [f"--{name}" for name in self.form]
+
+
+class Opened(NamedTuple):
+    """What a source holds: a whole network, or the tensors of a backbone alone."""
+
+    name: str
+    network: Segmenter | None
+    metadata: dict[str, Any]  # of a network; empty where its classes have no names
+    backbone: dict[str, Tensor]
+    complete: bool = True  # everything matched
+
+
+class Writer(NamedTuple):
+    """One kind of destination."""
+
+    write: Callable[[Request, Opened], int]
+    ours: bool  # takes a whole checkpoint of ours, nothing else
+    options: frozenset[str]  # that belong to it
+    refusal: str  # what follows the name of an option that does not
+
+
 def run_convert(
     source: Path,
     destination: Path,
-    model: str | None,
-    classifier: str | None,
-    dataset: str | None,
-    allow_partial: bool,
-    form: Mapping[str, Any] | None = None,
+    model: str | None = None,
+    classifier: str | None = None,
+    dataset: str | None = None,
     classes: str | None = None,
+    allow_partial: bool = False,
     deploy: bool = False,
+    form: Mapping[str, Any] | None = None,
 ) -> int:
-    """Converts weights; `destination`'s suffix says into what: .safetensors ours, .pth the official names.
+    """Converts weights; `destination`'s suffix says into what: .safetensors ours, .pth the official names, .onnx and
+    .pt2 exports, for which `form` has what was given of `Form`'s fields.
 
-    .onnx and .pt2 are deploy forms, for which `form` has what is stated of `Form`.
-
-    `model`, `classifier`: None reads them off the file. `dataset`: of the class names; a published data set or a
-    recipe. `classes`: of the class names that .safetensors is to have instead, see `wished_classes`; the classifier's
-    rows follow the names. `deploy`: .safetensors is to be a small one, see `lean`. Returns 0, or 1 where only a part of
-    the weights matched, or no name. Raises CommandError, having written nothing, where tensors do not match and
-    `allow_partial` does not say to go on.
+    `model`, `classifier`: None reads them from the file. `dataset`: names the classes of official weights; a published
+    data set or a recipe. `classes`: the classes that .safetensors gets instead, see `requested_classes`; the
+    classifier's rows follow the names. `deploy`: a small .safetensors, see `deploy`. Returns 0, or 1 where only a part
+    of the weights matched, or no class name. Raises CommandError, having written nothing, where an option does not
+    belong to the destination, and where tensors do not match unless `allow_partial` is set.
     """
-    if destination.suffix.lower() not in (".safetensors", ".pth", ".onnx", ".pt2"):
+    request = Request(source, destination, model, classifier, dataset, classes, allow_partial, deploy, form or {})
+    writer = find_writer(request)
+    opened = open_ours(request) if writer.ours else open_any(request)
+    opened, known = relabel(request, opened)
+    code = writer.write(request, opened)
+    if not opened.complete:
+        click.echo("warning: partial; tensors that did not match keep fresh weights", err=True)
+    return code or int(not (opened.complete and known))
+
+
+def find_writer(request: Request) -> Writer:
+    """The writer of the destination. Raises CommandError for an unknown suffix and options of other writers."""
+    suffix, destination = request.destination.suffix.lower(), request.destination
+    if suffix not in WRITERS:
         raise CommandError(
             f"{destination}: no conversion to {destination.suffix or 'a file without suffix'}\n"
             "expected .safetensors (ours, from official weights) or .pth (official names, from ours), .onnx or .pt2"
         )
-    if destination.exists() and destination.samefile(source):
+    if destination.exists() and destination.samefile(request.source):
         raise CommandError(f"{destination}: source and destination are the same file\ngive the result another name")
-    if deploy:
-        if destination.suffix.lower() != ".safetensors" or dataset or allow_partial or form or classes is not None:
-            raise CommandError(
-                f"{destination}: --deploy makes a small .safetensors of one of ours, and takes no such option\n"
-                "convert to ours first; .onnx and .pt2 are deploy forms already"
-            )
-        return run_lean(source, destination, *_open_ours(source, model, classifier, whole=True))
-    if classes is not None and destination.suffix.lower() != ".safetensors":
-        raise CommandError(f"--classes: only for .safetensors, not {destination}\nconvert to .safetensors first")
-    if destination.suffix.lower() != ".safetensors":
-        for option, given in (("--dataset", dataset), ("--allow-partial", allow_partial)):
-            if given:
-                raise CommandError(f"{option}: only for official weights to .safetensors\nleave it out")
-    if destination.suffix.lower() in (".onnx", ".pt2"):
-        return run_export(source, destination, *_open_ours(source, model, classifier), Form(**(form or {})))
-    if form:
-        raise CommandError(f"--{next(iter(form))}: only .onnx and .pt2 have it, not {destination}\nleave it out")
-    if destination.suffix.lower() == ".pth":
-        return _to_official(destination, *_open_ours(source, model, classifier, whole=True))
-    wished = None if classes is None else wished_classes(classes)
-    weights = read_weights(source)
-    if wished is not None and weights.is_backbone:
-        raise CommandError(f"{source}: holds a backbone alone, and no class that --classes could keep\nleave it out")
-    if weights.header is not None:
-        if wished is None:
-            raise CommandError(
-                f"{source}: is a file of ssaseg already (format {weights.header['format']})\n"
-                "for official names let DESTINATION end in .pth; for other classes name them by --classes"
-            )
-        if dataset is not None:
-            raise CommandError(f"{source}: its header names its classes, --dataset is for official files\nleave it out")
-        return _write(destination, *_open_ours(source, model, classifier, whole=True), wished)
-    name = _model_name(source, weights, model)
-    if weights.is_backbone:
-        return _backbone_from_official(source, destination, weights, name, allow_partial)
-    network, report = _from_official(source, weights, name, classifier, allow_partial)
-    metadata = own_classes(source, dataset, weights.meta or {}, network.num_classes)
-    if wished is not None and not metadata:
-        raise CommandError(f"{source}: its classes have no names that --classes could keep\nname them by --dataset")
-    code = _write(destination, network, metadata, wished)
-    if not report.complete:
-        click.echo("warning: partial; what was not matched keeps fresh weights", err=True)
-    return code if report.complete else 1
+    if request.deploy and suffix != ".safetensors":
+        raise CommandError(
+            f"--deploy: only for .safetensors, not {destination}\nleave it out: .onnx and .pt2 are deploy forms already"
+        )
+    writer = DEPLOY if request.deploy else WRITERS[suffix]
+    wrong = next((option for option in request.options() if option not in writer.options), None)
+    if wrong is not None:
+        homes = [suffix for suffix, each in WRITERS.items() if wrong in each.options]
+        what = "official weights to .safetensors" if wrong in OFFICIAL_ONLY else " and ".join(homes)
+        raise CommandError(f"{wrong}: only for {what}, not {destination}\n{writer.refusal}")
+    return writer
 
 
-def _from_official(
-    source: Path, weights: Weights, name: str, classifier: str | None, allow_partial: bool
-) -> tuple[Segmenter, Report]:
-    """A whole segmentation network."""
-    classes = _rows(weights.tensors.get(CLASSES_KEY))
-    if classes == 0:
-        raise CommandError(f"{source}: holds no {CLASSES_KEY} with a row per class\nexpected it, to count classes by")
-    network = _fresh(name, classes, classifier or ("ssa" if SSA_KEY in weights.tensors else "linear"))
-    heading = _heading(source, weights, f"{name}, {network.classifier_name}, {classes} classes")
-    report, tensors = match(network, weights, heading)
-    click.echo(report)
-    if not (report.complete or (allow_partial and report.matched)):
-        raise CommandError(_misfit(source, weights, network, report))
-    network.load_state_dict(tensors, strict=False)
-    return network, report
+# ---- opening -------------------------------------------------------------------------------------------------------
 
 
-def _write(destination: Path, network: Segmenter, metadata: dict[str, Any], wished: dict[str, Any] | None) -> int:
-    """A file of ours, with other classes where they are wished; 1 where none of them was known before."""
-    known = True
-    if wished is not None:
-        other = _fresh(network.name, len(wished["classes"]), network.classifier_name)
-        metadata, known = follow_names(network, metadata, wished, other)
-        network = other
-    save_model(destination, network, metadata)
-    click.echo(f"wrote {destination}")
-    return 0 if known else 1
-
-
-def _backbone_from_official(source: Path, destination: Path, weights: Weights, name: str, allow_partial: bool) -> int:
-    """A pre-trained backbone alone; see the module's docstring for what the file is."""
-    network = _fresh(name, 2, "linear")
-    report, tensors = match(network, weights, _heading(source, weights, f"{name}, backbone alone"))
-    click.echo(report)
-    if report.backbone_share < PRETRAINED_SHARE and not (allow_partial and report.matched):
-        raise CommandError(_misfit(source, weights, network, report))
-    write_tensors(destination, tensors, {"format": BACKBONE_FORMAT, "model": name})
-    click.echo(f"wrote {destination}: weights to start from, for a recipe's model.pretrained")
-    if not report.complete:
-        click.echo("warning: partial; see the lists above", err=True)
-    return 0 if report.complete else 1
-
-
-def _to_official(destination: Path, network: Segmenter, metadata: dict[str, Any]) -> int:
-    """One of our checkpoints under official names, as mmseg 0.x reads them."""
-    state = network.state_dict()
-    keys = official_keys(network)
-    further = aliases(keys.values())
-    official = {name: state[ours] for ours, key in keys.items() for name in (key, *further.get(key, ()))}
-    meta = {"CLASSES": metadata["classes"], "PALETTE": metadata["palette"]}
-    buffer = BytesIO()
-    torch.save({"state_dict": official, "meta": meta}, buffer)
-    write_atomic(destination, buffer.getvalue())
-    click.echo(f"wrote {destination}: {len(official)} tensors of {network.name}, {network.classifier_name}")
-    lacking = left_out(network)
-    click.echo(f"left out, official keys that our models do not hold: {len(lacking) or 'none'}")
-    for key, reason in lacking.items():
-        click.echo(f"  {key} ({reason})")
-    return 0
-
-
-def _open_ours(
-    source: Path, model: str | None, classifier: str | None, whole: bool = False
-) -> tuple[Segmenter, dict[str, Any]]:
-    """Network and metadata; what the options say of it must be so, its weights numbers, and all there if `whole`."""
+def open_ours(request: Request) -> Opened:
+    """A checkpoint of ours, whole unless an export is made of it; what the options say of it must be true."""
+    source = request.source
     try:
         network, metadata = load_model(source)
     except CheckpointError:
         if source.suffix.lower() == ".safetensors":
             raise
         raise CommandError(
-            f"{source}: is no checkpoint of ours\nfirst: ssaseg convert {source} OURS.safetensors"
+            f"{source}: is not a checkpoint of ours\nfirst: ssaseg convert {source} OURS.safetensors"
         ) from None
     require_finite(source, network.state_dict())
-    if whole and "deploy" in metadata:
+    if "deploy" in metadata and request.destination.suffix.lower() not in EXPORTS:
         raise CommandError(
             f"{source}: is a deploy form, without what training needs\n"
-            "convert the checkpoint that it was made of; from this one only .onnx and .pt2 can be made"
+            "convert the checkpoint that it was made from; from this one only .onnx and .pt2 can be made"
         )
-    for option, wished, own in (
-        ("--model", model, network.name),
-        ("--classifier", classifier, network.classifier_name),
+    for option, given, own in (
+        ("--model", request.model, network.name),
+        ("--classifier", request.classifier, network.classifier_name),
     ):
-        if wished not in (None, own):
-            raise CommandError(f"{source}: its header says {own}, {option} says {wished}\nleave {option} out")
-    return network, metadata
+        if given not in (None, own):
+            raise CommandError(f"{source}: its header says {own}, {option} says {given}\nleave {option} out")
+    return Opened(network.name, network, metadata, {})
 
 
-def _fresh(name: str, classes: int, classifier: str) -> Segmenter:
-    """A network whose fresh weights are always the same, and which leaves the caller's random numbers alone."""
+def open_any(request: Request) -> Opened:
+    """Official weights, or a checkpoint of ours that gets other classes."""
+    source, weights = request.source, read_weights(request.source)
+    if weights.is_backbone and request.classes is not None:
+        raise CommandError(f"{source}: holds a backbone alone, and no class for --classes to keep\nleave it out")
+    if weights.header is None:
+        name = model_name(source, weights, request.model)
+        if weights.is_backbone:
+            return open_backbone(request, weights, name)
+        return open_official(request, weights, name)
+    if request.classes is None:
+        raise CommandError(
+            f"{source}: is a file of ssaseg already (format {weights.header['format']})\n"
+            "for official names let DESTINATION end in .pth; for other classes use --classes"
+        )
+    if request.dataset is not None:
+        raise CommandError(f"{source}: its header names its classes; --dataset is for official files\nleave it out")
+    return open_ours(request)
+
+
+def open_official(request: Request, weights: Weights, name: str) -> Opened:
+    """A whole official segmentation network."""
+    source, classes = request.source, count_rows(weights.tensors.get(CLASSES_KEY))
+    if classes == 0:
+        raise CommandError(
+            f"{source}: has no {CLASSES_KEY} with a row for each class\nexpected it, to count the classes"
+        )
+    network = fresh(name, classes, request.classifier or ("ssa" if SSA_KEY in weights.tensors else "linear"))
+    heading = describe_source(source, weights, f"{name}, {network.classifier_name}, {classes} classes")
+    found, tensors = match(network, weights, heading)
+    click.echo(found)
+    if not (found.complete or (request.allow_partial and found.matched)):
+        raise CommandError(explain_mismatch(source, weights, network, found))
+    network.load_state_dict(tensors, strict=False)
+    metadata = own_classes(source, request.dataset, weights.meta or {}, classes)
+    return Opened(name, network, metadata, {}, found.complete)
+
+
+def open_backbone(request: Request, weights: Weights, name: str) -> Opened:
+    """A pre-trained backbone alone."""
+    network = fresh(name, 2, "linear")
+    found, tensors = match(network, weights, describe_source(request.source, weights, f"{name}, backbone alone"))
+    click.echo(found)
+    if found.backbone_share < PRETRAINED_SHARE and not (request.allow_partial and found.matched):
+        raise CommandError(explain_mismatch(request.source, weights, network, found))
+    return Opened(name, None, {}, tensors, found.complete)
+
+
+def model_name(source: Path, weights: Weights, given: str | None) -> str:
+    """The network that official weights are for. Raises CommandError where neither the option nor the file says it."""
+    if given in list_models():
+        return str(given)
+    if given is not None:
+        raise CommandError(f"--model {given}: no such network\nexpected one of: {', '.join(list_models())}")
+    name, fitting = likely_model(weights)
+    if fitting < 1:
+        raise CommandError(
+            f"{source}: cannot tell which network this is: {best_guess(name, fitting)}\n"
+            f"name it with --model, one of: {', '.join(list_models())}"
+        )
+    return name
+
+
+def fresh(name: str, classes: int, classifier: str) -> Segmenter:
+    """A network whose fresh weights are always the same; the caller's random numbers are not touched."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         return build_model(name, classes, classifier)
 
 
-# ---- telling files apart -----------------------------------------------------------------------------------------
-def _model_name(source: Path, weights: Weights, wished: str | None) -> str:
-    if wished in list_models():
-        return str(wished)
-    if wished is not None:
-        raise CommandError(f"--model {wished}: no such network\nexpected one of: {', '.join(list_models())}")
-    name, fitting = likely_model(weights)
-    if fitting < 1:
-        raise CommandError(
-            f"{source}: which network is it? {_best_guess(name, fitting)}\n"
-            f"say it with --model, one of: {', '.join(list_models())}"
-        )
-    return name
-
-
-def _misfit(source: Path, weights: Weights, network: Segmenter, report: Report) -> str:
-    """Why a file was refused, what it looks like, and the mend; three lines."""
+def explain_mismatch(source: Path, weights: Weights, network: Segmenter, found: Match) -> str:
+    """Why a file was refused, what it looks like, and the fix; three lines."""
     first = (
-        f"{source}: does not fit {network.name} with {network.classifier_name}: {len(report.missing)} missing, "
-        f"{len(report.unexpected)} unexpected, {len(report.misshapen)} of another shape"
+        f"{source}: does not fit {network.name} with {network.classifier_name}: {len(found.missing)} missing, "
+        f"{len(found.unexpected)} unexpected, {len(found.misshapen)} of another shape"
     )
     holds_ssa = SSA_KEY in weights.tensors
-    if report.backbone_share == 1 and holds_ssa != (network.classifier_name == "ssa"):
-        looks, other = (f"{SSA_KEY} is there", "ssa") if holds_ssa else (f"there is no {SSA_KEY}", "linear")
+    if found.backbone_share == 1 and holds_ssa != (network.classifier_name == "ssa"):
+        looks, other = (f"it has {SSA_KEY}", "ssa") if holds_ssa else (f"it has no {SSA_KEY}", "linear")
         return f"{first}\nit looks like {other}: {looks}\nuse --classifier {other}"
     name, fitting = likely_model(weights)
-    if name != network.name and fitting > report.backbone_share:
-        return f"{first}\n{_best_guess(name, fitting)}\nuse --model {name}"
-    example = next(iter([*report.misshapen, *report.missing, *report.unexpected]))
+    if name != network.name and fitting > found.backbone_share:
+        return f"{first}\n{best_guess(name, fitting)}\nuse --model {name}"
+    example = next(iter([*found.misshapen, *found.missing, *found.unexpected]))
     return f"{first}\nfirst: {example}\n--allow-partial converts what fits"
+
+
+# ---- other classes ---------------------------------------------------------------------------------------------------
+
+
+def relabel(request: Request, opened: Opened) -> tuple[Opened, bool]:
+    """The network with the classes of `--classes`, where given, and whether any of them was known before."""
+    if request.classes is None or opened.network is None:
+        return opened, True
+    requested = requested_classes(request.classes)
+    if not opened.metadata:
+        raise CommandError(
+            f"{request.source}: its classes have no names for --classes to keep\nname them with --dataset"
+        )
+    other = fresh(opened.name, len(requested["classes"]), opened.network.classifier_name)
+    metadata, known = follow_names(opened.network, opened.metadata, requested, other)
+    return opened._replace(network=other, metadata=metadata), known
+
+
+# ---- writing ---------------------------------------------------------------------------------------------------------
+
+
+def write_ours(request: Request, opened: Opened) -> int:
+    """A checkpoint of ours, or a backbone alone; see the module's docstring for what that file is."""
+    if opened.network is not None:
+        save_model(request.destination, opened.network, opened.metadata)
+        click.echo(f"wrote {request.destination}")
+        return 0
+    write_tensors(request.destination, opened.backbone, {"format": BACKBONE_FORMAT, "model": opened.name})
+    click.echo(f"wrote {request.destination}: weights to start from, for a recipe's model.pretrained")
+    return 0
+
+
+def write_official(request: Request, opened: Opened) -> int:
+    """One of our checkpoints under official names, as mmsegmentation 0.x reads them."""
+    network, metadata = whole(opened), opened.metadata
+    state, official = network.state_dict(), {}
+    for entry in official_entries(network):
+        official.update(entry.give(state))
+    for key, others in aliases(network, list(official)).items():
+        official.update(dict.fromkeys(others, official[key]))
+    meta = {"CLASSES": metadata["classes"], "PALETTE": metadata["palette"]}
+    buffer = BytesIO()
+    torch.save({"state_dict": official, "meta": meta}, buffer)
+    write_atomic(request.destination, buffer.getvalue())
+    click.echo(f"wrote {request.destination}: {len(official)} tensors of {network.name}, {network.classifier_name}")
+    lacking = left_out(network)
+    click.echo(f"left out, official keys that our models do not have: {len(lacking) or 'none'}")
+    for key, reason in lacking.items():
+        click.echo(f"  {key} ({reason})")
+    return 0
+
+
+def write_small(request: Request, opened: Opened) -> int:
+    """The deploy form of one of our checkpoints."""
+    return write_deploy(request.source, request.destination, whole(opened), opened.metadata)
+
+
+def write_graph(request: Request, opened: Opened) -> int:
+    """.onnx or .pt2."""
+    return write_export(request.source, request.destination, whole(opened), opened.metadata, Form(**request.form))
+
+
+def whole(opened: Opened) -> Segmenter:
+    """The network of a source that was opened as a checkpoint of ours."""
+    assert opened.network is not None
+    return opened.network
+
+
+EXPORTS = (".onnx", ".pt2")
+OFFICIAL_ONLY = ("--dataset", "--allow-partial")
+WRITERS = {
+    ".safetensors": Writer(write_ours, False, frozenset({"--dataset", "--classes", "--allow-partial"}), "leave it out"),
+    ".pth": Writer(write_official, True, frozenset(), "leave it out, or convert to .safetensors first"),
+    **dict.fromkeys(
+        EXPORTS,
+        Writer(
+            write_graph,
+            True,
+            frozenset({"--output", "--input", "--size", "--verify"}),
+            "leave it out, or convert to .safetensors first",
+        ),
+    ),
+}
+DEPLOY = Writer(write_small, True, frozenset(), "leave it out with --deploy; convert to .safetensors of ours first")

@@ -21,7 +21,7 @@ TOLERANCE = 0.02  # of logits, relative to the largest: float16 has 11 bits, and
 IMAGES = ((1, 64, 64), (2, 96, 160), (1, 131, 97), (2, 256, 256))  # batch, height, width [pixels]
 
 
-def run_lean(source: Path, destination: Path, network: Segmenter, metadata: Mapping[str, Any]) -> int:
+def write_deploy(source: Path, destination: Path, network: Segmenter, metadata: Mapping[str, Any]) -> int:
     """Writes the deploy form of `network`, once its logits on random images are those of the original; returns 0.
 
     Raises CommandError with exit code 3, having written nothing, where a weight is too large for float16, or the logits

@@ -95,7 +95,7 @@ class Difference(NamedTuple):
         return f"in {100 * self.share:.3f} % of labels (allowed {100 * DIFFERING:g} %), there by logits of {logits}"
 
 
-def run_export(source: Path, destination: Path, model: Segmenter, metadata: Mapping[str, Any], form: Form) -> int:
+def write_export(source: Path, destination: Path, model: Segmenter, metadata: Mapping[str, Any], form: Form) -> int:
     """Writes `model` as .onnx or .pt2, by `destination`'s suffix, and prints how far that is from PyTorch.
 
     `source`: the checkpoint that it is from, for messages. Returns 0. Raises CommandError, having written nothing: with

@@ -23,10 +23,10 @@ from torch import Tensor
 
 from ssaseg.cli.errors import CommandError
 from ssaseg.models.checkpoint import read_tensors
-from ssaseg.models.keys import NOT_USED, canonical
+from ssaseg.models.official import NOT_USED, canonical
 
 
-def _rows(tensor: Tensor | None) -> int:
+def count_rows(tensor: Tensor | None) -> int:
     """Length of the first dimension; 0 where there is none."""
     return tensor.shape[0] if tensor is not None and tensor.dim() else 0
 
@@ -188,7 +188,7 @@ def _tensors(state: Any) -> dict[str, Tensor]:
 
 
 def _official(path: Path, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """By the names of `ssaseg.models.keys`, each tensor once."""
+    """By the names of `ssaseg.models.official`, each tensor once."""
     if not any(key.startswith(("backbone.", "decode_head.")) for key in tensors):
         # An ImageNet checkpoint is a bare backbone.
         other = tuple(NOT_USED)

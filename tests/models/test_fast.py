@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 
 import ssaseg.models.build as networks
-from ssaseg.models import Distillation, Segmenter, build_model, fast
+from ssaseg.models import Segmenter, build_model, fast
 from ssaseg.models.classifiers.linear import LinearClassifier
 from ssaseg.models.fast import Accelerated, accelerate, has_compiler
 from ssaseg.models.layers import ConvNorm
@@ -133,8 +133,8 @@ def test_a_compiler_is_looked_for(monkeypatch: pytest.MonkeyPatch) -> None:
 @torch.no_grad()
 def test_compiled() -> None:
     """Two layers: a compiler takes its time with a whole network."""
-    head = LinearClassifier(8, 5, 0.1, Distillation())
-    model = Segmenter(ConvNorm(3, 8, 3, stride=8), nn.ReLU(), head, "two layers", "linear").eval()
+    head = LinearClassifier(8, 5)
+    model = Segmenter(ConvNorm(3, 8, 3, stride=8), nn.ReLU(), head).eval()
     quick = accelerate(model, torch.float32, compiled=True)
     assert isinstance(quick, Accelerated)
     assert not isinstance(quick.network, Segmenter)

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ssaseg.models import Segmenter, build_model, list_models
-from ssaseg.models.keys import official_keys
 from ssaseg.models.layers import DropPath
 from ssaseg.models.networks import afformer, cgrseg, efficientformer, segnext
+from ssaseg.models.official import official_keys
 
 FILES = {
     "afformer_b": "afformer_base",

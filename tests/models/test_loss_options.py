@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from ssaseg.cli.errors import CommandError
 from ssaseg.cli.training.build import build_network
-from ssaseg.models import CLASSIFIERS, Distillation, LossOptions, build_model, load_model, save_model
+from ssaseg.models import CLASSIFIERS, LossOptions, build_model, load_model, save_model
 from ssaseg.models.classifiers import distillation, losses
 from ssaseg.models.classifiers.base import Classifier
 from ssaseg.models.classifiers.losses import Weighing
@@ -28,10 +28,10 @@ OPTIONS = {
 }
 
 
-def build(name: str, options: LossOptions | None, **settings: Any) -> Classifier:
+def build(name: str, options: LossOptions | None, group: int = 4) -> Classifier:
     """A classifier of 12 channels in training mode, without dropout."""
     torch.manual_seed(0)
-    classifier = CLASSIFIERS[name](12, CLASSES, 0.0, Distillation(**settings), options)
+    classifier = CLASSIFIERS[name](12, CLASSES, 0.0, options, group)
     torch.nn.init.normal_(classifier.conv_seg.weight, 0.0, 0.5)
     return classifier
 
@@ -88,7 +88,7 @@ def plain_kept(large: Tensor, labels: Tensor, threshold: float, min_kept: int) -
 
 
 def weighing(options: LossOptions) -> Weighing:
-    classifier = CLASSIFIERS["linear"](12, CLASSES, 0.0, Distillation(), options)
+    classifier = CLASSIFIERS["linear"](12, CLASSES, 0.0, options)
     return classifier.weighing
 
 
@@ -207,7 +207,7 @@ def teacher_logits(classifier: Any, feature: Tensor, labels: Tensor) -> Tensor:
         feature,
         classifier.adapt(feature),
         labels,
-        classifier.settings.group,
+        classifier.group,
     ).logits
 
 
@@ -216,7 +216,7 @@ def test_a_step_cut_into_micro_batches_is_the_same(name: str) -> None:
     """Eight images at once or in two halves: losses and gradients to rounding, hard examples among them."""
     classifier = build(name, OPTIONS["all"], group=2)
     feature, labels = batch(images=8)
-    pairs = torch.stack([classifier.step_pairs(half) for half in labels.chunk(2)]).mean()
+    pairs = torch.stack([classifier.step_totals(half) for half in labels.chunk(2)]).mean()
     halves = [
         classifier.training_step(each, label, pairs).losses
         for each, label in zip(feature.chunk(2), labels.chunk(2), strict=True)

@@ -13,16 +13,20 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from ssaseg.models import CLASSIFIERS, LOSS_WEIGHTS, Distillation
+from ssaseg.models import CLASSIFIERS, LossOptions
 from ssaseg.models.classifiers import losses
 from ssaseg.models.classifiers.base import Classifier
 from ssaseg.models.classifiers.ssa import SSAClassifier
 
+LOSSES = SSAClassifier.LOSSES
 
-def build(name: str = "ssa", channels: int = 12, classes: int = 7, **settings: Any) -> Classifier:
+
+def build(
+    name: str = "ssa", channels: int = 12, classes: int = 7, group: int = 4, weights: dict[str, float] | None = None
+) -> Classifier:
     """A classifier in training mode, without dropout: what it computes is a function of its input."""
     torch.manual_seed(0)
-    classifier = CLASSIFIERS[name](channels, classes, 0.0, Distillation(**settings))
+    classifier = CLASSIFIERS[name](channels, classes, 0.0, LossOptions(weights=weights or {}), group)
     # Larger than its initialisation, so that softmaxes are not flat.
     torch.nn.init.normal_(classifier.conv_seg.weight, 0.0, 0.5)
     return classifier
@@ -195,13 +199,14 @@ def test_no_tensor_is_larger_than_one_image(monkeypatch: pytest.MonkeyPatch, nam
 def test_losses_run_on_fake_tensors(name: str) -> None:
     """Nothing reads a value: no `.item()`, no copy to the CPU, no shape that data decides. Fails for `.unique()`."""
     with FakeTensorMode():
-        classifier = CLASSIFIERS[name](12, 7, 0.1, Distillation())
+        classifier = CLASSIFIERS[name](12, 7)
         feature = torch.randn(4, 12, 16, 16, requires_grad=True)
         labels = torch.randint(0, 7, (4, 128, 128))
-        step = classifier.training_step(feature, labels, classifier.step_pairs(labels))
+        totals = classifier.step_totals(labels) if classifier.needs_totals else None
+        step = classifier.training_step(feature, labels, totals)
         sum(step.losses.values()).backward()
         assert feature.grad is not None
-        assert set(step.losses) == (set(LOSS_WEIGHTS) if name == "ssa" else {"main_ce"})
+        assert set(step.losses) == (set(LOSSES) if name == "ssa" else {"main_ce"})
         with pytest.raises(Exception, match=r"[Dd]ata.?dependent|DynamicOutputShape|unique"):
             labels.unique()
 
@@ -250,7 +255,7 @@ def test_losses_do_not_depend_on_how_a_step_is_cut(group: int, images: int) -> N
     whole = classifier.training_step(feature, labels).losses
     parts = list(zip(feature.split(images), labels.split(images), strict=True))
     # What the loop does: the pairs of the whole step as their mean over micro-batches.
-    pairs = torch.stack([classifier.step_pairs(part) for _, part in parts]).mean()
+    pairs = torch.stack([classifier.step_totals(part) for _, part in parts]).mean()
     steps = [classifier.training_step(part, label, pairs).losses for part, label in parts]
     tensors = [feature, *classifier.parameters()]
     for term, expected in whole.items():
@@ -271,16 +276,16 @@ def test_groups_matter() -> None:
     assert abs(two["teacher_ce"] / four["teacher_ce"] - 1) > 1e-4
 
 
-@pytest.mark.parametrize("term", LOSS_WEIGHTS)
+@pytest.mark.parametrize("term", LOSSES)
 def test_a_weight_of_zero_switches_a_term_off(term: str) -> None:
     feature, labels = batch()
     everything = build().training_step(feature, labels).losses
-    without = build(weights={**LOSS_WEIGHTS, term: 0.0}).training_step(feature, labels).losses
-    assert list(everything) == list(LOSS_WEIGHTS)
+    without = build(weights={term: 0.0}).training_step(feature, labels).losses
+    assert list(everything) == list(LOSSES)
     assert set(everything) - set(without) == {term}
     rest = sum(everything.values()) - everything[term]
     assert torch.allclose(sum(without.values()), rest, rtol=1e-6)
-    double = build(weights={**LOSS_WEIGHTS, term: 2 * LOSS_WEIGHTS[term]}).training_step(feature, labels).losses
+    double = build(weights={term: 2 * LOSSES[term].weight}).training_step(feature, labels).losses
     assert torch.allclose(double[term], 2 * everything[term])
 
 

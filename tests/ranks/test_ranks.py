@@ -307,7 +307,7 @@ def test_two_ranks_have_the_losses_and_gradients_of_one(monkeypatch: pytest.Monk
     fixed = [*KEYS, "optim.freeze=[norm]", "model.dropout=0", "model.drop_path=0", "train.workers=0"]
     kinds = [[*fixed, f"model.classifier={kind}"] for kind in ("ssa", "linear")]
     # Parameters without a gradient: the teacher's, where nothing is learnt from it.
-    kinds.append([*kinds[0], *(f"distill.weights.{term}=0" for term in TEACHER)])
+    kinds.append([*kinds[0], *(f"loss.weights.{term}=0" for term in TEACHER)])
     assert_equal_to_one_rank(monkeypatch, tmp_path, "cpu", kinds, 1e-5)
 
 

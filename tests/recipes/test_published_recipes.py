@@ -26,9 +26,14 @@ from ssaseg.cli.training.optimiser import param_groups
 from ssaseg.datasets.labels import label_space
 from ssaseg.datasets.published import LAYOUTS
 from ssaseg.models import Segmenter, build_model
-from ssaseg.models.keys import family, official_keys
 from ssaseg.models.layers import DropPath
+from ssaseg.models.official import official_keys
 from ssaseg.recipes import Recipe, list_recipes, load_recipe, recipe_file
+
+
+def family_name(network: str) -> str:
+    return network.rpartition("_")[0]
+
 
 OFFICIAL = json.loads((TESTS / "fixtures" / "official_recipes.json").read_text())
 GOLDEN = {
@@ -152,7 +157,7 @@ def told(name: str) -> dict[str, Any]:
     assert channels == model.classifier.channels
     values = {
         "backbone": backbone,
-        "head": HEADS[family(network)] + ("_ssa" if recipe.model.classifier == "ssa" else ""),
+        "head": HEADS[family_name(network)] + ("_ssa" if recipe.model.classifier == "ssa" else ""),
         "channels": model.classifier.channels,
         "norm": {"type": "GN", "num_groups": max(groups)} if not batch_norms else {"type": "SyncBN"},
         "drop_path": round(max(layer.rate for layer in model.modules() if isinstance(layer, DropPath)), 9),
@@ -212,7 +217,7 @@ def test_every_official_configuration_has_its_recipe() -> None:
 def test_recipe_has_the_official_values(name: str) -> None:
     there = told(name)
     assert there == wanted(name)
-    assert len(there) == COMPARED[family(name.split("-")[1])]
+    assert len(there) == COMPARED[family_name(name.split("-")[1])]
 
 
 def test_how_many_values_were_compared() -> None:
@@ -274,7 +279,7 @@ def test_every_parameter_has_the_official_rate_and_decay(name: str) -> None:
     custom = values_of(CONFIGS[name])["custom"] or {}
     official = official_keys(model)
     rules = dict(reversed(recipe.optim.rules.items()))  # the order in which they are written does not matter
-    groups = param_groups(model, recipe.optim.lr, recipe.optim.weight_decay, rules)
+    groups = param_groups(model, recipe.optim.model_copy(update={"rules": rules}))
     got = {
         official[ours]: (group["lr"] / recipe.optim.lr, group["weight_decay"] / recipe.optim.weight_decay)
         for group in groups
@@ -286,7 +291,9 @@ def test_every_parameter_has_the_official_rate_and_decay(name: str) -> None:
         rows = (TESTS / "golden" / f"{GOLDEN[recipe.model.name]}_keys.txt").read_text().splitlines()
         names = {key for which, key, *_ in map(str.split, rows) if which in ("both", recipe.model.classifier)}
         assert set(got) <= names
-    consequences(family(recipe.model.name), {key: (round(rate), round(decay)) for key, (rate, decay) in got.items()})
+    consequences(
+        recipe.model.name.partition("_")[0], {key: (round(rate), round(decay)) for key, (rate, decay) in got.items()}
+    )
 
 
 def consequences(kind: str, got: dict[str, tuple[int, int]]) -> None:

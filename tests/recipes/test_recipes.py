@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from pydantic import BaseModel
 
+from ssaseg.models import facts
 from ssaseg.recipes import (
     Recipe,
     RecipeError,
@@ -40,7 +41,7 @@ def write(folder: Path, name: str, text: str) -> str:
 
 def refusal(name_or_path: str, *overrides: str) -> str:
     with pytest.raises(RecipeError) as caught:
-        load_recipe(name_or_path, overrides)
+        load_recipe(name_or_path, overrides, facts)
     message = str(caught.value)
     assert 1 <= len(message.splitlines()) <= 3, message
     return message
@@ -109,9 +110,9 @@ def test_an_override_is_read_as_a_person_means_it(word: str, value: object) -> N
 
 
 def test_overrides_create_sections_and_the_last_one_wins() -> None:
-    words = ["distill.weights.spatial=0", "optim.rules.head.lr=5", "train.seed=1", "train.seed=2"]
+    words = ["loss.weights.spatial=0", "optim.rules.head.lr=5", "train.seed=1", "train.seed=2"]
     recipe = load_recipe("camvid-seaformer_b-ssa", words)
-    assert (recipe.distill.weights.spatial, recipe.distill.weights.semantic) == (0, 10)
+    assert recipe.loss.weights == {"spatial": 0}
     assert (recipe.optim.rules["head"].lr, recipe.optim.rules["norm"].decay, recipe.train.seed) == (5, 0, 2)
 
 

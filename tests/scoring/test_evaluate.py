@@ -101,7 +101,7 @@ def test_coarse_labels_come_from_before_the_adaptation(model: Segmenter) -> None
     with torch.no_grad():
         rgb = torch.from_numpy(image[..., ::-1].copy()).float()
         pixels = ((rgb - torch.tensor(MEAN)) / torch.tensor(STD)).permute(2, 0, 1)[None]
-        coarse = model.classifier.coarse(model.decoder(model.backbone(pixels)))
+        coarse = model.classifier.conv_seg(model.decoder(model.backbone(pixels)))
     expected = F.interpolate(coarse, image.shape[:2], mode="bilinear", align_corners=False).argmax(dim=1)[0]
     np.testing.assert_array_equal(result.coarse, expected)
     assert (result.coarse != result.labels).any()
@@ -202,7 +202,7 @@ def write_checkpoint(path: Path, **changes: Any) -> Path:
     with torch.no_grad():  # otherwise all pixels are one class
         model.classifier.conv_seg.weight.normal_()
         noise = model.eval().feature(torch.randn(1, 3, 64, 96))
-        model.classifier.conv_seg.bias.copy_(-model.classifier.coarse(noise).mean(dim=(0, 2, 3)))
+        model.classifier.conv_seg.bias.copy_(-model.classifier.conv_seg(noise).mean(dim=(0, 2, 3)))
     save_model(path, model, metadata)
     return path
 

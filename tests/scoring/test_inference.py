@@ -8,6 +8,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from parts import Unchanged
 from PIL import Image
 from places import FIXTURES
 from torch import nn
@@ -19,7 +20,6 @@ from ssaseg.cli.scoring.inference import Inference, parts, predict_labels, slide
 from ssaseg.datasets import DataError
 from ssaseg.datasets.transforms import scaled_inputs
 from ssaseg.models import Segmenter, build_model, load_model, save_model
-from ssaseg.models.classifiers.base import Distillation
 from ssaseg.models.classifiers.linear import LinearClassifier
 from ssaseg.recipes import RecipeError, parse_protocol
 
@@ -34,14 +34,14 @@ CPU = torch.device("cpu")
 def stored_network() -> Segmenter:
     """The network of the fixture: one convolution and the classifier's."""
     backbone = nn.Conv2d(3, 6, 5, stride=4, padding=2)
-    classifier = LinearClassifier(6, 5, 0.0, Distillation())
+    classifier = LinearClassifier(6, 5, 0.0)
     weights = {
         "backbone.weight": "weight",
         "backbone.bias": "bias",
         "classifier.conv_seg.weight": "head_weight",
         "classifier.conv_seg.bias": "head_bias",
     }
-    network = Segmenter(backbone, nn.Identity(), classifier, "stub", "linear")
+    network = Segmenter(backbone, Unchanged(6, stride=4), classifier)
     network.load_state_dict({key: torch.from_numpy(STORED[name]) for key, name in weights.items()})
     return network.eval()
 
@@ -105,7 +105,7 @@ def test_windows_of_a_real_network_are_averaged(model: Segmenter) -> None:
                 count[top : top + 48, left : left + 48] += 1
         result = slide(model, pixels, (48, 48), (32, 40), coarse=True)
     torch.testing.assert_close(result.final, total / count, rtol=0, atol=1e-6)
-    assert (result.coarse is not None) == model.classifier.adapts
+    assert (result.coarse is not None) == model.classifier.has_coarse
     if result.coarse is not None:
         assert result.coarse.shape == (1, 5, 70, 90)
         assert (result.coarse != result.final).any()
@@ -130,7 +130,7 @@ def test_mirrored_views_make_mirrored_labels(model: Segmenter) -> None:
     np.testing.assert_array_equal(mirrored.labels, upright.labels[:, ::-1])
     plain = predict_labels(model, image, {"scale": None, "multiple": None}, MEAN, STD, CPU)
     assert (plain.labels != upright.labels).any()
-    assert (upright.coarse is None) == (not model.classifier.adapts)
+    assert (upright.coarse is None) == (not model.classifier.has_coarse)
     if upright.coarse is not None:
         np.testing.assert_array_equal(mirrored.coarse, upright.coarse[:, ::-1])
 

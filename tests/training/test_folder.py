@@ -182,7 +182,7 @@ def test_harmless_changes_are_told_in_one_line(tmp_path: Path, capsys: pytest.Ca
 @pytest.mark.parametrize(
     "word",
     ["train.steps=5", "train.batch=4", "train.seed=1", "train.amp=bf16", "optim.ema=0.9", "optim.freeze=[norm]",
-     "loss.label_smoothing=0.1", "distill.weights.spatial=0", "data.synthetic.train=500", "test.flip=true"],
+     "loss.label_smoothing=0.1", "loss.weights={spatial: 0}", "data.synthetic.train=500", "test.flip=true"],
 )  # fmt: skip
 def test_other_changes_are_refused(tmp_path: Path, word: str) -> None:
     with pytest.raises(CommandError) as caught:

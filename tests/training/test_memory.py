@@ -9,12 +9,13 @@ from typing import Any
 import pytest
 import torch
 from click.testing import CliRunner
+from parts import Unchanged
 
 from ssaseg.cli.errors import CommandError
 from ssaseg.cli.main import cli
 from ssaseg.cli.ranks.ranks import Ranks
 from ssaseg.cli.training.memory import explain, fit_micro_batch, fits, parts
-from ssaseg.models import CLASSIFIERS, Distillation, Segmenter
+from ssaseg.models import CLASSIFIERS, Segmenter
 from ssaseg.recipes import load_recipe
 
 CROP = ["augment.crop=[64,64]", "train.batch=12", "distill.group=2", "train.micro_batch=auto"]
@@ -26,19 +27,19 @@ class Small(Segmenter):
 
     room = 0
 
-    def forward(self, images: torch.Tensor, labels: Any = None, pairs: Any = None) -> Any:
+    def forward(self, images: torch.Tensor, labels: Any = None, totals: Any = None) -> Any:
         tried.append(len(images))
         if len(images) > self.room:
-            self.classifier.step_pairs(labels)
+            self.classifier.step_totals(labels)
             raise torch.OutOfMemoryError("no room")
-        return super().forward(images, labels, pairs)
+        return super().forward(images, labels, totals)
 
 
 def make_job(room: int, *words: str, classifier: str = "ssa") -> Any:
     recipe = load_recipe("demo", [*CROP, f"model.classifier={classifier}", *words])
-    head = CLASSIFIERS[classifier](8, 5, 0.1, Distillation(recipe.distill.group))
+    head = CLASSIFIERS[classifier](8, 5, 0.1, group=recipe.distill.group)
     backbone = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 8, stride=8), torch.nn.BatchNorm2d(8))
-    model = Small(backbone, torch.nn.Identity(), head, "small", classifier)
+    model = Small(backbone, Unchanged(8), head, name="small", classifier_name=classifier)
     model.room = room
     device = torch.device("cpu")
     tried.clear()
@@ -112,7 +113,7 @@ def test_a_trial_leaves_no_trace() -> None:
 
 def test_other_errors_are_not_taken_for_a_lack_of_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     job = make_job(100)
-    monkeypatch.setattr(job.model.classifier, "step_pairs", lambda _: 1 / 0)
+    monkeypatch.setattr(job.model.classifier, "step_totals", lambda _: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         fits(job, 2)
 
@@ -151,11 +152,11 @@ def test_a_run_that_finds_its_micro_batch_and_one_that_is_told(
     """Memory that all of a step fits into for two steps, and then half of it: as where others use the GPU, too."""
     real, calls = Segmenter.forward, []
 
-    def forward(self: Segmenter, images: torch.Tensor, labels: Any = None, pairs: Any = None) -> Any:
+    def forward(self: Segmenter, images: torch.Tensor, labels: Any = None, totals: Any = None) -> Any:
         calls.append(len(images))
         if labels is not None and len(images) > 4 and len(calls) > 2:
             raise torch.OutOfMemoryError("no room")
-        return real(self, images, labels, pairs)
+        return real(self, images, labels, totals)
 
     monkeypatch.setattr(Segmenter, "forward", forward)
     monkeypatch.setattr("ssaseg.cli.training.loop.after_evaluation", lambda *_: None)

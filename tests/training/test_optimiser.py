@@ -14,7 +14,7 @@ from places import TESTS
 
 from ssaseg.cli.training.optimiser import learning_rate, param_groups
 from ssaseg.models import build_model
-from ssaseg.models.keys import aliases, left_out, official_keys
+from ssaseg.models.official import aliases, left_out, official_keys
 from ssaseg.recipes import Recipe, load_recipe
 
 TRACES = json.loads((TESTS / "fixtures" / "mmcv_lr.json").read_text())
@@ -61,7 +61,7 @@ def test_every_parameters_rate_is_mmcvs_at_every_step(family: str) -> None:
     official, theirs = official_keys(model), group_of_each(family)
     wanted = TRACES["families"][family]["groups"]
     compared: set[str] = set()
-    for group in param_groups(model, optim.lr, optim.weight_decay, optim.rules):
+    for group in param_groups(model, optim):
         (index,) = {theirs[official[name]] for name in group["names"]}  # mmcv does not part what is one group here
         compared |= {official[name] for name in group["names"]}
         assert group["weight_decay"] == wanted[index]["weight_decay"]
@@ -76,7 +76,9 @@ def test_every_parameters_rate_is_mmcvs_at_every_step(family: str) -> None:
             assert found[::50] == pytest.approx(trace["every_50th"], rel=1e-12)
             if told.power == 1:  # no other power is rounded the same everywhere
                 assert hashlib.sha256(struct.pack(f"<{STEPS}d", *found)).hexdigest() == trace["sha256"]
-    again = {alias for several in aliases(compared).values() for alias in several}  # the same tensor by other names
+    again = {
+        alias for several in aliases(model, compared).values() for alias in several
+    }  # the same tensor by other names
     absent = {name for name in theirs if any(fnmatchcase(name, pattern) for pattern in left_out(model))}
     assert theirs.keys() - again - absent == compared
     assert len(wanted) == (1 if family == "afformer_base" else 3)

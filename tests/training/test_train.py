@@ -20,8 +20,8 @@ from tiny import TINY
 from ssaseg.cli.main import cli
 from ssaseg.cli.training import loop as train
 from ssaseg.cli.training.optimiser import learning_rate, param_groups
-from ssaseg.cli.training.step import count_pairs
-from ssaseg.models import LOSS_WEIGHTS, build_model
+from ssaseg.cli.training.step import step_totals
+from ssaseg.models import CLASSIFIERS, build_model
 from ssaseg.models.checkpoint import read_checkpoint
 from ssaseg.recipes import load_recipe
 
@@ -291,7 +291,7 @@ def test_only_a_dice_makes_a_step_look_at_its_labels_first(make_job: Callable[..
         job = make_job(tmp_path / kind, f"model.classifier={kind}", "train.batch=4", "train.micro_batch=2")
         batches = [next(job.batches) for _ in range(job.micro_batches)]
         assert len(batches) == 2
-        assert (count_pairs(job, batches) is not None) == asked
+        assert (step_totals(job, batches) is not None) == asked
 
 
 def test_linear_classifier_and_bf16_train(tmp_path: Path) -> None:
@@ -308,7 +308,9 @@ def test_linear_classifier_and_bf16_train(tmp_path: Path) -> None:
         ("model.classifier=best", "linear"),
         ("train.amp=fp16", "bf16"),
         ("train.seed=4294967296", "train.seed"),
-        (f"distill.weights={{{', '.join(f'{name}: 0' for name in LOSS_WEIGHTS)}}}", "distill.weights.main_ce"),
+        (f"loss.weights={{{', '.join(f'{name}: 0' for name in CLASSIFIERS['ssa'].LOSSES)}}}", "loss.weights.main_ce"),
+        ("loss.weights.respones=0", "did you mean loss.weights.response?"),
+        ("model.options.memory=3", "no key below it for seaformer_t with ssa"),
     ],
 )
 def test_what_a_recipe_may_not_say(tmp_path: Path, override: str, word: str) -> None:
@@ -345,8 +347,8 @@ def test_learning_rate_is_mmcvs() -> None:
 
 def test_parameter_groups_match_official_names() -> None:
     model = build_model("seaformer_b", 150)
-    rules = load_recipe("camvid-seaformer_b-ssa").optim.rules
-    groups = param_groups(model, 1e-4, 0.01, rules)
+    optim = load_recipe("camvid-seaformer_b-ssa", ["optim.lr=1e-4", "optim.weight_decay=0.01"]).optim
+    groups = param_groups(model, optim)
     where = {name: (group["lr"], group["weight_decay"]) for group in groups for name in group["names"]}
     assert len(where) == len(list(model.parameters()))
     # Everything behind the backbone learns ten times as fast and keeps its decay, its norms too.

@@ -16,8 +16,8 @@ from ssaseg.cli.errors import CommandError
 from ssaseg.cli.main import cli
 from ssaseg.cli.weights.pretrained import load_pretrained
 from ssaseg.datasets.labels import label_space
-from ssaseg.models import CheckpointError, Segmenter, build_model, load_model, save_model
-from ssaseg.models.keys import LEFT_OUT, official_keys
+from ssaseg.models import CLASSIFIERS, CheckpointError, Segmenter, build_model, load_model, save_model
+from ssaseg.models.official import official_keys
 
 
 def network(classes: int = 11, classifier: str = "ssa", name: str = "seaformer_t", seed: int = 1) -> Segmenter:
@@ -261,7 +261,7 @@ def test_round_trip_is_bit_equal(tmp_path: Path, classifier: str) -> None:
     save_model(tmp_path / "ours.safetensors", model, metadata)
     out = convert(tmp_path / "ours.safetensors", tmp_path / "official.pth")
     assert out.exit_code == 0, out.output
-    assert all(key in out.output for key in LEFT_OUT[classifier])
+    assert all(f"decode_head.{key}" in out.output for key in CLASSIFIERS[classifier].LEFT_OUT)
     content = torch.load(tmp_path / "official.pth", weights_only=True)
     assert content["meta"] == {"CLASSES": metadata["classes"], "PALETTE": metadata["palette"]}
     expected = official_state(model)

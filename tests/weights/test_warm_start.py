@@ -7,11 +7,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from ssaseg.cli.weights.classes import CLASS_ROWS
 from ssaseg.cli.weights.pretrained import load_pretrained
 from ssaseg.datasets.labels import label_space
 from ssaseg.models import Segmenter, build_model, save_model
-from ssaseg.models.keys import official_keys
+from ssaseg.models.official import official_keys
 
 ROAD = ("sky", "road", "car", "tree")
 
@@ -34,7 +33,7 @@ def checkpoint(folder: Path, model: Segmenter, names: Sequence[str] | None, offi
 
 
 def rows_of(model: Segmenter) -> dict[str, Tensor]:
-    return {key: value.clone() for key, value in model.state_dict().items() if key in CLASS_ROWS}
+    return {key: value.clone() for key, value in model.state_dict().items() if key in model.class_rows()}
 
 
 def assert_rows(model: Segmenter, source: Segmenter, before: dict[str, Tensor], rows: Sequence[int | None]) -> None:
@@ -42,7 +41,7 @@ def assert_rows(model: Segmenter, source: Segmenter, before: dict[str, Tensor], 
     assert len(before) == (3 if model.classifier_name == "ssa" else 2)
     state = source.state_dict()
     for key, value in model.state_dict().items():
-        if key not in CLASS_ROWS:
+        if key not in model.class_rows():
             assert torch.equal(value, state[key]), key
             continue
         for k, row in enumerate(rows):

@@ -1,0 +1,135 @@
+"""What a recipe may say about its classifier: checked against facts that the caller has, as recipes know no classifier.
+
+The facts are those of `ssaseg.models.facts`: losses by name, options by name, and whether images form groups.
+"""
+
+import difflib
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
+
+from ssaseg.recipes.messages import dotted, place_of
+from ssaseg.recipes.reading import Keys, RecipeError, short
+from ssaseg.recipes.schema import Recipe
+
+
+class Loss(Protocol):
+    """A loss of a network with its classifier."""
+
+    @property
+    def weight(self) -> float:
+        """The default."""
+
+
+class Option(Protocol):
+    """An option of a classifier; the type of its default is its own."""
+
+    @property
+    def default(self) -> Any:
+        """Its value where nothing is written."""
+
+    @property
+    def meaning(self) -> str:
+        """In a few words."""
+
+    @property
+    def least(self) -> float | None:
+        """Of a number; None: none."""
+
+    @property
+    def most(self) -> float | None:
+        """Of a number; None: none."""
+
+    @property
+    def choices(self) -> tuple[Any, ...]:
+        """Of a word; empty: any."""
+
+
+class Facts(Protocol):
+    """What is known of a network with its classifier."""
+
+    @property
+    def losses(self) -> Mapping[str, Loss]:
+        """All of them, by name."""
+
+    @property
+    def options(self) -> Mapping[str, Option]:
+        """Those of the classifier, by name."""
+
+    @property
+    def uses_groups(self) -> bool:
+        """Whether images form groups of `distill.group`, which a micro-batch may not cut."""
+
+
+Known = Callable[[str, str], Facts]  # of a network's and a classifier's name; raises ValueError for unknown ones
+
+
+def check_classifier(recipe: Recipe, known: Known | None, source: str, places: Mapping[Keys, str]) -> None:
+    """Raises RecipeError for losses and options that the classifier lacks, and a batch cut into other than whole parts.
+
+    known: the facts; with None only what needs none is checked. source and places: as `explain`.
+    """
+
+    def wrong(keys: Keys, got: object, expected: str, fix: str) -> RecipeError:
+        what = f"{dotted(keys)}: expected {expected}, got {short(got)}"
+        return RecipeError(f"{place_of(keys, places, source)}: {what}\n{fix}")
+
+    facts = None
+    # Asked for only where a key depends on them: finding them may take as long as importing PyTorch.
+    if known is not None and (recipe.loss.weights or recipe.model.options or isinstance(recipe.train.micro_batch, int)):
+        try:
+            facts = known(recipe.model.name, recipe.model.classifier)
+        except ValueError as error:
+            raise RecipeError(f"recipe {recipe.name}, model: {error}") from None
+        _check_names(recipe, facts, wrong)
+    _check_parts(recipe, facts is not None and facts.uses_groups, wrong)
+
+
+def _check_names(recipe: Recipe, facts: Facts, wrong: Callable[..., RecipeError]) -> None:
+    classifier = f"{recipe.model.name} with {recipe.model.classifier}"
+    for keys, given, names in (
+        (("loss", "weights"), recipe.loss.weights, facts.losses),
+        (("model", "options"), recipe.model.options, facts.options),
+    ):
+        unknown = next((name for name in given if name not in names), None)
+        if unknown is not None:
+            near = difflib.get_close_matches(unknown, list(names), n=1)
+            fix = f"did you mean {dotted((*keys, near[0]))}?" if near else "remove the key"
+            listed = ", ".join(names) or "no key"
+            raise wrong((*keys, unknown), given[unknown], f"{listed} below it for {classifier}", fix)
+    if not any(recipe.loss.weights.get(name, loss.weight) for name, loss in facts.losses.items()):
+        raise wrong(("loss", "weights", next(iter(facts.losses))), 0, "a loss with a weight above 0", "set it to 1")
+    for name, value in recipe.model.options.items():
+        option = facts.options[name]
+        if expected := _expected(value, option):
+            raise wrong(("model", "options", name), value, expected, f"{name}: {option.meaning}")
+
+
+def _expected(value: object, option: Option) -> str:
+    """What the option's value should have been; "" where it is right."""
+    kind = type(option.default)
+    right = isinstance(value, int | float if kind is float else kind) and isinstance(value, bool) == (kind is bool)
+    if not right:
+        return {bool: "true or false", int: "a whole number", float: "a number"}.get(kind, "text")
+    if option.choices and value not in option.choices:
+        return f"one of {', '.join(map(str, option.choices))}"
+    if isinstance(value, int | float) and option.least is not None and value < option.least:
+        return f"{option.least:g} or more"
+    if isinstance(value, int | float) and option.most is not None and value > option.most:
+        return f"{option.most:g} or less"
+    return ""
+
+
+def _check_parts(recipe: Recipe, grouped: bool, wrong: Callable[..., RecipeError]) -> None:
+    """A class mean over half a group would make the loss depend on how the step was cut."""
+    batch, micro, group = recipe.train.batch, recipe.train.micro_batch, recipe.distill.group
+    if not isinstance(micro, int) or micro == batch:
+        return
+    step = group if grouped else 1
+    fits = [str(part) for part in range(step, batch, step) if batch % part == 0]
+    fix = f"with this batch{' and group' * grouped}: {', '.join([*fits, 'null'])}"
+    if not fits:
+        fix = "use train.micro_batch=null" + (f", or distill.group={micro}" if batch % micro == 0 else "")
+    if batch % micro:
+        raise wrong(("train", "micro_batch"), micro, f"a divisor of train.batch, {batch}", fix)
+    if grouped and micro % group:
+        raise wrong(("train", "micro_batch"), micro, f"a multiple of distill.group, {group}", fix)
