@@ -42,7 +42,7 @@ class CommandGroup(click.Group):
                 raise
             # What goes wrong before the ranks of a machine have met goes wrong in each: the first of them tells it.
             with muted(os.environ.get("LOCAL_RANK", "0") != "0"):
-                code = report(error)
+                code = print_error(error)
         ranks = sys.modules.get("ssaseg.cli.ranks.ranks")  # imported by what needs it alone: it imports torch
         if ranks is not None and ranks.met:
             ranks.leave(code or 0)
@@ -59,7 +59,7 @@ def muted(quiet: bool) -> Iterator[None]:
         yield
 
 
-def report(error: Exception) -> int:
+def print_error(error: Exception) -> int:
     """Print an error that the user can mend and return the exit code; any other is a bug and goes on as it is."""
     if isinstance(error, click.Abort):  # click's name for Ctrl-C
         click.echo("stopped", err=True)

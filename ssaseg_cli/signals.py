@@ -35,7 +35,7 @@ def ended_by_sigterm() -> Iterator[None]:
     try:
         yield
     finally:
-        if signal.getsignal(signal.SIGTERM) is end:  # else nobody is to heed it any more: `StopSignal.settle`
+        if signal.getsignal(signal.SIGTERM) is end:  # else nobody is to heed it any more: `StopSignal.ignore_signals`
             signal.signal(signal.SIGTERM, before)
 
 
@@ -70,7 +70,7 @@ class StopSignal:
         for each, handler in self.before.items():
             signal.signal(each, handler)
 
-    def settle(self) -> None:
+    def ignore_signals(self) -> None:
         """For a process that is about to end: signals are not heeded any more, also beyond the context. They would only
         break off its leaving, in the middle of some destructor, with a traceback.
         """

@@ -113,7 +113,7 @@ def test_signals_are_not_heeded_once_all_is_saved() -> None:
             with pytest.raises(KeyboardInterrupt):
                 signal.raise_signal(signal.SIGINT)
             signal.raise_signal(signal.SIGINT)  # a third one
-            stop.settle()
+            stop.ignore_signals()
         assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
         assert stop.exit_code == 130
     finally:
