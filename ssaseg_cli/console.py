@@ -1,4 +1,4 @@
-"""What the commands share: errors for the user, the device, tables, and `--json`."""
+"""Output that several commands have in common: tables, `--json` and progress bars."""
 
 import json
 import os
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def make_console() -> "Console":
-    """A rich console; into a file or pipe it writes plain lines, wide enough not to break a table's rows."""
+    """A rich console. To a file or a pipe it writes plain lines, 160 characters wide, so that table rows stay whole."""
     from rich.console import Console
 
     console = Console(highlight=False, soft_wrap=True)
@@ -24,7 +24,7 @@ def make_console() -> "Console":
 
 
 def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]], title: str | None = None) -> None:
-    """Print a table on stdout: the first column reads as names, the others as numbers."""
+    """Print a table on stdout: the first column holds names (left-aligned), the others numbers (right-aligned)."""
     from rich import box
     from rich.table import Table
     from rich.text import Text
@@ -33,18 +33,18 @@ def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]], title: st
     for index, column in enumerate(columns):
         table.add_column(column, justify="left" if index == 0 else "right")
     for row in rows:
-        table.add_row(*(Text(cell) for cell in row))  # as Text: "[void]" in a class name is no markup
+        table.add_row(*(Text(cell) for cell in row))  # as Text, so that "[void]" in a class name is not read as markup
     make_console().print(table)
 
 
 def json_target(json_out: str | None) -> str | None:
-    """`--json` as given, once it is sure, before any work is done, that it can be written; `/dev/stdout` becomes "-".
+    """The value of `--json`, checked before any work is done; `/dev/stdout` becomes "-".
 
     Raises CommandError for an empty name, a folder, and a file whose folder is missing or cannot be written.
     """
     if json_out in (None, "-", "/dev/stdout"):
         return json_out and "-"
-    path = Path(str(json_out)).resolve()  # a link's folder is the one that is written
+    path = Path(str(json_out)).resolve()  # of a link, the folder of its target is written to
     if not json_out:
         wrong = "is empty"
     elif path.is_dir():
@@ -56,12 +56,12 @@ def json_target(json_out: str | None) -> str | None:
     else:
         wrong = "" if os.access(path.parent, os.W_OK | os.X_OK) else f"{json_out}: its folder cannot be written"
     if wrong:
-        raise CommandError(f"--json {wrong}\ngive a file in a folder that can be written, or - for stdout")
+        raise CommandError(f"--json {wrong}\ngive a file in a writable folder, or - for stdout")
     return json_out
 
 
 def write_json(json_out: str | None, report: Mapping[str, Any]) -> None:
-    """`--json`: nowhere, to stdout ("-"), or to a file."""
+    """Writes the report of `--json` to a file, to stdout ("-"), or nowhere (None)."""
     from ssaseg.models.checkpoint import write_atomic
 
     text = json.dumps(report, indent=1, allow_nan=False) + "\n"
@@ -73,20 +73,23 @@ def write_json(json_out: str | None, report: Mapping[str, Any]) -> None:
 
 @contextmanager
 def progress_bar(total: int, verb: str) -> Iterator[Callable[[int], object]]:
-    """Yields a function that takes the number of images just done: a bar on a terminal, else a line in ten seconds."""
+    """Yields a function to call with the number of images just done.
+
+    It updates a bar on a terminal; elsewhere it prints a line, at most every ten seconds.
+    """
     if sys.stderr.isatty():
         from tqdm import tqdm
 
         with tqdm(total=total, desc=verb, unit="img", file=sys.stderr) as bar:
             yield bar.update
         return
-    finished, told = 0, time.perf_counter()
+    finished, printed = 0, time.perf_counter()
 
     def advance(done: int) -> None:
-        nonlocal finished, told
+        nonlocal finished, printed
         finished += done
-        if time.perf_counter() - told >= 10:
-            told = time.perf_counter()
+        if time.perf_counter() - printed >= 10:
+            printed = time.perf_counter()
             print(f"{verb} {finished}/{total} images", file=sys.stderr, flush=True)
 
     yield advance

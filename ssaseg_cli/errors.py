@@ -1,4 +1,4 @@
-"""How a command ends: what it returns or raises becomes an exit code, and an error at most three lines."""
+"""How a command ends: what it returns or raises becomes an exit code. An error is printed in at most three lines."""
 
 import contextlib
 import errno
@@ -13,11 +13,11 @@ from ssaseg.cli.signals import ended_by_sigterm
 
 
 class CommandError(Exception):
-    """Something the user can mend; the command prints the message (at most three lines) and exits.
+    """An error that the user can fix. The command prints the message (at most three lines) and exits.
 
     Args:
-        message: what was got, what was expected, the mend.
-        exit_code: 2 the user's or the input's fault, 3 a numerical failure.
+        message: what was got, what was expected, the fix.
+        exit_code: 2: the call or the input is wrong; 3: a numerical failure.
     """
 
     def __init__(self, message: str, exit_code: int = 2) -> None:
@@ -25,12 +25,12 @@ class CommandError(Exception):
         self.exit_code = exit_code
 
 
-# Told by name: importing them would import torch and pydantic, also where nothing went wrong.
-USERS_FAULT = {"RecipeError", "DataError", "CheckpointError", "WorkerError"}
+# Errors that the user can fix. Recognised by name: to import them would import torch and pydantic for every command.
+USER_ERRORS = {"RecipeError", "DataError", "CheckpointError", "WorkerError"}
 
 
 class CommandGroup(click.Group):
-    """Turns what a command returns or raises into an exit code, and an error into at most three lines."""
+    """Turns what a command returns or raises into an exit code, and prints an error in at most three lines."""
 
     def main(self, *args: Any, **extra: Any) -> NoReturn:
         extra["standalone_mode"] = False
@@ -40,10 +40,10 @@ class CommandGroup(click.Group):
         except Exception as error:
             if os.environ.get("SSASEG_DEBUG") == "1":
                 raise
-            # What goes wrong before the ranks of a machine have met goes wrong in each: the first of them tells it.
+            # Before the ranks have connected, each rank of a machine has the same error: only the first one prints it.
             with muted(os.environ.get("LOCAL_RANK", "0") != "0"):
-                code = report(error)
-        ranks = sys.modules.get("ssaseg.cli.ranks.ranks")  # imported by what needs it alone: it imports torch
+                code = print_error(error)
+        ranks = sys.modules.get("ssaseg.cli.ranks.ranks")  # None unless the command uses ranks: it imports torch
         if ranks is not None and ranks.met:
             ranks.leave(code or 0)
         sys.exit(code)
@@ -51,7 +51,7 @@ class CommandGroup(click.Group):
 
 @contextlib.contextmanager
 def muted(quiet: bool) -> Iterator[None]:
-    """Where `quiet`, nothing that is said on stderr inside is heard."""
+    """If `quiet`, discards what is written to stderr inside this context."""
     if not quiet:
         yield
         return
@@ -59,8 +59,8 @@ def muted(quiet: bool) -> Iterator[None]:
         yield
 
 
-def report(error: Exception) -> int:
-    """Print an error that the user can mend and return the exit code; any other is a bug and goes on as it is."""
+def print_error(error: Exception) -> int:
+    """Print an error that the user can fix and return its exit code. Any other error is a bug: it is raised again."""
     if isinstance(error, click.Abort):  # click's name for Ctrl-C
         click.echo("stopped", err=True)
         return 130
@@ -76,12 +76,12 @@ def report(error: Exception) -> int:
         where = f"{error.filename}: " if error.filename is not None else ""
         lines, code = f"{where}{error.strerror or error}", 2
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            lines += "\nmake room on that disk, then call the command again"
+            lines += "\nfree some space on that disk, then run the command again"
     elif isinstance(error, CommandError):
         lines, code = str(error), error.exit_code
     elif isinstance(error, FloatingPointError):
         lines, code = str(error), 3
-    elif any(kind.__name__ in USERS_FAULT for kind in type(error).__mro__):
+    elif any(kind.__name__ in USER_ERRORS for kind in type(error).__mro__):
         lines, code = str(error), 2
     elif type(error).__name__ == "OutOfMemoryError":  # torch's
         lines, code = f"{error}".partition(". ")[0] + "\nuse a smaller train.micro_batch, crop or image", 2

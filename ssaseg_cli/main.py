@@ -1,4 +1,4 @@
-"""`ssaseg`: the commands by name. Each is imported when it is called, so that every `--help` answers at once."""
+"""`ssaseg`: the table of commands. A command is imported when it is called, so that every `--help` is quick."""
 
 import os
 from importlib import import_module
@@ -7,11 +7,11 @@ import click
 
 from ssaseg.cli.errors import CommandGroup
 
-# PyTorch's CPU threads wait for one another by spinning. Where a loader's worker needs the same core, they spin through
-# its whole time slice, and a step can take many times as long; a short spin gives the core away soon.
+# PyTorch's CPU threads spin while they wait for one another. If a loader's worker needs the same core, they spin for
+# their whole time slice, and a step can take many times as long. After a short spin the core is free for the worker.
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
-# Name -> module and function of its signature. These modules import nothing heavy.
+# Name -> the module and the function that declare the command. These modules import nothing that is slow to import.
 COMMANDS = {
     "train": ("ssaseg.cli.training.command", "train"),
     "eval": ("ssaseg.cli.scoring.command", "evaluate"),
@@ -25,14 +25,14 @@ COMMANDS = {
 
 
 class Commands(CommandGroup):
-    """The group of `COMMANDS`, each imported when it is asked for."""
+    """The group of all `COMMANDS`; imports a command when it is needed."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        """All names, in the order of the help."""
+        """All names, in the order in which the help lists them."""
         return sorted(COMMANDS)
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        """The command of that name, None where there is none."""
+        """The command of that name; None if there is no such command."""
         if cmd_name not in COMMANDS:
             return None
         module, function = COMMANDS[cmd_name]
@@ -50,6 +50,6 @@ def cli() -> None:
       ssaseg train demo --out runs/demo
       ssaseg predict runs/demo/best.safetensors photos --out labels --save index,overlay
 
-    Exit codes: 0 done; 1 done in part; 2 wrong input; 3 numerical failure; 130 Ctrl-C; 143 SIGTERM.
-    SSASEG_DEBUG=1 shows an error's traceback.
+    Exit codes: 0 done; 1 partly done; 2 wrong input; 3 numerical failure; 130 Ctrl-C; 143 SIGTERM.
+    Set SSASEG_DEBUG=1 to see the traceback of an error.
     """

@@ -1,6 +1,6 @@
-"""Every key of a recipe on one page, `docs/recipe.md`: written from the schema, so that it cannot say something else.
+"""All keys of a recipe on one page, `docs/recipe.md`. It is written from the schema, so that the two always agree.
 
-The page is Markdown that reads as well on a terminal: a key and its values on one line, what it means on the next.
+The page is Markdown that is readable on a terminal, too: a key and its values on one line, its meaning on the next.
 """
 
 import difflib
@@ -21,14 +21,14 @@ WHOLE: Any = {"break_on_hyphens": False, "break_long_words": False}
 
 ONE_OF = "one of "
 
-OWN_NAME = "NAME"  # stands for keys that users choose, such as those of optim.rules
+OWN_NAME = "NAME"  # stands for keys that the user chooses, such as those of optim.rules
 
 HEADER = """# The keys of a recipe
 
 <!-- Written by `make docs` from recipes/schema.py and recipes/data.py. Change the descriptions there. -->
 
-A recipe is a YAML file; with the seed in it, it decides every number of a training but for the code. This page is
-also what `ssaseg recipes keys` prints; `ssaseg recipes keys optim` prints one section.
+A recipe is a YAML file. Together with the code, it decides every number of a training; the seed is part of it.
+`ssaseg recipes keys` prints this page, and `ssaseg recipes keys optim` prints one section of it.
 
 ```yaml
 extends: camvid-seaformer_b-ssa     # a shipped recipe, a file beside this one, or a list of them
@@ -38,28 +38,29 @@ optim:
   rules: {head: {lr: 10}}
 ```
 
-**Where a value comes from.** Later ones win, key by key:
+**Where a value comes from.** For each key, the last of these that gives a value decides:
 
-1. the default on this page, where nobody says anything; a *required* key has none
-2. the recipes that `extends` names, in the order of the list, each with what it extends itself
+1. the default on this page; a *required* key has no default
+2. the recipes that `extends` names, in the order of the list, each together with the recipes that it extends
 3. the file itself
-4. the words `key=value` of a call, dotted: `ssaseg train my.yaml optim.lr=5e-4 augment.crop=[360,480]`
+4. the arguments `key=value`, with dotted keys: `ssaseg train my.yaml optim.lr=5e-4 augment.crop=[360,480]`
 
-Shipped recipes therefore differ from the defaults: `ssaseg train NAME --print-config` prints every key as it is
-in the end, and a run stores the same as `config.yaml`, which is itself a recipe.
+The values of a shipped recipe may therefore differ from the defaults. `ssaseg train NAME --print-config` prints
+the final value of every key. A run stores the same text as `config.yaml`, which is itself a recipe.
 
-**How they merge.** Sections key by key; a list is replaced whole, and so is a section that is given as
-`key={...}`; `null` takes back what a base said, for keys that have null among their values. A
-`data.dataset` other than the base's drops all of the base's `data` section but mean, std and cache.
+**How they merge.** Sections are merged key by key. A list is replaced as a whole; so is a section that is given
+as `key={...}`. For a key that may be null, `null` cancels the value of an extended recipe. If `data.dataset`
+changes, nothing of the extended recipe's `data` section is kept except mean, std and cache.
 
-**How they are read.** As YAML 1.2 has it: `1e-3` is a number, `off` and `no` are text. Nothing is converted
-silently, so `batch: "16"` is an error; and so is an unknown key, with the nearest known one named. Paths are
-relative to the current directory, in `extends` to the recipe's folder.
+**How they are read.** By the rules of YAML 1.2: `1e-3` is a number; `off` and `no` are text. Nothing is converted
+silently: `batch: "16"` is an error. An unknown key is also an error; the message suggests the nearest known key.
+Paths are relative to the current directory; paths in `extends` are relative to the recipe's folder.
 
-**What a resumed run may change.** `ssaseg train --resume` goes on with other values of these keys, and refuses
-any other change, as it would change the result:
+**What a resumed run may change.** `ssaseg train --resume` accepts new values for the following keys. It refuses
+any other change, because the result would change:
 FREE_KEYS.
-More steps are a new run with another `--out`, which may start from `model.pretrained=RUN/best.safetensors`.
+To train for more steps, start a new run with another `--out`. It may start from
+`model.pretrained=RUN/best.safetensors`.
 """
 
 
@@ -70,13 +71,13 @@ class Key(NamedTuple):
     values: str  # "integer >= 1 or null"
     default: str  # "default `16`", "**required**"
     meaning: str
-    section: str  # dotted name of the section that is its value, "" where its value is plain
+    section: str  # dotted name of the section that is its value; "" if its value is plain
 
 
-class Part(NamedTuple):
+class KeyGroup(NamedTuple):
     """A section: the keys of one mapping."""
 
-    names: tuple[str, ...]  # several where the same keys are at several places
+    names: tuple[str, ...]  # dotted; several if several sections have the same keys
     meaning: str
     keys: tuple[Key, ...]
 
@@ -84,66 +85,68 @@ class Part(NamedTuple):
 # ---- what is printed ---------------------------------------------------------------------------------------------
 def recipe_page() -> str:
     """The whole page."""
-    parts = read_schema()
-    listed = ", ".join(f"`{name}`" for part in parts for name in part.names if name)
+    groups = read_schema()
+    listed = ", ".join(f"`{name}`" for group in groups for name in group.names if name)
     index = textwrap.fill(f"**Sections:** {listed}.", WIDTH, **WHOLE)
     free = textwrap.fill(", ".join(f"`{key}`" for key in sorted(FREE_KEYS)), WIDTH, **WHOLE)
     header = HEADER.replace("FREE_KEYS", free)
-    return "\n".join([header, f"{index}\n", *(text_of(part) for part in parts), classifiers_text()]).rstrip() + "\n"
+    return "\n".join([header, f"{index}\n", *(text_of(group) for group in groups), classifiers_text()]).rstrip() + "\n"
 
 
 def section_page(wanted: str) -> str:
-    """The section `wanted` with those inside it, or a single key. Raises CommandError where there is neither."""
-    parts = read_schema()
-    found = [part for part in parts if any(f"{name}.".startswith(f"{wanted}.") for name in part.names)]
+    """The section `wanted` and the sections inside it, or the key `wanted`. Raises CommandError if there is neither."""
+    groups = read_schema()
+    found = [group for group in groups if any(f"{name}.".startswith(f"{wanted}.") for name in group.names)]
     if found:
         return "\n".join(map(text_of, found)).rstrip() + "\n"
-    keys = {key.name: key for part in parts for key in part.keys}
+    keys = {key.name: key for group in groups for key in group.keys}
     if wanted in keys:
         return f"{lines_of(keys[wanted])}\n"
-    sections = [name for part in parts for name in part.names if name]
+    sections = [name for group in groups for name in group.names if name]
     near = difflib.get_close_matches(wanted, [*sections, *keys], n=1, cutoff=0.5)
     inside = [name for name in keys if name.rpartition(".")[2] == wanted]
     hint = f"did you mean {' or '.join(inside[:3] or near)}?" if inside or near else f"sections: {', '.join(sections)}"
     raise CommandError(f"{wanted}: no section or key of a recipe has this name\n{hint}")
 
 
-def text_of(part: Part) -> str:
+def text_of(group: KeyGroup) -> str:
     """A section as Markdown."""
-    heading = ", ".join(part.names) or "At the top"
-    meaning = textwrap.fill(part.meaning, WIDTH, **WHOLE)
-    return "\n".join([f"## {heading}\n", f"{meaning}\n", *map(lines_of, part.keys), ""])
+    heading = ", ".join(group.names) or "At the top"
+    meaning = textwrap.fill(group.meaning, WIDTH, **WHOLE)
+    return "\n".join([f"## {heading}\n", f"{meaning}\n", *map(lines_of, group.keys), ""])
 
 
 def lines_of(key: Key) -> str:
-    """A key as an item of a list."""
+    """A key as an item of a Markdown list."""
     meaning = f"{key.meaning} (section `{key.section}`)" if key.section else key.meaning
     first = meaning.split()[0].rstrip(",;")
-    if first.isalpha() and not (key.values.startswith(ONE_OF) and first in key.values):  # a value's spelling counts
+    if first.isalpha() and not (
+        key.values.startswith(ONE_OF) and first in key.values
+    ):  # the spelling of a value matters
         meaning = f"{meaning[0].upper()}{meaning[1:]}"
     head = textwrap.wrap(f"- `{key.name}`: {key.values}; {key.default}.", WIDTH, subsequent_indent="  ", **WHOLE)
     body = textwrap.wrap(f"{meaning}.", WIDTH, initial_indent="  ", subsequent_indent="  ", **WHOLE)
     return "\n".join([*head, *body])
 
 
-# ---- what the schema says ----------------------------------------------------------------------------------------
-def read_schema() -> list[Part]:
-    """All sections of a recipe, the top first, each followed by those inside it."""
+# ---- the schema as text ------------------------------------------------------------------------------------------
+def read_schema() -> list[KeyGroup]:
+    """All sections of a recipe: the top level first, and each section before those inside it."""
     schema = Recipe.model_json_schema()
-    parts: dict[str, Part] = {}
+    groups: dict[str, KeyGroup] = {}
     for name, section in _sections(schema, schema["$defs"], ""):
         title = section["title"]
-        if title in parts:  # data.train and data.val have the same keys, which are told once
-            parts[title] = parts[title]._replace(names=(*parts[title].names, name))
+        if title in groups:  # data.train and data.val have the same keys, which are printed once
+            groups[title] = groups[title]._replace(names=(*groups[title].names, name))
             continue
         required = section.get("required", ())
         keys = tuple(_key(name, key, field, key in required) for key, field in section["properties"].items())
-        parts[title] = Part((name,), " ".join(section["description"].split()), keys)
-    return list(parts.values())
+        groups[title] = KeyGroup((name,), " ".join(section["description"].split()), keys)
+    return list(groups.values())
 
 
 def _sections(section: JsonSchema, definitions: JsonSchema, name: str) -> Iterator[tuple[str, JsonSchema]]:
-    """Dotted name and schema of a section and of all inside it."""
+    """Dotted name and schema of a section and of all sections inside it."""
     yield name, section
     for key, field in section["properties"].items():
         reference, below = _reference(field)
@@ -152,7 +155,7 @@ def _sections(section: JsonSchema, definitions: JsonSchema, name: str) -> Iterat
 
 
 def _reference(field: JsonSchema) -> tuple[str, str]:
-    """Name in the schema of the section that a field's value is, or "", and what its keys have before their names."""
+    """If a field's value is a section: its name in the schema and what stands before its keys' names; else "", ""."""
     kinds = [field, *field.get("anyOf", ()), *field.get("allOf", ())]
     mapped = [kind["additionalProperties"] for kind in kinds if isinstance(kind.get("additionalProperties"), dict)]
     for below, several in (("", kinds), (f".{OWN_NAME}", mapped)):
@@ -165,12 +168,12 @@ def _reference(field: JsonSchema) -> tuple[str, str]:
 def _key(section: str, key: str, field: JsonSchema, required: bool) -> Key:
     name = f"{section}.{key}".lstrip(".")
     reference, below = _reference(field)
-    if name == "name":  # `load_recipe` gives it
+    if name == "name":  # `load_recipe` sets it
         default = "default: the file's stem"
     elif required:
         default = "**required**"
     elif reference and field["default"]:
-        default = "default: its keys' own"
+        default = "default: the defaults of its keys"
     else:
         value = field["default"]
         default = f"default `{value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)}`"
@@ -179,7 +182,7 @@ def _key(section: str, key: str, field: JsonSchema, required: bool) -> Key:
 
 
 def _looked_up(name: str) -> str:
-    """Values of the keys that are plain text in the schema, and that the command looks up; "" for all others."""
+    """Values of the keys that are plain text in the schema and that a command looks up in a table; "" for others."""
     from ssaseg.datasets import list_datasets
     from ssaseg.models import CLASSIFIERS, list_models
 
@@ -202,7 +205,7 @@ def classifiers_text() -> str:
 
 
 def _values(kind: JsonSchema) -> str:
-    """The values that a JSON schema allows, in words."""
+    """The values that a JSON schema allows, as text."""
     if "anyOf" in kind:
         return " or ".join(map(_values, kind["anyOf"]))
     if "$ref" in kind or "allOf" in kind:

@@ -1,4 +1,4 @@
-"""The commands of `ssaseg recipes`: each a signature, a docstring with an example, and one call, as in `main`."""
+"""The commands of `ssaseg recipes`: list, show and copy recipes, and explain their keys."""
 
 from itertools import groupby
 from pathlib import Path
@@ -21,7 +21,7 @@ def recipes() -> None:
 
 @recipes.command("list")
 def list_command() -> None:
-    """Print the recipes' names, by data set.
+    """Print the names of the recipes, grouped by data set.
 
     \b
     Example:
@@ -41,9 +41,9 @@ def list_command() -> None:
 @recipes.command()
 @click.argument("name")
 def show(name: str) -> None:
-    """Print a recipe as it is written.
+    """Print the text of a recipe.
 
-    `ssaseg train NAME --print-config` prints every key instead.
+    `ssaseg train NAME --print-config` prints all keys, with the values that come from defaults and other recipes.
 
     \b
     Example:
@@ -58,10 +58,10 @@ def show(name: str) -> None:
 @click.argument("name")
 @click.argument("destination", type=click.Path(path_type=Path), required=False)
 def copy(name: str, destination: Path | None) -> None:
-    """Copy a recipe to change it.
+    """Copy a recipe, for you to change.
 
-    DESTINATION is NAME.yaml here by default, ends in .yaml or .yml, and must not exist. The copy is one file, whatever
-    NAME extends.
+    DESTINATION is NAME.yaml in the current directory by default. It must end in .yaml or .yml, and must not exist yet.
+    The copy is a single file: it includes the recipes that NAME extends.
 
     \b
     Example:
@@ -71,18 +71,20 @@ def copy(name: str, destination: Path | None) -> None:
 
     destination = destination or Path(f"{Path(name).stem}.yaml")
     if destination.suffix not in (".yaml", ".yml"):
-        raise CommandError(f"{destination}: `train` takes only .yaml and .yml for files\nuse {destination}.yaml")
+        raise CommandError(f"{destination}: the file of a recipe must end in .yaml or .yml\nuse {destination}.yaml")
     text = standalone_text(name)
     try:
-        file = destination.open("x", encoding="utf-8")  # "x": never over a file somebody has edited
+        file = destination.open("x", encoding="utf-8")  # "x": never replaces a file that a user has edited
     except FileExistsError:
-        raise CommandError(f"{destination}: is there already\ngive another name as DESTINATION, or remove it") from None
+        raise CommandError(f"{destination}: already exists\ngive another DESTINATION, or remove the file") from None
     except FileNotFoundError:
-        raise CommandError(f"{destination}: no folder {destination.parent}\nmake it first, or name another") from None
+        raise CommandError(
+            f"{destination}: there is no folder {destination.parent}\ncreate it first, or give another DESTINATION"
+        ) from None
     try:
         with file:
             file.write(text)
-    except OSError as error:  # a full disk: half a recipe would be in the way of the next try
+    except OSError as error:  # a full disk: half a recipe would block the next attempt
         destination.unlink()
         raise OSError(error.errno, error.strerror, str(destination)) from None
     click.echo(f"wrote {destination}; run it with `ssaseg train {destination}`")
@@ -91,10 +93,10 @@ def copy(name: str, destination: Path | None) -> None:
 @recipes.command()
 @click.argument("section", required=False)
 def keys(section: str | None) -> None:
-    """Print every key that a recipe may have.
+    """Print all keys that a recipe may have.
 
-    With its values, its default and its meaning; of SECTION alone where one is given, or of one key. It is the page
-    docs/recipe.md.
+    Prints the allowed values, the default and the meaning of each key. SECTION limits this to one section or one key.
+    The full output is the page docs/recipe.md.
 
     \b
     Example:

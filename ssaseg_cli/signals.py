@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM: an exception where a command can end at once, a request where it first finishes something."""
+"""SIGINT and SIGTERM: an exception if a command can end immediately, a request if it must first finish something."""
 
 import contextlib
 import os
@@ -13,10 +13,10 @@ import click
 
 @contextlib.contextmanager
 def ended_by_sigterm() -> Iterator[None]:
-    """Inside, SIGTERM is an exception, SystemExit(143), so that what was begun is closed and cleared away. Commands
-    that first finish something take the signal over meanwhile.
+    """Inside this context SIGTERM raises SystemExit(143), so that open files are closed and temporary files removed.
+    A command that must first finish something replaces the handler for that time (`StopSignal`).
 
-    Not for one of several ranks: it may be waiting in C++ for the others, where no exception reaches it.
+    Does nothing in one of several ranks: it may be waiting in C++ for the others, where no exception reaches it.
     """
     if "RANK" in os.environ or threading.current_thread() is not threading.main_thread():
         yield
@@ -24,7 +24,7 @@ def ended_by_sigterm() -> Iterator[None]:
     own = os.getpid()
 
     def end(number: int, _: Any) -> None:
-        if os.getpid() != own:  # a process forked from this one: it ends as it always did
+        if os.getpid() != own:  # a process forked from this one: it ends as if there were no handler
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
             return
@@ -35,17 +35,18 @@ def ended_by_sigterm() -> Iterator[None]:
     try:
         yield
     finally:
-        if signal.getsignal(signal.SIGTERM) is end:  # else nobody is to heed it any more: `StopSignal.settle`
+        if signal.getsignal(signal.SIGTERM) is end:  # otherwise it stays ignored: `StopSignal.ignore_signals`
             signal.signal(signal.SIGTERM, before)
 
 
 class Interrupted(Exception):
-    """A step or an evaluation was broken off by a wish to stop."""
+    """A step or an evaluation ended early because of a request to stop."""
 
 
 class StopSignal:
-    """Turns SIGINT and SIGTERM into a wish that the loop reads between steps; a second Ctrl-C stops at once, unless
-    `saved` says that nothing would be lost by waiting for the end.
+    """Turns SIGINT and SIGTERM into a request to stop, which the loop reads between steps.
+
+    A second Ctrl-C raises KeyboardInterrupt immediately, unless `saved` is true: then the process ends soon anyway.
     """
 
     def __init__(self) -> None:
@@ -54,7 +55,7 @@ class StopSignal:
 
     @property
     def requested(self) -> bool:
-        """Whether a signal came."""
+        """Whether a signal has arrived."""
         return self.number is not None
 
     @property
@@ -63,21 +64,22 @@ class StopSignal:
         return 128 + (self.number or 0)
 
     def __enter__(self) -> "StopSignal":
-        self.before = {each: signal.signal(each, self._take) for each in (signal.SIGINT, signal.SIGTERM)}
+        self.before = {each: signal.signal(each, self._handle) for each in (signal.SIGINT, signal.SIGTERM)}
         return self
 
     def __exit__(self, *_: object) -> None:
         for each, handler in self.before.items():
             signal.signal(each, handler)
 
-    def settle(self) -> None:
-        """For a process that is about to end: signals are not heeded any more, also beyond the context. They would only
-        break off its leaving, in the middle of some destructor, with a traceback.
+    def ignore_signals(self) -> None:
+        """Lets the end of this context ignore both signals, instead of restoring the earlier handlers.
+
+        For a process that is about to end: a signal would only interrupt it in some destructor, with a traceback.
         """
         self.before = dict.fromkeys((signal.SIGINT, signal.SIGTERM), signal.SIG_IGN)
 
-    def _take(self, number: int, _: Any) -> None:
+    def _handle(self, number: int, _: Any) -> None:
         if self.number is not None and number == signal.SIGINT and not self.saved:
-            self.saved = True  # a third one must not break off what the second one raises
+            self.saved = True  # a third Ctrl-C must not interrupt what the second one raises
             raise KeyboardInterrupt
         self.number = number

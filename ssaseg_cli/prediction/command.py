@@ -1,4 +1,4 @@
-"""`ssaseg predict`: the signature. PyTorch is imported inside, so that `--help` answers at once."""
+"""`ssaseg predict`: its arguments and help. PyTorch is imported inside the function, so that `--help` is quick."""
 
 from pathlib import Path
 
@@ -12,7 +12,7 @@ def _kinds(context: click.Context, parameter: click.Parameter, value: str) -> tu
     kinds = tuple(dict.fromkeys(kind.strip() for kind in value.split(",")))
     unknown = [kind for kind in kinds if kind not in KINDS]
     if unknown:
-        raise click.BadParameter(f"{unknown[0]!r} is none of {', '.join(KINDS)}", context, parameter)
+        raise click.BadParameter(f"{unknown[0]!r} is not one of {', '.join(KINDS)}", context, parameter)
     return kinds
 
 
@@ -20,22 +20,24 @@ def _kinds(context: click.Context, parameter: click.Parameter, value: str) -> tu
 @click.argument("checkpoint", type=existing_file)
 @click.argument("inputs", metavar="INPUT...", nargs=-1, required=True)
 @click.option("--out", required=True, type=click.Path(file_okay=False, path_type=Path), help="Folder to write to.")
-@click.option("--save", default="index", show_default=True, callback=_kinds, help=f"Comma list of {', '.join(KINDS)}.")
-@click.option("--skip-existing", is_flag=True, help="Leave out images whose results are all there.")
+@click.option(
+    "--save", default="index", show_default=True, callback=_kinds, help=f"Results to save: {','.join(KINDS)}."
+)
+@click.option("--skip-existing", is_flag=True, help="Skip images whose results all exist already.")
 @device_option
 def predict(
     checkpoint: Path, inputs: tuple[str, ...], out: Path, save: tuple[str, ...], skip_existing: bool, device: str
 ) -> int:
     """Label images.
 
-    Each INPUT is a file, a folder (searched recursively, structure kept) or a quoted glob. Results are written to
-    OUT/KIND/; an image that cannot be read is reported and left out, and the exit code is 1. Results of earlier runs
-    stay unless the same image is labelled again; so do the entries of OUT/rle.json.
+    Each INPUT is a file, a folder (searched recursively; its structure is kept) or a glob pattern in quotes. Results
+    are written to OUT/KIND/. An image that cannot be read is reported and skipped; the exit code is then 1. Results of
+    earlier runs stay, also in OUT/rle.json, unless the same image is labelled again.
 
     \b
     index    palette PNG of class numbers      color    PNG of class colours
     overlay  colours over the image            probs    .npz of probabilities
-    rle      COCO run lengths, OUT/rle.json    coarse   the labels before SSA adapts them
+    rle      COCO run lengths, OUT/rle.json    coarse   palette PNG, before SSA adapts
 
     \b
     Example:

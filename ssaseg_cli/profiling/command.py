@@ -1,4 +1,4 @@
-"""`ssaseg profile`: the signature. PyTorch is imported inside, so that `--help` answers at once."""
+"""`ssaseg profile`: its arguments and help. PyTorch is imported inside the function, so that `--help` is quick."""
 
 import click
 
@@ -7,20 +7,20 @@ from ssaseg.cli.options import CLASSIFIERS, device_option, json_option
 
 @click.command()
 @click.argument("target", metavar="[NAME|CHECKPOINT]", required=False)
-@click.option("--paper-table", is_flag=True, help="The published networks, beside the paper's figures.")
-@click.option("--classifier", type=CLASSIFIERS, help="Only this one.  [default: both, or the checkpoint's]")
-@click.option("--classes", type=click.IntRange(2, 255), help="For a NAME.  [default: 150]")
+@click.option("--paper-table", is_flag=True, help="Measure the paper's networks, beside its figures.")
+@click.option("--classifier", type=CLASSIFIERS, help="Classifier.  [default: both, or the checkpoint's]")
+@click.option("--classes", type=click.IntRange(2, 255), help="Number of classes, with NAME.  [default: 150]")
 @click.option(
     "--size",
     nargs=2,
     type=click.IntRange(min=32),
     metavar="H W",
     default=(512, 512),
-    help="Input [pixels].  [default: 512 512]",
+    help="Height and width of the input [pixels].  [default: 512 512]",
 )
 @json_option
 @device_option
-@click.option("--runs", type=click.IntRange(min=1), default=30, show_default=True, help="Timed passes.")
+@click.option("--runs", type=click.IntRange(min=1), default=30, show_default=True, help="Number of timed passes.")
 def profile(
     target: str | None,
     paper_table: bool,
@@ -31,9 +31,10 @@ def profile(
     device: str,
     runs: int,
 ) -> int:
-    """Measure parameters, compute, time, memory.
+    """Measure parameters, compute, time and memory.
 
-    Parameters [M], multiply-accumulates [GMACs], latency [ms] and peak memory; linear and ssa side by side.
+    Prints parameters [M], multiply-accumulates [GMACs], latency [ms] and peak memory of a network, with the linear and
+    the ssa classifier side by side. Give the NAME of a network, or a CHECKPOINT.
 
     \b
     Example:
@@ -46,7 +47,7 @@ def profile(
     if target is None:
         if classifier or classes or size != (512, 512):
             raise click.UsageError(
-                "--paper-table has its own classifiers, classes and size; leave those options out",
+                "--paper-table sets classifiers, classes and size itself; leave out these options",
                 click.get_current_context(),
             )
         from ssaseg.cli.profiling.paper_table import run_paper_table

@@ -57,10 +57,10 @@ def run_launch(count: int) -> int:
     """
     # Sessions of their own: Ctrl-C on a terminal reaches this process alone, which passes it on.
     processes: list[subprocess.Popen[bytes]] = []
-    wishes: list[int] = []
+    requests: list[int] = []
 
     def pass_on(number: int, _: Any) -> None:
-        wishes.append(number)
+        requests.append(number)
         for process in processes:
             process.send_signal(number)
 
@@ -70,13 +70,13 @@ def run_launch(count: int) -> int:
         for rank in range(count):
             place = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
             processes.append(subprocess.Popen(own_command(), env={**common, **place}, start_new_session=True))
-        code = watch(processes)
+        code = wait_for(processes)
         # One that had not yet begun to heed signals ends of them: with a negative code, or an error about the others.
         # What a rank itself found wrong in the same moment stays.
-        return 128 + wishes[0] if wishes and code not in (0, 2, 3) else code
+        return 128 + requests[0] if requests and code not in (0, 2, 3) else code
     except Killed as error:
-        if wishes:
-            return 128 + wishes[0]
+        if requests:
+            return 128 + requests[0]
         raise CommandError(str(error)) from None
     finally:
         for process in processes:
@@ -112,7 +112,7 @@ def environment(count: int) -> dict[str, str]:
     return {**defaults, **os.environ, **added}
 
 
-def watch(processes: Sequence[subprocess.Popen[bytes]]) -> int:
+def wait_for(processes: Sequence[subprocess.Popen[bytes]]) -> int:
     """Waits for all ranks. Returns the exit code of the first that failed, or that of all after a signal, or 0.
 
     After a failure the others are killed in `GRACE` seconds. Raises Killed where the first was killed itself.
@@ -131,7 +131,7 @@ def watch(processes: Sequence[subprocess.Popen[bytes]]) -> int:
     failed = failed or failures(processes)
     killed = {rank: code for rank, code in failed.items() if code < 0}
     if killed:
-        raise Killed(obituary(killed, len(processes)))
+        raise Killed(describe_killed(killed, len(processes)))
     return max(failed.values(), default=max(process.returncode for process in processes))
 
 
@@ -142,7 +142,7 @@ def failures(processes: Sequence[subprocess.Popen[bytes]]) -> dict[int, int]:
     return {rank: code for rank, code in codes.items() if code is not None and code not in fine}
 
 
-def obituary(killed: dict[int, int], ranks: int) -> str:
+def describe_killed(killed: dict[int, int], ranks: int) -> str:
     """Which of `ranks` ranks were killed, and how."""
     names = {-number: number.name for number in signal.Signals}
     who = ", ".join(f"rank {rank} by {names.get(code, f'signal {-code}')}" for rank, code in killed.items())

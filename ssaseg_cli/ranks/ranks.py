@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ssaseg.cli.device import LAUNCHED
-from ssaseg.cli.errors import CommandError, muted, report
+from ssaseg.cli.errors import CommandError, muted, print_error
 from ssaseg.cli.ranks.rendezvous import meet
 from ssaseg.cli.signals import StopSignal
 from ssaseg.models.layers import norm_statistics
@@ -53,7 +53,7 @@ met = False  # whether this process has been one of several ranks
 SHARE = "SSASEG_SHARE_GPU"  # =1: ranks may share a GPU, over gloo; for tests
 
 
-class Elsewhere(Exception):
+class PeerFailed(Exception):
     """Ends a rank because another has failed, which tells why."""
 
 
@@ -104,7 +104,7 @@ class Ranks:
             stop.number = agreed
         return agreed > 0
 
-    def share(self, value: Any) -> Any:
+    def broadcast(self, value: Any) -> Any:
         """Rank 0's `value`, which can be pickled, on all ranks."""
         if self.size == 1:
             return value
@@ -204,15 +204,15 @@ class Ranks:
         for each in (signal.SIGINT, signal.SIGTERM):  # torchrun sends one at once, and there is still something to tell
             signal.signal(each, signal.SIG_IGN)
         code = None
-        if isinstance(error, Elsewhere):
-            code = self._told_code(seconds=10.0) or 1  # that rank may still end its workers before it tells
+        if isinstance(error, PeerFailed):
+            code = self._first_code(seconds=10.0) or 1  # that rank may still end its workers before it tells
         elif is_loss(error) or is_late(error):
-            code = self._told_code(seconds=0.5)
-            farewell = None if code else self._farewell(error)
-            if farewell and LAUNCHED in os.environ and not is_late(error):
+            code = self._first_code(seconds=0.5)
+            lost = None if code else self.describe_lost(error)
+            if lost and LAUNCHED in os.environ and not is_late(error):
                 code = 1  # the launcher knows which rank ended first, and how
-            elif farewell:
-                error = CommandError(farewell)
+            elif lost:
+                error = CommandError(lost)
         if code is None:
             code = self._tell(error)
         leave(code)
@@ -230,13 +230,13 @@ class Ranks:
             code = 130
         else:
             with muted(not first):
-                code = print_error(error)
+                code = print_any_error(error)
         if first:
             with contextlib.suppress(RuntimeError):
                 self.store.set("code", str(code))
         return code
 
-    def _told_code(self, seconds: float) -> int | None:
+    def _first_code(self, seconds: float) -> int | None:
         """The exit code of a rank that failed and told why; None where none does so in `seconds`."""
         until = time.monotonic() + seconds
         with contextlib.suppress(RuntimeError):  # the store may be gone as well
@@ -246,7 +246,7 @@ class Ranks:
                 time.sleep(0.05)
         return None
 
-    def _farewell(self, error: BaseException) -> str | None:
+    def describe_lost(self, error: BaseException) -> str | None:
         """Which ranks are gone, or late; None where all are there. Processes of other machines cannot be looked at."""
         others = [(rank, *place) for rank, place in enumerate(self.peers) if rank != self.rank]
         here = [(rank, pid) for rank, host, pid in others if host == socket.gethostname()]
@@ -392,12 +392,12 @@ def is_alive(pid: int) -> bool:
     return True
 
 
-def print_error(error: BaseException) -> int:
+def print_any_error(error: BaseException) -> int:
     """Prints an error as the command would, with a traceback where it is a bug. Returns the exit code."""
     try:
         if not isinstance(error, Exception) or os.environ.get("SSASEG_DEBUG") == "1":
             raise error
-        return report(error)
+        return print_error(error)
     except BaseException:
         traceback.print_exception(error)
         return 1

@@ -1,4 +1,4 @@
-"""`ssaseg eval`: the signature. PyTorch is imported inside, so that `--help` answers at once."""
+"""`ssaseg eval`: its arguments and help. PyTorch is imported inside the function, so that `--help` is quick."""
 
 from pathlib import Path
 from typing import Any
@@ -13,23 +13,27 @@ def _ratios(context: click.Context, parameter: click.Parameter, value: str | Non
     try:
         return None if value is None else [float(ratio) for ratio in value.split(",")]
     except ValueError:
-        raise click.BadParameter(f"{value!r} is no list of numbers such as 0.5,1,1.5", context, parameter) from None
+        raise click.BadParameter(f"{value!r} is not a list of numbers such as 0.5,1,1.5", context, parameter) from None
 
 
 @click.command("eval")
 @click.argument("checkpoint", type=existing_file)
-@click.option("--data", metavar="RECIPE", help="Recipe that names the data.  [default: the one in the checkpoint]")
-@click.option("--root", type=click.Path(path_type=Path), help="Folder of the data, instead of the recipe's data.root.")
-@click.option("--split", type=click.Choice(["train", "val"]), default="val", show_default=True)
+@click.option("--data", metavar="RECIPE", help="Recipe with the data.  [default: the checkpoint's]")
+@click.option("--root", type=click.Path(path_type=Path), help="Folder of the data, in place of data.root.")
+@click.option("--split", type=click.Choice(["train", "val"]), default="val", show_default=True, help="Images to score.")
 @json_option
 @device_option
 @gpus_option
-@click.option("--limit", type=click.IntRange(min=1), metavar="N", help="Only the first N images.")
-@click.option("--ratios", metavar="A,B,...", callback=_ratios, help="Scales to average, factors of the protocol's.")
-@click.option("--flip/--no-flip", default=None, help="Average with the mirrored image, or not.")
-@click.option("--slide", nargs=2, type=int, metavar="CROP STRIDE", help="Square sliding windows [pixels].")
-@click.option("--whole", is_flag=True, help="The image at once, where the protocol has windows.")
-@click.option("--boundary", is_flag=True, help="Boundary IoU as well (Cheng et al. 2021).")
+@click.option("--limit", type=click.IntRange(min=1), metavar="N", help="Score only the first N images.")
+@click.option(
+    "--ratios", metavar="A,B,...", callback=_ratios, help="Average over scales: factors of the protocol's scale."
+)
+@click.option("--flip/--no-flip", default=None, help="Whether to average with the mirrored image.")
+@click.option(
+    "--slide", nargs=2, type=int, metavar="CROP STRIDE", help="Square sliding windows: side and step [pixels]."
+)
+@click.option("--whole", is_flag=True, help="The whole image in one pass, without windows.")
+@click.option("--boundary", is_flag=True, help="Also compute the boundary IoU (Cheng et al. 2021).")
 def evaluate(
     checkpoint: Path,
     data: str | None,
@@ -47,8 +51,8 @@ def evaluate(
     """Score a checkpoint on labelled images.
 
     Prints IoU and accuracy per class, mIoU with its 95 % interval over images, fwIoU, aAcc and mAcc [%], and the
-    protocol they belong to: the checkpoint's, or that of --data, but for what --ratios, --flip, --slide and --whole
-    change. Every ratio is a forward pass of its own, the flip doubles them.
+    protocol that they were measured with. The protocol is the checkpoint's, or that of --data; --ratios, --flip,
+    --slide and --whole change it. Each ratio takes one forward pass per image; --flip doubles the number of passes.
 
     \b
     Example:

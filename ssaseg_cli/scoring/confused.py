@@ -30,7 +30,7 @@ def confused_pairs(matrix: np.ndarray, classes: Sequence[str], most: int = PAIRS
     ]
 
 
-def told(pairs: Sequence[Mapping[str, Any]], most: int = 3) -> str:
+def most_confused(pairs: Sequence[Mapping[str, Any]], most: int = 3) -> str:
     """The first pairs in one line for people."""
     words = [f"{p['true']} → {p['predicted']} {p['share']:.1f} % ({p['pixels']:,} pixels)" for p in pairs[:most]]
     return "most confused: " + ("; ".join(words) if words else "none, no pixel is wrong")

@@ -184,11 +184,11 @@ def slide(
     """
     height, width = pixels.shape[2:]
     sums: list[Tensor | None] = [None, None]
-    windows = pixels.new_zeros(height, width)
-    for rows in parts(height, crop[0], stride[0]):
-        for columns in parts(width, crop[1], stride[1]):
+    times_seen = pixels.new_zeros(height, width)
+    for rows in windows(height, crop[0], stride[0]):
+        for columns in windows(width, crop[1], stride[1]):
             window = pixels[..., rows, columns]
-            windows[rows, columns] += 1
+            times_seen[rows, columns] += 1
             for index, logits in enumerate(forward(model, window, coarse)):
                 if logits is None:
                     continue
@@ -196,12 +196,12 @@ def slide(
                 if total is None:
                     sums[index] = total = pixels.new_zeros(1, logits.shape[1], height, width)
                 total[..., rows, columns] += resize_bilinear(logits, window.shape[2:])
-    final, before = (None if total is None else total.div_(windows) for total in sums)
+    final, before = (None if total is None else total.div_(times_seen) for total in sums)
     assert final is not None
     return Logits(final, before)
 
 
-def parts(length: int, crop: int, stride: int) -> list[slice]:
+def windows(length: int, crop: int, stride: int) -> list[slice]:
     """Windows of `crop` pixels every `stride` over an axis, the last shifted inside; all of an axis that is shorter."""
     count = max(length - crop + stride - 1, 0) // stride + 1
     starts = (max(min(index * stride + crop, length) - crop, 0) for index in range(count))

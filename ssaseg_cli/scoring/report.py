@@ -14,7 +14,7 @@ from ssaseg.cli.device import select_device
 from ssaseg.cli.errors import CommandError
 from ssaseg.cli.ranks.ranks import Ranks, connect
 from ssaseg.cli.scoring.boundary import STATEMENT, Boundaries
-from ssaseg.cli.scoring.confused import confused_pairs, told
+from ssaseg.cli.scoring.confused import confused_pairs, most_confused
 from ssaseg.cli.scoring.evaluate import WORKERS, evaluate_model, state_protocol
 from ssaseg.cli.scoring.metrics import Confusion, Interval, nan_mean
 from ssaseg.cli.signals import Interrupted, StopSignal
@@ -227,6 +227,6 @@ def print_report(report: Mapping[str, Any]) -> None:
         interval = Interval(**report["mIoU_interval"])
         how = f"percentile bootstrap over {report['images']} images, {interval.resamples} resamples"
         print(f"mIoU {interval.level:g} % interval {interval.low:.2f} to {interval.high:.2f} % ({how})")
-    print(told(report["confused"], 5))
+    print(most_confused(report["confused"], 5))
     print(f"{report['images_per_s']:.1f} images/s, reading and scoring included")
     print(f"protocol: {report['statement']}")

@@ -1,4 +1,4 @@
-"""`ssaseg train`: the signature. PyTorch is imported inside, so that `--help` answers at once."""
+"""`ssaseg train`: its arguments and help. PyTorch is imported inside the function, so that `--help` is quick."""
 
 from pathlib import Path
 from typing import Any
@@ -20,25 +20,27 @@ def _facts(name: str, classifier: str) -> Any:
 @click.argument("recipe")
 @click.argument("overrides", metavar="[KEY=VALUE]...", nargs=-1)
 @click.option("--out", type=click.Path(file_okay=False, path_type=Path), help="Run folder.  [default: runs/RECIPE]")
-@click.option("--resume", is_flag=True, help="Go on in the run folder, exactly where it stopped.")
+@click.option("--resume", is_flag=True, help="Continue the run in its folder, exactly where it stopped.")
 @device_option
 @click.option(
     "--check",
     type=click.Choice(["sample", "all"]),
     default="sample",
     show_default=True,
-    help="Pairs to look at before step 0.",
+    help="Which image/mask pairs to check before step 0.",
 )
 @gpus_option
 @click.option(
     "--max-hours",
     type=click.FloatRange(min=0, min_open=True),
     metavar="H",
-    help="Save and stop after H hours: exit code 1, or 0 under torchrun.",
+    help="Save and stop after H hours, with exit code 1 (0 under torchrun).",
 )
-@click.option("--track", type=click.Choice(["tensorboard", "wandb"]), multiple=True, help="Log there too; repeatable.")
-@click.option("--dry-run", is_flag=True, help="Build everything, run one step, tell memory and time, write nothing.")
-@click.option("--print-config", is_flag=True, help="Print the recipe with every key, and stop.")
+@click.option(
+    "--track", type=click.Choice(["tensorboard", "wandb"]), multiple=True, help="Log to this tracker, too; repeatable."
+)
+@click.option("--dry-run", is_flag=True, help="Build everything, run one step, print memory and time; write no file.")
+@click.option("--print-config", is_flag=True, help="Print the recipe with all its keys, and exit.")
 def train(
     recipe: str,
     overrides: tuple[str, ...],
@@ -52,9 +54,9 @@ def train(
     dry_run: bool,
     print_config: bool,
 ) -> int:
-    """Train a recipe.
+    """Train the network of a recipe.
 
-    RECIPE is a shipped name (`ssaseg recipes list`) or a YAML file; KEY=VALUE changes any of its keys.
+    RECIPE is the name of a shipped recipe (`ssaseg recipes list`) or a YAML file. KEY=VALUE changes one of its keys.
 
     \b
     Example:

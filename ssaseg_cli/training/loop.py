@@ -68,7 +68,7 @@ def run_train(
             trackers = open_trackers(track, out, recipe)
             run = stack.enter_context(open_run(out, recipe, resume, restarted, ranks.size))
             recipe, stored = run.recipe, run.stored
-        recipe, stored = ranks.share((recipe, stored))
+        recipe, stored = ranks.broadcast((recipe, stored))
         job = build_job(recipe, out, ranks, stored, check)
         if ranks.main:
             describe(job)
@@ -86,7 +86,7 @@ def run_train(
                 return train(job, window)
             finally:
                 if job.stop.requested:
-                    job.stop.settle()
+                    job.stop.ignore_signals()
 
 
 def open_log(job: Job, trackers: Sequence[Tracker]) -> None:
@@ -159,7 +159,7 @@ def read_batches(job: Job, window: Window) -> list[Any]:
     if not job.ranks.any(failed is not None):
         return batches
     rescue(job, window)
-    raise failed or distributed.Elsewhere
+    raise failed or distributed.PeerFailed
 
 
 def take_step(job: Job, window: Window, batches: list[Any]) -> tuple[StepRecord, list[str]]:

@@ -59,7 +59,7 @@ def stop_before(job: "Job", step: StepRecord, names: list[str]) -> FloatingPoint
         with contextlib.suppress(OSError):  # a full disk: the message matters more
             torch.save(content, path)
     allowed = f" (after {job.guard.limit} that train.nonfinite=skip left out)" if job.guard.limit else ""
-    kept, written = job.ranks.share((kept, path.exists()))  # whichever rank tells it
+    kept, written = job.ranks.broadcast((kept, path.exists()))  # whichever rank tells it
     where = f"; batch and weights: {path.name}" if written else ""
     return FloatingPointError(
         f"step {step.number}{allowed}: {what}; {kept}\nimages: {', '.join(content['names'])}{where}\n" + advice(job)

@@ -60,7 +60,7 @@ def after_evaluation(job: "Job", confusion: "Confusion") -> None:
     folder, step, classes = job.folder, job.progress.step, job.val_set.classes
     matrix, scores = confusion.matrix, confusion.scores()
     pairs = confused.confused_pairs(matrix, classes)
-    tqdm.write(confused.told(pairs), file=sys.stderr)
+    tqdm.write(confused.most_confused(pairs), file=sys.stderr)
     title = f"{job.recipe.name}, step {step}: mIoU {scores['mIoU']:.2f} %"
     # Each by itself: one that fails takes no other with it.
     with drawing("confused.json"):

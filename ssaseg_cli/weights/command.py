@@ -1,4 +1,4 @@
-"""`ssaseg convert`: the signature. PyTorch is imported inside, so that `--help` answers at once."""
+"""`ssaseg convert`: its arguments and help. PyTorch is imported inside the function, so that `--help` is quick."""
 
 from pathlib import Path
 from typing import Any
@@ -11,16 +11,16 @@ from ssaseg.cli.options import CLASSIFIERS, existing_file
 @click.command()
 @click.argument("source", type=existing_file)
 @click.argument("destination", type=click.Path(dir_okay=False, path_type=Path))
-@click.option("--model", metavar="NAME", help="Network the weights are of; ours know it themselves.")
-@click.option("--classifier", type=CLASSIFIERS, help="Classifier the weights are of; ours know it themselves.")
-@click.option("--dataset", metavar="NAME", help="Data set of the class names.  [default: ade20k where there are 150]")
-@click.option("--classes", metavar="NAME|A,B,...", help="Give the head these classes: rows of the same name are kept.")
-@click.option("--allow-partial", is_flag=True, help="Go on where keys are missing, unexpected or of another shape.")
-@click.option("--deploy", is_flag=True, help="Of ours a small .safetensors: float16, without what only training needs.")
-@click.option("--output", type=click.Choice(["logits", "logits-full", "labels"]), help="What .onnx and .pt2 give.")
-@click.option("--input", type=click.Choice(["normalized", "rgb"]), help="What .onnx and .pt2 take.")
-@click.option("--size", nargs=2, type=click.IntRange(min=32), metavar="H W", help="The only size .onnx and .pt2 take.")
-@click.option("--verify", metavar="FILE|DIR", help="Images to verify .onnx and .pt2 on, beside random ones and scenes.")
+@click.option("--model", metavar="NAME", help="Network of the weights. Our own checkpoints name it.")
+@click.option("--classifier", type=CLASSIFIERS, help="Classifier of the weights. Our own checkpoints name it.")
+@click.option("--dataset", metavar="NAME", help="Data set that names the classes.  [default with 150 classes: ade20k]")
+@click.option("--classes", metavar="NAME|A,B,...", help="New classes; weights of classes with the same name are kept.")
+@click.option("--allow-partial", is_flag=True, help="Accept keys that are missing, unexpected or of another shape.")
+@click.option("--deploy", is_flag=True, help="Write a small .safetensors: float16, no training-only weights.")
+@click.option("--output", type=click.Choice(["logits", "logits-full", "labels"]), help="What .onnx and .pt2 return.")
+@click.option("--input", type=click.Choice(["normalized", "rgb"]), help="What .onnx and .pt2 take as input.")
+@click.option("--size", nargs=2, type=click.IntRange(min=32), metavar="H W", help="Fixed input size of .onnx and .pt2.")
+@click.option("--verify", metavar="FILE|DIR", help="More images to verify .onnx and .pt2 on.")
 def convert(
     source: Path,
     destination: Path,
@@ -32,11 +32,12 @@ def convert(
     deploy: bool,
     **form: Any,
 ) -> int:
-    """Convert official weights to ours, or back, or into a deploy form.
+    """Convert official weights to ours, or back, or export a model.
 
-    DESTINATION's suffix says into what: .safetensors (ours) or .pth (official names). Prints which keys matched,
-    were missing, unexpected or of another shape. .onnx and .pt2 (torch.export) are for other programs: without what
-    only training needs, for any batch and size, written once they are verified against PyTorch.
+    The suffix of DESTINATION decides the format: .safetensors (ours), .pth (official names), .onnx or .pt2
+    (torch.export). Prints which keys matched, were missing, unexpected or of another shape. An .onnx or .pt2 file is
+    for other programs: it has no training-only weights and takes any batch and size. It is verified against PyTorch
+    before it is written.
 
     \b
     --input   normalized  float32 (N,3,H,W), (RGB - mean) / std    --output  logits       (N,K,h,w), the default

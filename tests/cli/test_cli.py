@@ -108,7 +108,7 @@ def test_version_and_bare_call() -> None:
         (["train", "demo", "optim.lrr=1", "--print-config"], "did you mean optim.lr?"),
         (["train", "dmo"], "did you mean demo?"),
         (["eval", "gone.safetensors"], "'gone.safetensors' does not exist"),
-        (["predict", __file__, "x", "--out", "y", "--save", "index,colour"], "'colour' is none of index, color"),
+        (["predict", __file__, "x", "--out", "y", "--save", "index,colour"], "'colour' is not one of index, color"),
         (["predict", __file__, "x", "--out", __file__], "is a file"),
         (["profile", "seaformer_t", "--size", "512"], "--size"),
         (["profile", "seaformer_t", "--classes", "1"], "--classes"),
@@ -228,7 +228,7 @@ def test_recipes_are_listed_shown_and_copied(tmp_path: Path) -> None:
     assert run("recipes", "copy", "camvid-seaformer_b-linear", str(copy)).exit_code == 0
     assert load_recipe(str(copy)).model.classifier == "linear"
     before = copy.read_bytes()
-    assert_told(run("recipes", "copy", "demo", str(copy)), 2, "mine.yaml: is there already")
+    assert_told(run("recipes", "copy", "demo", str(copy)), 2, "mine.yaml: already exists")
     assert copy.read_bytes() == before
     assert_told(run("recipes", "copy", "demo", str(tmp_path / "zz")), 2, "zz.yaml")
     assert_told(run("recipes", "copy", "demo", str(tmp_path / "no/x.yaml")), 2, "make it first")

@@ -48,7 +48,7 @@ def test_alone_everything_is_free() -> None:
         assert (ranks.rank, ranks.size, ranks.main) == (0, 1, True)
         assert ranks.wrap(model) is model
         assert ranks.total(tensor) is tensor
-        assert (ranks.share("x"), ranks.gather(3), ranks.most(5), ranks.any(False)) == ("x", [3], 5, False)
+        assert (ranks.broadcast("x"), ranks.gather(3), ranks.most(5), ranks.any(False)) == ("x", [3], 5, False)
     with pytest.raises(KeyError), ranks:  # errors pass
         raise KeyError
 
@@ -144,17 +144,17 @@ def test_only_ranks_that_are_gone_are_called_so(monkeypatch: pytest.MonkeyPatch)
     host, ended = socket.gethostname(), subprocess.Popen([sys.executable, "-c", ""])
     ended.wait()
 
-    def farewell(error: str, *others: tuple[str, int]) -> str | None:
-        return Ranks(CPU, size=1 + len(others), peers=[(host, 0), *others])._farewell(RuntimeError(error))
+    def lost(error: str, *others: tuple[str, int]) -> str | None:
+        return Ranks(CPU, size=1 + len(others), peers=[(host, 0), *others]).describe_lost(RuntimeError(error))
 
     closed, late = "Connection closed by peer\nframe #0", "Timed out waiting 1800000ms for recv"
-    assert farewell(closed, (host, os.getpid())) is None  # told as it is
-    assert "rank 2 of 3 is gone" in str(farewell(closed, (host, os.getpid()), (host, ended.pid)))
-    assert "a rank on another machine is gone" in str(farewell(closed, ("elsewhere", 1)))
-    assert "this rank was told: Connection closed by peer\n" in str(farewell(closed, ("elsewhere", 1)))
-    assert "30 minutes for another, which is alive (Timed out" in str(farewell(late, (host, os.getpid())))
-    assert "perhaps on a machine that was lost" in str(farewell(late, ("elsewhere", 1)))
-    assert "rank 1 of 2 is gone" in str(farewell(late, (host, ended.pid)))
+    assert lost(closed, (host, os.getpid())) is None  # told as it is
+    assert "rank 2 of 3 is gone" in str(lost(closed, (host, os.getpid()), (host, ended.pid)))
+    assert "a rank on another machine is gone" in str(lost(closed, ("elsewhere", 1)))
+    assert "this rank was told: Connection closed by peer\n" in str(lost(closed, ("elsewhere", 1)))
+    assert "30 minutes for another, which is alive (Timed out" in str(lost(late, (host, os.getpid())))
+    assert "perhaps on a machine that was lost" in str(lost(late, ("elsewhere", 1)))
+    assert "rank 1 of 2 is gone" in str(lost(late, (host, ended.pid)))
 
 
 # ---- whole ranks, over gloo on 127.0.0.1 --------------------------------------------------------------------------

@@ -79,7 +79,7 @@ def test_the_defaults_are_those_that_a_recipe_gets(tmp_path: Path) -> None:
         "- `optim.freeze`: list of backbone, norm; default `[]`.",
         "- `train.micro_batch`: integer >= 1 or auto or null; default `null`.",
         "- `train.deterministic`: true or false; default `false`.",
-        "- `distill`: section; default: its keys' own.",
+        "- `distill`: section; default: the defaults of its keys.",
         "- `loss.class_weights`: mapping of NAME to number >= 0; default `{}`.",
         "  Exponent of the polynomial decay; 0: constant.",
         "  folder (image/mask pairs on disk), coco_json (COCO-format annotations), synthetic (drawn on the fly), or a",

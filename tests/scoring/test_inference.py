@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from ssaseg.cli.prediction.predict import run_predict
 from ssaseg.cli.profiling.profile import LiveTensors
-from ssaseg.cli.scoring.inference import Inference, parts, predict_labels, slide, state_views
+from ssaseg.cli.scoring.inference import Inference, predict_labels, slide, state_views, windows
 from ssaseg.datasets import DataError
 from ssaseg.datasets.transforms import scaled_inputs
 from ssaseg.models import Segmenter, build_model, load_model, save_model
@@ -79,15 +79,15 @@ def test_labels_and_probabilities_equal_those_of_mmsegmentation(stored_network: 
 
 
 def test_windows_are_those_of_mmsegmentation() -> None:
-    assert parts(100, 48, 32) == [slice(0, 48), slice(32, 80), slice(52, 100)]  # the last shifted inside
-    assert parts(96, 32, 32) == [slice(0, 32), slice(32, 64), slice(64, 96)]
-    assert parts(48, 48, 7) == [slice(0, 48)]
-    assert parts(40, 48, 32) == [slice(0, 40)]
-    assert parts(49, 48, 32) == [slice(0, 48), slice(1, 49)]
+    assert windows(100, 48, 32) == [slice(0, 48), slice(32, 80), slice(52, 100)]  # the last shifted inside
+    assert windows(96, 32, 32) == [slice(0, 32), slice(32, 64), slice(64, 96)]
+    assert windows(48, 48, 7) == [slice(0, 48)]
+    assert windows(40, 48, 32) == [slice(0, 40)]
+    assert windows(49, 48, 32) == [slice(0, 48), slice(1, 49)]
     for length in range(32, 130):
         for crop, stride in ((32, 32), (32, 1), (48, 20), (64, 43)):
             seen = np.zeros(length, int)
-            for part in parts(length, crop, stride):
+            for part in windows(length, crop, stride):
                 assert part.stop - part.start == min(crop, length)
                 seen[part] += 1
             assert seen.min() >= 1

@@ -113,7 +113,7 @@ def test_signals_are_not_heeded_once_all_is_saved() -> None:
             with pytest.raises(KeyboardInterrupt):
                 signal.raise_signal(signal.SIGINT)
             signal.raise_signal(signal.SIGINT)  # a third one
-            stop.settle()
+            stop.ignore_signals()
         assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
         assert stop.exit_code == 130
     finally:
@@ -161,7 +161,7 @@ def test_a_disk_that_is_full_at_the_start_is_told_with_a_mend(tmp_path: Path, mo
     told = result.stderr[result.stderr.index("error: ") :].splitlines()
     assert "config.yaml: No space left on device (" in told[0]
     assert "0.0 MiB" not in told[0]
-    assert told[1:] == ["make room on that disk, then call the command again"]
+    assert told[1:] == ["free some space on that disk, then run the command again"]
     assert not (tmp_path / "run").exists()
 
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ssaseg.cli.errors import report
+from ssaseg.cli.errors import print_error
 from ssaseg.cli.ranks.ranks import Ranks
 from ssaseg.cli.training import loop as train
 from ssaseg.cli.training.faults import advice
@@ -203,7 +203,7 @@ def test_a_full_disk_hides_no_bad_step(
     monkeypatch.setattr("ssaseg.cli.training.state.write_atomic", refuse)
     with pytest.raises(FloatingPointError) as caught:
         run(job)
-    assert report(caught.value) == 3
+    assert print_error(caught.value) == 3
     told = capsys.readouterr().err.splitlines()[-3:]
     assert told[0].startswith("error: step 3: loss coarse_ce is not finite (coarse_ce nan); ")
     assert "the state before it could not be saved: " in told[0]

@@ -59,7 +59,7 @@ def test_a_run_draws_everything(tmp_path: Path) -> None:
     assert {"true", "predicted", "share", "pixels"} == content["pairs"][0].keys()
     assert first.shape == last.shape
     result = CliRunner().invoke(cli, ["eval", str(out / "last.safetensors"), "--device", "cpu"])
-    assert confused.told(content["pairs"], 5) in result.stdout.splitlines()
+    assert confused.most_confused(content["pairs"], 5) in result.stdout.splitlines()
 
 
 def make_job(folder: Path, classifier: str, images: int = 2) -> Any:
@@ -138,7 +138,7 @@ def test_confused_pairs_of_a_table_by_hand() -> None:
         {"true": "road", "predicted": "boat", "share": 10.0, "pixels": 10},
     ]
     assert confused.confused_pairs(table, ("sky", "road", "boat"), most=1) == pairs[:1]
-    assert confused.told(pairs, 1) == "most confused: road → sky 50.0 % (50 pixels)"
+    assert confused.most_confused(pairs, 1) == "most confused: road → sky 50.0 % (50 pixels)"
     assert table[0, 0] == 90, "the table is as it was"
 
 
