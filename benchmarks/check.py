@@ -59,11 +59,12 @@ def measure(pairs: int, scenes: int, size: tuple[int, int], rounds: int) -> dict
     import cv2
     import numpy as np
 
+    from ssaseg.cli.device import count_cores
     from ssaseg.datasets.check import look_through
     from ssaseg.datasets.pairs import PairDataset
     from ssaseg.datasets.synthetic import CLASSES
 
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = count_cores()
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         write_pairs(root, pairs, scenes, size)
