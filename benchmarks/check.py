@@ -4,9 +4,9 @@
     python benchmarks/check.py --smoke
 
 Protocol: pairs of 683x512 pixels, JPEG (quality 90) and PNG (one byte a pixel), are written into a temporary folder: a
-few built-in scenes, each many times; files come from the page cache. The whole command is timed by the clock, imports
-and table included, as a user waits for it; besides, the look through the pairs alone, by one process and by one a core,
-in turn.
+few built-in scenes, each many times. The files are read from the page cache. Two times are measured: the wall time of
+the whole command, with imports and table, as a user waits for it; and that of reading the pairs alone, with one process
+and with one process per core in turn.
 """
 
 import argparse
@@ -59,11 +59,12 @@ def measure(pairs: int, scenes: int, size: tuple[int, int], rounds: int) -> dict
     import cv2
     import numpy as np
 
+    from ssaseg.cli.device import count_cores
     from ssaseg.datasets.check import look_through
     from ssaseg.datasets.pairs import PairDataset
     from ssaseg.datasets.synthetic import CLASSES
 
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = count_cores()
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         write_pairs(root, pairs, scenes, size)
@@ -119,7 +120,7 @@ def write_pairs(root: Path, pairs: int, scenes: int, size: tuple[int, int]) -> N
 
 
 def seconds_of_command(recipe: Path) -> float:
-    """The command on one split, from its call to its end."""
+    """Wall time of the command on one split."""
     call = "import sys; from ssaseg.cli.main import cli; sys.exit(cli())"
     start = time.perf_counter()
     done = subprocess.run(

@@ -1,4 +1,4 @@
-"""The loader: time an image by stage, images a second by number of workers, against mmsegmentation's; and memory.
+"""The loader: time per image by stage, images per second by number of workers, against mmsegmentation; and memory.
 
     python benchmarks/loader.py --mmseg-python PATH_TO_PYTHON      # on generated pairs of ADE20K's size
     python benchmarks/loader.py --root data/ade/ADEChallengeData2016
@@ -6,11 +6,12 @@
     python benchmarks/loader.py --smoke
 
 Protocol: ADE20K's training pipeline (scale (2048, 512), ratio 0.5 to 2, crop 512, distortion) in batches of 8, each
-process with one thread. --root holds images/ and annotations/, below each training/ or train/; without it 64 scenes of
-683x512 pixels are drawn, as JPEG of about 40 KB, what ADE20K's training images have on average. Stages are CPU time,
-each without the stages inside it, in one worker, and in two that work at the same time. Images a second are wall time
-of what reaches the main process, ours and mmsegmentation's in turn, medians over the rounds. mmsegmentation's side
-includes the colour distortion, which is ours to do on the device: its time is reported beside the stages.
+process with one thread. --root holds images/ and annotations/, and in each of them training/ or train/. Without --root,
+64 scenes of 683x512 pixels are drawn, as JPEG files of about 40 KB, the average of ADE20K's training images. Times of
+stages are CPU times, each without the stages inside it, in one worker, and in two workers at the same time. Images per
+second are those that reach the main process, by wall time, for our loader and mmsegmentation's in turn, medians over
+the rounds. mmsegmentation's side includes the colour distortion, which we do on the device: that time is reported
+beside the stages.
 """
 
 import argparse
@@ -31,7 +32,7 @@ from loader_memory import evaluation_slope, loader_slopes
 from pipeline import BATCH, CROP, RATIO, SCALE, MmsegProcess, device_part, processor, read, rounded, versions
 
 RESULTS = Path(__file__).parent / "results"
-WARM = 6  # batches that are prepared ahead, or read by a worker that is only starting, are not counted
+WARM = 6  # first batches, which are not counted: they are prepared ahead, or read while a worker starts
 
 
 def main() -> None:
@@ -39,7 +40,7 @@ def main() -> None:
     parser.add_argument("--root", type=Path, help="folder with images/ and annotations/; default: generated pairs")
     parser.add_argument("--mmseg-python", type=Path, help="interpreter that has mmsegmentation 1.2.2")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--images", type=int, default=192, help="images a round, side and number of workers")
+    parser.add_argument("--images", type=int, default=192, help="images per round, side and number of workers")
     parser.add_argument("--memory", action="store_true", help="resident memory instead of time")
     parser.add_argument("--samples", type=int, default=10_000, help="samples read for --memory")
     parser.add_argument("--smoke", action="store_true", help="a few tiny images; writes no result")
@@ -60,7 +61,7 @@ def main() -> None:
 
 
 def smoke(scratch: Path) -> None:
-    """Everything but mmsegmentation, in seconds, with the figures checked for sense."""
+    """Everything except mmsegmentation, in a few seconds; checks that the figures are plausible."""
     root = generated(scratch, 8, 96, 128)
     result = speed(root, None, rounds=1, images=2 * BATCH)
     for workers in ("1 worker", "2 workers"):
@@ -92,18 +93,18 @@ def generated(folder: Path, count: int, height: int, width: int) -> Path:
 
 
 def linked(root: Path, scratch: Path) -> Path:
-    """A folder with images/train and annotations/train, whatever `root` calls them."""
+    """A folder with images/train and annotations/train, as links to the folders of `root`."""
     for kind in ("images", "annotations"):
         source = next((root / kind / name for name in ("training", "train") if (root / kind / name).is_dir()), None)
         if source is None:
-            raise SystemExit(f"{root / kind}: neither training nor train is there")
+            raise SystemExit(f"{root / kind}: has neither a folder training nor a folder train")
         (scratch / kind).mkdir()
         (scratch / kind / "train").symlink_to(source.resolve())
     return scratch
 
 
 def our_work(root: Path) -> Any:
-    """What a worker does. The ids mean nothing here: any below 255 is taken for a class."""
+    """The work of a worker. The meaning of the ids does not matter here: every id below 255 is a class."""
     from ssaseg.datasets.loader import TrainWork
     from ssaseg.datasets.pairs import PairDataset
     from ssaseg.datasets.transforms import TrainTransform
@@ -168,7 +169,7 @@ class Stages:
         self.mark = time.process_time()
 
     def switch(self) -> None:
-        """What passed since the last switch belongs to the innermost open stage."""
+        """Adds the time since the last switch to the innermost open stage."""
         now = time.process_time()
         self.seconds[self.open[-1]] += now - self.mark
         self.mark = now
@@ -187,13 +188,13 @@ class Stages:
 
 
 def stage_times(work: Any, indices: list[int]) -> dict[str, float]:
-    """Milliseconds an image, by timing the functions in place."""
+    """Milliseconds per image of each stage; the functions are replaced by timed ones."""
     import cv2
     import numpy as np
 
     from ssaseg.datasets import pairs, transforms
 
-    parts = [
+    functions = [
         (pairs.Path, "read_bytes", "read file"),
         (pairs, "read_image", "decode image"),
         (pairs, "read_mask", "decode mask"),
@@ -207,7 +208,7 @@ def stage_times(work: Any, indices: list[int]) -> dict[str, float]:
         pass
     stages = Stages()
     with contextlib.ExitStack() as stack:
-        for owner, name, stage in parts:
+        for owner, name, stage in functions:
             stack.enter_context(mock.patch.object(owner, name, stages.timed(getattr(owner, name), stage)))
         stages.mark = time.process_time()
         for _ in read(work, indices):
@@ -217,7 +218,7 @@ def stage_times(work: Any, indices: list[int]) -> dict[str, float]:
 
 
 def stages_in_workers(work: Any, indices: list[int], workers: int) -> dict[str, float]:
-    """Means over `workers` processes that work at the same time, on the same files from different starts."""
+    """Means over `workers` processes that work at the same time, on the same files in a different order."""
     starts = [worker * len(indices) // workers for worker in range(workers)]
     with multiprocessing.get_context("fork").Pool(workers) as pool:
         found = pool.starmap(stage_times, [(work, indices[start:] + indices[:start]) for start in starts], chunksize=1)
@@ -226,7 +227,7 @@ def stages_in_workers(work: Any, indices: list[int], workers: int) -> dict[str, 
 
 
 def hand_over(work: Any, images: int) -> dict[str, float]:
-    """CPU milliseconds an image, on both sides, where a worker hands its batches to the main process."""
+    """CPU milliseconds per image in a worker and in the main process, while the worker sends its batches."""
     import psutil
 
     from ssaseg.datasets.loader import train_loader
@@ -249,7 +250,7 @@ def hand_over(work: Any, images: int) -> dict[str, float]:
 
 
 def delivered(work: Any, workers: int, images: int) -> float:
-    """Images a second of wall time that reach this process."""
+    """Images that reach this process per second of wall time."""
     from ssaseg.datasets.loader import train_loader
 
     stream = train_loader(work.dataset, work.transform, 0, BATCH, workers)
@@ -267,15 +268,15 @@ def drained(stream: Iterator[Any], images: int) -> float:
 
 
 def limit(result: dict[str, Any]) -> str:
-    """What to add or mend where the device waits for data."""
+    """What limits the loader: what to add or to improve where the device waits for data."""
     stages = dict(result["stages [ms]"]["1 worker"])
     total = stages.pop("all")
     first, second = sorted(stages, key=lambda name: -stages[name])[:2]
     working, taking = result["stages [ms]"]["hand over"].values()
     return (
-        f"the workers' CPU: {working:.1f} ms an image, of the stages {first} {stages[first] / total:.0%}, {second} "
-        f"{stages[second] / total:.0%}; so about {1e3 / working:.0f} images/s and core, up to {1e3 / taking:.0f} "
-        "images/s, where the main process's taking over limits"
+        f"the CPU of the workers: {working:.1f} ms per image, most in {first} {stages[first] / total:.0%}, {second} "
+        f"{stages[second] / total:.0%}; so about {1e3 / working:.0f} images/s per core, up to {1e3 / taking:.0f} "
+        "images/s, where receiving in the main process becomes the limit"
     )
 
 
@@ -283,7 +284,7 @@ def limit(result: dict[str, Any]) -> str:
 
 
 def memory(root: Path, samples: int, images: int = 600) -> dict[str, Any]:
-    """Slopes of resident memory by least squares over the last half of `samples`, and over evaluated images."""
+    """Slopes of resident memory, by least squares: over the last half of `samples`, and over evaluated images."""
     slopes, sizes = loader_slopes(our_work(root), samples)
     return {
         "command": f"python benchmarks/loader.py --memory --samples {samples}",

@@ -7,7 +7,7 @@ BATCH = 8
 
 
 def slope(at: list[int], kib: list[float]) -> float:
-    """Least squares over the last half: KiB for each further sample."""
+    """KiB per sample, by least squares over the last half of the values."""
     import numpy as np
 
     half = len(at) // 2
@@ -15,7 +15,7 @@ def slope(at: list[int], kib: list[float]) -> float:
 
 
 def loader_slopes(work: Any, samples: int) -> tuple[dict[str, float], dict[str, list[float]]]:
-    """Slope and a few sizes of the main process and two workers, which read `samples` in batches."""
+    """Slopes, and three sizes, of the main process and of two workers, which read `samples` in batches."""
     import psutil
 
     from ssaseg.datasets.loader import train_loader
@@ -44,7 +44,7 @@ def loader_slopes(work: Any, samples: int) -> tuple[dict[str, float], dict[str, 
 
 
 def evaluation_slope(images: int) -> float:
-    """Slope of the main process over `images` small scenes, scored by a small network with 150 classes."""
+    """Slope of the main process over the evaluation of `images` small scenes, by a small network with 150 classes."""
     import psutil
     import torch
 

@@ -1,13 +1,13 @@
-"""Training pipeline: images per second and core, against mmsegmentation 1.2.2 on the same files, in turn in one run.
+"""Training pipeline: images per second and core, against mmsegmentation 1.2.2, in turn in one run on the same files.
 
     python benchmarks/pipeline.py --root data/camvid --mmseg-python PATH_TO_PYTHON
     python benchmarks/pipeline.py --smoke
 
 Protocol: one thread, scale (2048, 512), ratio 0.5 to 2, crop 512, `images/train` and `annotations/train` below --root.
-The interpreter given by --mmseg-python is the environment that tests/fixtures/make_mmseg_metrics.py describes; without
-it that side is "not measured". Both sides take turns, a chunk of the same files each; CPU time of the process is
-counted, so that other programs disturb little, and the median over the rounds is reported. Ours is measured up to the
-cropped uint8 batch, mmsegmentation's through colour distortion and packing; the work that moved to the device is
+The interpreter given by --mmseg-python is that of the environment that tests/fixtures/make_mmseg_metrics.py describes;
+without it that side is "not measured". Both sides read the same chunk of files in turn. The CPU time of the process is
+measured, which other programs disturb little; the median over the rounds is reported. Our side is measured up to the
+cropped uint8 batch, mmsegmentation's side up to colour distortion and packing; the work that we do on the device is
 reported beside it.
 """
 
@@ -37,7 +37,7 @@ def main() -> None:
     parser.add_argument("--root", type=Path, default=Path("data/camvid"))
     parser.add_argument("--mmseg-python", type=Path, help="interpreter that has mmsegmentation 1.2.2")
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--chunk", type=int, default=96, help="images a round and side")
+    parser.add_argument("--chunk", type=int, default=96, help="images per round and side")
     parser.add_argument("--smoke", action="store_true", help="a few tiny synthetic images; writes no result")
     parser.add_argument("--as-mmseg", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -53,7 +53,7 @@ def main() -> None:
 
 
 def smoke() -> None:
-    """Everything but mmsegmentation, in seconds, with the figures checked for sense."""
+    """Everything except mmsegmentation, in a few seconds; checks that the figures are plausible."""
     import cv2
     import numpy as np
 
@@ -95,7 +95,7 @@ def measure(root: Path, mmseg_python: Path | None, rounds: int, chunk: int) -> d
             seconds["mmsegmentation"].append(other.ask("time", indices) / chunk)
     result: dict[str, Any] = {
         "command": f"python benchmarks/pipeline.py --root DIR --mmseg-python PATH --rounds {rounds} --chunk {chunk}",
-        # Above the number of cores: other programs ran beside, and all figures are worse than on a quiet machine.
+        # If it is above the number of cores, other programs ran too, and all figures are worse than on an idle machine.
         "load average": os.getloadavg()[0],
         "versions": versions(),
         "processor": processor(),
@@ -130,33 +130,33 @@ def our_work(root: Path, cache: bool) -> Any:
 
 
 def read(work: Any, indices: list[int]) -> Iterator[Any]:
-    """Batches of these images, as a worker makes them."""
+    """Batches of these images, made as in a worker."""
     for first in range(0, len(indices), BATCH):
         yield work[[(i, i) for i in indices[first : first + BATCH]]]
 
 
 def our_stages(work: Any, chunk: int) -> dict[str, float]:
-    """Milliseconds an image for each part of the worker's job, by timing the functions in place."""
+    """Milliseconds per image for each stage of a worker; the functions are replaced by timed ones."""
     import cv2
 
     from ssaseg.datasets import pairs
 
     times: dict[str, float] = defaultdict(float)
     transform = work.transform
-    parts = [
+    functions = [
         (pairs, "read_image", "decode image"),
         (pairs, "read_mask", "decode mask"),
         (transform, "_choose_crop", "choose crop, resize label"),
         (cv2, "resize", "resize image"),
         (cv2, "flip", "flip"),
     ]
-    originals = [getattr(owner, name) for owner, name, _ in parts]
-    for (owner, name, stage), function in zip(parts, originals, strict=True):
+    originals = [getattr(owner, name) for owner, name, _ in functions]
+    for (owner, name, stage), function in zip(functions, originals, strict=True):
         setattr(owner, name, timed(function, stage, times))
     try:
         total = cpu_seconds(read(work, [i % len(work.dataset) for i in range(chunk)]))
     finally:
-        for (owner, name, _), function in zip(parts, originals, strict=True):
+        for (owner, name, _), function in zip(functions, originals, strict=True):
             setattr(owner, name, function)
     times["draws, copies, the rest"] = total - sum(times.values())
     return {stage: seconds / chunk * 1e3 for stage, seconds in times.items()}
@@ -173,7 +173,7 @@ def timed(function: Callable[..., Any], stage: str, times: dict[str, float]) -> 
 
 
 def device_part(work: Any, rounds: int) -> dict[str, dict[str, float]]:
-    """What happens after the worker, milliseconds an image: distortion; conversion to float32, normalisation and
+    """Milliseconds per image of the work after the worker: distortion; conversion to float32, normalisation and
     padding.
     """
     import torch
@@ -201,7 +201,7 @@ def device_part(work: Any, rounds: int) -> dict[str, dict[str, float]]:
                 wait()
                 split["distort [ms]"].append((distorted - middle) / BATCH * 1e3)
                 split["convert and normalise [ms]"].append((middle - start + clock() - distorted) / BATCH * 1e3)
-        # A mean, not a median: batches differ in the steps they take. The first round warms up.
+        # A mean, not a median: the distortion steps differ between batches. The first round warms up.
         found[device.type] = {name: statistics.mean(values[len(batches) :]) for name, values in split.items()}
     return found
 
@@ -211,7 +211,7 @@ def end_to_end(work: Any, images: int) -> float:
     from ssaseg.datasets.loader import train_loader
 
     stream = train_loader(work.dataset, work.transform, 0, BATCH, workers=2)
-    for _ in range(6):  # what is prepared ahead at the start would be counted as free
+    for _ in range(6):  # these batches are not counted: some of them are prepared ahead before the clock starts
         next(stream)
     start = time.perf_counter()
     for _ in range(images // BATCH):
@@ -222,7 +222,7 @@ def end_to_end(work: Any, images: int) -> float:
 
 
 class MmsegProcess:
-    """This file running in the other interpreter, answering one question a line."""
+    """This file, run by the other interpreter; it answers one question for each line."""
 
     def __init__(self, python: Path, root: Path) -> None:
         command = [str(python), __file__, "--as-mmseg", "--root", str(root)]
@@ -243,7 +243,7 @@ class MmsegProcess:
         for line in self.process.stdout:
             if line.startswith("answer "):  # mmengine prints too
                 return json.loads(line.removeprefix("answer "))
-        raise SystemExit(f"{self.process.args!r}: ended without an answer; does that interpreter have mmsegmentation?")
+        raise SystemExit(f"{self.process.args!r}: ended without an answer; is mmsegmentation installed in it?")
 
     def close(self) -> None:
         assert self.process.stdin is not None
@@ -252,7 +252,7 @@ class MmsegProcess:
 
 
 def serve_mmseg(root: Path) -> None:
-    """The other side: mmsegmentation's usual training pipeline over the same files."""
+    """mmsegmentation's side: its usual training pipeline on the same files."""
     sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "fixtures"))
     from make_mmseg_stub import stub_mmcv_ops
 
@@ -313,7 +313,7 @@ def mmseg_stages(dataset: Any, indices: list[int]) -> dict[str, float]:
 
 
 def mmseg_delivered(dataset: Any, workers: int, images: int) -> float:
-    """Images a second of wall time that reach the main process, in batches as its runner makes them."""
+    """Images that reach the main process per second of wall time, in batches as mmsegmentation's runner makes them."""
     import torch
     from mmengine.dataset import pseudo_collate
 
@@ -333,7 +333,7 @@ def mmseg_delivered(dataset: Any, workers: int, images: int) -> float:
 
 
 def cpu_seconds(results: Iterator[Any]) -> float:
-    """CPU time of this process to compute all results, none of which is kept."""
+    """CPU time of this process for computing all results; they are not kept."""
     start = time.process_time()
     for _ in results:
         pass

@@ -1,6 +1,6 @@
-"""Data sets by name, and the error that every one of them raises.
+"""Data sets by name, what each of them offers, and the error that they raise.
 
-Nothing heavy is imported here: OpenCV and NumPy come in with the data set that is built.
+Nothing heavy is imported here: OpenCV and NumPy are imported with the data set that is built.
 """
 
 from ssaseg.datasets.base import IGNORED, DataError, Dataset, Palette, default_palette

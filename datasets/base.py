@@ -1,8 +1,11 @@
-"""What every data set offers, and the error that every one of them raises."""
+"""What every data set offers, and the error that every data set raises."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Protocol
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 if TYPE_CHECKING:
     import numpy as np
@@ -10,30 +13,78 @@ if TYPE_CHECKING:
 
 Palette = tuple[tuple[int, int, int], ...]
 
-IGNORED = 255  # the label of pixels that count nowhere
+IGNORED = 255  # the label of pixels that no loss and no score counts
 
 
 class DataError(ValueError):
-    """Data that cannot be used. At most three lines: the file and what is wrong, what was expected, the likely mend."""
+    """Data that cannot be used. At most three lines: the file and what is wrong, what was expected, the likely fix."""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Something wrong with the data.
+
+    severity: "error" or "warning". text: at most three lines. kind: what it is counted as, where too many problems were
+    found to print all of them.
+    """
+
+    severity: str
+    text: str
+    kind: str = ""
+
+
+class PairFacts(NamedTuple):
+    """What was found in one pair of image and label."""
+
+    problems: list[Problem]
+    pixels: np.ndarray | None  # int64 (256,), pixels of each raw id; None where the label cannot be read
+    size: tuple[int, int] | None  # height and width of the image [pixels]; None where it cannot be read
+    palette: bytes | None  # RGB triples of the mask file's own palette; None where it has none
 
 
 class Dataset(Protocol):
     """Images with labels.
 
-    An image is BGR uint8 (H, W, 3); a label is uint8 (H, W) of train ids 0..K-1, where 255 is ignored. Raw ids, as a
-    file holds them, become train ids by `label_lut[raw]`; where `valid_raw[raw]` is false the id means nothing: an
-    error.
+    An image is BGR uint8 (H, W, 3). A label is uint8 (H, W) of train ids 0..K-1, where 255 is ignored. Raw ids are the
+    numbers in a file; `label_lut[raw]` is their train id. Where `valid_raw[raw]` is false, the raw id has no meaning
+    and is an error.
     """
 
     classes: tuple[str, ...]
-    palette: Palette  # RGB, 0..255, one colour a class
+    palette: Palette  # RGB, 0..255, one colour for each class
     label_lut: np.ndarray  # uint8 (256,)
     valid_raw: np.ndarray  # bool (256,)
+
+    @property
+    def image_files(self) -> Sequence[Path]:
+        """One file for each image; empty where images are drawn by a program."""
+
+    @property
+    def mask_files(self) -> Sequence[Path]:
+        """One file for each label; empty where labels are not stored as mask files."""
+
+    @property
+    def incomplete(self) -> Sequence[DataError]:
+        """The errors for pairs that were left out because one of their files is missing."""
+
+    @property
+    def unused_masks(self) -> Sequence[Path]:
+        """Mask files that have no image."""
+
+    @property
+    def zero_ignored(self) -> bool | None:
+        """What raw id 0 means where raw ids are numbered without gaps: True: ignored, and k is class k-1
+        (`reduce_zero_label`); False: class 0, and k is class k. None where the raw ids follow no such rule.
+        """
+
+    @property
+    def fix(self) -> str | None:
+        """What a user can do about wrong ids; None where the recipe's keys about ids are the fix."""
 
     def __len__(self) -> int: ...
 
     def name(self, index: int) -> str:
-        """Path below the image folder, without suffix."""
+        """The image's path below the image folder, without suffix."""
 
     def load(self, index: int) -> tuple[np.ndarray, np.ndarray]:
         """Image and label of train ids, checked."""
@@ -45,13 +96,29 @@ class Dataset(Protocol):
         """The image alone."""
 
     def label_error(self, index: int) -> DataError:
-        """What to raise where an id of `load_raw` is not valid."""
+        """The error to raise where `load_raw` gave an id that is not valid."""
+
+    def inspect(self, index: int, decode: bool) -> PairFacts:
+        """Look for everything that is wrong with one pair; raises nothing.
+
+        decode: whether to decode the image; without it only its header and its end may be read.
+        """
+
+    def identity(self) -> list[str]:
+        """What decides the pixels, as far as it is known without reading a file: the sizes of all files [bytes], or
+        the numbers that scenes are drawn from. Raises OSError where a file is missing.
+        """
+
+
+def file_sizes(files: Iterable[Path]) -> list[str]:
+    """Sizes of files [bytes], as text. Raises OSError where a file is missing."""
+    return [str(file.stat().st_size) for file in files]
 
 
 def default_palette(count: int) -> Palette:
     """`count` (at most 256) distinct RGB colours, 0..255: PASCAL VOC's colour map.
 
-    The index's bits go to red, green, blue in turn, and fill each from its top bit down.
+    The bits of the index go to red, green and blue in turn, and fill each of them from its highest bit down.
     """
     colours = []
     for index in range(count):

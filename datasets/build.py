@@ -1,6 +1,6 @@
-"""Data sets by name, and the error that every one of them raises.
+"""Building data sets by name.
 
-Nothing heavy is imported here: OpenCV and NumPy come in with the data set that is built.
+Nothing heavy is imported here: OpenCV and NumPy are imported with the data set that is built.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from ssaseg.datasets.published import LAYOUTS
 def build_dataset(dataset: str, split: str, *, root: Path, options: Mapping[str, Any]) -> Dataset:
     """Build the data set called `dataset` for `split` ("train" or "val").
 
-    `options` are the keys of a recipe's `data` section; folders in them are below `root`. A key of no recipe is
-    `partial`: image files without mask are left out and told, see `PairDataset`. Raises DataError for an
-    unknown name or split, and for data that is missing or does not fit together.
+    `options` are the keys of a recipe's `data` section; folders in them are below `root`. One key is not for recipes:
+    with `partial`, images without mask are left out, see `PairDataset`. Raises DataError for an unknown name or split,
+    and for data that is missing or does not fit together.
     """
     if dataset not in BUILDERS:
         raise DataError(f"data.dataset={dataset}: no such data set\nexpected one of: {', '.join(BUILDERS)}")
@@ -34,9 +34,9 @@ def list_datasets() -> list[str]:
 
 
 def stated_classes(dataset: str, options: Mapping[str, Any]) -> tuple[list[str], list[list[int]] | None]:
-    """Names and RGB colours (None: nobody chose any) of the classes that a recipe's `data` section means.
+    """Names and RGB colours (None: none are given) of the classes of a recipe's `data` section.
 
-    No data is read: of `coco_json` only what `options` say is known, and the list may be empty.
+    No data is read: for `coco_json` only the classes in `options` are known, and the list may be empty.
     """
     if dataset in LAYOUTS:
         from ssaseg.datasets.labels import label_space
@@ -67,7 +67,7 @@ def _folder(split: str, root: Path, options: Mapping[str, Any]) -> Dataset:
         names=Path(root) / folders["names"] if folders.get("names") else None,
         partial=options.get("partial", False),
     )
-    pairs.preload()  # where there is a cache: now, so that the loader's workers share its pages
+    pairs.preload()  # if there is a cache: now, so that the loader's workers use the same memory
     return pairs
 
 
@@ -114,27 +114,27 @@ def _published(name: str, split: str, root: Path, options: Mapping[str, Any]) ->
     first = int(layout.reduce_zero_label)
     ids = f"{'0 ignored, ' * first}classes {first}..{first + len(labels.classes) - 1}"
     again = f"remove them and run `ssaseg data prepare {name}`" if layout.prepared else "unpack the download again"
-    pairs.mend = f"these are not the masks of {name} as published ({ids}): {again}"
+    pairs.fix = f"these are not the masks of {name} as published ({ids}): {again}"
     pairs.preload()
     return pairs
 
 
 def _as_published(error: DataError, name: str, split: str, root: Path) -> DataError:
-    """The error with another mend: folders and suffixes are nothing that the recipe could correct."""
+    """The error with another fix: the recipe cannot change the folders and suffixes of a published data set."""
     found, expected, *_ = str(error).split("\n")
     expected = expected.partition(": set data.mask_suffix")[0]
-    return DataError(f"{found}\n{expected}\n{_layout_mend(name, split, root)}")
+    return DataError(f"{found}\n{expected}\n{_layout_fix(name, split, root)}")
 
 
-def _layout_mend(name: str, split: str, root: Path) -> str:
+def _layout_fix(name: str, split: str, root: Path) -> str:
     layout = LAYOUTS[name]
-    parts = [f"{layout.images[split]}/*{layout.image_suffix}", f"{layout.masks[split]}/*{layout.mask_suffix}"]
-    parts += [layout.lists[split]] if layout.lists else []
-    get = f"download {Path(layout.root).name} from its makers' site"
+    files = [f"{layout.images[split]}/*{layout.image_suffix}", f"{layout.masks[split]}/*{layout.mask_suffix}"]
+    files += [layout.lists[split]] if layout.lists else []
+    get = f"download {Path(layout.root).name} from its official site"
     if layout.prepared:
         get = f"run `ssaseg data prepare {name} --source DIR --root {root}` on its download"
     usual = "" if root == Path(layout.root) else f" (often {layout.root})"
-    return f"{name} needs {', '.join(parts)} below data.root={root}: {get}, or say where it is: data.root=DIR{usual}"
+    return f"{name} needs {', '.join(files)} below data.root={root}: {get}, or set its folder: data.root=DIR{usual}"
 
 
 def _synthetic(split: str, _root: Path, options: Mapping[str, Any]) -> Dataset:

@@ -1,6 +1,6 @@
-"""What the ids in somebody's own masks mean: by a file of class names, if there is one, else by the ids themselves.
+"""Guess what the ids in a user's masks mean: from a file of class names if there is one, otherwise from the ids.
 
-Nothing here is certain: every guess comes with a note that says what was seen, for the person who reads the recipe.
+Nothing here is certain: every guess comes with a note that says what was found, for the person who reads the recipe.
 """
 
 from __future__ import annotations
@@ -13,16 +13,16 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ssaseg.datasets.base import IGNORED, DataError
-from ssaseg.datasets.pairs import some
+from ssaseg.datasets.pairs import first_names
 
 NAME_FILES = ("classes.txt", "labels.txt", "labelmap.txt", "label_map.txt", "class_names.txt", "class_dict.csv")
-# More ids than this are the grey levels of a picture rather than classes.
+# More different ids than this are probably the grey levels of a picture, not classes.
 MOST_IDS = 200
-# labelme's first line, for what has no class. It has the id -1, which is 255 in a mask.
+# The first line of labelme's files, for pixels without a class. It has the id -1, which is 255 in a mask.
 NO_CLASS = "__ignore__"
-# Names of what an id 0 means; a list that starts with one of them has no room for another 0.
+# Names that id 0 often has. In a list that starts with one of them, the first name belongs to 0.
 BACKGROUND = re.compile(r"_*(background|bg|void|unlabell?ed|other)_*", re.IGNORECASE)
-# What columns are called, in lower case.
+# Headers of columns, in lower case.
 COLUMNS = {
     "id": re.compile(r"(class|label|category|train)?[ _-]?(id|index|idx|value|nr|no)"),
     "name": re.compile(r"(class|label|category)?[ _-]?names?|class|label|category"),
@@ -37,10 +37,10 @@ ID_LAST = re.compile(r"(?P<name>.+?)\s*[:;,=\s]\s*(?P<id>-?\d+)")
 
 @dataclass
 class Labels:
-    """What raw ids are taken to mean: keys of a recipe's data section, and why."""
+    """What raw ids are assumed to mean, as keys of a recipe's data section; and notes that say why."""
 
     classes: list[str]
-    raw_ids: list[int]  # one a class
+    raw_ids: list[int]  # one for each class
     reduce_zero_label: bool = False
     raw_to_train: dict[int, int] | None = None
     palette: list[tuple[int, int, int]] | None = None
@@ -48,13 +48,13 @@ class Labels:
 
 
 class Names(NamedTuple):
-    """Class names that a file gives, by the id that it gives or by line, and their colours, if it has any."""
+    """Class names in a file, by the id in the file or else by line number from 0; and colours, if it has any."""
 
     file: Path
     names: dict[int, str]
     colours: dict[int, tuple[int, int, int]]
-    numbered: bool  # whether the file gives the ids
-    ignored: frozenset[int] = frozenset()  # ids that the file says to ignore
+    numbered: bool  # whether the file has ids
+    ignored: frozenset[int] = frozenset()  # ids of pixels without a class, according to the file
 
 
 class Line(NamedTuple):
@@ -69,36 +69,37 @@ class Line(NamedTuple):
 
 
 def guess_labels(ids: Sequence[int], names: Names | None, palette: bytes | None) -> Labels:
-    """What the raw ids that occur (sorted) are taken to mean.
+    """What the raw ids that occur (sorted) are assumed to mean.
 
-    `palette`: RGB triples that all mask files share, or None. Raises DataError where the ids cannot be classes.
+    `palette`: RGB triples that all mask files have, or None. Raises DataError where the ids cannot be classes.
     """
     present = [value for value in ids if value != IGNORED]
     if len(ids) > MOST_IDS:
         raise DataError(
-            f"the masks hold {len(ids)} different values: grey levels of a picture rather than class ids\n"
-            f"expected one small number a class\nwrite class ids 0, 1, 2, … without smoothing"
+            f"the masks hold {len(ids)} different values: they look like grey levels, not like class ids\n"
+            f"expected one small number for each class\nwrite class ids 0, 1, 2, … without smoothing"
         )
     labels = None if names is None else _named(present, names)
     if labels is None:
         labels = _unnamed(list(ids), present)
         if names is not None:
-            told = f"it has {len(names.names)} names, and the ids are {some([str(value) for value in present], 10)}"
-            labels.notes.append(f"{names.file.name} is not used: {told}")
+            ids_found = first_names([str(value) for value in present], 10)
+            reason = f"it has {len(names.names)} names, and the ids are {ids_found}"
+            labels.notes.append(f"{names.file.name} is not used: {reason}")
             names = None
     if len(labels.classes) < 2:
         raise DataError(
-            f"the masks hold one class, id {some([str(value) for value in ids])}: there is nothing to tell apart\n"
-            "expected 2 classes or more\ngive background a class id of its own"
+            f"the masks hold one class, id {first_names(list(map(str, ids)))}: there is nothing to distinguish\n"
+            "expected 2 classes or more\ngive the background its own class id"
         )
     if IGNORED in ids and IGNORED not in labels.raw_ids:
-        labels.notes.append("255 is in the masks: taken as 'ignored', its usual meaning")
+        labels.notes.append("255 is in the masks: read as 'ignored', its usual meaning")
     first = int(labels.reduce_zero_label and names is not None and not names.numbered)  # the id of the first line
     if names is not None and names.colours.keys() >= {value - first for value in labels.raw_ids}:
         labels.palette = [names.colours[value - first] for value in labels.raw_ids]
     elif palette is not None and 3 * max(labels.raw_ids) < len(palette):
         colours = [tuple(palette[3 * value : 3 * value + 3]) for value in labels.raw_ids]
-        # Equal colours would say nothing: a palette that was never filled in.
+        # Where colours are equal, the palette was never filled in.
         if len(set(colours)) == len(colours):
             labels.palette = [(r, g, b) for r, g, b in colours]
             labels.notes.append("colours: the palette of the mask files")
@@ -106,50 +107,51 @@ def guess_labels(ids: Sequence[int], names: Names | None, palette: bytes | None)
 
 
 def _named(present: Sequence[int], names: Names) -> Labels | None:
-    """Labels as a file of names has them, or None where it does not fit."""
+    """Labels according to a file of names, or None where it does not fit the ids."""
     given, file = names.names, names.file.name
     notes = [f"class names: {file}"]
     if names.numbered:
         ids = sorted({*given, *present} - names.ignored)
         if unnamed := [str(value) for value in ids if value not in given]:
-            notes.append(f"ids that {file} does not name: {some(unnamed, 10)}")
+            notes.append(f"ids that {file} does not name: {first_names(unnamed, 10)}")
         if unseen := [name for value, name in given.items() if value not in present]:
-            notes.append(f"{len(given)} names, {len(given) - len(unseen)} of them have pixels: not {some(unseen, 6)}")
+            notes.append(f"{len(unseen)} of {len(given)} names have no pixel: {first_names(unseen, 6)}")
         classes = [given.get(value, f"class_{value}") for value in ids]
         return _with_map(Labels(classes, ids, notes=notes), names.ignored & set(present))
     count, last = len(given), max(present, default=0)
     if last > count or (last == count and (count < 2 or BACKGROUND.fullmatch(given[0]))):
         return None
     if last == count:
-        notes.append(f"0 is taken as 'ignored': {file} has {count} names, and ids go up to {count}")
+        notes.append(f"0 is read as 'ignored': {file} has {count} names, and ids go up to {count}")
         return Labels(list(given.values()), list(range(1, count + 1)), True, notes=notes)
     if last < count - 1:
-        notes.append(f"{count} names, ids go up to {last}: the last have no pixel")
+        notes.append(f"{count} names, but ids only go up to {last}: the last names have no pixel")
     if present and 0 not in present:
-        notes.append(f"0 is nowhere, and is {given[0]}; if ids count from 1: reduce_zero_label: true")
+        notes.append(f"no mask holds 0, the id of {given[0]}; if ids start at 1: reduce_zero_label: true")
     return Labels(list(given.values()), list(range(count)), notes=notes)
 
 
 def _unnamed(ids: Sequence[int], present: Sequence[int]) -> Labels:
     if ids == [0, IGNORED]:
-        note = "0 and 255 are the only ids: taken as two classes, not as a class and 'ignored'"
+        note = "0 and 255 are the only ids: read as two classes, not as a class and 'ignored'"
         return Labels(["class_0", "class_255"], [0, IGNORED], raw_to_train={0: 0, IGNORED: 1}, notes=[note])
     labels = Labels([f"class_{value}" for value in present], list(present))
-    labels.notes.append("class names are made up, from the ids: write the real ones")
+    labels.notes.append("class names are made from the ids: write the real ones")
     if present and present == list(range(1, len(present) + 1)):
         labels.reduce_zero_label = True
-        labels.notes.append("ids run from 1 and 0 is nowhere: 0 is taken as 'ignored' (reduce_zero_label)")
+        labels.notes.append("ids start at 1, and no mask holds 0: 0 is read as 'ignored' (reduce_zero_label)")
         return labels
     if 0 in present:
-        labels.notes.append("0 is taken as a class; if it means 'unlabelled', map it to 255 in raw_to_train")
+        labels.notes.append("0 is read as a class; if it means 'unlabelled', map it to 255 in raw_to_train")
     return _with_map(labels)
 
 
 def _with_map(labels: Labels, ignored: frozenset[int] = frozenset()) -> Labels:
-    """With `raw_to_train`, where the ids do not run on from 0 or some of them are to be ignored."""
+    """The labels with `raw_to_train`, where the ids are not 0, 1, 2, … or some of them are to be ignored."""
     if ignored or labels.raw_ids != list(range(len(labels.raw_ids))):
         labels.raw_to_train = {raw: train_id for train_id, raw in enumerate(labels.raw_ids)}
-        labels.notes.append(f"the ids have gaps or start late: raw_to_train numbers them 0..{len(labels.raw_ids) - 1}")
+        last = len(labels.raw_ids) - 1
+        labels.notes.append(f"the ids have gaps or do not start at 0: raw_to_train numbers them 0..{last}")
         labels.raw_to_train |= dict.fromkeys(sorted(ignored), IGNORED)
     return labels
 
@@ -160,15 +162,15 @@ def _with_map(labels: Labels, ignored: frozenset[int] = frozenset()) -> Labels:
 def read_class_names(root: Path) -> tuple[Names | None, list[str]]:
     """Class names from a file such as classes.txt in `root`, one a line, perhaps with an id or a colour; and notes.
 
-    Understood are `name`, `3 name`, `3: name`, `name 3`, CVAT's `name:R,G,B:…`, `name,R,G,B`, columns under a header
-    such as `id,name`, and labelme's `__ignore__`. None where there is no such file, or it cannot be read as one.
+    These forms can be read: `name`, `3 name`, `3: name`, `name 3`, CVAT's `name:R,G,B:…`, `name,R,G,B`, columns under a
+    header such as `id,name`, and labelme's `__ignore__`. None where there is no such file, or it cannot be read.
     """
     notes: list[str] = []
     for file in (root / name for name in NAME_FILES):
         try:
             text = file.read_text(encoding="utf-8-sig")
             if "\0" in text:
-                raise UnicodeError("two bytes a letter")
+                raise UnicodeError("UTF-16 text")
         except (FileNotFoundError, IsADirectoryError):
             continue
         except (OSError, UnicodeError) as error:
@@ -179,13 +181,13 @@ def read_class_names(root: Path) -> tuple[Names | None, list[str]]:
         if lines := [line for line in lines if line and line[0] != "#"]:
             names = _to_names(file, _columns(lines) or _lines(lines))
             if any(line.casefold().endswith(NO_CLASS) for line in lines):
-                notes.append(f"{NO_CLASS} in {file.name} is no class: its pixels are 255 in the masks, and ignored")
+                notes.append(f"{NO_CLASS} in {file.name} is not a class: its pixels are 255 in the masks, and ignored")
             return (names if names.names else None), notes
     return None, notes
 
 
 def _columns(lines: Sequence[str]) -> list[Line] | None:
-    """The lines below a header that has a column of names, alone or with ids or colours; None where there is none."""
+    """The lines below a header with a column of names, alone or with ids or colours; None without such a header."""
     separator = next((mark for mark in ("\t", ";", ",") if mark in lines[0]), None)
     rows = list(csv.reader(lines, delimiter=separator, skipinitialspace=True)) if separator else [lines[0].split()]
     at: dict[str, int] = {}
@@ -194,7 +196,7 @@ def _columns(lines: Sequence[str]) -> list[Line] | None:
         at.setdefault(kind or "", number)
     if "name" not in at or (len(rows[0]) > 1 and not at.keys() & {"id", "r"}):
         return None
-    if separator is None:  # names may have spaces in them, too
+    if separator is None:  # the header is one word, and names may have spaces
         return _lines(lines[1:])
     found = []
     for row in rows[1:]:
@@ -207,13 +209,13 @@ def _columns(lines: Sequence[str]) -> list[Line] | None:
 
 
 def _lines(lines: Sequence[str]) -> list[Line]:
-    """Names without header. A number is an id where every line has another one, before or behind another name."""
+    """Names without header. Numbers before or after the names are ids where all numbers and all names differ."""
     coloured = [COLOUR.fullmatch(line) for line in lines]
     bare = [match[1] if match else line for line, match in zip(lines, coloured, strict=True)]
     colours = [_to_colour(match.groups()[1:]) if match else None for match in coloured]
     for pattern in (ID_FIRST, ID_LAST):
         found = [match for line in bare if (match := pattern.fullmatch(line))]
-        # "zone 1", "zone 2" are names.
+        # "zone 1", "zone 2" are names: without the numbers they would be the same.
         distinct = min(len({int(match["id"]) for match in found}), len({match["name"] for match in found}))
         if distinct == len(lines):
             return [Line(int(match["id"]), match["name"], rgb) for match, rgb in zip(found, colours, strict=True)]

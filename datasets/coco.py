@@ -1,9 +1,9 @@
-"""COCO-format annotations as semantic labels: polygons and run lengths, painted onto one label map an image.
+"""COCO-format annotations as semantic labels: polygons and run lengths, painted onto one label map for each image.
 
-A pixel that several annotations claim goes to the topmost. Within a file the smaller lies on the larger (by the pixels
-it covers; of equal ones the later in the file), and crowds lie below all others. Of several files the later lies on
-the earlier: `[stuff.json, instances.json]` puts things on stuff. Pixels without annotation are ignored, or belong to
-the class that `background` names; so do those whose topmost annotation has a category that `classes` leaves out.
+Where annotations overlap, the pixel belongs to the top one. Within a file, an annotation of fewer pixels lies on top of
+one of more pixels (if equal, the later one in the file is on top), and crowds lie below all others. Of several files,
+the later one lies on top: `[stuff.json, instances.json]` paints things over stuff. Pixels without annotation are
+ignored, or belong to the class `background`; so do pixels whose top annotation has a category that is not in `classes`.
 
 Letters: H, W height and width [pixels].
 """
@@ -18,25 +18,33 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 
 from ssaseg.datasets.annotations import Region, read_annotations, region_runs
-from ssaseg.datasets.base import IGNORED, DataError, Palette, default_palette
+from ssaseg.datasets.base import IGNORED, DataError, PairFacts, Palette, default_palette, file_sizes
 from ssaseg.datasets.decoding import read_image
-from ssaseg.datasets.pairs import some
+from ssaseg.datasets.inspection import inspect_loaded
+from ssaseg.datasets.pairs import first_names
 
 Pair = tuple[np.ndarray, np.ndarray]  # image, label
 
 
 class CocoDataset:
-    """Images whose labels COCO-format files describe; `annotations` are the files, painted in this order.
+    """Images with labels from COCO-format files; `annotations` are the files, painted in this order.
 
-    Classes are the files' categories in the order of their ids, or those that `classes` names, in its order;
-    categories of one name are one class. `background` is the class of pixels without annotation: one of `classes`, or
-    where these come from the files one more, in front of them. Images are those of all files, sorted by name. Labels
-    are painted when they are asked for; what is held is the regions as the files have them. `cache` keeps every
+    Classes are the categories of the files in the order of their ids, or the names in `classes`, in their order;
+    categories of the same name are one class. `background` is the class of pixels without annotation: one of `classes`,
+    or, without `classes`, one more class before those of the files. Images are those of all files, sorted by name.
+    Labels are painted when they are requested; memory holds the regions as the files have them. `cache` keeps every
     decoded pair in memory, as read-only arrays.
 
-    Raises DataError for files that are cut off or hold no annotations, for missing keys and images, and for categories
-    that nobody declares; `load` raises it for regions that cannot be painted and for images of another size.
+    Raises DataError for files that are cut off or hold no annotations, for missing keys and images, and for category
+    ids that the file does not declare. `load` raises it for regions that cannot be painted and for images whose size
+    differs from the file's.
     """
+
+    mask_files: Sequence[Path] = ()
+    incomplete: Sequence[DataError] = ()
+    unused_masks: Sequence[Path] = ()
+    zero_ignored = None  # labels are painted as train ids
+    fix = "check data.classes and data.background"
 
     def __init__(
         self,
@@ -58,7 +66,7 @@ class CocoDataset:
             for name, regions in content.regions.items():
                 if sizes.setdefault(name, content.sizes[name]) != content.sizes[name]:
                     raise _two_sizes(file, name, content.sizes[name], sizes[name])
-                # Packed: as objects, regions take many times the room, and every worker would come to copy them.
+                # Pickled: as objects, regions take many times the memory, and every worker would copy them in time.
                 layers.setdefault(name, [nothing] * len(annotations))[number] = pickle.dumps(regions)
         self.classes, self.palette = _classes(self.annotation_files, categories, classes, palette, background)
         self._rest = IGNORED if background is None else self.classes.index(background)
@@ -95,7 +103,7 @@ class CocoDataset:
         return image, label
 
     def load_raw(self, index: int) -> Pair:
-        """As `load`: labels are painted as train ids."""
+        """The same as `load`: labels are painted as train ids."""
         return self.load(index)
 
     def load_image(self, index: int) -> np.ndarray:
@@ -106,7 +114,7 @@ class CocoDataset:
         """The label alone, uint8 (H, W), of the size that the annotation file states. Raises DataError."""
         height, width = map(int, self._sizes[index])
         ids = {name: train_id for train_id, name in enumerate(self.classes)}
-        label = np.full(width * height, self._rest, np.uint8)  # one column after the other, as run lengths go
+        label = np.full(width * height, self._rest, np.uint8)  # column after column, as in run lengths
         stream = io.BytesIO(self._packed[self._ends[index] : self._ends[index + 1]])
         for file in self.annotation_files:
             regions: list[Region] = pickle.load(stream)
@@ -120,30 +128,38 @@ class CocoDataset:
         return np.ascontiguousarray(label.reshape(width, height).T)
 
     def preload(self) -> None:
-        """Fill the cache, if there is one. Processes forked afterwards share its pages, as nobody writes the arrays."""
+        """Fill the cache, if there is one. Processes that are forked later use the same memory: it is only read."""
         for index in range(len(self) if self._cache is not None else 0):
             self.load(index)
 
     def label_error(self, index: int) -> DataError:
-        """Never needed: only the classes' ids are painted."""
+        """Not expected: only ids of classes are painted."""
         expected = f"ids 0..{len(self.classes) - 1} or {IGNORED}"
-        return DataError(f"{self.image_files[index]}: an id that no class has\nexpected {expected}")
+        return DataError(f"{self.image_files[index]}: an id that belongs to no class\nexpected {expected}")
+
+    def inspect(self, index: int, decode: bool) -> PairFacts:
+        """See `Dataset.inspect`: the image is always decoded, and only the first error of a pair is found."""
+        return inspect_loaded(self, index)
+
+    def identity(self) -> list[str]:
+        """Sizes of the image files, then of the annotation files [bytes]. Raises OSError where a file is missing."""
+        return file_sizes([*self.image_files, *self.annotation_files])
 
     def _size_error(self, index: int, image: Sequence[int]) -> DataError:
         height, width = map(int, self._sizes[index])
-        mend = "correct width and height, or annotate the image as it is; nothing is resized on reading"
+        fix = "correct width and height in the file, or annotate the image in its own size; images are not resized"
         if (height, width) == (image[1], image[0]):
-            mend = "the image's EXIF orientation turns it; annotate it as it is shown, or strip the orientation"
+            fix = "the image is rotated by its EXIF orientation: annotate it as it is shown, or remove the orientation"
         return DataError(
             f"{self.image_files[index]}: image of {image[1]}x{image[0]} pixels (width x height)\n"
-            f"expected {width}x{height}, as {some([str(file) for file in self.annotation_files])} says\n{mend}"
+            f"expected {width}x{height}, as in {first_names([str(file) for file in self.annotation_files])}\n{fix}"
         )
 
 
 def _two_sizes(file: Path, name: str, size: tuple[int, int], other: tuple[int, int]) -> DataError:
     return DataError(
         f"{file}: {name} has {size[1]}x{size[0]} pixels (width x height), {other[1]}x{other[0]} in another file\n"
-        "expected one size an image\ncorrect width and height, or leave one of the files out of data.*.annotations"
+        "expected the same size in all files\ncorrect width and height, or remove a file from data.*.annotations"
     )
 
 
@@ -155,24 +171,24 @@ def _classes(
     background: str | None,
 ) -> tuple[tuple[str, ...], Palette]:
     """Names and colours of the classes. `categories`: (id, name) of all files. Raises DataError."""
-    where = some([str(file) for file in files])
-    # By id, and of one name the lowest: a dict keeps the first place.
+    where = first_names([str(file) for file in files])
+    # Sorted by id; a name that several ids have comes at its lowest id, as a dict keeps the first place.
     known = list(dict.fromkeys(name for _, name in sorted(categories)))
     added = [] if background is None or background in known else [background]
     classes = list(wanted) or [*added, *known]
     unknown = [name for name in classes if name not in known and name != background]
     if unknown:
         raise DataError(
-            f"data.classes: {len(unknown)} of {len(classes)} are no categories of {where}: {some(unknown)}\n"
-            f"expected some of: {some(known, 8)}\nwrite the names as the file does, or leave data.classes out"
+            f"data.classes: {len(unknown)} of {len(classes)} are not categories of {where}: {first_names(unknown)}\n"
+            f"expected some of: {first_names(known, 8)}\nspell the names as in the file, or remove data.classes"
         )
     if background is not None and background not in classes:
         raise DataError(
-            f"data.background={background}: no such class\nexpected one of data.classes: {some(classes, 8)}"
+            f"data.background={background}: no such class\nexpected one of data.classes: {first_names(classes, 8)}"
         )
     if not 2 <= len(classes) <= 255:
-        mend = "set data.background, for the pixels without annotation" if len(classes) == 1 else "set data.classes"
-        raise DataError(f"{where}: {len(classes)} classes: {some(classes)}\nexpected 2 to 255\n{mend}")
+        fix = "set data.background, for the pixels without annotation" if len(classes) == 1 else "set data.classes"
+        raise DataError(f"{where}: {len(classes)} classes: {first_names(classes)}\nexpected 2 to 255\n{fix}")
     if palette:
         return tuple(classes), tuple((red, green, blue) for red, green, blue in palette)
     return tuple(classes), default_palette(len(classes))
@@ -182,8 +198,9 @@ def _require_images(images: Sequence[Path], files: Sequence[Path]) -> None:
     """Raise DataError where image files are missing."""
     missing = [image for image in images if not image.is_file()]
     if missing:
-        where = some([str(file) for file in files])
+        where = first_names([str(file) for file in files])
+        names = first_names([image.name for image in missing])
         raise DataError(
-            f"{where}: {len(missing)} of {len(images)} images are missing: {some([image.name for image in missing])}\n"
+            f"{where}: {len(missing)} of {len(images)} images are missing: {names}\n"
             f"expected {missing[0]} for the first\ncorrect the folder of images in the recipe, or add the images"
         )

@@ -1,12 +1,11 @@
-"""Colour distortion and normalisation of a whole batch on the device, from the uint8 pixels that the workers deliver.
+"""Colour distortion and normalisation of a whole batch on the device, from the uint8 pixels that the workers make.
 
 Source: mmsegmentation 1.2 `datasets/transforms/transforms.py` (PhotoMetricDistortion), `models/data_preprocessor.py`;
-OpenCV's 8-bit HSV conversion, whose integer arithmetic is restated below in float32, where every intermediate value is
-exact.
+OpenCV's 8-bit HSV conversion. Its integer arithmetic is done below in float32, where every intermediate value is exact.
 
-Letters: N images of H x W pixels; n images and P pixels of a piece that is worked on at once. Between the functions,
-pixels are float32 planes (N,3,H,W) in the order RGB with whole values 0..255. Nothing here waits for the device: what
-differs from image to image is read from CPU tensors.
+Letters: N images of H x W pixels; n images and P pixels of a piece that is computed in one step. Between the functions,
+pixels are float32 planes (N,3,H,W) in the order RGB with whole values 0..255. Nothing here waits for the device: values
+that differ between images are read from CPU tensors.
 """
 
 from collections.abc import Callable, Sequence
@@ -17,7 +16,7 @@ from torch import Tensor
 from ssaseg.datasets.loader import Batch
 from ssaseg.datasets.transforms import DRAWS
 
-# Pixels distorted at once on a CPU, so that the eight planes they take stay in its second-level cache.
+# Pixels of a piece on a CPU: so few that the eight planes of the piece stay in the second-level cache.
 CPU_PIECE = 1 << 15
 
 
@@ -26,7 +25,7 @@ def prepare_batch(
 ) -> tuple[Tensor, Tensor]:
     """A batch of the loader on `device`: distorted and normalised images float32 (N,3,H,W) RGB, labels int64 (N,H,W).
 
-    mean, std: RGB, on the scale 0..255. Padding becomes exactly 0, the mean colour; its labels are 255.
+    mean, std: RGB, on the scale 0..255. Padding becomes exactly 0, which is the mean colour; its labels are 255.
     """
     planes = to_planes(batch.images.to(device, non_blocking=True))
     distort(planes, batch.draws)
@@ -37,8 +36,8 @@ def prepare_batch(
 def normalize(images: Tensor, mean: Sequence[float], std: Sequence[float], sizes: Tensor | None = None) -> Tensor:
     """uint8 (N,H,W,3) BGR to float32 (N,3,H,W) RGB: (value - mean) / std, with mean and std on the scale 0..255.
 
-    sizes: int (N,2) on the CPU, (h, w) of the image proper; what lies right of it or below is set to 0. None: no
-    padding.
+    sizes: int (N,2) on the CPU, (h, w) of the image without padding; pixels to the right of it and below are set to 0.
+    None: there is no padding.
     """
     return normalize_planes(to_planes(images), mean, std, sizes)
 
@@ -55,22 +54,23 @@ def to_planes(images: Tensor) -> Tensor:
 def distort(planes: Tensor, draws: Tensor) -> None:
     """Apply mmsegmentation's PhotoMetricDistortion in place to float32 planes (N,3,H,W) RGB, whole values 0..255.
 
-    draws: float32 (N,5) on the CPU as `transforms.draw_distortion` makes them; NaN: the image does not take the step.
-    Each step clips to 0..255 and truncates to whole levels (by `floor_`: `trunc_` is ten times slower on a CPU). Equal
-    to OpenCV's pixels, but for one level in 1 to 3 of 10000 saturation and hue values, and for one level in those
-    columns that OpenCV treats apart: it truncates in its vector loop, as we do everywhere, and rounds in the rest of a
-    row whose width is no multiple of the vector (up to 64 pixels).
+    draws: float32 (N,5) on the CPU as `transforms.draw_distortion` makes them; NaN: the step is not applied to this
+    image. Each step clips to 0..255 and truncates to whole levels (`floor_`: `trunc_` is ten times slower on a CPU).
+
+    The pixels are equal to OpenCV's with two exceptions, both by one level: 1 to 3 of 10000 saturation and hue values;
+    and the last columns where the width is not a multiple of OpenCV's vector length (up to 64 pixels), as OpenCV rounds
+    in these columns and truncates in all others.
     """
-    pixels = planes.view(*planes.shape[:2], -1)  # N,3,H*W; a view, or an error: a copy would take the changes
+    pixels = planes.view(*planes.shape[:2], -1)  # N,3,H*W; must be a view: changes to a copy would be lost
     images, length = (len(pixels), pixels.shape[2]) if planes.is_cuda else (1, min(CPU_PIECE, pixels.shape[2]))
     scratch = pixels.new_empty((5, images, length))
-    for part, rows in zip(pixels.split(images), draws.split(images), strict=True):
-        for piece in part.split(length, dim=2):
+    for group, rows in zip(pixels.split(images), draws.split(images), strict=True):
+        for piece in group.split(length, dim=2):
             _distort_piece(piece, rows, scratch)
 
 
 def _distort_piece(pixels: Tensor, draws: Tensor, scratch: Tensor) -> None:
-    """All steps in place on pixels (n,3,P), with draws (n,5); each step works on those of the n images that take it."""
+    """All steps in place on pixels (n,3,P), with draws (n,5); each step changes only the images it is drawn for."""
     for step in range(DRAWS):
         amounts = draws[:, step]
         taken = (~amounts.isnan()).nonzero()[:, 0]
@@ -82,9 +82,9 @@ def _distort_piece(pixels: Tensor, draws: Tensor, scratch: Tensor) -> None:
             STEPS[step](pixels, amount, workspace)
             continue
         index = taken.to(pixels.device, non_blocking=True)
-        part = pixels.index_select(0, index)
-        STEPS[step](part, amount, workspace)
-        pixels.index_copy_(0, index, part)
+        group = pixels.index_select(0, index)
+        STEPS[step](group, amount, workspace)
+        pixels.index_copy_(0, index, group)
 
 
 def _brightness(pixels: Tensor, delta: Tensor, _scratch: Tensor) -> None:
@@ -98,27 +98,27 @@ def _contrast(pixels: Tensor, factor: Tensor, _scratch: Tensor) -> None:
 
 
 def _saturation(pixels: Tensor, factor: Tensor, scratch: Tensor) -> None:
-    """Multiply the saturation of pixels (n,3,P) in place by factor (n,1,1), by way of 8-bit HSV."""
+    """Multiply the saturation of pixels (n,3,P) in place by factor (n,1,1), in 8-bit HSV."""
     _to_hsv(pixels, scratch)
     scratch[1].mul_(factor[:, 0]).clamp_(0, 255).floor_()
     _from_hsv(pixels, scratch)
 
 
 def _hue(pixels: Tensor, delta: Tensor, scratch: Tensor) -> None:
-    """Turn the hue of pixels (n,3,P) in place by delta (n,1,1), in steps of 2 degrees, by way of 8-bit HSV."""
+    """Turn the hue of pixels (n,3,P) in place by delta (n,1,1), in units of 2 degrees, in 8-bit HSV."""
     _to_hsv(pixels, scratch)
     _wrap(scratch[0].add_(delta[:, 0]), scratch[3])
     _from_hsv(pixels, scratch)
 
 
-# In the order of the draws' columns: contrast comes early or late, never twice.
+# In the order of the columns of `draws`. Contrast is applied early or late, never twice.
 STEPS: tuple[Callable[[Tensor, Tensor, Tensor], None], ...] = (_brightness, _contrast, _saturation, _hue, _contrast)
 
 
 def _to_hsv(pixels: Tensor, scratch: Tensor) -> None:
     """RGB pixels (n,3,P) to hue 0..179, saturation and value 0..255 in the first three planes of scratch (5,n,P).
 
-    OpenCV's 8-bit conversion, exactly. It divides by multiplying with tables of round(255 * 4096 / value) and
+    Exactly OpenCV's 8-bit conversion. In place of a division it multiplies with tables of round(255 * 4096 / value) and
     round(180 * 4096 / 6 / chroma), adds half of 4096 and shifts right by 12 bits. All products stay below 2^24, so that
     float32 holds them exactly.
     """
@@ -128,7 +128,7 @@ def _to_hsv(pixels: Tensor, scratch: Tensor) -> None:
     torch.minimum(torch.minimum(red, green, out=chroma), blue, out=chroma)
     torch.sub(value, chroma, out=chroma)
 
-    # The hue's numerator. `saturation` is free until further down: it holds the values of one of three cases.
+    # The numerator of the hue. `saturation` is not in use yet: until then it holds the values of one of three cases.
     torch.sub(red, green, out=hue).add_(chroma, alpha=4)
     torch.sub(blue, red, out=saturation).add_(chroma, alpha=2)
     _choose(saturation, hue, torch.sub(value, green, out=other))
@@ -144,26 +144,26 @@ def _to_hsv(pixels: Tensor, scratch: Tensor) -> None:
 
 
 def _choose(first: Tensor, second: Tensor, which: Tensor) -> None:
-    """Overwrite `second` with `first` where the whole number `which` is 0, keep it where that is positive.
+    """Overwrite `second` with `first` where the whole number `which` is 0; keep it where `which` is positive.
 
-    Clamped to 0..1 such numbers are masks. On a CPU this is several times faster than comparing and `torch.where`.
+    Clamped to 0..1, `which` is a mask. On a CPU this is several times faster than a comparison and `torch.where`.
     """
     second.sub_(first).mul_(which.clamp_(max=1)).add_(first)
 
 
 def _wrap(hue: Tensor, turns: Tensor) -> None:
     """Whole numbers -180..359 to 0..179, in place; `turns` is overwritten. On a CPU faster than `remainder`."""
-    # The half keeps the rounding of 1/180 away from the whole numbers.
+    # 0.5 is added so that the rounding error of 1/180 cannot cross a whole number.
     torch.add(hue, 0.5, out=turns).mul_(1 / 180).floor_()
     hue.sub_(turns, alpha=180)
 
 
 def _from_hsv(pixels: Tensor, scratch: Tensor) -> None:
-    """The way back, from the first three planes of scratch (5,n,P), all of which are overwritten, to pixels (n,3,P).
+    """The inverse of `_to_hsv`: from the first three planes of scratch (5,n,P) to pixels (n,3,P). Overwrites scratch.
 
-    Each channel is value * (1 - saturation * w), where w is a trapezium over the circle of hues: 0 where the channel
-    leads, 1 where it is least. OpenCV's float32 operations in their order, except that it fuses one multiplication with
-    the subtraction.
+    Each channel is value * (1 - saturation * w), where w is a trapezium over the circle of hues: 0 where the channel is
+    the largest, 1 where it is the smallest. These are OpenCV's float32 operations in the same order, except that OpenCV
+    fuses one multiplication with the subtraction.
     """
     sector, saturation, value = (plane[:, None] for plane in scratch[:3])  # n,1,P
     sector.mul_(6 / 180)  # 0..6
@@ -180,7 +180,7 @@ def _from_hsv(pixels: Tensor, scratch: Tensor) -> None:
 
 def normalize_planes(planes: Tensor, mean: Sequence[float], std: Sequence[float], sizes: Tensor | None) -> Tensor:
     """Normalise float32 planes (N,3,H,W) in place and set their padding to 0; returns them."""
-    # Tensors, not numbers: a division by a number may be computed as a multiplication.
+    # Tensors, not Python numbers: PyTorch may compute a division by a number as a multiplication.
     centre, spread = (
         torch.tensor(values, dtype=torch.float32).view(3, 1, 1).to(planes.device, non_blocking=True)
         for values in (mean, std)

@@ -1,7 +1,7 @@
-"""The built-in scenes as files, in the layouts that the readers of other data sets expect.
+"""Writing the built-in scenes as files, in the layouts of other data sets.
 
-With `folder` the pixels are those that training sees; the other layouts have JPEG images, as their models do, and the
-same labels: whichever reader takes them, images and labels are equal.
+With `folder` the pixels are those that training uses. The other layouts have JPEG images, as the real data sets have.
+The labels are the same in all layouts, whichever data set reads them.
 """
 
 from __future__ import annotations
@@ -39,10 +39,10 @@ def export_scenes(
     seed: int = 0,
     layout: str = "folder",
 ) -> list[Path]:
-    """Write `count` scenes of a split below `folder`, laid out as `layout`, a key of EXPORTS; returns the image files.
+    """Write `count` scenes of a split below `folder` in the layout `layout`, a key of EXPORTS; returns the image files.
 
-    Class k is id k in the masks of `folder`, and k + 1 in those of the others, where 0 is no class; outlines, which no
-    class has, are 255, 0, or without annotation. Files of the same names are overwritten.
+    Class k has the id k in masks of the layout `folder`, and k + 1 in the others, where 0 belongs to no class. Outlines
+    of objects belong to no class: they are 255, 0, or without annotation. Existing files are overwritten.
     """
     rows, scenes = EXPORTS[layout], SyntheticScenes(count, height, width, seed, split)
     images = folder / rows.images[split]
@@ -74,14 +74,14 @@ def _write_mask(file: Path, label: np.ndarray, from_one: bool) -> None:
     first = int(from_one)
     colours = np.zeros((256, 3), np.uint8)
     colours[first : first + len(PALETTE)] = PALETTE
-    # 255 + 1 is 0 in a byte, which is what ignored pixels shall be.
+    # In a byte 255 + 1 is 0, the id of ignored pixels with `from_one`.
     mask = Image.fromarray(label + np.uint8(first))
     mask.putpalette(colours.tobytes())
     mask.save(file)
 
 
 def _document(described: list[tuple[str, np.ndarray]], height: int, width: int) -> dict[str, Any]:
-    """A COCO-format document: one annotation per class and image, its run lengths now as numbers and now as text."""
+    """A COCO-format document: one annotation for each class and image, with run lengths as numbers and text in turn."""
     images: list[dict[str, Any]] = []
     annotations: list[dict[str, Any]] = []
     for number, (name, label) in enumerate(described, 1):

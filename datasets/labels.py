@@ -1,6 +1,6 @@
-"""Class names, colours and test sizes of published data sets: what a foreign checkpoint does not say itself.
+"""Class names, colours and test sizes of published data sets: a foreign checkpoint does not hold them.
 
-`labels.json` holds the figures, from mmsegmentation 0.30's `ade.py`, `coco_stuff.py`, `pascal_context.py`,
+`labels.json` holds the values, from mmsegmentation 0.30's `ade.py`, `coco_stuff.py`, `pascal_context.py`,
 `cityscapes.py` and `voc.py` (Apache-2.0), and SegNet's 11 classes of CamVid; colours are written as hexadecimal RGB.
 """
 
@@ -13,7 +13,7 @@ from ssaseg.datasets.base import DataError
 
 
 class LabelSpace(NamedTuple):
-    """What train ids mean, and how images are tested; as a checkpoint's metadata has it."""
+    """The classes of train ids, and the size of test images; in the form of a checkpoint's metadata."""
 
     classes: list[str]
     palette: list[list[int]]  # RGB, 0..255
@@ -26,7 +26,7 @@ def _table() -> dict[str, Any]:
 
 
 def list_label_spaces() -> list[str]:
-    """Names that `label_space` takes."""
+    """Names that `label_space` knows."""
     return list(_table())
 
 

@@ -1,8 +1,8 @@
 """The stream of training batches and of evaluation images, read by worker processes.
 
-The stream has no state: sample number p (0, 1, 2, …) of a run is decided by the run's seed and p alone. Epoch e = p //
+The stream has no state: sample number p (0, 1, 2, …) of a run depends only on the run's seed and p. Epoch e = p //
 len(dataset) is a permutation seeded by (seed, e), and the augmentation of sample p is drawn from a generator seeded by
-(seed, p). A run can therefore start at any p, and the number of workers changes no pixel.
+(seed, p). Therefore a run can start at any p, and the number of workers changes no pixel.
 """
 
 import itertools
@@ -28,24 +28,24 @@ from torch.utils.data import DataLoader
 from ssaseg.datasets.base import DataError, Dataset
 from ssaseg.datasets.transforms import DRAWS, TrainTransform, scaled_inputs
 
-# Batches or images that a worker prepares ahead of their use: a bound on memory.
+# Batches or images that a worker prepares ahead of their use: this limits the memory.
 PREFETCH = 2
-# First word of the seeds, so that epochs and samples do not share random numbers.
+# First number of the seeds, so that epochs and samples get different random numbers.
 EPOCH, SAMPLE = 0, 1
 SIGNALS = {signal.SIGINT, signal.SIGTERM}
 
 
 class WorkerError(RuntimeError):
-    """A process that reads images was ended from outside, or crashed. Three lines: what and where, why, the mend."""
+    """A process that reads images crashed or was killed. Three lines: how and where, the likely cause, the fix."""
 
 
 class Batch(NamedTuple):
-    """Training samples on the CPU; `colour.prepare_batch` takes them to the device."""
+    """Training samples on the CPU; `colour.prepare_batch` moves them to the device."""
 
     images: Tensor  # uint8 (N,h,w,3) BGR of the crop's size, padding 0
     labels: Tensor  # uint8 (N,h,w) train ids, ignored and padding 255
     draws: Tensor  # float32 (N,5), see transforms.draw_distortion
-    sizes: Tensor  # int64 (N,2), (h, w) of the image proper
+    sizes: Tensor  # int64 (N,2), (h, w) of the image without padding
     names: list[str]
     positions: list[int]  # in the stream
 
@@ -62,16 +62,17 @@ def train_loader(
     ranks: int = 1,
     batch: int | None = None,
 ) -> Iterator[Batch]:
-    """Endless batches of `micro_batch` samples, beginning with number `start` of the stream.
+    """Endless batches of `micro_batch` samples, starting with sample number `start` of the stream.
 
-    Closing the iterator ends the workers. Batches run on over the ends of epochs: no sample is dropped. workers:
-    processes; 0 reads in this one. pin_memory: for copies to a CUDA device that do not wait. Raises the data set's own
-    DataError or OSError for a sample that cannot be used, WorkerError where a worker is gone.
-    rank, ranks: of each `batch` samples, those that the rank computes: its part of `ranks` equal, consecutive ones,
-    which is a multiple of `micro_batch`.
+    Closing the iterator ends the workers. A batch may cross the end of an epoch: no sample is dropped. workers: number
+    of processes; 0: this process reads. pin_memory: for asynchronous copies to a CUDA device. rank, ranks: each `batch`
+    samples are divided into `ranks` equal, consecutive blocks, and only the block of `rank` is read; its length is a
+    multiple of `micro_batch`.
+
+    Raises the data set's DataError or OSError for a sample that cannot be used, WorkerError where a worker ended.
     """
-    share = micro_batch if batch is None else batch // ranks
-    places = _places(micro_batch, share, share * ranks, start + rank * share)
+    rank_batch = micro_batch if batch is None else batch // ranks
+    places = _places(micro_batch, rank_batch, rank_batch * ranks, start + rank * rank_batch)
     work = TrainWork(dataset, transform, seed)
     yield from read_ahead(work, _batches(len(dataset), seed, places), workers, pin_memory)
 
@@ -84,33 +85,28 @@ def eval_loader(
     ratios: Sequence[float] = (1.0,),
     indices: Sequence[int] | None = None,
 ) -> Iterator[tuple[list[Tensor], Tensor, str]]:
-    """Every image in order, or those of `indices`: network inputs uint8 (h,w,3) BGR, one a ratio; train ids uint8 (H,W)
-    at the original size; name.
+    """Every image in order, or those of `indices`: network inputs uint8 (h,w,3) BGR, one for each ratio; train ids
+    uint8 (H,W) at the original size; name.
 
-    scale, multiple, ratios: see `transforms.scaled_inputs`. Raises as `train_loader`.
+    scale, multiple, ratios: see `transforms.scaled_inputs`. Raises the same errors as `train_loader`.
     """
     indices = range(len(dataset)) if indices is None else indices
     yield from read_ahead(_EvalWork(dataset, scale, multiple, ratios), indices, workers)
-
-
-def sample_index(position: int, count: int, seed: int) -> int:
-    """Which of `count` images sample number `position` of the stream shows."""
-    return int(_permutation(position // count, count, seed)[position % count])
 
 
 def _permutation(epoch: int, count: int, seed: int) -> np.ndarray:
     return np.random.RandomState([EPOCH, seed, epoch]).permutation(count)
 
 
-def _places(size: int, share: int, step: int, first: int) -> Iterator[range]:
-    """Endless positions of batches of `size`: of every `step` samples the `share` ones from the `first` on."""
-    for begin in itertools.count(first, step):
-        for position in range(begin, begin + share, size):
+def _places(size: int, block: int, step: int, first: int) -> Iterator[range]:
+    """Endless positions of batches of `size`, from blocks of `block` samples starting at `first`, `first + step`, …"""
+    for start in itertools.count(first, step):
+        for position in range(start, start + block, size):
             yield range(position, position + size)
 
 
 def _batches(count: int, seed: int, places: Iterable[range]) -> Iterator[list[tuple[int, int]]]:
-    """For each range of positions its pairs (position, index)."""
+    """For each range of positions a list of (position, index of the image)."""
     order, epoch = np.empty(0, np.int64), -1
     for positions in places:
         batch = []
@@ -123,34 +119,36 @@ def _batches(count: int, seed: int, places: Iterable[range]) -> Iterator[list[tu
 
 
 class Work(ABC):
-    """What a worker does, and a note of where it is, which the main process can read when the worker is gone."""
+    """The work of a worker process. A worker notes which image it reads; the main process can read this note even
+    after the worker ended.
+    """
 
     def __init__(self, dataset: Dataset) -> None:
         self.dataset = dataset
         self.notes = torch.empty(0)
-        self.own = np.full(2, -1)
+        self.row = np.full(2, -1)
 
     @abstractmethod
     def __getitem__(self, key: Any) -> Any:
-        """What is made for one key. Raises DataError or OSError, which reach the main process as they are."""
+        """The item for one key. DataError and OSError that it raises reach the main process unchanged."""
 
-    def share_notes(self, workers: int) -> None:
-        """Before workers start: one row each in shared memory, of its process's number and the image's index, or -1."""
+    def make_notes(self, workers: int) -> None:
+        """Before workers start: a row in shared memory for each of them: its process id and an image's index, or -1."""
         self.notes = torch.full((max(workers, 1), 2), -1)
         if workers:
-            _share(self.notes)
+            _to_shared_memory(self.notes)
 
     def take_row(self, worker: int) -> None:
-        """In a worker: the row is its own from now on."""
-        self.own = self.notes[worker].numpy()  # to write to a tensor takes 70 us
-        self.own[0] = os.getpid()
+        """In a worker: use this row for its notes from now on."""
+        self.row = self.notes[worker].numpy()  # writing to a tensor would take 70 us
+        self.row[0] = os.getpid()
 
     def note(self, index: int) -> None:
-        """The image read from now on; -1: none."""
-        self.own[1] = index
+        """Note the image that is read from now on; -1: none."""
+        self.row[1] = index
 
     def image_at(self, process: int) -> str | None:
-        """Name of the image that a worker, by its process's number, was reading; None: it was between two."""
+        """Name of the image that the worker with this process id was reading; None: it was not reading an image."""
         for pid, index in self.notes.tolist():
             if pid == process and index >= 0:
                 return self.dataset.name(index)
@@ -158,7 +156,7 @@ class Work(ABC):
 
 
 class TrainWork(Work):
-    """Makes a whole batch in one worker: the pixels are written once, into the memory that is handed over."""
+    """Makes a whole batch in one worker. Pixels are written once, into the memory that the main process receives."""
 
     def __init__(self, dataset: Dataset, transform: TrainTransform, seed: int) -> None:
         super().__init__(dataset)
@@ -174,7 +172,7 @@ class TrainWork(Work):
         draws = np.empty((len(samples), DRAWS), np.float32)
         sizes = np.empty((len(samples), 2), np.int64)
         for row, (position, index) in enumerate(samples):
-            # Seeded anew for every sample, so that nothing is carried over; a new generator would take longer.
+            # Seeded again for every sample, so that samples do not depend on others; a new generator would be slower.
             self.rng.seed([SAMPLE, self.seed, position])
             self.note(index)
             image, raw = self._load(index)
@@ -191,7 +189,7 @@ class TrainWork(Work):
         )
 
     def _load(self, index: int) -> tuple[np.ndarray, np.ndarray]:
-        """Image and raw label, whose ids are checked when a worker first reads the file, and not again."""
+        """Image and raw label. The ids are checked only when a worker reads the file for the first time."""
         image, raw = self.dataset.load_raw(index)
         if not self.checked[index]:
             if cv2.LUT(raw, self.bad_raw).any():
@@ -213,14 +211,14 @@ class _EvalWork(Work):
         self.note(index)
         image, label = self.dataset.load(index)
         arrays = [*scaled_inputs(image, self.scale, self.multiple, self.ratios), label]
-        # Arrays of a cache are read-only, which tensors can't be.
+        # Arrays of a cache are read-only; tensors cannot be.
         *inputs, labels = (torch.from_numpy(np.require(array, requirements=["C", "W"])) for array in arrays)
         self.note(-1)
         return inputs, labels, self.dataset.name(index)
 
 
 class _Caught(torch.utils.data.Dataset[Any]):
-    """Returns errors in the data instead of raising them: DataLoader would bury them in the text of a traceback."""
+    """Returns errors in the data instead of raising them: DataLoader would hide them in the text of a traceback."""
 
     def __init__(self, work: Work) -> None:
         self.work = work
@@ -229,15 +227,16 @@ class _Caught(torch.utils.data.Dataset[Any]):
         try:
             item = self.work[key]
             if torch.utils.data.get_worker_info() is not None:
-                # Here, where its lack can be told: PyTorch's thread would print a traceback, and the command wait.
-                _share(item)
+                # Here a lack of shared memory can be reported. In PyTorch's own thread it would only print a
+                # traceback, and the command would wait forever.
+                _to_shared_memory(item)
             return item
         except (DataError, OSError, WorkerError) as error:
             return error
 
 
 def _pixels(*shape: int) -> Tensor:
-    """Uninitialised uint8; in a worker in shared memory, so that nothing is copied on handing it over."""
+    """Uninitialised uint8; in a worker in shared memory, so that the main process receives it without a copy."""
     if torch.utils.data.get_worker_info() is None:
         return torch.empty(shape, dtype=torch.uint8)
     size = math.prod(shape)
@@ -248,32 +247,32 @@ def _pixels(*shape: int) -> Tensor:
     return torch.empty(0, dtype=torch.uint8).set_(storage).view(shape)
 
 
-def _share(item: Any) -> None:
-    """Move the tensors in nested sequences to shared memory, where they are not there already."""
+def _to_shared_memory(item: Any) -> None:
+    """Move the tensors in nested sequences to shared memory, except those that are already in it."""
     if isinstance(item, Tensor):
         try:
             item.share_memory_()
         except RuntimeError:
             raise _no_room(item.nbytes) from None
     elif isinstance(item, list | tuple):
-        for part in item:
-            _share(part)
+        for each in item:
+            _to_shared_memory(each)
 
 
 def _no_room(size: int) -> WorkerError:
     return WorkerError(
-        f"the shared memory (/dev/shm) is full: no room for {size / 2**20:.1f} MiB of pixels\n"
-        f"expected room for {PREFETCH} batches a worker and two more\n"
-        "give the container more, as docker's --shm-size does, or use fewer train.workers, or train.workers=0"
+        f"the shared memory (/dev/shm) is full: no space for {size / 2**20:.1f} MiB of pixels\n"
+        f"expected space for {PREFETCH} batches for each worker and two more\n"
+        "give the container more shared memory (docker: --shm-size), or use fewer train.workers, or train.workers=0"
     )
 
 
 def read_ahead(work: Work, keys: Iterable[Any], workers: int, pin_memory: bool = False) -> Iterator[Any]:
-    """`work[key]` for each key, in order, computed ahead by `workers` processes, which live as long as the iterator."""
-    work.share_notes(workers)
+    """`work[key]` for each key, in order, computed ahead by `workers` processes, which end with the iterator."""
+    work.make_notes(workers)
     others = active_children()
     with warnings.catch_warnings():
-        # More workers than cores: the recipe says how many, and a published one cannot know the machine.
+        # A warning about more workers than cores: a published recipe sets a number for all machines.
         warnings.filterwarnings("ignore", "This DataLoader will create", UserWarning)
         iterator = _start(_loader(work, keys, workers, pin_memory))
     processes = [child for child in active_children() if child not in others]
@@ -283,7 +282,7 @@ def read_ahead(work: Work, keys: Iterable[Any], workers: int, pin_memory: bool =
                 raise item
             yield item
     finally:
-        # The only reference: the workers end here, even if an error's traceback keeps this frame alive.
+        # This is the only reference: the workers end here, even if the traceback of an error keeps this frame alive.
         del iterator
 
 
@@ -297,35 +296,35 @@ def _loader(work: Work, keys: Iterable[Any], workers: int, pin_memory: bool) -> 
         pin_memory=pin_memory,
         prefetch_factor=PREFETCH if workers else None,
         worker_init_fn=_start_worker,
-        # Forked workers share the pages of a data set's cache; elsewhere forking is unsafe.
+        # Forked workers use the same memory for the cache of a data set. On other systems forking is not safe.
         multiprocessing_context="fork" if workers and sys.platform == "linux" else None,
-        # Otherwise it draws from the global generator, and a resumed run's dropout would differ.
+        # Otherwise it would draw from the global generator, and the dropout of a resumed run would differ.
         generator=torch.Generator(),
     )
 
 
 def _start(loader: DataLoader[Any]) -> Iterator[Any]:
-    """The loader's iterator, with this process's handling of signals as it was."""
+    """The loader's iterator; the handling of signals in this process stays unchanged."""
     handler = signal.getsignal(signal.SIGCHLD) if hasattr(signal, "SIGCHLD") else None
-    # Held back until each worker has said that signals are not for it: see `_start_worker`.
+    # Signals are blocked until each worker has decided which of them to ignore: see `_start_worker`.
     before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     try:
         iterator = iter(loader)
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
     if handler is not None and threading.current_thread() is threading.main_thread():
-        # PyTorch's handler raises wherever the command happens to be, in the middle of a step or of saving. Without it
-        # a worker that is gone shows when its work is missed, at most five seconds later.
+        # PyTorch's handler raises at any place, even in the middle of a step or while a file is saved. Without it, a
+        # worker that ended is noticed when its next item is missing, at most five seconds later.
         signal.signal(signal.SIGCHLD, handler)
     return iterator
 
 
 def _take(iterator: Iterator[Any], processes: Sequence[BaseProcess], work: Work) -> Any:
-    """The next item, None after the last. Raises WorkerError where it cannot come because a worker is gone."""
+    """The next item, None after the last. Raises WorkerError where a worker ended before it made the item."""
     try:
         return next(iterator, None)
     except (RuntimeError, OSError, EOFError):
-        # A broken connection shows a moment before its process has ended.
+        # The connection breaks a moment before the process has ended.
         ended = wait([process.sentinel for process in processes], timeout=2) if processes else []
         for process in processes:
             if process.sentinel in ended:
@@ -333,22 +332,22 @@ def _take(iterator: Iterator[Any], processes: Sequence[BaseProcess], work: Work)
         gone = next((process for process in processes if process.exitcode), None)
         if gone is None:
             raise
-        raise WorkerError(_obituary(gone.exitcode or 0, work.image_at(gone.pid or 0))) from None
+        raise WorkerError(_describe_killed(gone.exitcode or 0, work.image_at(gone.pid or 0))) from None
 
 
-def _obituary(exitcode: int, image: str | None) -> str:
-    """Three lines on a worker that ended with `exitcode` (negative: a signal's number) while it read `image`."""
+def _describe_killed(exitcode: int, image: str | None) -> str:
+    """Three lines about a worker that ended with `exitcode` (negative: a signal's number) while it read `image`."""
     names = {-number: number.name for number in signal.Signals}
     how = names.get(exitcode, f"exit code {exitcode}")
     causes = {
-        "SIGKILL": "killed from outside: most often the system, because the memory was used up",
-        "SIGBUS": "most often the shared memory (/dev/shm) was used up",
-        "SIGSEGV": "its decoder crashed: most often on a damaged file",
+        "SIGKILL": "killed from outside: most often by the system, because the memory was used up",
+        "SIGBUS": "most often because the shared memory (/dev/shm) was used up",
+        "SIGSEGV": "its decoder crashed: most often because of a damaged file",
     }
-    where, look = (f"while it read image {image}", ", or look at that image") if image else ("between two images", "")
+    where, look = (f"while it read image {image}", ", or check that image") if image else ("between two images", "")
     return (
         f"a process that reads images ended with {how} {where}\n"
-        f"{causes.get(how, 'ended from outside, or by a crash')}\n"
+        f"{causes.get(how, 'it was killed from outside, or it crashed')}\n"
         f"use fewer train.workers, a smaller train.micro_batch or data.cache=false{look}"
     )
 
@@ -358,7 +357,7 @@ def _unchanged(item: Any) -> Any:
 
 
 def _start_worker(worker: int) -> None:
-    """A worker has one thread, and signals meant for the command do not reach it: the main process says when to end."""
+    """A worker has one thread, and ignores signals that are meant for the command: the main process ends it."""
     info = torch.utils.data.get_worker_info()
     assert info is not None
     assert isinstance(info.dataset, _Caught)
@@ -366,6 +365,6 @@ def _start_worker(worker: int) -> None:
     cv2.setNumThreads(0)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if hasattr(os, "setpgid"):
-        # Ctrl-C, and a SIGTERM to the whole process group, would end workers while the command still saves.
+        # Ctrl-C, or a SIGTERM to the whole process group, would end the workers while the command still saves.
         os.setpgid(0, 0)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)

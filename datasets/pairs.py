@@ -14,8 +14,9 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from ssaseg.datasets.base import IGNORED, DataError, default_palette
+from ssaseg.datasets.base import IGNORED, DataError, PairFacts, Problem, default_palette, file_sizes
 from ssaseg.datasets.decoding import read_image, read_mask
+from ssaseg.datasets.inspection import count_ids, image_size
 
 Decoded = tuple[np.ndarray, np.ndarray, np.ndarray | None]  # image, raw ids, colours of a palette file
 
@@ -25,15 +26,15 @@ IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 class PairDataset:
     """Images and masks paired by relative path: `a/b.jpg` belongs to `a/b` + `mask_suffix`.
 
-    Suffixes are matched whatever their case, folders are searched recursively, hidden files are passed over, and
-    pairs are sorted by name. Without `palette` the classes get PASCAL VOC's colours. For the meaning of raw ids see
+    Suffixes match in upper and lower case, folders are searched recursively, hidden files are ignored, and pairs are
+    sorted by name. Without `palette` the classes get the colours of PASCAL VOC. For the meaning of raw ids see
     `label_table`. `cache` keeps every decoded pair in memory, as read-only arrays; `preload` before forking lets all
-    workers share them. `names` is a file that lists the pairs to take, one name a line, as PASCAL VOC's ImageSets do;
-    without it all that is in the folders is taken. With `partial` incomplete pairs are left out, and `incomplete` has
-    the errors that would otherwise be raised for them.
+    workers use the same memory. `names` is a file that lists the pairs to use, one name a line, as in PASCAL VOC's
+    ImageSets; without it all pairs in the folders are used. With `partial`, pairs that miss one of their files are left
+    out, and `incomplete` holds the errors that would otherwise be raised for them.
 
-    Raises DataError where a folder is missing or empty, two files would have one name, an image has no mask, or the
-    list names what is not there; the loading methods raise it for files that cannot be used.
+    Raises DataError where a folder is missing or empty, two files have the same name, an image has no mask, or a listed
+    name has no image. The loading methods raise it for files that cannot be used.
     """
 
     def __init__(
@@ -53,11 +54,12 @@ class PairDataset:
     ) -> None:
         self.classes = tuple(classes)
         self.palette = tuple((r, g, b) for r, g, b in palette) if palette else default_palette(len(self.classes))
-        # Colours that nobody chose say nothing about a mask file's own palette.
+        # Only colours that the recipe gives can be compared with a mask file's own palette.
         self.palette_given = bool(palette)
         self.ignore_index, self.reduce_zero_label, self.raw_to_train = ignore_index, reduce_zero_label, raw_to_train
         self.label_lut, self.valid_raw = label_table(len(self.classes), ignore_index, reduce_zero_label, raw_to_train)
-        self.mend: str | None = None  # for ids out of range, where the recipe decides nothing about them
+        self.zero_ignored = None if raw_to_train is not None else reduce_zero_label
+        self.fix: str | None = None  # for wrong ids, where the recipe has no key about ids
         self._bad_raw = (~self.valid_raw).astype(np.uint8)
 
         self.incomplete: list[DataError] = []
@@ -91,7 +93,7 @@ class PairDataset:
         return read_image(self.image_files[index])
 
     def preload(self) -> None:
-        """Fill the cache, if there is one. Processes forked afterwards share its pages, as nobody writes the arrays."""
+        """Fill the cache, if there is one. Processes that are forked later use the same memory: it is only read."""
         for index in range(len(self) if self._cache is not None else 0):
             self._read(index)
 
@@ -106,37 +108,67 @@ class PairDataset:
             self._cache[index] = image, raw, colours
         return image, raw, colours
 
+    def inspect(self, index: int, decode: bool) -> PairFacts:
+        """See `Dataset.inspect`: unlike `load` it also looks at the mask where the image cannot be read."""
+        problems: list[Problem] = []
+
+        def add(error: Exception, kind: str) -> None:
+            problems.append(Problem("error", str(error), kind))
+
+        size = None
+        try:
+            size = image_size(self.image_files[index], decode)
+        except (DataError, OSError) as error:
+            add(error, "image that cannot be read")
+        try:
+            raw, colours = read_mask(self.mask_files[index])
+        except (DataError, OSError) as error:
+            add(error, "mask that cannot be used")
+            return PairFacts(problems, None, size, None)
+        if size is not None and size != raw.shape:
+            add(self.size_error(index, size, raw.shape), "sizes that differ")
+        counts = count_ids(raw)
+        if counts[~self.valid_raw].any():
+            add(self.label_error(index, raw), "ids out of range")
+        elif shuffled := self.palette_error(index, raw, colours):
+            add(shuffled, "palette in another order")
+        return PairFacts(problems, counts, size, None if colours is None else colours.tobytes())
+
+    def identity(self) -> list[str]:
+        """Sizes of the image files, then of the mask files [bytes]. Raises OSError where a file is missing."""
+        return file_sizes([*self.image_files, *self.mask_files])
+
     def size_error(self, index: int, image: Sequence[int], mask: Sequence[int]) -> DataError:
         """The error for an image and a mask whose shapes (H, W, …) differ."""
-        mend = "give the mask the image's size; nothing is resized on reading"
+        fix = "resize the mask to the size of its image; masks are not resized when they are read"
         if tuple(mask[:2]) == (image[1], image[0]):
-            mend = "the image's EXIF orientation turns it; turn the mask too, or strip the orientation and turn neither"
+            fix = "the image is rotated by its EXIF orientation: rotate the mask too, or remove the orientation"
         return DataError(
             f"{self.mask_files[index]}: mask of {mask[1]}x{mask[0]} pixels (width x height)\n"
-            f"expected {image[1]}x{image[0]}, as its image {self.image_files[index]}\n{mend}"
+            f"expected {image[1]}x{image[0]}, as its image {self.image_files[index]}\n{fix}"
         )
 
     def label_error(self, index: int, raw: np.ndarray | None = None) -> DataError:
-        """The error for a mask with ids out of range. `raw` is the whole mask; without it the file is read again."""
+        """The error for a mask with ids out of range. `raw`: the whole mask; without it the file is read again."""
         file = self.mask_files[index]
         counts = np.bincount((read_mask(file)[0] if raw is None else raw).ravel(), minlength=256)
         bad = [int(value) for value in np.flatnonzero(counts * self._bad_raw)]
         found = "; ".join(f"id {value} in {counts[value]} pixels" for value in bad[:3])
         more = f"; {len(bad) - 3} more ids" if len(bad) > 3 else ""
-        mend = self.mend or self._mend(bad, counts, file)
-        return DataError(f"{file}: {found}{more}\nexpected {self._expected()}\n{mend}")
+        fix = self.fix or self._likely_fix(bad, counts, file)
+        return DataError(f"{file}: {found}{more}\nexpected {self._expected()}\n{fix}")
 
     def palette_error(self, index: int, raw: np.ndarray, colours: np.ndarray | None) -> DataError | None:
-        """The error for a palette file whose indices number the recipe's colours in another order, or None.
+        """The error for a palette file that has the recipe's colours in another order, or None.
 
-        `colours`: RGB (N, 3), the file's own. Most must be the recipe's: a file that merely carries some tool's
-        palette, PASCAL VOC's above all, may share a colour or two with the recipe by chance.
+        `colours`: RGB (N, 3), the palette of the file. Most of them must be colours of the recipe: the palette of an
+        annotation tool, often PASCAL VOC's, may have one or two colours in common with the recipe by chance.
         """
         if colours is None or not self.palette_given:
             return None
         owner = {colour: train_id for train_id, colour in enumerate(self.palette)}
         counts = np.bincount(raw.ravel(), minlength=256)
-        # Ignored ids, often 255, have no class: neither they nor the unused entries before them are evidence.
+        # Ignored ids, often 255, have no class: they prove nothing, nor do the unused entries before them.
         last = int(np.flatnonzero((counts > 0) & (self.label_lut != IGNORED)).max(initial=-1))
         own = [(int(red), int(green), int(blue)) for red, green, blue in colours[: last + 1]]
         known, wrong = [], []
@@ -153,8 +185,8 @@ class PairDataset:
         value, read_as, shown_as = wrong[0]
         return DataError(
             f"{self.mask_files[index]}: id {value} ({read_as}) has the colour of {shown_as} in the file's own palette\n"
-            f"expected indices that are class ids; this palette has data.palette's colours in another order\n"
-            f"write class ids as indices, say where each belongs in data.raw_to_train, or leave out data.palette"
+            f"expected indices that are class ids; this palette has the colours of data.palette in another order\n"
+            f"write class ids as indices, map each index to its class in data.raw_to_train, or remove data.palette"
         )
 
     def _expected(self) -> str:
@@ -166,20 +198,21 @@ class PairDataset:
             return f"ids 1..{count} ({count} classes, data.reduce_zero_label=true), 0 or {ignored} (ignored)"
         return f"ids 0..{count - 1} ({count} classes) or {ignored} (ignored)"
 
-    def _mend(self, bad: Sequence[int], counts: np.ndarray, file: Path) -> str:
-        """The likeliest cause: a mask is seldom wrong in one pixel, mostly it follows another convention."""
+    def _likely_fix(self, bad: Sequence[int], counts: np.ndarray, file: Path) -> str:
+        """What to do about the likeliest cause: most masks with wrong ids follow another convention."""
         if file.suffix.lower() in (".jpg", ".jpeg"):
-            return "JPEG changes ids; store masks without loss, as PNG"
+            return "JPEG compression changes ids: store masks in a lossless format, as PNG"
         if self.raw_to_train is not None:
-            return f"add {bad[0]} to data.raw_to_train, with {IGNORED} if it is to be ignored"
+            return f"add {bad[0]} to data.raw_to_train; map it to {IGNORED} to ignore it"
         if bad == [len(self.classes)] and not self.reduce_zero_label:
-            void = f"if {bad[0]} is void: data.ignore_index={bad[0]}"
-            return f"if ids run from 1 to {bad[0]} and 0 is unlabelled: data.reduce_zero_label=true; {void}"
+            void = f"if {bad[0]} is void: set data.ignore_index={bad[0]}"
+            return f"if ids are 1 to {bad[0]} and 0 is unlabelled: set data.reduce_zero_label=true; {void}"
         if len(bad) == 1:
-            return f"if {bad[0]} is void: data.ignore_index={bad[0]}; else name it in data.classes or data.raw_to_train"
+            add = "otherwise add it to data.classes or data.raw_to_train"
+            return f"if {bad[0]} is void: set data.ignore_index={bad[0]}; {add}"
         if len(bad) >= np.count_nonzero(counts) / 2:
-            return "grey levels of a colour mask? write class ids; raw ids of a larger set? give data.raw_to_train"
-        return "name their classes in data.classes, or say where each id belongs in data.raw_to_train"
+            return "grey levels of a colour mask? Then write class ids. Ids of a larger set? Then set data.raw_to_train"
+        return "add their classes to data.classes, or map each id to a class in data.raw_to_train"
 
 
 def label_table(
@@ -188,11 +221,11 @@ def label_table(
     reduce_zero_label: bool = False,
     raw_to_train: Mapping[int, int] | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Two tables over the 256 raw ids: the train id (uint8, 255 = ignored) and whether the id means anything (bool).
+    """Two tables over the 256 raw ids: the train id (uint8, 255 = ignored) and whether the raw id is valid (bool).
 
     `reduce_zero_label` as in mmsegmentation: 0 is ignored and k becomes k-1. With `raw_to_train` only its keys are
-    valid, and its values of 255 or `ignore_index` mean ignored. `ignore_index` and 255 are ignored in any case,
-    unless `raw_to_train` names them.
+    valid, and a value of 255 or `ignore_index` means ignored. `ignore_index` and 255 are always ignored, unless they
+    are keys of `raw_to_train`.
     """
     table = np.full(256, IGNORED, np.uint8)
     valid = np.zeros(256, bool)
@@ -217,36 +250,38 @@ def pair_files(
     listed: Path | None = None,
     incomplete: list[DataError] | None = None,
 ) -> tuple[list[str], list[Path], list[Path], list[Path]]:
-    """Names, image files and mask files of all pairs, sorted by name, and the mask files that no image claims.
+    """Names, image files and mask files of all pairs, sorted by name, and the mask files without an image.
 
-    With a file of names, `listed`, only its pairs count, and no mask is spare: the others are another split's.
-    Raises DataError for a folder that is missing or has no such file, for files of one name, for images without mask,
-    and for listed names without image; of the last two `incomplete`, where it is given, is told instead.
+    `listed`: a file of names. With it only the listed pairs are used, and no mask counts as without an image: the
+    others belong to another split. `incomplete`: a list that takes the errors for images without mask and for listed
+    names without image, in place of raising them. Raises DataError for these, for a folder that is missing or has no
+    file with such a suffix, and for two files with the same name.
     """
     mask_files = files_by_name(masks, [mask_suffix], "masks")
-    # One folder may hold both, or the masks lie below the images: what counts as a mask is then no image.
+    # Images and masks may be in the same folder, or the masks below the images: then a mask file is not an image too.
     apart = set(mask_files.values()) if masks.is_relative_to(images) else set()
     image_files = files_by_name(images, image_suffixes, "images", apart)
     names = sorted(image_files) if listed is None else read_names(listed)
-    # Spaces around a name are a part of it only where an image is named so.
+    # Spaces around a name are part of it only where an image file has this name with the spaces.
     names = sorted({name if name in image_files else name.strip() for name in names})
     absent = [name for name in names if name not in image_files]
     if absent:
         error = DataError(
-            f"{listed}: {len(absent)} of {len(names)} names have no image: {some(absent)}\n"
+            f"{listed}: {len(absent)} of {len(names)} names have no image: {first_names(absent)}\n"
             f"expected {images / absent[0]} + one of {', '.join(image_suffixes)} for the first\n"
-            "write names as paths below the image folder, without suffix; or add the images"
+            "write names as paths below the image folder, without suffix, or add the images"
         )
         _raise_or_keep(error, incomplete)
     missing = [name for name in names if name not in mask_files]
     if missing:
         first = missing[0]
-        near = [file.name for file in walk((masks / first).parent) if file.name.startswith(Path(first).name)]
+        beside = walk((masks / first).parent) if (masks / first).parent.is_dir() else ()
+        near = [file.name for file in beside if file.name.startswith(Path(first).name)]
         error = DataError(
-            f"{images}: {len(missing)} of {len(names)} images have no mask: {some(missing)}\n"
+            f"{images}: {len(missing)} of {len(names)} images have no mask: {first_names(missing)}\n"
             f"expected {masks / (first + mask_suffix)} for the first"
-            + (f"; found {some(near)}: set data.mask_suffix to what follows the name" if near else "")
-            + "\nadd the masks, remove the images, or correct data.mask_suffix and the masks' folder"
+            + (f"; found {first_names(near)}: set data.mask_suffix to the part after the name" if near else "")
+            + "\nadd the masks, remove the images, or correct data.mask_suffix and the folder of masks"
         )
         _raise_or_keep(error, incomplete)
     names = [name for name in names if name in image_files and name in mask_files]
@@ -261,9 +296,10 @@ def _raise_or_keep(error: DataError, kept: list[DataError] | None) -> None:
 
 
 def read_names(file: Path) -> list[str]:
-    """The names in a list file, one a line, sorted. Raises DataError where it is missing, empty or no list of names.
+    """The names in a list file, one a line, sorted. Raises DataError where it is missing, empty or not UTF-8 text, or
+    has a name twice.
 
-    Names are taken as they are, with their spaces: only line feeds end a line, a carriage return before one is dropped.
+    Names keep their spaces. Only a line feed ends a line; a carriage return before it is dropped.
     """
     try:
         lines = file.read_bytes().decode("utf-8-sig").split("\n")
@@ -274,14 +310,14 @@ def read_names(file: Path) -> list[str]:
     names = sorted(line.removesuffix("\r") for line in lines if line.strip())
     twice = next((name for name, following in pairwise(names) if name == following), None)
     if twice is not None:
-        raise DataError(f"{file}: {twice} is there twice\nexpected each name once\nremove the repeated lines")
+        raise DataError(f"{file}: {twice} is listed twice\nexpected each name once\nremove the repeated lines")
     if not names:
         raise DataError(f"{file}: no names in this file\nexpected one name a line")
     return names
 
 
 def files_by_name(folder: Path, suffixes: Sequence[str], kind: str, apart: Set[Path] = frozenset()) -> dict[str, Path]:
-    """Files below `folder` that end in one of `suffixes`, but for `apart`, by their relative path without suffix."""
+    """Files below `folder` that end in one of `suffixes`, except `apart`, by their relative path without suffix."""
     if not folder.is_dir():
         raise DataError(
             f"{folder}: no such folder\nexpected the folder of {kind}\ncheck data.root and the folders below it"
@@ -295,7 +331,7 @@ def files_by_name(folder: Path, suffixes: Sequence[str], kind: str, apart: Set[P
         name = path.relative_to(folder).as_posix()[: -len(ending)]
         if name in found:
             pair = f"{found[name]} and {path}"
-            raise DataError(f"{pair}: two {kind} of one name\nexpected one file a name\nremove or rename one")
+            raise DataError(f"{pair}: two {kind} with the same name\nexpected one file a name\nremove or rename one")
         found[name] = path
     if not found:
         wanted = f"files ending in {', '.join(suffixes)}"
@@ -303,20 +339,28 @@ def files_by_name(folder: Path, suffixes: Sequence[str], kind: str, apart: Set[P
     return found
 
 
-def walk(folder: Path) -> Iterator[Path]:
-    """Visible files below `folder`, in a fixed order. Links are followed, except back into a folder that holds them."""
-    for where, folders, files in os.walk(folder, onerror=_raise, followlinks=True):
-        here = Path(where).resolve()
-        folders[:] = sorted(
-            name for name in folders if name[0] != "." and not here.is_relative_to(Path(where, name).resolve())
-        )
-        yield from (Path(where, name) for name in sorted(files) if name[0] != ".")
+def walk(folder: Path, inside: frozenset[Path] = frozenset()) -> Iterator[Path]:
+    """Visible files below `folder`, sorted by name, those of a folder before those of its subfolders.
+
+    Links are followed, except links to a folder that the walk is `inside`, or to one above it: a circle ends. Raises
+    OSError for a folder that cannot be read: none is skipped.
+    """
+    real = folder.resolve()
+    if any(each.is_relative_to(real) for each in inside):
+        return
+    with os.scandir(folder) as entries:
+        visible = sorted((entry.name, _is_folder(entry)) for entry in entries if entry.name[0] != ".")
+    yield from (folder / name for name, is_folder in visible if not is_folder)
+    for name, is_folder in visible:
+        if is_folder:
+            yield from walk(folder / name, inside | {real})
 
 
-def _raise(error: OSError) -> None:
-    raise error
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    """Without asking the file system again, except about a link; a link to nothing or to itself is not a folder."""
+    return Path(entry.path).is_dir() if entry.is_symlink() else entry.is_dir()
 
 
-def some(names: Sequence[str], most: int = 3) -> str:
-    """The first `most` names, for a message, and a sign that there are more."""
+def first_names(names: Sequence[str], most: int = 3) -> str:
+    """The first `most` names, for a message, with "…" at the end if there are more."""
     return ", ".join(names[:most]) + (", …" if len(names) > most else "")

@@ -1,4 +1,4 @@
-"""Batches on their way to the device: on a GPU copied and prepared beside the step that it still computes."""
+"""Preparing batches on the device: on a GPU a batch is copied and prepared while the step before is still computed."""
 
 from collections import deque
 from collections.abc import Sequence
@@ -9,36 +9,36 @@ from torch import Tensor
 from ssaseg.datasets.colour import prepare_batch
 from ssaseg.datasets.loader import Batch
 
-# Batches that may wait on the device for those before them.
+# Batches that may be queued on the device at the same time.
 AHEAD = 2
 
 
 class Preparer:
-    """`prepare_batch`, on a CUDA stream of its own where `beside` is true and there is one.
+    """`prepare_batch`, on a separate CUDA stream where `beside` is true and the device is a GPU.
 
-    The program runs ahead of a GPU: when it asks for a batch, the step before is queued but not yet computed. On the
-    main stream the batch would queue behind it; on its own it is copied, distorted and normalised meanwhile. With more
-    than `AHEAD` batches waiting the program waits, too: each of them takes memory. So much for one GPU: with several
-    the program waits at each SyncBatchNorm (`Ranks.wrap`) and is ahead by no more than a backward pass.
+    The program runs ahead of a GPU: when it requests a batch, the step before is queued but not yet computed. On the
+    main stream the batch would have to wait for that step; on a separate stream it is copied, distorted and normalised
+    in the meantime. While more than `AHEAD` batches are queued the program waits, as each of them takes memory. With
+    several GPUs the program waits at each SyncBatchNorm (`Ranks.wrap`) and is ahead by at most a backward pass.
     """
 
     def __init__(self, mean: Sequence[float], std: Sequence[float], device: torch.device, beside: bool) -> None:
         self.mean, self.std, self.device = mean, std, device
         self.stream = torch.cuda.Stream(device) if beside and device.type == "cuda" else None
-        self.done: deque[torch.cuda.Event] = deque()  # after each of the last batches' predecessors
+        self.done: deque[torch.cuda.Event] = deque()  # one for each of the last batches: the step before it is done
 
     def __call__(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Images float32 (N,3,H,W) normalised RGB and labels int64 (N,H,W), to be used on the current stream."""
+        """Images float32 (N,3,H,W) normalised RGB and labels int64 (N,H,W), for use on the current stream."""
         if self.stream is None:
             return prepare_batch(batch, self.mean, self.std, self.device)
         main = torch.cuda.current_stream(self.device)
-        self.done.append(main.record_event(torch.cuda.Event(blocking=True)))  # blocking: leaves the core to the loader
+        self.done.append(main.record_event(torch.cuda.Event(blocking=True)))  # blocking: frees the core for the loader
         if len(self.done) > AHEAD:
             self.done.popleft().synchronize()
         with torch.cuda.stream(self.stream):
             prepared = prepare_batch(batch, self.mean, self.std, self.device)
         main.wait_stream(self.stream)  # the GPU waits, not the program
         for tensor in prepared:
-            # Otherwise the allocator would hand its memory to the next batch while the network still reads it.
+            # Otherwise the allocator would reuse its memory for the next batch while the network still reads it.
             tensor.record_stream(main)
         return prepared

@@ -1,8 +1,8 @@
-"""From what one downloads to the layout that is read: which files a data set needs, and the pixels of each mask.
+"""From the download of a published data set to the layout that is read: the files it needs, and the pixels of masks.
 
-Nothing is written here; `ssaseg data prepare` does that. One row of `DOWNLOADS` a data set: how its download is laid
-out, and what becomes of the raw ids in it. The facts are those of mmsegmentation's converters
-(`tools/dataset_converters`, 1.2.2), which made the masks that the published figures were measured on.
+Nothing is written here: `ssaseg data prepare` writes. `DOWNLOADS` has one row for each data set: the layout of its
+download, and how its raw ids are changed. Both are as in mmsegmentation's converters (`tools/dataset_converters`,
+1.2.2), which made the masks that the published scores were measured on.
 
 Letters: H, W height and width [pixels].
 """
@@ -22,19 +22,19 @@ from ssaseg.datasets.base import IGNORED, DataError
 from ssaseg.datasets.context import CONTEXT_FILE, CONTEXT_IDS, Drawing, draw, drawings
 from ssaseg.datasets.decoding import header_size, read_mask
 from ssaseg.datasets.loader import Work, read_ahead
-from ssaseg.datasets.pairs import files_by_name, read_names, some
+from ssaseg.datasets.pairs import files_by_name, first_names, read_names
 from ssaseg.datasets.published import LAYOUTS, Layout
 
-# COCO has 91 ids for things and 91 for stuff. These things have no pixel anywhere, and no class; 0 is unlabelled.
+# COCO has 91 ids for things and 91 for stuff. These ids of things have no pixels and no class. 0 is unlabelled.
 COCO_ABSENT = (12, 26, 29, 30, 45, 66, 68, 69, 71, 83, 91)
-# Cityscapes' ids 0..33 of train ids 0..18 (cityscapesscripts/helpers/labels.py); the other ids are ignored.
+# The ids (0..33) of Cityscapes' train ids 0..18 (cityscapesscripts/helpers/labels.py); the other ids are ignored.
 CITYSCAPES_IDS = (7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33)
-UNKNOWN = -1  # in a table: an id that means nothing
+UNKNOWN = -1  # in a table: an id that has no meaning
 PNG_END = b"\0\0\0\0IEND\xaeB`\x82"  # the last chunk of every PNG file
 
 
 class Pair(NamedTuple):
-    """What a download has for one image. Neither file need be there."""
+    """One image and its mask in a download. Both files may be missing."""
 
     split: str
     name: str  # below the image folder, with / and without suffix
@@ -49,11 +49,11 @@ class Download:
     pairs: Callable[[Path], Iterator[Pair]]  # in the folder that holds the download
     read: Callable[[Any], np.ndarray]  # `Pair.mask` -> raw ids, whole numbers (H, W)
     table: np.ndarray  # int16: raw id -> id in the mask that is written, or UNKNOWN
-    ids: str  # the known raw ids in words
+    ids: str  # the known raw ids, for messages
 
 
 def _coco_table(lower: int) -> np.ndarray:
-    """Masks number the ids that have a class without gaps. `lower`: by how much all ids are below COCO-Stuff-10K's."""
+    """Masks number the ids that have a class without gaps. `lower`: how much all ids are below COCO-Stuff-10K's."""
     known = [value for value in range(183) if value not in COCO_ABSENT]
     return _table({value - lower: place - lower for place, value in enumerate(known) if value >= lower})
 
@@ -65,7 +65,7 @@ def _table(ids: dict[int, int]) -> np.ndarray:
 
 
 COCO_164K = _coco_table(1)
-COCO_164K[IGNORED] = IGNORED  # there unlabelled
+COCO_164K[IGNORED] = IGNORED  # unlabelled in COCO-Stuff-164K
 
 
 # ---- the downloads -----------------------------------------------------------------------------------------------
@@ -73,9 +73,9 @@ COCO_164K[IGNORED] = IGNORED  # there unlabelled
 
 def _coco_stuff10k(source: Path) -> Iterator[Pair]:
     try:
-        import scipy.io  # noqa: F401 (an extra: told before any work is done)
+        import scipy.io  # noqa: F401 (an optional package: if it is missing, say so before any work is done)
     except ImportError:
-        message = "coco_stuff10k: its masks are .mat files, which take scipy to read\nit is not installed"
+        message = "coco_stuff10k: its masks are .mat files\nexpected scipy, which reads them; it is not installed"
         raise DataError(f"{message}\npip install 'ssaseg[mat]'") from None
     lists = _folder(source, "imageLists")
     images, masks = _folder(source, "images"), _folder(source, "annotations")
@@ -86,8 +86,8 @@ def _coco_stuff10k(source: Path) -> Iterator[Pair]:
 
 def _coco_stuff164k(source: Path) -> Iterator[Pair]:
     for split, folder in (("train", "train2017"), ("val", "val2017")):
-        # All archives unpack to train2017 and val2017. What a preparation in place has made so far, below images/ and
-        # annotations/, comes last: it would pass for the whole.
+        # All archives unpack to train2017 and val2017. Below images/ and annotations/ are the files that an earlier
+        # preparation in the same folder made. They come last, as they may be only a part of the data set.
         images = _folder(source, folder, f"images/{folder}", holding="*.jpg")
         maps = _folder(source, f"stuffthingmaps/{folder}", folder, f"annotations/{folder}", holding="*.png")
         for name, image in sorted(files_by_name(images, [".jpg"], "images").items()):
@@ -102,7 +102,7 @@ def _pascal_context(source: Path) -> Iterator[Pair]:
 
 
 def _voc2010(source: Path) -> str:
-    """Where VOC 2010 is below `source`: its archive unpacks to VOCdevkit/VOC2010."""
+    """The folder of VOC 2010 below `source`: its archive unpacks to VOCdevkit/VOC2010."""
     return next((place for place in ("VOC2010", "VOCdevkit/VOC2010") if (source / place).is_dir()), ".")
 
 
@@ -113,24 +113,24 @@ def _cityscapes(source: Path) -> Iterator[Pair]:
             mask = masks / f"{name}_gtFine_labelIds.png"
             if not mask.is_file() and mask.with_name(mask.name.replace("_labelIds.png", "_polygons.json")).is_file():
                 raise DataError(
-                    f"{mask}: is not there, only its polygons are\nexpected masks beside polygons, as in the archive\n"
-                    "unpack all of gtFine_trainvaltest.zip; masks are not drawn from polygons"
+                    f"{mask}: does not exist, only its polygons do\nexpected masks beside polygons, as in the archive\n"
+                    "unpack all of gtFine_trainvaltest.zip: ssaseg does not draw masks from polygons"
                 )
             yield Pair(split, name, image, mask)
 
 
 def _folder(source: Path, *places: str, holding: str = "") -> Path:
-    """The first of `places` below `source` that is a folder, with a file of the pattern `holding` in it."""
+    """The first of `places` below `source` that is a folder and holds a file that matches the pattern `holding`."""
     for place in places:
         if (source / place).is_dir() and (not holding or any((source / place).glob(holding))):
             return source / place
     wanted = " or ".join(f"{Path(place) / holding}" for place in places)
-    mend = "give as --source the folder that the downloads are unpacked in, see `ssaseg data prepare --help`"
-    raise DataError(f"{source}: not what was expected in this folder\nexpected {wanted} in it\n{mend}")
+    fix = "set --source to the folder that the downloads are unpacked in, see `ssaseg data prepare --help`"
+    raise DataError(f"{source}: the files of the download are not in this folder\nexpected {wanted} in it\n{fix}")
 
 
 def _read_mat(file: Path) -> np.ndarray:
-    """Raw ids (H, W): what a COCO-Stuff-10K file holds under S, beside names, captions and superpixels."""
+    """Raw ids (H, W): the array S of a COCO-Stuff-10K file, which also holds names, captions and superpixels."""
     from scipy.io import loadmat, whosmat
 
     try:
@@ -138,13 +138,13 @@ def _read_mat(file: Path) -> np.ndarray:
         keys = [] if ids is not None else [name for name, _, _ in whosmat(file)]
     except FileNotFoundError:
         raise
-    except Exception as error:  # scipy lets through whatever its parser stumbles over
+    except Exception as error:  # for damaged files scipy's parser raises errors of any type
         reason = (str(error) or type(error).__name__).splitlines()[0]
-        expected = "expected a whole MATLAB 5 file\nunpack the download again"
+        expected = "expected a complete MATLAB 5 file\nunpack the download again"
         raise DataError(f"{file}: damaged .mat file: {reason}\n{expected}") from None
     if ids is None:
         raise DataError(
-            f"{file}: no key S; it has {some(keys, 5) or 'none'}\n"
+            f"{file}: no key S; it has {first_names(keys, 5) or 'none'}\n"
             "expected the label map under S, as in COCO-Stuff-10K 1.1\nunpack cocostuff-10k-v1.1.zip again"
         )
     return ids
@@ -155,11 +155,11 @@ def _read_map(file: Path) -> np.ndarray:
 
 
 DOWNLOADS: dict[str, Download] = {
-    "coco_stuff10k": Download(_coco_stuff10k, _read_mat, _coco_table(0), "0..182 but for the eleven without a class"),
+    "coco_stuff10k": Download(_coco_stuff10k, _read_mat, _coco_table(0), "0..182 except the eleven without a class"),
     "coco_stuff164k": Download(
-        _coco_stuff164k, _read_map, COCO_164K, "0..181 but for the eleven without a class, or 255"
+        _coco_stuff164k, _read_map, COCO_164K, "0..181 except the eleven without a class, or 255"
     ),
-    # What is none of the 59 classes, among the 459 that PASCAL-Context numbers, is background: 0.
+    # PASCAL-Context numbers 459 classes. All that are not among the 59 used ones become background: 0.
     "pascal_context_60": Download(
         _pascal_context,
         draw,
@@ -173,7 +173,7 @@ DOWNLOADS: dict[str, Download] = {
         "0..33, or 255",
     ),
 }
-DOWNLOADS["pascal_context_59"] = DOWNLOADS["pascal_context_60"]  # the same files, read otherwise
+DOWNLOADS["pascal_context_59"] = DOWNLOADS["pascal_context_60"]  # the same files; only the meaning of 0 differs
 
 
 # ---- what is to be done ------------------------------------------------------------------------------------------
@@ -181,20 +181,20 @@ DOWNLOADS["pascal_context_59"] = DOWNLOADS["pascal_context_60"]  # the same file
 
 @dataclass
 class Plan:
-    """Every file of a data set that can be made: what from, and where to. Folders of targets need not be there."""
+    """Every file of a data set that can be made: its source and its target. The folders of targets may be missing."""
 
     download: Download
     images: list[tuple[Path, Path]] = field(default_factory=list)  # source, target
     masks: list[tuple[Path | Drawing, Path, Path]] = field(default_factory=list)  # source, target, source of the image
     lists: dict[Path, list[str]] = field(default_factory=dict)  # target, names
-    absent: list[Path] = field(default_factory=list)  # what the download lacks
+    absent: list[Path] = field(default_factory=list)  # files that are missing in the download
 
     def __len__(self) -> int:
         """Number of files."""
         return len(self.images) + len(self.masks) + len(self.lists)
 
     def name(self, index: int) -> str:
-        """Of a mask, for messages."""
+        """The target of a mask, for messages."""
         return str(self.masks[index][1])
 
 
@@ -206,16 +206,16 @@ def find_layout(name: str) -> Layout:
 
 
 def usual_root(name: str, source: Path) -> Path:
-    """Where a preparation in place writes: the folder of the download that has the images already."""
+    """Where to write without --root: the folder of the download that already has the images."""
     return source / _voc2010(source) if DOWNLOADS.get(name) is DOWNLOADS["pascal_context_60"] else source
 
 
 def plan_preparation(name: str, source: Path, root: Path) -> Plan:
-    """What to make below `root` of the download in `source`, for a name in `DOWNLOADS`.
+    """What to make below `root` from the download in `source`, for a name in `DOWNLOADS`.
 
-    Lists come first, then images, then masks: a preparation that breaks off leaves images without masks, which no
-    reader takes, and never a smaller data set that looks whole. Raises DataError where the download is another's or
-    cannot be understood.
+    Lists come first, then images, then masks. A preparation that is interrupted leaves images without masks, which are
+    an error when they are read; so it never leaves a smaller data set that looks complete. Raises DataError where the
+    folder does not hold the download, or its files cannot be read.
     """
     layout, plan = find_layout(name), Plan(DOWNLOADS[name])
     listed: dict[str, list[str]] = {split: [] for split in layout.lists or ()}
@@ -237,32 +237,32 @@ def plan_preparation(name: str, source: Path, root: Path) -> Plan:
 
 
 def is_whole(mask: Path) -> bool:
-    """Whether a PNG file is there to its end: one that was written by another program may not be."""
+    """Whether a PNG file exists and is complete: a file that another program wrote may be cut off."""
     try:
         with mask.open("rb") as file:
             file.seek(-len(PNG_END), os.SEEK_END)
             return file.read() == PNG_END
-    except OSError:  # not there, or shorter
+    except OSError:  # missing, or too short
         return False
 
 
 class Made(NamedTuple):
-    """The content of a mask's PNG file, or why there is none, in three lines."""
+    """The content of the PNG file of a mask, or the error, in three lines."""
 
     content: bytes
-    wrong: str = ""
+    wrong: str = ""  # "" where there is no error
 
 
 def make_masks(plan: Plan, indices: Sequence[int], workers: int) -> Iterator[Made]:
-    """Masks of `plan`, in the order of `indices`, made ahead by `workers` processes (0: in this one)."""
+    """Masks of `plan`, in the order of `indices`, made ahead by `workers` processes (0: in this process)."""
     return read_ahead(_MaskWork(plan), indices, workers)
 
 
 class _MaskWork(Work):
-    """Makes a mask, in whichever process."""
+    """Makes masks, in the main process or in a worker."""
 
     def __init__(self, plan: Plan) -> None:
-        super().__init__(plan)  # type: ignore[arg-type]  # it asks for names only
+        super().__init__(plan)  # type: ignore[arg-type]  # only `name` is used
         self.plan = plan
 
     def __getitem__(self, index: int) -> Made:
@@ -277,7 +277,8 @@ class _MaskWork(Work):
                     f"expected {size[1]}x{size[0]}, as its image {image}\nunpack both downloads again"
                 )
         except OSError as error:
-            return Made(b"", f"{source}: {error.strerror or error}\nexpected a file that can be read\nfetch it again")
+            expected = "expected a file that can be read\ndownload it again"
+            return Made(b"", f"{source}: {error.strerror or error}\n{expected}")
         except DataError as error:
             return Made(b"", str(error))
         finally:
@@ -286,11 +287,12 @@ class _MaskWork(Work):
 
 
 def to_mask(raw: np.ndarray, download: Download, source: Path | Drawing) -> np.ndarray:
-    """Ids as they are written, uint8 (H, W). Raises DataError, naming `source`, for ids that mean nothing."""
+    """The ids to write, uint8 (H, W). Raises DataError, which names `source`, for ids without a meaning."""
     table = download.table
     if raw.ndim != 2 or not raw.size or raw.dtype.kind not in "iu":
         found = f"an array of {raw.dtype} with shape {raw.shape}"
-        raise DataError(f"{source}: {found}\nexpected whole numbers, height x width\nunpack the download again")
+        expected = "expected an array of whole numbers, height x width"
+        raise DataError(f"{source}: {found}\n{expected}\nunpack the download again")
     if 0 <= int(raw.min()) <= int(raw.max()) < len(table) and (ids := table[raw]).min() > UNKNOWN:
         return ids.astype(np.uint8)
     values, counts = np.unique(raw, return_counts=True)
@@ -301,11 +303,12 @@ def to_mask(raw: np.ndarray, download: Download, source: Path | Drawing) -> np.n
     ]
     raise DataError(
         f"{source}: {'; '.join(bad[:3])}{f'; {len(bad) - 3} more ids' if len(bad) > 3 else ''}\n"
-        f"expected ids {download.ids}\nis this the data set that was named, and its own version of it?"
+        f"expected ids {download.ids}\n"
+        "check that --source holds this data set, in the version that `ssaseg data prepare --help` names"
     )
 
 
-# ---- what is there -----------------------------------------------------------------------------------------------
+# ---- what is on disk ---------------------------------------------------------------------------------------------
 
 
 class Count(NamedTuple):
@@ -315,36 +318,35 @@ class Count(NamedTuple):
     masks: int
     pairs: int
     published: int
-    lacking: list[str]  # which files should be there, for the first of each kind
+    missing: list[str]  # for each kind of missing file: how many, and the first names
 
 
 def count_pairs(layout: Layout, root: Path) -> dict[str, Count]:
-    """Files below `root`, by split, with what is missing among them. Nothing is opened but lists of names."""
+    """Files below `root`, by split, and which of them are missing. Only lists of names are opened."""
     counts = {}
     for split, published in layout.counts.items():
         images = _names(root / layout.images[split], layout.image_suffix)
         masks = _names(root / layout.masks[split], layout.mask_suffix)
-        lacking = []
+        missing = []
         if layout.lists is not None:
             file = root / layout.lists[split]
             names = set(read_names(file)) if file.is_file() else set()
-            lacking = [] if names else [f"the list {file}"]
-            unseen = names - images
-            lacking += _lacking(unseen, "listed names have no image", names)
+            missing = [] if names else [f"the list {file}"]
+            missing += _missing(names - images, "listed names have no image", names)
             images, masks = images & names, masks & names
-        lacking += _lacking(images - masks, "images have no mask", images)
-        lacking += _lacking(masks - images, "masks have no image", masks)
-        counts[split] = Count(len(images), len(masks), len(images & masks), published, lacking)
+        missing += _missing(images - masks, "images have no mask", images)
+        missing += _missing(masks - images, "masks have no image", masks)
+        counts[split] = Count(len(images), len(masks), len(images & masks), published, missing)
     return counts
 
 
 def _names(folder: Path, suffix: str) -> set[str]:
     try:
         return set(files_by_name(folder, [suffix], "files"))
-    except DataError:  # no such folder, or none in it: no reason not to count the rest
+    except DataError:  # the folder is missing or has no such file: the other folders are still counted
         return set()
 
 
-def _lacking(names: Iterable[str], what: str, among: Iterable[str]) -> list[str]:
+def _missing(names: Iterable[str], what: str, among: Iterable[str]) -> list[str]:
     found = sorted(names)
-    return [f"{len(found)} of {len(set(among))} {what}: {some(found)}"] if found else []
+    return [f"{len(found)} of {len(set(among))} {what}: {first_names(found)}"] if found else []

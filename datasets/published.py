@@ -1,39 +1,39 @@
-"""Published data sets as they lie on disk: one row each, and what must be found there.
+"""The layouts of published data sets on disk, one row for each data set.
 
 Folders, suffixes and `reduce_zero_label` are those of mmsegmentation's configurations (`configs/_base_/datasets`, 0.30
-and 1.2.2), counts those of the data sets' publications; CamVid is SegNet's split of 11 classes. `ssaseg data prepare`
-makes these layouts from what one downloads.
+and 1.2.2). The counts are those of the publications of the data sets. CamVid is SegNet's split of 11 classes.
+`ssaseg data prepare` makes these layouts from the downloads.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-TRAIN_IDS = "_labelTrainIds.png"  # what the converters of COCO-Stuff and Cityscapes append to an image's name
+TRAIN_IDS = "_labelTrainIds.png"  # the converters of COCO-Stuff and Cityscapes add this to the image's name
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Where a data set's pairs are, below its root, and how their ids are read. A split is "train" or "val"."""
+    """Where the pairs of a data set are, below its root, and how their ids are read. A split is "train" or "val"."""
 
     labels: str  # name for `label_space`
-    root: str  # usual place
+    root: str  # the usual folder
     images: Mapping[str, str]  # split -> folder
     masks: Mapping[str, str]  # split -> folder
     counts: Mapping[str, int]  # split -> published number of pairs
     image_suffix: str = ".jpg"
     mask_suffix: str = ".png"
     reduce_zero_label: bool = False
-    lists: Mapping[str, str] | None = None  # split -> file of names, one a line; None: all that is in the folders
-    prepared: bool = True  # made by `ssaseg data prepare` from what one downloads; else it is downloaded so
+    lists: Mapping[str, str] | None = None  # split -> file of names, one a line; None: all files in the folders
+    prepared: bool = True  # made by `ssaseg data prepare`; False: the download already has this layout
 
 
 def _split(folders: str, train: str = "train", val: str = "val") -> dict[str, str]:
-    """`folders` with * replaced by the split's own folder."""
+    """`folders` with * replaced by the folder of each split."""
     return {"train": folders.replace("*", train), "val": folders.replace("*", val)}
 
 
 def _context(labels: str, reduce_zero_label: bool) -> Layout:
-    """PASCAL-Context: the files are the same, only the meaning of 0, the background, differs."""
+    """PASCAL-Context: the files are the same for 59 and 60 classes; only the meaning of 0, background, differs."""
     return Layout(
         labels,
         root="data/VOCdevkit/VOC2010",

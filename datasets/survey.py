@@ -1,6 +1,6 @@
-"""Find out how somebody's own folder is laid out: where images and masks are, and what pairs them.
+"""Find out the layout of a user's folder: where images and masks are, and how their names match.
 
-Nothing here is certain: every guess comes with a note that says what was seen, for the person who reads the recipe.
+Nothing here is certain: every guess comes with a note that says what was found, for the person who reads the recipe.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 from ssaseg.datasets.base import DataError
-from ssaseg.datasets.pairs import IMAGE_SUFFIXES, read_names, some, walk
+from ssaseg.datasets.pairs import IMAGE_SUFFIXES, first_names, read_names, walk
 from ssaseg.datasets.prepare import count_pairs
 from ssaseg.datasets.published import LAYOUTS
 
@@ -30,24 +30,24 @@ SPLITS = {
     "test": re.compile(r"test(ing|annot)?"),
 }
 JPEG = (".jpg", ".jpeg")
-# A file that tells that a folder is a published data set's download, which `ssaseg data prepare` reads.
+# Files that show that a folder is the download of a published data set, which `ssaseg data prepare` reads.
 RAW = {
     "cityscapes": "gtFine/*/*/*_gtFine_labelIds.png",
     "coco_stuff10k": "annotations/COCO_*.mat",
     "coco_stuff164k": "stuffthingmaps/train2017/*.png",
     "pascal_context_59": "trainval_merged.json",
 }
-# Published data sets whose folders have names that anybody's may have, too: known by their number of pairs.
-ANYBODYS = ("camvid", "voc2012")
-# Last words of images' names that are tried.
+# Published data sets whose folders have common names: they are recognised by their number of pairs too.
+COMMON_FOLDERS = ("camvid", "voc2012")
+# How many last words of image names are tried.
 MOST_WORDS = 8
-# Of more folders than these without a telling name, not every two are compared.
+# With more folders than this, two folders whose names do not say "images" or "masks" are not tried as a pair.
 MOST_UNNAMED = 20
 
 
 @dataclass
 class Found:
-    """Where the pairs are, below a root: one pair of folders a split, or one of them all, "all", still to be split."""
+    """Where the pairs are, below a root: two folders for each split, or two folders for "all", which is split later."""
 
     folders: dict[str, tuple[str, str]]  # split -> folder of images, folder of masks
     mask_suffix: str
@@ -57,7 +57,7 @@ class Found:
 
 
 class Place(NamedTuple):
-    """A folder that pictures lie below, and what its name says."""
+    """A folder with pictures below it, and what its name says."""
 
     folder: PurePosixPath
     role: str | None  # "images", "masks"
@@ -70,8 +70,9 @@ class Place(NamedTuple):
 def find_folders(root: Path) -> Found:
     """Look for folders of images and masks below `root`.
 
-    Roles and splits are read from the words in folders' names; which of several candidates it is, and what a mask's
-    name has behind its image's, is decided by the number of pairs. Raises DataError where nothing fits together.
+    Roles and splits are read from the words in the names of folders. Among several candidates, and among several
+    endings that the name of a mask adds to that of its image, the one with most pairs is chosen. Raises DataError where
+    no images and masks match.
     """
     places = _places(root)
     matches = {}
@@ -114,7 +115,7 @@ def _read_place(parts: Sequence[str]) -> Place:
 
 
 class _Match(NamedTuple):
-    """Two places that belong together, and what their files' names have behind the name that they share."""
+    """Two places that belong together, and the endings of their files after the part of the name that they share."""
 
     pairs: int
     images: Place
@@ -124,7 +125,7 @@ class _Match(NamedTuple):
 
 
 def _best_pair(places: Mapping[Place, Sequence[str]]) -> _Match | None:
-    """Of all pairs of places the one whose names say most, then the one of most pairs."""
+    """Of all combinations of two places the one whose names say most about their roles; if equal, with most pairs."""
     best, best_score = None, (0, 0)
     for images, image_files in places.items():
         for masks, mask_files in places.items():
@@ -143,9 +144,9 @@ def _best_pair(places: Mapping[Place, Sequence[str]]) -> _Match | None:
 
 
 def _common_ending(images: Iterable[str], masks: Iterable[str], together: bool) -> tuple[str, int]:
-    """What most masks' names have behind an image's name without suffix, and how many have it.
+    """The ending that most masks add to the name of an image without suffix, and the number of these masks.
 
-    `together`: images and masks are the same files, so that a file is not its own mask. JPEG files are no masks.
+    `together`: images and masks are the same files: a file is not its own mask. JPEG files are not taken as masks.
     """
     suffixes: dict[str, set[str]] = {}
     for file in images:
@@ -164,10 +165,11 @@ def _common_ending(images: Iterable[str], masks: Iterable[str], together: bool) 
 
 
 def _common_endings(images: Iterable[str], masks: Iterable[str], together: bool) -> tuple[str, int, tuple[str, ...]]:
-    """As `_common_ending` where images' names have a last word of their own, as in 0_image.jpg and 0_mask.png; and the
-    ends of their names, with that word.
+    """As `_common_ending`, where image names end in a word too, as in 0_image.jpg and 0_mask.png; and the endings of
+    the images, with that word.
 
-    The image's word has to say that it is one, or the mask's; in one folder the mask's, as X_depth.png is none.
+    The word must say that it is an image, or the mask's word that it is a mask. In one folder it must be the mask's
+    word, as X_depth.png is not a mask.
     """
     by_word: dict[str, list[str]] = {}
     for file in images:
@@ -175,7 +177,7 @@ def _common_endings(images: Iterable[str], masks: Iterable[str], together: bool)
             by_word.setdefault(last[0], []).append(file)
     best: tuple[str, int, tuple[str, ...]] = ("", 0, ())
     best_score = (0, 0)
-    # The commonest words: of names that end in something else each, nothing can be learnt.
+    # Only the commonest words: names that all end in different words show nothing.
     for word, files in sorted(by_word.items(), key=lambda item: -len(item[1]))[:MOST_WORDS]:
         bare = [file[: -len(suffix)].removesuffix(word) + suffix for file, suffix in _with_suffix(files)]
         own = set(files)
@@ -196,21 +198,21 @@ def _with_suffix(files: Iterable[str]) -> Iterator[tuple[str, str]]:
 
 
 def _choose_splits(matches: Mapping[str | None, _Match]) -> Found:
-    """Training and validation folders; or the largest part as "all", where there is no second."""
+    """Folders of training and validation; or the folders with most pairs as "all", where one of the two is missing."""
     second = next((split for split in ("val", "test") if split in matches), None)
     if "train" not in matches or second is None:
         split, match = max(matches.items(), key=lambda item: item[1].pairs)
-        notes = [] if split is None else [f"the only split found is {split}: it is split again"]
+        notes = [] if split is None else [f"the only split found is {split}: it is divided into two"]
         if len(matches) > 1:
-            notes = [f"no folders of training and validation: {match.images.folder} has most pairs and is split"]
+            notes = [f"no folders of training and validation: {match.images.folder} has most pairs and is divided"]
         return Found({"all": _folders(match)}, match.ending, match.image_suffixes, notes=notes)
     train, val = matches["train"], matches[second]
     if train.ending != val.ending:
         raise DataError(
             f"{train.masks.folder} has masks that end in {train.ending}, {val.masks.folder} in {val.ending}\n"
-            "expected one ending, as a recipe has one data.mask_suffix\nrename the masks of one of them"
+            "expected the same ending, as a recipe has one data.mask_suffix\nrename the masks of one of them"
         )
-    notes = [] if second == "val" else ["no validation folder: the test images, which have masks, are taken for it"]
+    notes = [] if second == "val" else ["no validation folder: the test images, which have masks, are used instead"]
     suffixes = train.image_suffixes + tuple(each for each in val.image_suffixes if each not in train.image_suffixes)
     return Found({"train": _folders(train), "val": _folders(val)}, train.ending, suffixes, notes=notes)
 
@@ -222,11 +224,11 @@ def _folders(match: _Match) -> tuple[str, str]:
 def _left_out(places: Mapping[Place, Sequence[str]], found: Found) -> list[str]:
     used = {folder for pair in found.folders.values() for folder in pair}
     others = sorted(str(place.folder) for place in places if str(place.folder) not in used)
-    return [f"other folders with pictures, left out: {some(others, 6)}"] if others else []
+    return [f"other folders with pictures, not used: {first_names(others, 6)}"] if others else []
 
 
 def _find_lists(root: Path, places: Mapping[Place, Sequence[str]], found: Found) -> dict[str, str]:
-    """train.txt and val.txt of one folder, as PASCAL VOC's ImageSets, where each of their names is an image's."""
+    """train.txt and val.txt in one folder, as in PASCAL VOC's ImageSets, where all of their names belong to images."""
     images = found.folders["all"][0]
     stems = {
         file.rpartition(".")[0] for place, files in places.items() if str(place.folder) == images for file in files
@@ -235,7 +237,7 @@ def _find_lists(root: Path, places: Mapping[Place, Sequence[str]], found: Found)
         pair = {"train": train, "val": train.with_name("val.txt")}
         try:
             fits = all(stems & {name, name.strip()} for file in pair.values() for name in read_names(file))
-        except DataError:  # some other list
+        except DataError:  # not a list of names
             continue
         if fits:
             found.notes.append(f"the splits are those of {train.parent.relative_to(root)}/train.txt and val.txt")
@@ -244,9 +246,9 @@ def _find_lists(root: Path, places: Mapping[Place, Sequence[str]], found: Found)
 
 
 def split_names(names: Sequence[str]) -> dict[str, list[str]]:
-    """A fifth of the names for validation, those of the lowest hashes: the same at every call, whatever their order.
+    """A fifth of the names for validation: those with the lowest hashes. The order of the names changes nothing.
 
-    Neither part is empty; a single name is in both.
+    Neither split is empty; a single name is in both.
     """
     order = sorted(names, key=lambda name: (zlib.crc32(name.encode(errors="surrogateescape")), name))
     val = order[: max(round(len(order) / 5), 1)]
@@ -254,44 +256,44 @@ def split_names(names: Sequence[str]) -> dict[str, list[str]]:
 
 
 def _nothing_fits(root: Path, places: Mapping[Place, Sequence[str]]) -> DataError:
-    """Why there is no pair: the commonest reasons by name."""
+    """The error where there is no pair: it names the reason if it is one of the commonest."""
     if not places:
         kinds = ", ".join(IMAGE_SUFFIXES)
-        return DataError(f"{root}: no images here\nexpected files of {kinds}\ncheck the folder")
+        return DataError(f"{root}: no images in this folder\nexpected files of {kinds}\ncheck the folder")
     masks = [(place, files) for place, files in places.items() if place.role == "masks"]
     images = [(place, files) for place, files in places.items() if place.role != "masks"]
-    seen = some([f"{place.folder} ({len(files)})" for place, files in places.items()], 6)
+    seen = first_names([f"{place.folder} ({len(files)})" for place, files in places.items()], 6)
     if any(file.lower().endswith(JPEG) for _, files in masks for file in files):
         place, files = masks[0]
         return DataError(
-            f"{root / place.folder / files[0]}: a mask as JPEG, which changes ids\n"
-            "expected masks stored without loss\nwrite them as PNG, one byte a pixel"
+            f"{root / place.folder / files[0]}: a mask in JPEG format, which changes ids\n"
+            "expected masks in a lossless format\nwrite them as PNG, one byte a pixel"
         )
-    if pair := _other_beginnings(root, places):
+    if pair := _different_starts(root, places):
         one, other = pair
         return DataError(
-            f"{one} and {other}: a mask whose name begins otherwise than its image's\n"
-            f"expected the image's name, and perhaps an ending: {one.name} and {one.stem}_mask{other.suffix}\n"
+            f"{one} and {other}: the name of the mask does not start with the name of its image\n"
+            f"expected the name of the image, optionally with an ending: {one.name} and {one.stem}_mask{other.suffix}\n"
             f"rename the masks, this one to {one.stem}_mask{other.suffix}"
         )
     if masks and images:
         one, other = (Path(root, places[0].folder, sorted(places[1])[0]) for places in (images[0], masks[0]))
         return DataError(
-            f"{root}: no mask is named as an image, such as {one} and {other}\n"
-            f"expected a mask to have its image's name, and perhaps an ending: X.jpg and X_mask.png; found {seen}\n"
-            "rename one side"
+            f"{root}: no mask has the name of an image: see {one} and {other}\n"
+            f"expected the name of the image, optionally with an ending: X.jpg and X_mask.png; found {seen}\n"
+            "rename the images or the masks"
         )
-    mend = "masks are PNG files of the image's size, whose pixels are class ids"
+    fix = "add masks: PNG files of the same size as the image, whose pixels are class ids"
     if any(path.suffix == ".json" for path in walk(root)):
-        mend = "COCO-format JSON is read by a recipe with data.dataset: coco_json"
+        fix = "for COCO-format JSON files, write a recipe with data.dataset: coco_json"
     return DataError(
         f"{root}: images, but no masks; found {seen}\n"
-        f"expected each image's mask beside it (X.jpg, X_mask.png) or in a folder such as masks or annotations\n{mend}"
+        f"expected the mask beside its image (X.jpg, X_mask.png) or in a folder such as masks or annotations\n{fix}"
     )
 
 
-def _other_beginnings(root: Path, places: Mapping[Place, Sequence[str]]) -> tuple[Path, Path] | None:
-    """An image and a mask whose names differ in the first word alone, as img_0.jpg and mask_0.png."""
+def _different_starts(root: Path, places: Mapping[Place, Sequence[str]]) -> tuple[Path, Path] | None:
+    """An image and a mask whose names differ only in the first word, as img_0.jpg and mask_0.png."""
     seen: dict[str, Path] = {}
     files = sorted(place.folder / file for place, names in places.items() for file in names)
     for role, pattern in (("images", IMAGES), ("masks", MASKS)):
@@ -310,7 +312,7 @@ def _other_beginnings(root: Path, places: Mapping[Place, Sequence[str]]) -> tupl
 
 
 def find_published(root: Path) -> tuple[str | None, list[str]]:
-    """The published data set that is in `root`, with every pair that it has; and notes where it only looks like one."""
+    """The published data set that is complete in `root`, or None; and notes about folders that only look like one."""
     notes = []
     for name, layout in LAYOUTS.items():
         folders = [root / each[split] for each in (layout.images, layout.masks) for split in layout.counts]
@@ -319,22 +321,22 @@ def find_published(root: Path) -> tuple[str | None, list[str]]:
         counts = count_pairs(layout, root)
         if all(count.pairs == count.published for count in counts.values()):
             return name, []
-        if name in ANYBODYS:
+        if name in COMMON_FOLDERS:
             continue
         found, published = ("+".join(str(count[key]) for count in counts.values()) for key in (2, 3))
         notes.append(
-            f"not taken for {name}, whose folders have these names: {found} pairs, not {published}; "
-            f"if it is a part of it: data: {{dataset: {name}, root: ...}}"
+            f"not read as {name}, although the folders have its names: they hold {found} pairs, not {published}; "
+            f"if these are a part of {name}, write data: {{dataset: {name}, root: ...}}"
         )
     return None, notes
 
 
 def require_prepared(root: Path) -> None:
-    """Raises DataError where `root` is the download of a data set that is not read as it is downloaded."""
+    """Raises DataError where `root` is the download of a data set that has to be prepared before it is read."""
     for name, pattern in RAW.items():
         if file := next(root.glob(pattern), None):
             raise DataError(
-                f"{root}: {name} as it is downloaded, by {file.relative_to(root)}\n"
-                f"expected the layout that is read, with all of its files\n"
+                f"{root}: this is the download of {name}: it holds {file.relative_to(root)}\n"
+                f"expected the prepared layout, with all of its files\n"
                 f"run `ssaseg data prepare {name} --source {root}`"
             )

@@ -1,8 +1,7 @@
-"""Procedural scenes: a landscape with objects, drawn on the fly, every pixel labelled.
+"""Procedural scenes: a landscape with objects, drawn when it is requested, with a label for every pixel.
 
-A scene depends on (seed, split, index) alone. Two pairs of classes are look-alikes: a ball on grass and a buoy on
-water are the same drawing, so are a bale on grass and a crate on the road. Only what lies around them tells which is
-which.
+A scene depends only on (seed, split, index). Two pairs of classes are look-alikes: a ball on grass and a buoy on water
+are drawn in the same way, and so are a bale on grass and a crate on the road. Only their surroundings differ.
 
 Letters: H, W height and width [pixels]. Sizes of objects are in units of min(H, W) / 160. Colours are BGR, 0..255.
 """
@@ -10,11 +9,13 @@ Letters: H, W height and width [pixels]. Sizes of objects are in units of min(H,
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import cv2
 import numpy as np
 
-from ssaseg.datasets.base import IGNORED, DataError, Palette
+from ssaseg.datasets.base import IGNORED, DataError, PairFacts, Palette
+from ssaseg.datasets.inspection import inspect_loaded
 
 CLASSES: tuple[str, ...] = (
     "sky", "mountain", "grass", "water", "road", "tree", "house", "car", "boat", "ball", "buoy", "bale", "crate",
@@ -32,19 +33,25 @@ _STEPS = np.linspace(0, 1, 256).reshape(1, 256, 1)
 
 
 class SyntheticScenes:
-    """`count` scenes of H×W pixels, numbered from 0 within a split; the splits share none.
+    """`count` scenes of H×W pixels, numbered from 0 within a split; no scene is in both splits.
 
     Raises DataError for a side below 64.
     """
 
     classes = CLASSES
     palette = PALETTE
+    image_files: Sequence[Path] = ()
+    mask_files: Sequence[Path] = ()
+    incomplete: Sequence[DataError] = ()
+    unused_masks: Sequence[Path] = ()
+    zero_ignored = None  # labels are drawn as train ids
+    fix = "ssaseg draws these scenes itself: please report this error"
 
     def __init__(self, count: int, height: int, width: int, seed: int = 0, split: str = "train") -> None:
         if min(height, width) < 64:
-            raise DataError(f"data.synthetic: {width}x{height} pixels\nexpected at least 64x64, for objects to fit in")
+            raise DataError(f"data.synthetic: {width}x{height} pixels\nexpected at least 64x64, so that objects fit")
         self.count, self.height, self.width, self.seed, self.split = count, height, width, seed, split
-        # Labels are drawn as train ids; the tables are those of any data set whose raw ids are its train ids.
+        # Labels are drawn as train ids: every raw id is its own train id.
         self.valid_raw = np.isin(np.arange(256), [*range(len(CLASSES)), IGNORED])
         self.label_lut = np.where(self.valid_raw, np.arange(256), IGNORED).astype(np.uint8)
 
@@ -52,7 +59,7 @@ class SyntheticScenes:
         return self.count
 
     def name(self, index: int) -> str:
-        """Such as `train_00042`."""
+        """A name such as `train_00042`."""
         return f"{self.split}_{index:05d}"
 
     def load(self, index: int) -> tuple[np.ndarray, np.ndarray]:
@@ -63,7 +70,7 @@ class SyntheticScenes:
         return render(self.height, self.width, np.random.Generator(np.random.PCG64(stream)))
 
     def load_raw(self, index: int) -> tuple[np.ndarray, np.ndarray]:
-        """As `load`: raw ids are train ids here."""
+        """The same as `load`: raw ids are train ids here."""
         return self.load(index)
 
     def load_image(self, index: int) -> np.ndarray:
@@ -71,15 +78,24 @@ class SyntheticScenes:
         return self.load(index)[0]
 
     def label_error(self, index: int) -> DataError:
-        """Never needed: the scenes hold no other ids."""
+        """Not expected: the scenes hold only ids of classes."""
         return DataError(
-            f"{self.name(index)}: an id that no class has\nexpected ids 0..{len(CLASSES) - 1} or {IGNORED}"
+            f"{self.name(index)}: an id that belongs to no class\nexpected ids 0..{len(CLASSES) - 1} or {IGNORED}"
         )
+
+    def inspect(self, index: int, decode: bool) -> PairFacts:
+        """See `Dataset.inspect`: the scene is always drawn."""
+        return inspect_loaded(self, index)
+
+    def identity(self) -> list[str]:
+        """The numbers that the scenes are drawn from, as "name=value"."""
+        numbers = {"count": self.count, "height": self.height, "seed": self.seed, "split": self.split}
+        return [f"{key}={value}" for key, value in (numbers | {"width": self.width}).items()]
 
 
 def render(height: int, width: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
     """One scene: image BGR uint8 (H, W, 3), label uint8 (H, W). All randomness comes from `rng`."""
-    # Painted from back to front, each thing over what is there, so that image and label can't disagree.
+    # Painted from back to front, image and label in the same step, so that they always agree.
     scene = Scene(height, width, rng)
     horizon = int(height * rng.uniform(0.22, 0.42))
     _landscape(scene, horizon)
@@ -91,8 +107,8 @@ def render(height: int, width: int, rng: np.random.Generator) -> tuple[np.ndarra
         _put(scene, ROAD, CAR, 16, _car)
     for _ in range(rng.integers(0, 3)):
         _put(scene, WATER, BOAT, 16, _boat)
-    # Look-alikes come last, so that nothing hides them. A pair shares the drawing function and its ranges: the class
-    # decides where a thing lies and how many there are, never how it looks.
+    # Look-alikes come last, so that nothing hides them. Both classes of a pair have the same drawing function and
+    # ranges: the class decides where an object is and how many there are, never how it looks.
     for ground, name, most in ((GRASS, BALE, 3), (ROAD, CRATE, 2)):
         for _ in range(rng.integers(1, most + 1)):
             _put(scene, ground, name, 11, _box)
@@ -103,7 +119,7 @@ def render(height: int, width: int, rng: np.random.Generator) -> tuple[np.ndarra
 
 
 class Scene:
-    """The canvas: image and label, the fields of noise that make textures, and the unit of length [pixels]."""
+    """The canvas: image and label, the noise images that make textures, and the unit of length [pixels]."""
 
     def __init__(self, height: int, width: int, rng: np.random.Generator) -> None:
         self.height, self.width, self.rng = height, width, rng
@@ -118,13 +134,13 @@ class Scene:
         rows = max(2, int(self.height / max(1, down * self.unit)))
         columns = max(2, int(self.width / max(1, across * self.unit)))
         grains = np.frombuffer(self.rng.bytes(rows * columns), np.uint8).reshape(rows, columns)
-        # Of OpenCV's interpolations this one gives the same bits on every processor.
+        # Only this interpolation of OpenCV's gives the same bits on every processor.
         return cv2.resize(grains, (self.width, self.height), interpolation=cv2.INTER_LINEAR_EXACT)
 
     def fill(self, shape: np.ndarray, name: int, dark: Colour, light: Colour, texture: np.ndarray) -> None:
-        """Paint where `shape` (uint8 (H, W)) is 255, from `dark` to `light` as the texture goes from 0 to 255."""
+        """Paint the pixels where `shape` (uint8 (H, W)) is 255; colours go from `dark` (texture 0) to `light` (255)."""
         ramp = (np.asarray(dark) + _STEPS * np.subtract(light, dark)).astype(np.uint8)
-        # Most things are small: to work in their box alone halves the time of a scene.
+        # Most objects are small: painting only inside their box halves the time of a scene.
         x, y, across, down = cv2.boundingRect(shape)
         box = slice(y, y + down), slice(x, x + across)
         cv2.copyTo(cv2.LUT(cv2.merge([texture[box]] * 3), ramp), shape[box], self.image[box])
@@ -137,7 +153,7 @@ class Scene:
         return cv2.fillConvexPoly(shape, np.rint(points).astype(np.int32), 255)
 
     def vary(self, colour: Colour, by: float = 18) -> np.ndarray:
-        """A colour near `colour`, float (3,)."""
+        """A random colour near `colour`, float (3,)."""
         return np.clip(np.asarray(colour) + self.rng.uniform(-by, by, 3), 0, 255)
 
 
@@ -157,7 +173,7 @@ def _landscape(scene: Scene, horizon: int) -> None:
     everywhere[:horizon] = 0
     scene.fill(everywhere, GRASS, scene.vary((25, 85, 45)), scene.vary((85, 185, 130)), scene.blotches)
 
-    # The lake takes one side and the road the other, with grass between and around them.
+    # The lake is on one side and the road on the other, with grass between and around them.
     left = rng.random() < 0.5
     middle = rng.uniform(0.42, 0.58)
     ripples = _blend(scene.noise(2, 14), scene.fine, 0.25)
@@ -167,7 +183,7 @@ def _landscape(scene: Scene, horizon: int) -> None:
 
 
 def _lake(scene: Scene, horizon: int, span: tuple[float, float]) -> np.ndarray:
-    """A mask of a smooth blob within the share `span` of the width."""
+    """A mask of a smooth blob within `span`, which is given as two fractions of the width."""
     rng = scene.rng
     turn = np.arange(24) * (2 * np.pi / 24)
     wave = 1 + 0.1 * np.sin(2 * turn + rng.uniform(0, 6)) + 0.04 * np.sin(3 * turn + rng.uniform(0, 6))
@@ -194,7 +210,7 @@ def _road(scene: Scene, horizon: int, span: tuple[float, float]) -> None:
 
 
 def _house(scene: Scene, horizon: int) -> None:
-    """A house at the horizon: wall, roof, windows and door, all of class house."""
+    """A house at the horizon: wall, roof, windows and door; all of them belong to the class house."""
     rng, unit = scene.rng, scene.unit
     wide, high = rng.uniform(24, 42) * unit, rng.uniform(16, 26) * unit
     x, y = rng.uniform(0, scene.width - wide), horizon + rng.uniform(2, 9) * unit
@@ -235,16 +251,16 @@ def _tree(scene: Scene, horizon: int) -> None:
 
 
 def _put(scene: Scene, ground: int, name: int, room: float, draw: Callable[[Scene, float, float, int], None]) -> None:
-    """Draw an object of class `name` with only `ground` within `room` units of its middle, if there is such a place."""
+    """Draw an object of class `name` at a place with only `ground` within `room` units, if there is such a place."""
     spot = _spot(scene, ground, room * scene.unit)
     if spot is not None:
         draw(scene, *spot, name)
 
 
 def _spot(scene: Scene, ground: int, room: float, bottom: float = 1.0) -> tuple[int, int] | None:
-    """A random (x, y) with class `ground` alone in the square of half side `room` [pixels] around it, or None."""
+    """A random (x, y) with only class `ground` in the square of half side `room` [pixels] around it, or None."""
     side = 2 * int(np.ceil(room)) + 1
-    # Erosion by the square leaves the middles of all squares that fit, so that one draw is enough.
+    # Erosion by the square leaves the centres of all squares that fit, so that one draw is enough.
     free = (scene.label[: int(scene.height * bottom)] == ground).astype(np.uint8)
     free = cv2.erode(free, np.ones((side, side), np.uint8), borderType=cv2.BORDER_CONSTANT, borderValue=(0,))
     places = np.flatnonzero(free)
@@ -284,7 +300,7 @@ def _boat(scene: Scene, x: float, y: float, name: int) -> None:
 
 
 def _ball(scene: Scene, x: float, y: float, name: int) -> None:
-    """A round thing with a stripe: a ball on grass, a buoy on water."""
+    """A round object with a stripe: a ball on grass, a buoy on water."""
     radius = max(5, round(scene.unit * scene.rng.uniform(7.5, 10.5)))
     disc = cv2.circle(np.zeros_like(scene.label), _pixel(x, y), radius, 255, -1)
     paint = np.array([(30, 60, 225), (20, 150, 245), (60, 215, 240)][scene.rng.integers(3)])
@@ -311,13 +327,13 @@ def _box(scene: Scene, x: float, y: float, name: int) -> None:
 
 
 def _outline(scene: Scene, shape: np.ndarray) -> None:
-    """Ignore the object's rim, one pixel wide: there neither side's label is right."""
+    """Ignore the outline of the object, one pixel wide: these pixels belong to the object and to its surroundings."""
     contours, _ = cv2.findContours(shape, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)
     cv2.drawContours(scene.label, contours, -1, (IGNORED,), 1)
 
 
 def _light(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """The hour and the camera: a slanting light, a gain per colour, blur and the sensor's noise."""
+    """Daylight and camera: a gradient of light, a gain for each colour, blur and the noise of the sensor."""
     height, width = image.shape[:2]
     corners = rng.integers(95, 150, (2, 2)).astype(np.uint8)
     light = cv2.resize(corners, (width, height), interpolation=cv2.INTER_LINEAR_EXACT)
@@ -334,7 +350,7 @@ def _light(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 def _blend(first: np.ndarray, second: np.ndarray, share: float) -> np.ndarray:
     """`share` of the second image and the rest of the first."""
-    # Shares of n/128, here and for the grain: their float32 sums are exact, so every processor gives the same bytes.
+    # Fractions of n/128, here and for the grain: their float32 sums are exact, and equal on every processor.
     return cv2.addWeighted(first, 1 - share, second, share, 0)
 
 

@@ -1,12 +1,12 @@
-"""What happens to one image on the CPU, as uint8: resizing, cropping, flipping. Pixels equal those of mmsegmentation,
+"""Transforms of one image on the CPU, in uint8: resizing, cropping, flipping. The pixels are equal to mmsegmentation's,
 bit for bit.
 
 Sources: mmcv 2.1 `image/geometric.py` and `transforms/processing.py`, mmsegmentation 1.2
 `datasets/transforms/transforms.py`. Colour distortion and normalisation run later, on the device and for the whole
 batch: see `colour`. Their random numbers are drawn here, because mmsegmentation draws them from the same sequence.
 
-Letters: H, W source size; h, w size after the resize or crop; images are BGR uint8 (H,W,3), labels uint8 (H,W). Sizes
-that people write are (width, height) for `scale` and (height, width) for `crop`, as in mmsegmentation's configurations.
+Letters: H, W source size; h, w size after the resize or crop; images are BGR uint8 (H,W,3), labels uint8 (H,W). In
+recipes `scale` is (width, height) and `crop` is (height, width), as in mmsegmentation's configurations.
 """
 
 from collections.abc import Sequence
@@ -19,7 +19,7 @@ from ssaseg.datasets.base import IGNORED
 
 MAX_TRIES = 10
 
-# Columns of a row of draws, in the order in which the steps are applied; NaN: the step is not taken.
+# Columns of a row of draws, in the order in which the steps are applied; NaN: the step is not applied.
 BRIGHTNESS, CONTRAST_FIRST, SATURATION, HUE, CONTRAST_LAST = range(5)
 DRAWS = 5
 
@@ -33,19 +33,19 @@ class Random(Protocol):
 
 
 class Sample(NamedTuple):
-    """One image for training. `image` and `label` fill the whole crop; right of and below `size` lies padding."""
+    """One image for training. `image` and `label` have the size of the crop; padding is right of and below `size`."""
 
     image: np.ndarray  # uint8 (crop height, crop width, 3), BGR; padding 0
     label: np.ndarray  # uint8 (crop height, crop width), train ids; ignored pixels and padding 255
-    draws: np.ndarray  # float32 (5,), see BRIGHTNESS and its neighbours
-    size: tuple[int, int]  # (h, w) of the image proper
+    draws: np.ndarray  # float32 (5,), one number for each of BRIGHTNESS … CONTRAST_LAST
+    size: tuple[int, int]  # (h, w) of the image without padding
 
 
 def rescale_size(size: tuple[int, int], scale: Sequence[float]) -> tuple[int, int]:
-    """The (width, height) that fits an image of `size` (width, height) into `scale`, enlarging if need be, aspect kept.
+    """The (width, height) that fits an image of `size` (width, height) into `scale`, smaller or larger, aspect kept.
 
-    The longer side of `scale` bounds the longer side of the image, the shorter the shorter, whichever is the width. No
-    side becomes less than 1 pixel.
+    The longer side of `scale` limits the longer side of the image, and the shorter side the shorter one, for landscape
+    and portrait images alike. No side becomes less than 1 pixel.
     """
     factor = min(max(scale) / max(size), min(scale) / min(size))
     return max(int(size[0] * factor + 0.5), 1), max(int(size[1] * factor + 0.5), 1)
@@ -58,8 +58,8 @@ def resize_keep_ratio(image: np.ndarray, scale: Sequence[float]) -> np.ndarray:
 
 
 def resize_to_multiple(image: np.ndarray, multiple: int) -> np.ndarray:
-    """Resize (never pad) an image (H,W,3) so that both sides are the next multiples of `multiple`; the aspect changes a
-    little.
+    """Resize (never pad) an image (H,W,3) so that both sides become the next multiples of `multiple`; this changes the
+    aspect a little.
     """
     height, width = (-(-side // multiple) * multiple for side in image.shape[:2])
     return cv2.resize(image, (width, height), interpolation=cv2.INTER_LINEAR)
@@ -68,7 +68,7 @@ def resize_to_multiple(image: np.ndarray, multiple: int) -> np.ndarray:
 def test_image(image: np.ndarray, scale: Sequence[int] | None, multiple: int | None) -> np.ndarray:
     """The network's input at test time, still BGR uint8: `scale` (width, height) or None, then `multiple` or None.
 
-    Two resizes one after the other, as in mmsegmentation: one resize to the final size gives other pixels.
+    Two resizes one after the other, as in mmsegmentation: a single resize to the final size gives other pixels.
     """
     if scale is not None:
         image = resize_keep_ratio(image, scale)
@@ -77,17 +77,18 @@ def test_image(image: np.ndarray, scale: Sequence[int] | None, multiple: int | N
     return image
 
 
-# The name is the contract's; pytest would otherwise collect it where a test module imports it.
+# Without this line pytest would collect the function as a test where a test module imports it.
 test_image.__test__ = False  # type: ignore[attr-defined]
 
 
 def scaled_inputs(
     image: np.ndarray, scale: Sequence[int] | None, multiple: int | None, ratios: Sequence[float] = (1.0,)
 ) -> list[np.ndarray]:
-    """`test_image` once for each ratio, a factor of `scale`, or of the image's own size where that is None.
+    """`test_image` once for each ratio: a factor of `scale`, or of the image's size where `scale` is None.
 
-    Sizes are rounded down, as in mmsegmentation 0.30 `datasets/pipelines/test_time_aug.py`: ratios of `scale` itself.
-    The configurations of mmsegmentation 1.x take ratios of the image as it was read, whatever `scale` is.
+    Sizes are rounded down, as in mmsegmentation 0.30 `datasets/pipelines/test_time_aug.py`, whose ratios are factors of
+    `scale` too. In the configurations of mmsegmentation 1.x they are factors of the image as it was read, even with
+    `scale`.
     """
     height, width = image.shape[:2]
     inputs = []
@@ -104,9 +105,9 @@ class TrainTransform:
     """Random resize, crop, flip and colour draws, with mmsegmentation's pixels for the same random numbers.
 
     scale: (width, height) in pixels, multiplied by one factor from U[ratio[0], ratio[1]) before the image is fitted to
-    it. crop: (height, width) in pixels. cat_max_ratio: a crop is drawn again, up to ten times, while one class has at
-    least this share of its labelled pixels or only one class is present; 1 switches the check off. flip: probability of
-    a left-right flip. distortion: whether to draw the colour distortion.
+    it. crop: (height, width) in pixels. cat_max_ratio: the crop is drawn again, up to ten times, while one class has at
+    least this share of its labelled pixels or while it shows only one class; 1 switches this check off. flip:
+    probability of a left-right flip. distortion: whether to draw the colour distortion.
     """
 
     def __init__(
@@ -129,21 +130,21 @@ class TrainTransform:
         lut: np.ndarray,
         out: tuple[np.ndarray, np.ndarray] | None = None,
     ) -> Sample:
-        """Draw and apply the transforms to an image (H,W,3) and its raw label map (H,W), which are not changed.
+        """Draw and apply the transforms to an image (H,W,3) and its raw label map (H,W); both stay unchanged.
 
-        lut: uint8[256], raw id to train id. out: an image and a label array of the crop's size to write into, such as
-        rows of a batch. The order of the draws is mmsegmentation's: resize, crop, flip, distortion.
+        lut: uint8 (256,), raw id to train id. out: an image and a label array of the crop's size to write into, such as
+        rows of a batch. Random numbers are drawn in mmsegmentation's order: resize, crop, flip, distortion.
         """
         low, high = self.ratio
         factor = rng.random_sample() * (high - low) + low
         scale = int(self.scale[0] * factor), int(self.scale[1] * factor)
         width, height = rescale_size((image.shape[1], image.shape[0]), scale)
         rows, columns, label = self._choose_crop((height, width), raw, rng, lut)
-        # What numpy's `choice` of two with probabilities (flip, 1 - flip) draws, at a tenth of its time.
+        # The same draw as numpy's `choice` of two with probabilities (flip, 1 - flip), in a tenth of its time.
         flipped = rng.random_sample() < self.flip
         draws = draw_distortion(rng) if self.distortion else np.full(DRAWS, np.nan, np.float32)
 
-        # OpenCV's rounded coefficients depend on the absolute position: a part can't be resized on its own.
+        # OpenCV's rounded coefficients depend on the absolute position: resizing only the crop gives other pixels.
         window = cv2.resize(image, (width, height), interpolation=cv2.INTER_LINEAR)[rows, columns]
         out_image, out_label = out if out is not None else self.empty(())
         size = label.shape[0], label.shape[1]
@@ -163,10 +164,10 @@ class TrainTransform:
     ) -> tuple[slice, slice, np.ndarray]:
         """Rows, columns and train ids of a crop of the resized image, whose (height, width) is `size`."""
         for tries in range(MAX_TRIES + 1):
-            # A side that is shorter than the crop is taken whole.
-            rows, columns = (_random_part(new, crop, rng) for new, crop in zip(size, self.crop, strict=True))
+            # A side that is shorter than the crop is used completely.
+            rows, columns = (_random_slice(new, crop, rng) for new, crop in zip(size, self.crop, strict=True))
             label = resize_label_window(raw, size, rows, columns, lut)
-            # The box after the last redraw is used unchecked.
+            # The last crop that is drawn is used without the check.
             if self.cat_max_ratio >= 1 or tries == MAX_TRIES or self._is_mixed(label):
                 break
         return rows, columns, label
@@ -175,42 +176,44 @@ class TrainTransform:
         """Whether `label` holds two classes or more, none with `cat_max_ratio` or more of the labelled pixels."""
         # OpenCV 4 returns a column, OpenCV 5 a vector.
         counts = cv2.calcHist([label], [0], None, [256], [0, 256]).ravel()[:IGNORED]
-        # float32 counts are exact up to 2^24 pixels a class, a crop of 4096 x 4096.
+        # float32 counts are exact up to 2^24 pixels of a class, such as a crop of 4096 x 4096.
         total = counts.sum(dtype=np.float64)
         return bool(np.count_nonzero(counts) > 1 and counts.max() / total < self.cat_max_ratio)
 
 
-def _random_part(length: int, crop: int, rng: Random) -> slice:
-    """`crop` of `length` pixels, or all where there are fewer; a number is drawn either way, as in mmsegmentation."""
+def _random_slice(length: int, crop: int, rng: Random) -> slice:
+    """`crop` of `length` pixels, or all of them if there are fewer. In both cases a number is drawn, as in
+    mmsegmentation.
+    """
     start = int(rng.randint(0, max(length - crop, 0) + 1))
     return slice(start, min(start + crop, length))
 
 
-def nearest_index(new: int, old: int, part: slice) -> np.ndarray:
-    """Source positions that `cv2.resize` (INTER_NEAREST, `old` to `new` pixels) reads for those in `part`."""
-    # OpenCV multiplies by the reciprocal of the ratio, which rounds otherwise than a division.
+def nearest_index(new: int, old: int, window: slice) -> np.ndarray:
+    """Source positions that `cv2.resize` (INTER_NEAREST, `old` to `new` pixels) reads for the positions in `window`."""
+    # OpenCV multiplies by the reciprocal of the ratio, which rounds differently from a division.
     step = 1.0 / (new / old)
-    return np.minimum((np.arange(part.start, part.stop) * step).astype(np.intp), old - 1)
+    return np.minimum((np.arange(window.start, window.stop) * step).astype(np.intp), old - 1)
 
 
 def resize_label_window(
     raw: np.ndarray, size: tuple[int, int], rows: slice, columns: slice, lut: np.ndarray
 ) -> np.ndarray:
-    """`lut[cv2.resize(raw, INTER_NEAREST)[rows, columns]]`, computed from the source pixels that are needed.
+    """`lut[cv2.resize(raw, INTER_NEAREST)[rows, columns]]`, computed only from the source pixels that it needs.
 
     raw: uint8 (H,W). size: (height, width) after the resize. Returns uint8 of the window's size.
     """
     ys = nearest_index(size[0], raw.shape[0], rows)
     xs = nearest_index(size[1], raw.shape[1], columns)
     source = cv2.LUT(raw[ys[0] : ys[-1] + 1, xs[0] : xs[-1] + 1], lut)
-    # Whole rows are gathered several times faster than columns, hence the two transpositions.
+    # Gathering rows is several times faster than gathering columns, hence the two transpositions.
     gathered = cv2.transpose(cv2.transpose(source)[xs - xs[0]])
     return gathered[ys - ys[0]]
 
 
 def draw_distortion(rng: Random) -> np.ndarray:
-    """The random numbers of mmsegmentation's PhotoMetricDistortion, in its order, as float32 (5,); NaN: the step is not
-    taken.
+    """The random numbers of mmsegmentation's PhotoMetricDistortion, in the same order, as float32 (5,); NaN: the step
+    is not applied.
 
     Brightness in levels from U[-32,32), contrast and saturation as factors from U[0.5,1.5), hue in OpenCV's units of 2
     degrees from the integers -18..17. Each step has probability 1/2; contrast comes early or late with probability 1/2.

@@ -1,4 +1,4 @@
-"""`ssaseg compare`: the signature. What draws is imported inside, so that `--help` answers at once."""
+"""`ssaseg compare`: the signature. The drawing code is imported in the function, so that `--help` is fast."""
 
 from pathlib import Path
 
@@ -16,8 +16,9 @@ from ssaseg.cli.options import json_option
 def compare(runs: tuple[Path, ...], out: Path, json_out: str | None) -> int:
     """Compare training runs.
 
-    Each RUN is a folder of `ssaseg train`. Prints a table, what the recipes differ in, and the IoU per class where the
-    runs have it; draws their curves into one picture. Hours are training and evaluation, by the logged speeds.
+    Each RUN is a folder that `ssaseg train` wrote. Prints a table of the runs, the differences between their recipes,
+    and the IoU per class if the runs have it; draws their curves in one picture. Hours are the time of training and
+    evaluation, computed from the logged speeds.
 
     \b
     Example:

@@ -1,4 +1,4 @@
-"""`ssaseg compare`: several runs in one table and one picture, with what their recipes and data differ in."""
+"""`ssaseg compare`: several runs in one table and one picture, with the differences of their recipes and data."""
 
 import json
 import os
@@ -19,13 +19,13 @@ from ssaseg.cli.training.log import read_log
 from ssaseg.cli.training.state import flat
 from ssaseg.recipes import RecipeError, load_recipe
 
-MARK = {"Software": "ssaseg compare"}  # in the PNG: only a picture that this command made is overwritten
+MARK = {"Software": "ssaseg compare"}  # in the PNG file: only a picture with this mark is overwritten
 
-MOST_CLASSES = 25  # in table and picture, those that differ most; the JSON has all
+MOST_CLASSES = 25  # classes in table and picture: those that differ most; the JSON has all classes
 
-WIDEST = 90  # letters of all names together, as columns of a table
+WIDEST = 90  # most letters of all run names together, as headers of a table
 
-# Keys that say where or how fast, not what is trained.
+# Keys that have no influence on what is trained: only on folders, logging and speed.
 NO_DIFFERENCE = {
     "name",
     "data.root",
@@ -36,7 +36,7 @@ NO_DIFFERENCE = {
 
 @dataclass
 class Run:
-    """A run folder, read: records of metrics.jsonl, recipe keys, and the classes' IoU [%] at the best evaluation."""
+    """The content of a run folder: records of metrics.jsonl, recipe keys, and IoU [%] by class at the best step."""
 
     name: str
     folder: Path
@@ -44,10 +44,10 @@ class Run:
     recipe: dict[str, Any]
     data: Any  # the fingerprint in env.json, None where there is none
     ious: dict[str, float | None] = field(default_factory=dict)
-    damaged: int = 0  # lines of metrics.jsonl that are no records
+    damaged: int = 0  # lines of metrics.jsonl that are not records
 
     def figures(self) -> dict[str, Any]:
-        """What the table shows, as JSON has it; None is not known."""
+        """The row of the table, in the form of the JSON report; None where a value is not known."""
         logs, evaluations = curves.trained(self.records), curves.evaluated(self.records)
         best = curves.best_of(evaluations)
         last = evaluations[-1]["mIoU"] if evaluations else None
@@ -67,7 +67,7 @@ class Run:
         }
 
     def hours(self) -> float | None:
-        """Time of training and evaluation, from the logged speeds; starting, saving and lost steps are not in it."""
+        """Time of training and evaluation, from the logged speeds, without starting, saving and lost steps."""
         seconds, before = 0.0, 0
         for record in self.records:
             if "loss" in record:
@@ -82,12 +82,13 @@ class Run:
 
 
 def run_compare(runs: Sequence[Path], out: Path, json_out: str | None) -> int:
-    """Prints a table of the runs and their differences, draws their curves. Returns 0, or 1 where a folder is no run.
+    """Prints a table of the runs and their differences, and draws their curves. Returns 0, or 1 where some of the
+    folders are not run folders.
 
-    Raises CommandError where none is, and where `out` is somebody else's file.
+    Raises CommandError where none of them is a run folder, and where `out` is a file that this command did not write.
     """
     json_out = json_target(json_out)
-    require_own(out)
+    require_writable(out)
     read = open_runs(runs)
     rows = [run.figures() for run in read]
     differences = recipe_differences(read)
@@ -105,7 +106,7 @@ def run_compare(runs: Sequence[Path], out: Path, json_out: str | None) -> int:
 
 # ---- reading -----------------------------------------------------------------------------------------------------
 def open_runs(folders: Sequence[Path]) -> list[Run]:
-    """Every run folder once, in the order given; others are told. Raises CommandError where there is none."""
+    """Every run folder once, in the order given; warns about other folders. Raises CommandError if there is no run."""
     distinct = list({folder.resolve(): folder for folder in reversed(folders)}.values())[::-1]
     missing = [folder for folder in distinct if not (folder / "metrics.jsonl").is_file()]
     expected = "expected folders that `ssaseg train` wrote"
@@ -113,13 +114,13 @@ def open_runs(folders: Sequence[Path]) -> list[Run]:
         reason = "no metrics.jsonl in it" if missing[0].is_dir() else "no such folder"
         raise CommandError(f"{missing[0]}: not a run folder ({reason})\n{expected}")
     for folder in missing:
-        click.echo(f"warning: {folder}: not a run folder, left out; {expected}", err=True)
+        click.echo(f"warning: {folder}: not a run folder, ignored; {expected}", err=True)
     found = [folder for folder in distinct if folder not in missing]
     return [open_run(folder, name) for folder, name in zip(found, short_names(found), strict=True)]
 
 
 def short_names(folders: Sequence[Path]) -> list[str]:
-    """The last part of each path, or as many parts as tell them apart."""
+    """The last part of each path, or as many last parts as are needed to make the names different."""
     parts = [folder.resolve().parts for folder in folders]
     for depth in range(1, max(map(len, parts)) + 1):
         names = [os.path.join(*part[-depth:]) for part in parts]
@@ -129,10 +130,10 @@ def short_names(folders: Sequence[Path]) -> list[str]:
 
 
 def open_run(folder: Path, name: str) -> Run:
-    """Reads what there is; a recipe or an environment that cannot be read costs only what it would have told."""
+    """Reads a run folder. If its recipe or env.json cannot be read, only their values are missing in the result."""
     config = folder / "config.yaml"
     recipe: dict[str, Any] = {}
-    try:  # keys that came later have the default that the run went by
+    try:  # keys that are newer than the run get their default, which is what the run used
         recipe = flat(load_recipe(str(config)).model_dump(mode="json"))
     except (RecipeError, OSError, ValueError) as error:
         reason = str(error).splitlines()[0] if isinstance(error, RecipeError) else f"{config}: cannot be read"
@@ -157,9 +158,9 @@ def best_ious(run: Run) -> dict[str, float | None]:
     return found if isinstance(found, dict) else {}
 
 
-# ---- comparing ---------------------------------------------------------------------------------------------------
+# ---- differences -------------------------------------------------------------------------------------------------
 def recipe_differences(runs: Sequence[Run]) -> dict[str, dict[str, Any]]:
-    """Keys whose value is not the same in all runs, each with the value of every run by name."""
+    """Keys whose value differs between runs, each with its value by name of the run."""
     known = [run for run in runs if run.recipe]
     keys = dict.fromkeys(key for run in known for key in run.recipe if key not in NO_DIFFERENCE)
     return {
@@ -170,9 +171,10 @@ def recipe_differences(runs: Sequence[Run]) -> dict[str, dict[str, Any]]:
 
 
 def class_differences(runs: Sequence[Run]) -> list[dict[str, Any]]:
-    """Classes that all runs with class scores have, those that differ most first; none of fewer than two such runs.
+    """Classes that all runs with class scores have, those that differ most first; empty for fewer than two such runs.
 
-    Keys: name; IoU [%] by run; difference, last minus first run, None where a class is not known; spread.
+    Keys: name; IoU [%] by run; difference, last minus first run, None where a class has no IoU; spread, largest minus
+    smallest.
     """
     known = [run for run in runs if run.ious]
     if len(known) < 2:
@@ -189,7 +191,7 @@ def class_differences(runs: Sequence[Run]) -> list[dict[str, Any]]:
 
 
 def remarks(runs: Sequence[Run], differ: Mapping[str, Any]) -> list[str]:
-    """What a reader of the table must know before he believes it; `differ`: the runs' `recipe_differences`."""
+    """What a reader must know to understand the table correctly; `differ`: the `recipe_differences` of the runs."""
     notes = [f"{run.name}: no evaluation yet" for run in runs if not curves.evaluated(run.records)]
     notes += [f"{run.name}: no step of training is logged" for run in runs if not curves.trained(run.records)]
     notes += [f"{run.name}: its log is damaged, lines left out: {run.damaged}" for run in runs if run.damaged]
@@ -197,16 +199,16 @@ def remarks(runs: Sequence[Run], differ: Mapping[str, Any]) -> list[str]:
         return [*notes, "one run only: nothing to compare it with"]
     without = [run.name for run in runs if curves.evaluated(run.records) and not run.ious]
     if without:
-        notes.append(f"no IoU per class is known of {', '.join(without)}: begun by an earlier version?")
+        notes.append(f"no IoU per class is known for {', '.join(without)}: started by an earlier version?")
     if all(run.recipe for run in runs) and not differ:
-        notes.append("the recipes are the same but for name, paths and logging")
+        notes.append("the recipes are the same, except for name, paths, logging and speed")
     classes = [run.ious.keys() for run in runs if run.ious]
     if any(each != classes[0] for each in classes) or any(key == "data.classes" for key in differ):
         common = set.intersection(*map(set, classes)) if classes else set()
         also = f"; {len(common)} classes have the same name in all" if classes else ""
         notes.append(f"the runs have different classes, so their mIoUs cannot be compared{also}")
     elif any(key.startswith("test.") for key in differ):
-        notes.append("the runs were evaluated by different protocols (test.*), so their mIoUs cannot be compared")
+        notes.append("the runs were evaluated with different protocols (test.*), so their mIoUs cannot be compared")
     validation = [run.data.get("val") for run in runs if isinstance(run.data, dict)]
     others = any(each != validation[0] for each in validation)
     if others or any(key.startswith(("data.val", "data.dataset", "data.synthetic")) for key in differ):
@@ -214,16 +216,16 @@ def remarks(runs: Sequence[Run], differ: Mapping[str, Any]) -> list[str]:
     return notes
 
 
-# ---- telling -----------------------------------------------------------------------------------------------------
+# ---- printing ----------------------------------------------------------------------------------------------------
 def print_runs(
     rows: Sequence[dict[str, Any]], differences: Mapping[str, Mapping[str, Any]], classes: Sequence[dict[str, Any]]
 ) -> None:
-    """The tables, on stdout."""
+    """Prints the tables on stdout."""
 
     def cell(value: Any, form: str = "") -> str:
         return "–" if value is None else f"{value:{form}}"
 
-    # Many names do not fit beside one another: then the runs are numbered.
+    # If the names do not fit as headers side by side, the runs are numbered.
     wide = sum(len(row["run"]) for row in rows) > WIDEST
     heads = {row["run"]: f"#{index}" if wide else row["run"] for index, row in enumerate(rows, 1)}
     print_table(
@@ -246,7 +248,7 @@ def print_runs(
     if differences:
         names = list(next(iter(differences.values())))
         cells = [(key, *(brief(values[name]) for name in names)) for key, values in differences.items()]
-        print_table(("key", *(heads[name] for name in names)), cells, "what the recipes differ in")
+        print_table(("key", *(heads[name] for name in names)), cells, "differences between the recipes")
     if classes:
         names = list(classes[0]["IoU"])
         cells = [
@@ -259,21 +261,21 @@ def print_runs(
 
 
 def brief(value: Any, most: int = 40) -> str:
-    """A recipe's value in a cell."""
+    """A value of a recipe as the text of a cell, cut after `most` letters."""
     text = "–" if value is None else str(value)
     return text if len(text) <= most else f"{text[: most - 1]}…"
 
 
 # ---- drawing -----------------------------------------------------------------------------------------------------
-def require_own(path: Path) -> None:
-    """Raises CommandError where `path` is no .png, cannot be written, or exists and was not made by this command."""
+def require_writable(path: Path) -> None:
+    """Raises CommandError where `path` is not a .png, cannot be written, or is a file that another program wrote."""
     from PIL import Image
 
     if path.suffix != ".png" or path.is_dir():
         raise CommandError(f"--out {path}: expected a file that ends in .png")
     if not path.parent.is_dir() or not os.access(path.parent, os.W_OK | os.X_OK):
         raise CommandError(
-            f"--out {path}: there is no folder {path.parent} that can be written\nmake it, or name another"
+            f"--out {path}: {path.parent} is not a folder that can be written\ncreate it, or give another folder"
         )
     if not path.exists():
         return
@@ -283,12 +285,12 @@ def require_own(path: Path) -> None:
     except OSError:
         ours = False
     if not ours:
-        raise CommandError(f"--out {path}: is there already, and no picture of `ssaseg compare`\ngive another name")
+        raise CommandError(f"--out {path}: already exists and is not a picture of `ssaseg compare`\ngive another name")
 
 
 def draw(runs: Sequence[Run], classes: Sequence[Mapping[str, Any]], destination: Path) -> None:
-    """mIoU, the sum of the losses, each term that several runs have, learning rate, gradient norm and speed, with the
-    classes that differ most at the right.
+    """Draws mIoU, the sum of the losses, each term that several runs have, learning rate, gradient norm and speed; on
+    the right the classes that differ most.
     """
     from matplotlib.figure import Figure
 
@@ -322,7 +324,7 @@ TITLES = {
 
 
 def draw_key(axes: Any, runs: Sequence[Run], key: str) -> None:
-    """One quantity of all runs; the best mIoU of each is a star."""
+    """One quantity of all runs; a star marks the best mIoU of each run."""
     drawn = []
     for index, run in enumerate(runs):
         records = curves.evaluated(run.records) if key == "mIoU" else curves.trained(run.records)
@@ -343,7 +345,7 @@ def draw_key(axes: Any, runs: Sequence[Run], key: str) -> None:
 
 
 def draw_classes(axes: Any, runs: Sequence[Run], rows: Sequence[Mapping[str, Any]]) -> None:
-    """A line a class, on it a dot for the IoU of each run, and what the last has more than the first."""
+    """One line for each class with a dot for the IoU of each run, and the difference of the last and the first run."""
     for row, entry in enumerate(rows):
         known = [value for value in entry["IoU"].values() if value is not None]
         axes.plot([min(known, default=0), max(known, default=0)], [row, row], color="0.7", linewidth=3, zorder=1)
@@ -355,4 +357,4 @@ def draw_classes(axes: Any, runs: Sequence[Run], rows: Sequence[Mapping[str, Any
     axes.set_yticks(range(len(rows)), [shorten(row["name"]) for row in rows])
     axes.set_xlim(-2, 112)
     finish_bars(axes, len(rows))
-    axes.set_title("IoU [%] at the best evaluation\n(+: last run above first)", fontsize=10)
+    axes.set_title("IoU [%] at the best evaluation\n(+: last run better than first)", fontsize=10)

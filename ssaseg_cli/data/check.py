@@ -1,4 +1,4 @@
-"""`ssaseg data check`: read all of a data set, and tell everything that is wrong with it."""
+"""`ssaseg data check`: read a whole data set, and report everything that is wrong with it."""
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -11,20 +11,20 @@ import click
 import numpy as np
 
 from ssaseg.cli.console import json_target, print_table, write_json
-from ssaseg.cli.data.reading import look_at, watch
+from ssaseg.cli.data.reading import look_at, read_through
 from ssaseg.cli.errors import CommandError
 from ssaseg.datasets import IGNORED, DataError, Dataset, build_dataset
 from ssaseg.datasets.check import Findings, Problem, require_same_classes
-from ssaseg.datasets.pairs import PairDataset, some
+from ssaseg.datasets.pairs import PairDataset, first_names
 from ssaseg.datasets.published import LAYOUTS
-from ssaseg.datasets.survey import ANYBODYS
+from ssaseg.datasets.survey import COMMON_FOLDERS
 from ssaseg.recipes import Recipe, RecipeError, list_recipes, load_recipe
 
 SPLITS = ("train", "val")
 
 
 class Target(NamedTuple):
-    """What is to be checked, not yet opened."""
+    """A data set to check, not yet opened."""
 
     title: str
     splits: Mapping[str, Callable[[], Dataset]]
@@ -32,13 +32,13 @@ class Target(NamedTuple):
 
 
 def run_check(target: str, overrides: Sequence[str], split: str | None, json_out: str | None) -> int:
-    """Checks a recipe's data or a folder, prints a table of classes and the problems of each split, and returns 0
-    where there is none, 1 for warnings, 2 for errors.
+    """Checks a recipe's data or a folder, and prints a table of classes and the problems of each split. Returns 0 where
+    no problem was found, 1 for warnings, 2 for errors.
 
     target: a recipe's name or file, or a folder: with a recipe in it, of a published layout, or of images and masks.
-    overrides: `key=value` words for a recipe. split: only this one. json_out: a file for the report, "-" for stdout
-    without the tables. Raises CommandError, RecipeError or DataError where there is nothing to check; SystemExit after
-    Ctrl-C (130) and SIGTERM (143).
+    overrides: `key=value` arguments for a recipe. split: check only this one. json_out: a file for the report, "-" for
+    stdout without the tables. Raises CommandError, RecipeError or DataError where there is nothing to check; SystemExit
+    after Ctrl-C (130) and SIGTERM (143).
     """
     json_out = json_target(json_out)
     started = time.perf_counter()
@@ -52,7 +52,7 @@ def run_check(target: str, overrides: Sequence[str], split: str | None, json_out
     for name in names:
         report, findings = check_split(name, chosen)
         if splits and splits[0]["classes"] and report["classes"]:
-            _compare_classes(splits[0], report, findings)
+            _require_classes_of(splits[0], report, findings)
         splits.append(report)
         if json_out != "-":
             print_split(report, findings)
@@ -64,15 +64,15 @@ def run_check(target: str, overrides: Sequence[str], split: str | None, json_out
     report = {"target": target, "checked": chosen.title, "splits": splits, "errors": counted["error"]}
     report |= {"warnings": counted["warning"], "seconds": round(seconds, 2)}
     if json_out != "-":
-        words = [_count(count, severity) for severity, count in counted.items() if count]
-        click.echo(f"{', '.join(words) or 'no problems found'}; read in {seconds:.1f} s")
+        counts = [_count(count, severity) for severity, count in counted.items() if count]
+        click.echo(f"{', '.join(counts) or 'no problems found'}; read in {seconds:.1f} s")
     write_json(json_out, report)
     return 2 if counted["error"] else 1 if counted["warning"] else 0
 
 
 # ---- what to check -----------------------------------------------------------------------------------------------
 def open_target(target: str, overrides: Sequence[str]) -> Target:
-    """A recipe's data or a folder's. Raises CommandError or RecipeError where `target` is neither."""
+    """The data of a recipe or of a folder. Raises CommandError or RecipeError where `target` is neither."""
     folder = Path(target)
     if folder.is_dir() and target not in list_recipes():
         recipe = _recipe_in(folder)
@@ -80,7 +80,7 @@ def open_target(target: str, overrides: Sequence[str]) -> Target:
             return _of_recipe(load_recipe(str(recipe), overrides), str(recipe))
         if overrides:
             raise CommandError(
-                f"{overrides[0]}: {target} is a folder without recipe, so there are no keys to set\nleave it out"
+                f"{overrides[0]}: {target} is a folder without recipe, so there are no keys to set\nremove the argument"
             )
         return _of_layout(folder) or _of_folder(folder)
     if folder.suffix not in (".yaml", ".yml") and target not in list_recipes() and len(folder.parts) > 1:
@@ -94,19 +94,19 @@ def _recipe_in(folder: Path) -> Path | None:
     for file in sorted(path for path in folder.iterdir() if path.suffix in (".yaml", ".yml")):
         try:
             load_recipe(f"{folder}/{file.name}")
-        except RecipeError:  # other programs write YAML, too
+        except RecipeError:  # a YAML file of another program
             continue
         recipes.append(Path(folder, file.name))
     if len(recipes) > 1:
         raise CommandError(
-            f"{folder}: {len(recipes)} recipes: {some([file.name for file in recipes])}\nname one of them"
+            f"{folder}: {len(recipes)} recipes: {first_names([file.name for file in recipes])}\ngive one of these files"
         )
     return recipes[0] if recipes else None
 
 
 def _of_recipe(recipe: Recipe, name: str) -> Target:
     data = recipe.data
-    # Each pair is read once: a cache would hold them all. And what lacks its mask is told, the others are read.
+    # Each pair is read only once: no cache. `partial`: images without mask are reported, and all other pairs are read.
     options = data.model_dump() | {"cache": False, "partial": True}
     build = partial(build_dataset, data.dataset, root=Path(data.root), options=options)
     where = "" if data.dataset == "synthetic" else f" below {data.root}"
@@ -126,7 +126,7 @@ def _of_layout(root: Path) -> Target | None:
         if layout.lists:
             splits = [split for split in splits if (root / layout.lists[split]).is_file()]
         build = partial(build_dataset, name, root=root, options={"partial": True})
-        if splits and (name not in ANYBODYS or _is_whole(build, layout.counts)):
+        if splits and (name not in COMMON_FOLDERS or _is_whole(build, layout.counts)):
             title = f"{root}: the layout of data set {name}"
             return Target(title, {split: partial(build, split) for split in splits}, layout.counts)
     return None
@@ -170,14 +170,14 @@ def _of_folder(root: Path) -> Target:
 
 # ---- one split ---------------------------------------------------------------------------------------------------
 def check_split(split: str, target: Target) -> tuple[dict[str, Any], Findings]:
-    """Everything about one split, as JSON has it and as found. Where it cannot be opened, that is its problem."""
+    """The report of one split for JSON, and its findings. A split that cannot be opened has this as its problem."""
     try:
         dataset = target.splits[split]()
     except (DataError, OSError) as error:
-        told = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) else str(error)
-        findings = Findings(0, problems=[Problem("error", told, "cannot be opened")])
+        text = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) else str(error)
+        findings = Findings(0, problems=[Problem("error", text, "cannot be opened")])
         return {"split": split, "pairs": 0, "classes": [], "raw_ids": [], **_problems(findings)}, findings
-    findings = watch(dataset, f"checked {split}")
+    findings = read_through(dataset, f"checked {split}")
     expected = target.counts.get(split)
     if expected is not None and len(dataset) != expected:
         text = f"{_count(len(dataset), 'pair')}; the published {split} split has {expected}"
@@ -195,8 +195,8 @@ def check_split(split: str, target: Target) -> tuple[dict[str, Any], Findings]:
     return report, findings
 
 
-def _compare_classes(train: Mapping[str, Any], val: dict[str, Any], findings: Findings) -> None:
-    """Adds to the validation split's problems, if its classes are not those of the training split."""
+def _require_classes_of(train: Mapping[str, Any], val: dict[str, Any], findings: Findings) -> None:
+    """Adds a problem to the validation split if its classes differ from those of the training split."""
     try:
         require_same_classes(*([row["name"] for row in report["classes"]] for report in (train, val)))
     except DataError as error:
@@ -226,7 +226,7 @@ def _classes(dataset: Dataset, findings: Findings) -> Iterator[dict[str, Any]]:
 
 
 def _raw_ids(dataset: Dataset, findings: Findings) -> Iterator[dict[str, Any]]:
-    """What was found of each id in the files, and what it means: a class, "ignored" or "out of range"."""
+    """The raw ids in the files with their pixels, masks, and meaning: a class, "ignored" or "out of range"."""
     for raw in map(int, np.flatnonzero(findings.pixels)):
         train_id = int(dataset.label_lut[raw])
         meaning = "ignored" if train_id == IGNORED else dataset.classes[train_id]
@@ -239,7 +239,7 @@ def _count(count: int, what: str) -> str:
 
 
 def print_split(report: Mapping[str, Any], findings: Findings) -> None:
-    """The table of classes and the problems, on stdout: of each severity ten in full."""
+    """Prints the table of classes and the problems on stdout; of each severity the first ten in full."""
     if report["pairs"]:
         rows = [
             (row["name"], str(row["id"]), f"{row['pixels']:,}", f"{row['share']:.2f}", str(row["images"]))
@@ -250,14 +250,14 @@ def print_split(report: Mapping[str, Any], findings: Findings) -> None:
         masks = f", {report['palette_masks']} masks with a palette" if report["palette_masks"] else ""
         title = f"{report['split']} split: {_count(report['pairs'], 'pair')}{size}{masks}"
         print_table(("class", "id", "pixels", "share [%]", "images"), rows, title)
-        every = max(sum(row["pixels"] for row in report["raw_ids"]), 1)
+        total = max(sum(row["pixels"] for row in report["raw_ids"]), 1)
         for meaning in ("ignored", "out of range"):
             found = [row for row in report["raw_ids"] if row["is"] == meaning]
             if found:
-                told = [f"id {row['id']} ({row['pixels']:,} pixels in {_count(row['masks'], 'mask')})" for row in found]
-                share = sum(row["pixels"] for row in found) / every
-                click.echo(f"{meaning}: {share:.2%} of the pixels: {some(told, 8)}")
+                ids = [f"id {row['id']} ({row['pixels']:,} pixels in {_count(row['masks'], 'mask')})" for row in found]
+                share = sum(row["pixels"] for row in found) / total
+                click.echo(f"{meaning}: {share:.2%} of the pixels: {first_names(ids, 8)}")
     for severity, colour in (("error", "red"), ("warning", "yellow")):
         label = click.style(f"{severity}, {report['split']} split:", fg=colour)
-        for text in findings.told(severity):
+        for text in findings.messages(severity):
             click.echo(f"{label} {text}")

@@ -1,4 +1,4 @@
-"""The commands of `ssaseg data`: each a signature, a docstring with an example, and one call, as in `main`."""
+"""The commands of `ssaseg data`: for each a signature, a docstring with an example, and one call."""
 
 from pathlib import Path
 
@@ -20,7 +20,9 @@ def data() -> None:
 
 @data.command()
 @click.argument("out", type=click.Path(file_okay=False, path_type=Path))
-@click.option("--count", type=click.IntRange(min=1), metavar="N", default=16, show_default=True, help="Scenes.")
+@click.option(
+    "--count", type=click.IntRange(min=1), metavar="N", default=16, show_default=True, help="Number of scenes."
+)
 @click.option("--split", type=click.Choice(["train", "val"]), default="val", show_default=True)
 @click.option(
     "--size",
@@ -28,22 +30,24 @@ def data() -> None:
     type=click.IntRange(min=64),
     metavar="H W",
     default=(160, 160),
-    help="[pixels]  [default: 160 160]",
+    help="Height and width [pixels].  [default: 160 160]",
 )
-@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="As data.synthetic.seed.")
+@click.option(
+    "--seed", type=click.IntRange(min=0), default=0, show_default=True, help="The same as data.synthetic.seed."
+)
 @click.option(
     "--layout",
     type=click.Choice(["folder", "ade20k", "pascal_context", "coco"]),
     default="folder",
     show_default=True,
-    help="Folders, and what labels look like.",
+    help="Layout of folders and labels.",
 )
 def export(out: Path, count: int, split: str, size: tuple[int, int], seed: int, layout: str) -> None:
     """Write built-in scenes as files.
 
-    Images go to OUT/images/SPLIT, masks to OUT/annotations/SPLIT: the layout that a recipe with data.dataset folder
-    reads. The same seed, split and size give the same scenes as in training. With another --layout images are JPEG, and
-    folders and labels those of the data set: for trying its reader, or another program.
+    Images are written to OUT/images/SPLIT and masks to OUT/annotations/SPLIT: a recipe with data.dataset folder reads
+    this layout. The same seed, split and size give the same scenes as in training. With another --layout, images are
+    JPEG files, and folders and labels are those of that data set: use it to test its reader, or another program.
 
     \b
     Example:
@@ -60,27 +64,33 @@ def export(out: Path, count: int, split: str, size: tuple[int, int], seed: int, 
 @data.command()
 @click.argument("name")
 @click.option(
-    "--source", required=True, type=click.Path(exists=True, file_okay=False, path_type=Path), help="What you unpacked."
+    "--source",
+    required=True,
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    help="Folder of the unpacked download.",
 )
 @click.option(
     "--root",
     type=click.Path(file_okay=False, path_type=Path),
-    help="Where to write.  [default: SOURCE, or VOC2010 in it]",
+    help="Folder to write to.  [default: SOURCE, or VOC2010 in it]",
 )
-@click.option("--workers", type=click.IntRange(min=0), metavar="N", help="Processes.  [default: one a core]")
+@click.option(
+    "--workers", type=click.IntRange(min=0), metavar="N", help="Number of processes.  [default: one per core]"
+)
 def prepare(name: str, source: Path, root: Path | None, workers: int | None) -> int:
-    """Bring a published data set into the layout that recipes read.
+    """Prepare a published data set in the layout that recipes read.
 
-    Ends with the counts on disk beside the published ones: exit code 1 where they differ. Nothing in SOURCE is changed;
-    images become hard links where the disk allows it, else copies. It may be stopped, and goes on when it is run again.
+    At the end prints the number of files on disk and the published number: exit code 1 where they differ. No file in
+    SOURCE is changed. Images become hard links if the disk allows it, otherwise copies. The command can be stopped at
+    any time; it continues when it is run again.
 
     \b
-    NAME                    what SOURCE holds
+    NAME                    content of SOURCE
     coco_stuff10k           images/, annotations/*.mat, imageLists/ (cocostuff-10k-v1.1.zip; needs ssaseg[mat])
-    coco_stuff164k          train2017/, val2017/, stuffthingmaps/ (in it stuffthingmaps_trainval2017.zip)
+    coco_stuff164k          train2017/, val2017/, stuffthingmaps/ (unpack stuffthingmaps_trainval2017.zip in it)
     pascal_context_59, _60  JPEGImages/ (VOC 2010's trainval) and trainval_merged.json
     cityscapes              leftImg8bit/, gtFine/ (leftImg8bit_ and gtFine_trainvaltest.zip)
-    ade20k, voc2012, camvid are read as they are downloaded: only counted
+    ade20k, voc2012, camvid need no preparation: their files are only counted
 
     \b
     Example:
@@ -95,14 +105,15 @@ def prepare(name: str, source: Path, root: Path | None, workers: int | None) -> 
 @data.command()
 @click.argument("target", metavar="RECIPE|ROOT")
 @click.argument("overrides", metavar="[KEY=VALUE]...", nargs=-1)
-@click.option("--split", type=click.Choice(["train", "val"]), help="Only this one.  [default: both]")
+@click.option("--split", type=click.Choice(["train", "val"]), help="Check only this split.  [default: both]")
 @json_option
 def check(target: str, overrides: tuple[str, ...], split: str | None, json_out: str | None) -> int:
-    """Read all of a data set and tell what is wrong with it.
+    """Read a whole data set and report what is wrong with it.
 
-    ROOT is a folder: with a recipe in it, of a published data set, or of images and masks as `init` finds them. Told
-    are pairs that are incomplete, damaged or of two sizes, masks in colours, ids out of range, doubts about
-    reduce_zero_label, and each class's pixels. No data is written. Exit code 0: clean, 1: warnings, 2: errors.
+    ROOT is a folder: with a recipe in it, of a published data set, or of images and masks as `init` finds them. The
+    command reports incomplete and damaged pairs, masks that differ in size from their image, masks in colours, ids out
+    of range, signs of a wrong reduce_zero_label, and the pixels of each class. It does not change the data. Exit code
+    0: no problems, 1: warnings, 2: errors.
 
     \b
     Example:
@@ -117,15 +128,20 @@ def check(target: str, overrides: tuple[str, ...], split: str | None, json_out: 
 
 @data.command()
 @click.argument("root", metavar="DIR", type=click.Path(path_type=Path))
-@click.option("--out", metavar="FILE.yaml", type=click.Path(path_type=Path), help="[default: DIR's name, here]")
-@click.option("--model", metavar="NAME", default="seaformer_b", show_default=True, help="Network.")
+@click.option(
+    "--out",
+    metavar="FILE.yaml",
+    type=click.Path(path_type=Path),
+    help="Recipe to write.  [default: name of DIR, in the current folder]",
+)
+@click.option("--model", metavar="NAME", default="seaformer_b", show_default=True, help="Network to train.")
 @click.option("--classifier", type=CLASSIFIERS, default="ssa", show_default=True)
 def init(root: Path, out: Path | None, model: str, classifier: str) -> int:
-    """Write a recipe for images and masks of your own.
+    """Write a recipe for your own images and masks.
 
-    DIR holds images, and for each a mask of class ids: in folders such as images and masks, with train and val in them
-    or not, or side by side as X.jpg and X_mask.png. The recipe says what was found in them and what was guessed. Where
-    there are no splits, a fifth of the pairs becomes validation, by lists of names beside the recipe.
+    DIR holds images, and for each image a mask of class ids: in folders such as images and masks, with or without train
+    and val in them, or side by side as X.jpg and X_mask.png. The recipe says what was found and what was guessed. If
+    there are no splits, a fifth of the pairs is used for validation; lists of names are then written beside the recipe.
 
     \b
     Example:

@@ -1,4 +1,4 @@
-"""`ssaseg data init`: look at somebody's own folder, and write a recipe that says what was found and guessed."""
+"""`ssaseg data init`: look at a user's folder, and write a recipe that says what was found and guessed."""
 
 import contextlib
 import difflib
@@ -9,12 +9,12 @@ import click
 import numpy as np
 
 from ssaseg.cli.data.reading import look_at, look_at_published
-from ssaseg.cli.data.recipe_text import Own, recipe_text
+from ssaseg.cli.data.recipe_text import OwnData, recipe_text
 from ssaseg.cli.errors import CommandError
 from ssaseg.datasets import DataError, build_dataset
-from ssaseg.datasets.check import count_ids
 from ssaseg.datasets.decoding import read_mask
-from ssaseg.datasets.pairs import some
+from ssaseg.datasets.inspection import count_ids
+from ssaseg.datasets.pairs import first_names
 from ssaseg.datasets.survey import find_published, split_names
 from ssaseg.models import list_models
 from ssaseg.models.checkpoint import write_atomic
@@ -22,16 +22,16 @@ from ssaseg.recipes import RecipeError, load_recipe
 
 
 def run_init(root: Path, out: Path | None, model: str, classifier: str) -> int:
-    """Writes a recipe for the images and masks below `root` to `out` (None: ROOT's name + .yaml, here), beside it lists
-    of names where these are needed, and prints the next commands.
+    """Writes a recipe for the images and masks below `root` to `out` (None: the name of `root` + .yaml, in the current
+    folder), writes lists of names beside it where they are needed, and prints the next commands.
 
     Returns 0, or 1 where some files cannot be used. Raises CommandError and DataError where there is nothing to train
     on, where a file would be overwritten, and for an unknown model.
     """
     if model not in list_models():
         near = difflib.get_close_matches(model, list_models(), n=1)
-        mend = f"did you mean {near[0]}?" if near else "choose one of them"
-        raise CommandError(f"--model {model}: no such network\nexpected one of: {', '.join(list_models())}\n{mend}")
+        fix = f"did you mean {near[0]}?" if near else "choose one of them"
+        raise CommandError(f"--model {model}: no such network\nexpected one of: {', '.join(list_models())}\n{fix}")
     out = _target(root, out)
     name, notes = find_published(root)
     own = look_at(root) if name is None else look_at_published(name, root)
@@ -39,8 +39,8 @@ def run_init(root: Path, out: Path | None, model: str, classifier: str) -> int:
     lists = {split: out.with_name(f"{out.stem}.{split}.txt") for split in ("train", "val")}
     splits = _splits(own)
     if empty := [split for split, names in splits.items() if not names]:
-        raise CommandError(f"{root}: no image of the {empty[0]} split has a mask\n{own.findings.told('error')[0]}")
-    # Images without mask are left out through lists, too.
+        raise CommandError(f"{root}: no image of the {empty[0]} split has a mask\n{own.findings.messages('error')[0]}")
+    # Lists are also written where images have no mask: they leave these images out.
     needed = "all" in own.pairs or (name is None and any(each.incomplete for each in own.pairs.values()))
     lists = lists if needed else {}
     for file in lists.values():
@@ -48,37 +48,39 @@ def run_init(root: Path, out: Path | None, model: str, classifier: str) -> int:
     own.notes += _only_for_validation(own, splits)
     text = recipe_text(own, out, {s: len(n) for s, n in splits.items()}, lists, model, classifier)
     _write(out, text, lists, splits)
-    for problem in own.findings.told("error"):
+    for problem in own.findings.messages("error"):
         click.echo(f"warning: {problem}", err=True)
-    _tell(own, out, splits)
+    _print_summary(own, out, splits)
     return 1 if own.findings.count("error") else 0
 
 
 # ---- files -------------------------------------------------------------------------------------------------------
 def _target(root: Path, out: Path | None) -> Path:
-    """The recipe's file: new, in a folder that is there, and not among the data unless that was asked for."""
+    """The recipe's file. It must be new, in a folder that exists, and not among the data unless `out` says so."""
     if out is None:
         out = Path(f"{root.resolve().name.lstrip('.') or 'own'}.yaml")
         if Path.cwd().is_relative_to(root.resolve()):
             raise CommandError(
                 f"{out}: would be written among the data, in {Path.cwd()}\n"
-                f"call from another folder, or say so: --out {shlex.quote(str(out))}"
+                f"run the command in another folder, or request this file: --out {shlex.quote(str(out))}"
             )
     if out.suffix not in (".yaml", ".yml"):
-        raise CommandError(f"--out {out}: `train` takes only .yaml and .yml for files\nuse {out.with_suffix('.yaml')}")
+        raise CommandError(f"--out {out}: `train` reads only .yaml and .yml files\nuse {out.with_suffix('.yaml')}")
     if not out.parent.is_dir():
-        raise CommandError(f"--out {out}: no folder {out.parent}\nmake it first, or name another")
+        raise CommandError(f"--out {out}: no folder {out.parent}\ncreate it first, or choose another folder")
     _require_new(out)
     return out
 
 
 def _require_new(file: Path) -> None:
     if file.exists():
-        raise CommandError(f"{file}: is there already\ngive another name with --out, or remove it")
+        raise CommandError(f"{file}: already exists\ngive another name with --out, or remove the file")
 
 
 def _write(out: Path, text: str, lists: dict[str, Path], splits: dict[str, list[str]]) -> None:
-    """The lists, then the recipe, checked by reading the data through it; nothing is left where one of them fails."""
+    """Writes the lists, then the recipe, and checks them by reading the data through the recipe. If one of these steps
+    fails, all files are removed again.
+    """
     try:
         for split, file in lists.items():
             write_atomic(file, "".join(f"{name}\n" for name in splits[split]).encode())
@@ -87,15 +89,15 @@ def _write(out: Path, text: str, lists: dict[str, Path], splits: dict[str, list[
         for split, names in splits.items():
             pairs = build_dataset(data.dataset, split, root=Path(data.root), options=data.model_dump())
             if [pairs.name(index) for index in range(len(pairs))] != names:
-                raise DataError(f"{lists.get(split, out)}: other names are read from it than were written")
+                raise DataError(f"{lists.get(split, out)}: the names that are read differ from those that were written")
     except (OSError, RecipeError, DataError, UnicodeEncodeError) as error:
         for file in (*lists.values(), out):
             file.unlink(missing_ok=True)
         if isinstance(error, UnicodeEncodeError):
-            raise CommandError("a file's name is not text in UTF-8\nrename the files whose names look broken") from None
+            raise CommandError("a file name is not UTF-8 text\nrename the files whose names look broken") from None
         if odd := next((name for names in splits.values() for name in names if _is_no_line(name)), None):
-            told = f"{odd!r}: a name that cannot stand on one line of a list"
-            raise CommandError(f"{told}\nexpected letters, and no line feed\nrename the image and its mask") from None
+            got = f"{odd!r}: a name that cannot be written as one line of a list"
+            raise CommandError(f"{got}\nexpected letters, and no line feed\nrename the image and its mask") from None
         raise
 
 
@@ -103,21 +105,21 @@ def _is_no_line(name: str) -> bool:
     return "\n" in name or name.endswith("\r") or not name.strip()
 
 
-def _only_for_validation(own: Own, splits: dict[str, list[str]]) -> list[str]:
-    """A note where classes have no pixel in the training split, though they have in the other."""
+def _only_for_validation(own: OwnData, splits: dict[str, list[str]]) -> list[str]:
+    """A note where classes have pixels in the validation split, but none in the training split."""
     if own.published:
         return []
-    if "train" in own.parts:
-        unseen = own.parts["train"].masks == 0
+    if "train" in own.per_split:
+        unseen = own.per_split["train"].masks == 0
     elif not set(splits["train"]).isdisjoint(splits["val"]):
         return []
-    else:  # of the masks only the sum is known: those of validation are read again, if any class may be there alone
+    else:  # only the counts of all masks are known: those of validation are read again, if a class may be only in them
         pairs, chosen = own.pairs["all"], set(splits["val"])
         rare = (own.findings.masks > 0) & (own.findings.masks <= len(chosen))
         masks = np.zeros(256, np.int64)
         for index in range(len(pairs) if rare.any() else 0):
             if pairs.name(index) in chosen:
-                with contextlib.suppress(DataError, OSError):  # told before
+                with contextlib.suppress(DataError, OSError):  # already reported
                     masks += count_ids(read_mask(pairs.mask_files[index])[0]) > 0
         unseen = rare & (masks == own.findings.masks)
     names = [
@@ -125,25 +127,25 @@ def _only_for_validation(own: Own, splits: dict[str, list[str]]) -> list[str]:
         for raw, name in zip(own.labels.raw_ids, own.labels.classes, strict=True)
         if unseen[raw] and own.findings.masks[raw]
     ]
-    return [f"classes with pixels only for validation, none for training: {some(names, 6)}"] if names else []
+    return [f"classes with pixels only for validation, none for training: {first_names(names, 6)}"] if names else []
 
 
-def _splits(own: Own) -> dict[str, list[str]]:
+def _splits(own: OwnData) -> dict[str, list[str]]:
     """Names of the training and the validation pairs."""
     names = {split: [each.name(index) for index in range(len(each))] for split, each in own.pairs.items()}
     return split_names(names["all"]) if "all" in names else names
 
 
-def _tell(own: Own, out: Path, splits: dict[str, list[str]]) -> None:
+def _print_summary(own: OwnData, out: Path, splits: dict[str, list[str]]) -> None:
     click.echo(f"found {len(splits['train'])} training and {len(splits['val'])} validation pairs below {own.root}")
-    for note in own.told():
+    for note in own.all_notes():
         click.echo(f"- {note}")
     images, masks = next(iter(own.found.folders.values()))
-    # Where masks lie among the images, these are not named by their folder.
+    # Where images and masks are in the same folder, the example for `predict` is one image, not the folder.
     example = own.root / images if images != masks else next(iter(own.pairs.values())).image_files[0]
     recipe, folder = shlex.quote(str(out)), f"runs/{out.stem}"
     click.echo(
-        f"wrote {out}: read it, and correct what is guessed wrongly; then\n"
+        f"wrote {out}: read it, and correct wrong guesses; then run\n"
         f"  ssaseg data check {recipe}\n"
         f"  ssaseg train {recipe}\n"
         f"  ssaseg predict {shlex.quote(f'{folder}/best.safetensors')} {shlex.quote(str(example))} "

@@ -1,7 +1,8 @@
-"""`ssaseg data prepare`: writes a published data set in the layout that is read, from what one downloads.
+"""`ssaseg data prepare`: writes a published data set in the layout that is read, from its download.
 
-The processes that make masks write nothing. Files are written here, one after the other and each whole or not at all,
-so that the command can be stopped at any moment, and goes on where it stopped when it is run again.
+The processes that make masks write nothing. The main process writes the files, one after the other, and each of them
+completely or not at all. So the command can be stopped at any time, and continues where it stopped when it is run
+again.
 """
 
 import errno
@@ -14,6 +15,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from ssaseg.cli.console import print_table, progress_bar
+from ssaseg.cli.device import count_cores
 from ssaseg.cli.errors import CommandError
 from ssaseg.cli.signals import StopSignal
 from ssaseg.datasets.loader import WorkerError
@@ -31,43 +33,45 @@ from ssaseg.datasets.prepare import (
 )
 from ssaseg.models.checkpoint import write_atomic
 
-TOLD = 10  # masks that can be wrong before it is clear that all are
+MOST_ERRORS = 10  # wrong masks after which the command stops: probably all masks are wrong
 
 
 def run_prepare(name: str, source: Path, root: Path | None, workers: int | None) -> int:
-    """Prepares data set `name`, prints a table of what is there, and returns 0 where it is complete, else 1.
+    """Prepares data set `name`, prints a table of the files on disk, and returns 0 where it is complete, else 1.
 
-    source: folder of the download, never changed. root: folder of the layout; without it `source`, or VOC2010 in it.
-    workers: processes, as many as there are processor cores without it. Raises CommandError where files of the download
-    are wrong or the disk refuses, DataError for another download; SystemExit after Ctrl-C (130) and SIGTERM (143).
+    source: folder of the download, never changed. root: folder to write to (None: `source`, or VOC2010 in it).
+    workers: number of processes (None: one per processor core). Raises CommandError where files of the download are
+    wrong or a file cannot be written, DataError where `source` does not hold the download; SystemExit after Ctrl-C
+    (130) and SIGTERM (143).
     """
     layout = find_layout(name)
     root = usual_root(name, source) if root is None else root
     absent: list[Path] = []
     wrong = ""
     if name in DOWNLOADS:
-        print(f"looking through {source}", file=sys.stderr)
+        print(f"searching {source}", file=sys.stderr)
         plan = plan_preparation(name, source, root)
         absent = plan.absent
-        wrong = _carry_out(plan, (os.cpu_count() or 1) if workers is None else workers)
+        wrong = _carry_out(plan, count_cores() if workers is None else workers)
     elif not root.exists() or not root.samefile(source):
         raise CommandError(
-            f"--root {root}: {name} is downloaded in the layout that is read; there is nothing to prepare\n"
-            f"leave out --root to have {source} counted\nmove the folder, or set a recipe's data.root, to read it"
+            f"--root {root}: the download of {name} already has the layout that is read: there is nothing to prepare\n"
+            f"expected no --root: then the files in {source} are counted\n"
+            "remove --root; to read the data from another folder, move it, or set data.root in the recipe"
         )
     elif not (root / layout.images["train"]).is_dir():
         expected = " and ".join(f"{folders['train']}/" for folders in (layout.images, layout.masks))
-        raise CommandError(f"{root}: not {name} as it is downloaded\nexpected {expected} in it\ncorrect --source")
+        raise CommandError(f"{root}: this is not the download of {name}\nexpected {expected} in it\ncorrect --source")
     counts = count_pairs(layout, root)
-    _report(f"{name} in {root}", counts, absent)
+    _print_counts(f"{name} in {root}", counts, absent)
     if wrong:
         raise CommandError(wrong)
-    complete = all(count.pairs == count.published and not count.lacking for count in counts.values())
+    complete = all(count.pairs == count.published and not count.missing for count in counts.values())
     return 0 if complete and not absent else 1
 
 
 def _carry_out(plan: Plan, workers: int) -> str:
-    """Makes the files of `plan` that are not there yet. Returns what is wrong with the first mask, "" where none is."""
+    """Makes the files of `plan` that do not exist yet. Returns the error of the first wrong mask, or "" without one."""
     done = 0
     wrong: list[str] = []
     with StopSignal() as stop:
@@ -79,42 +83,42 @@ def _carry_out(plan: Plan, workers: int) -> str:
                     if problem:
                         tqdm.write(f"left out: {problem.partition(chr(10))[0]}", file=sys.stderr)
                         wrong.append(problem)
-                    if stop.requested or len(wrong) == TOLD:
+                    if stop.requested or len(wrong) == MOST_ERRORS:
                         break
         except (OSError, WorkerError) as error:
-            text, mend = str(error).partition("\n")[0], "use --workers 1 if the memory ran out"
+            text, fix = str(error).partition("\n")[0], "use --workers 1 if the memory was used up"
             if isinstance(error, OSError):
-                # Without the size of the one file, which `write_atomic` adds.
+                # Without the size of the file, which `write_atomic` adds to the text.
                 text = f"{error.filename}: {str(error.strerror).partition(' (')[0]}"
-                mend = "make room there" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "mend that"
+                fix = "free space on the disk" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "fix this"
             raise CommandError(
                 f"{text}\n"
-                f"{done} of {len(plan)} files are done, and none is half-written\n"
-                f"{mend}, and run the same command again: it goes on where it stopped"
+                f"{done} of {len(plan)} files are done, and no incomplete file is left\n"
+                f"{fix}, and run the same command again: it continues where it stopped"
             ) from None
         if stop.requested:
-            print(f"stopped: {done} of {len(plan)} files are done; run the command again to go on", file=sys.stderr)
+            print(f"stopped: {done} of {len(plan)} files are done; run the command again to continue", file=sys.stderr)
             sys.exit(stop.exit_code)
     if not wrong:
         return ""
-    got, expected, *mends = wrong[0].splitlines()
+    got, expected, *fixes = wrong[0].splitlines()
     count = f"{len(wrong)} mask{'s' if len(wrong) > 1 else ''} cannot be made"
-    if len(wrong) == TOLD:
-        count += ", and no more were tried"
-    return f"{got}\n{expected}\n{count}; {done} of {len(plan)} files are done{''.join(f'; {line}' for line in mends)}"
+    if len(wrong) == MOST_ERRORS:
+        count += ", and the others were not tried"
+    return f"{got}\n{expected}\n{count}; {done} of {len(plan)} files are done{''.join(f'; {line}' for line in fixes)}"
 
 
 def _steps(plan: Plan, workers: int) -> Generator[str, None, None]:
-    """Makes one file at a time: yields "" when it is there, or what is wrong with it. Raises OSError from the disk."""
+    """Makes one file at a time: yields "" when it exists, or its error. Raises OSError where it cannot be written."""
     for file, names in plan.lists.items():
         if not file.is_file():
             write_atomic(file, "".join(f"{name}\n" for name in names).encode(), sync=False)
         elif differing := set(read_names(file)) ^ set(names):
-            # Not ours, or of another download: nobody's file is overwritten.
+            # A user's file, or a list of another download: it is not overwritten.
             raise CommandError(
-                f"{file}: another list of this name is there; it differs in {len(differing)} names\n"
-                f"expected the download's names, {len(names)}, or no file; {sorted(differing)[0]} for one\n"
-                "remove it and run this again, or give another --root"
+                f"{file}: this list already exists and differs in {len(differing)} names: {sorted(differing)[0]}\n"
+                f"expected the names of the download ({len(names)}), or no file\n"
+                "remove the file and run the command again, or give another --root"
             )
         yield ""
     for source, target in plan.images:
@@ -129,13 +133,14 @@ def _steps(plan: Plan, workers: int) -> Generator[str, None, None]:
 
 
 def _place(source: Path, target: Path) -> None:
-    """The image at `target` too: a hard link, which takes no room, or a copy where the file system makes none."""
+    """Puts the image at `target`: as a hard link, which takes no space, or as a copy where links are not possible."""
     real = source.resolve()
     if target.is_file():
-        there, expected = target.stat().st_size, real.stat().st_size
-        if there != expected:  # not ours, which are never half: nobody's file is overwritten
-            got = f"{target}: another file of this name is there, of {there} bytes"
-            raise CommandError(f"{got}\nexpected {source}, of {expected} bytes, or none\nremove it and run this again")
+        size, expected = target.stat().st_size, real.stat().st_size
+        if size != expected:  # this command leaves only complete files: a user's file, which is not overwritten
+            got = f"{target}: a different file of {size} bytes already exists"
+            fix = "remove the file and run the command again"
+            raise CommandError(f"{got}\nexpected {source}, of {expected} bytes, or no file\n{fix}")
         return
     target.parent.mkdir(parents=True, exist_ok=True)
     try:
@@ -144,16 +149,16 @@ def _place(source: Path, target: Path) -> None:
         write_atomic(target, real.read_bytes(), sync=False)
 
 
-def _report(title: str, counts: Mapping[str, Count], absent: list[Path]) -> None:
-    """The table of counts on stdout, and what is missing below it."""
+def _print_counts(title: str, counts: Mapping[str, Count], absent: list[Path]) -> None:
+    """Prints the table of counts on stdout, and below it the missing files."""
     rows = [
         (split, *(f"{number:,}" for number in count[:4]), f"{max(count.published - count.pairs, 0):,}")
         for split, count in counts.items()
     ]
     print_table(("split", "images", "masks", "pairs", "published", "missing"), rows, title)
     for split, count in counts.items():
-        for line in count.lacking:
+        for line in count.missing:
             print(f"{split}: {line}")
     if absent:
         several = f"{len(absent)} files, {absent[0]} first" if len(absent) > 1 else f"1 file, {absent[0]}"
-        print(f"the download lacks {several}: fetch and unpack it again")
+        print(f"missing in the download: {several}: download and unpack it again")

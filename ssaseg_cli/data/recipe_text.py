@@ -1,4 +1,4 @@
-"""The recipe that `ssaseg data init` writes: what was found in a folder, as keys with comments."""
+"""The text of the recipe that `ssaseg data init` writes: what was found in a folder, as keys with comments."""
 
 import json
 import os
@@ -9,39 +9,40 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ssaseg.datasets import default_palette
+from ssaseg.cli.device import count_cores
+from ssaseg.datasets import Dataset, default_palette
 from ssaseg.datasets.check import Findings
 from ssaseg.datasets.classnames import Labels
-from ssaseg.datasets.pairs import IMAGE_SUFFIXES, PairDataset
+from ssaseg.datasets.pairs import IMAGE_SUFFIXES
 from ssaseg.datasets.survey import Found
 from ssaseg.recipes import RecipeError, recipe_file
 
-# Passes over the training images; and bounds on steps, so that few images are not learnt too shortly or many too long.
+# Passes over the training images, and limits of the number of steps for data sets of very few or very many images.
 PASSES, FEWEST_STEPS, MOST_STEPS = 200, 2000, 80000
 
 
 @dataclass
-class Own:
-    """A folder of one's own, read: where its pairs are, what is in them, what their ids are taken to mean."""
+class OwnData:
+    """A user's folder after reading: where its pairs are, what is in them, and what their ids are assumed to mean."""
 
     root: Path
     found: Found
-    pairs: dict[str, PairDataset]  # split -> the complete pairs, with all 255 ids as classes
-    findings: Findings  # of all of them together
+    pairs: dict[str, Dataset]  # split -> the complete pairs, with all 255 ids as classes
+    findings: Findings  # of all splits together
     labels: Labels
-    parts: dict[str, Findings] = field(default_factory=dict)  # split -> of its pairs alone
-    published: str | None = None  # the data set that it is, which then brings its folders and classes
+    per_split: dict[str, Findings] = field(default_factory=dict)  # split -> findings of this split
+    published: str | None = None  # name of the published data set that it is; its folders and classes are known
     notes: list[str] = field(default_factory=list)
 
-    def told(self) -> list[str]:
-        """What was found and guessed, in the order of a reader's interest."""
+    def all_notes(self) -> list[str]:
+        """What was found and guessed, the most interesting notes first."""
         return [*self.notes, *self.found.notes, *self.labels.notes]
 
 
 def recipe_text(
-    own: Own, out: Path, counts: dict[str, int], lists: dict[str, Path], model: str, classifier: str
+    own: OwnData, out: Path, counts: dict[str, int], lists: dict[str, Path], model: str, classifier: str
 ) -> str:
-    """A recipe with comments. `counts`: pairs a split; `lists`: files of names, where there are any."""
+    """A recipe with comments. `counts`: number of pairs by split; `lists`: files of names by split, or empty."""
     scale, crop, test = sizes(own.findings.sizes)
     batch = 16 if counts["train"] >= 16 else 8
     steps = min(max(PASSES * counts["train"] // batch // 100 * 100, FEWEST_STEPS), MOST_STEPS)
@@ -56,7 +57,7 @@ def recipe_text(
         "  pretrained: null # or a checkpoint to start from; ImageNet weights, made by `ssaseg convert`, help a lot",
         "",
         "data:",
-        f"  root: {_quote(os.path.abspath(own.root))} # wherever the data are; or say data.root=DIR in a call",
+        f"  root: {_quote(os.path.abspath(own.root))} # folder of the data; data.root=DIR in a command replaces it",
         *([f"  dataset: {own.published}"] if own.published else (*_folders(own, lists), *_classes(own))),
         "",
         "augment:",
@@ -64,7 +65,7 @@ def recipe_text(
         f"  crop: {crop} # [height, width]",
         "",
         "test:",
-        f"  scale: {'null # as they are' if test is None else test}",
+        f"  scale: {'null # the images are not resized' if test is None else test}",
         "",
         "optim:",
         *([] if base else ["  lr: 2.5e-4"]),
@@ -74,7 +75,7 @@ def recipe_text(
         f"  steps: {steps} # {steps * batch // counts['train']} passes over the training images",
         f"  batch: {batch}",
         "  amp: bf16 # for a CUDA GPU; on a CPU: off",
-        f"  workers: {min(os.cpu_count() or 1, 4)}",
+        f"  workers: {min(count_cores(), 4)}",
         f"  eval_every: {steps // 10}",
         f"  save_every: {min(steps // 10, 1000)}",
     ]
@@ -82,13 +83,13 @@ def recipe_text(
 
 
 def _header(
-    own: Own, out: Path, counts: dict[str, int], steps: int, batch: int, model: str, classifier: str
+    own: OwnData, out: Path, counts: dict[str, int], steps: int, batch: int, model: str, classifier: str
 ) -> Iterator[str]:
     (low, _), (high, _) = (
         pick(own.findings.sizes.items(), key=lambda item: item[0][0] * item[0][1]) for pick in (min, max)
     )
     size = f"{low[1]}x{low[0]}" + (f" to {high[1]}x{high[0]}" if low != high else "")
-    data = own.published or "one's own images"
+    data = own.published or "your own images"
     yield f"# {_plain(out.stem)}: {model} with the {classifier} classifier on {data}. Written by `ssaseg data init`."
     yield "#"
     yield f"# Command: ssaseg train {_plain(shlex.quote(str(out)))}"
@@ -96,32 +97,32 @@ def _header(
     yield "# Score:   not measured."
     yield f"# Found:   {counts['train']} training and {counts['val']} validation pairs; images of {size} pixels."
     yield "#"
-    yield "# Guessed; correct what is wrong:"
-    notes = own.told()
+    yield "# Found and guessed; correct wrong guesses:"
+    notes = own.all_notes()
     if "all" in own.pairs:
-        notes.append("no splits were there: a fifth of the pairs, chosen by a hash of the names, is for validation")
+        notes.append("no splits were found: a fifth of the pairs, chosen by a hash of the names, is for validation")
     for note in notes:
         yield from textwrap.wrap(_plain(note), 112, initial_indent="# - ", subsequent_indent="#   ")
     yield ""
 
 
-def _folders(own: Own, lists: dict[str, Path]) -> Iterator[str]:
+def _folders(own: OwnData, lists: dict[str, Path]) -> Iterator[str]:
     for split in ("train", "val"):
         images, masks = own.found.folders.get(split) or own.found.folders["all"]
-        words = f"images: {_quote(images)}, masks: {_quote(masks)}"
+        folders = f"images: {_quote(images)}, masks: {_quote(masks)}"
         names = None
-        if lists:  # relative to the root, which may be anywhere
+        if lists:  # relative to the root
             names = os.path.relpath(lists[split].resolve(), own.root.resolve())
         elif own.found.lists:
             names = own.found.lists[split]
-        yield f"  {split}: {{{words}{f', names: {_quote(names)}' if names else ''}}}"
+        yield f"  {split}: {{{folders}{f', names: {_quote(names)}' if names else ''}}}"
     if own.found.image_suffixes != IMAGE_SUFFIXES:
         yield f"  image_suffixes: [{', '.join(map(_quote, own.found.image_suffixes))}]"
     yield f"  mask_suffix: {_quote(own.found.mask_suffix)}"
 
 
-def _classes(own: Own) -> Iterator[str]:
-    """Classes with what was seen of each, and the keys that say what ids mean."""
+def _classes(own: OwnData) -> Iterator[str]:
+    """Classes with their pixels and masks in comments, and the keys that say what ids mean."""
     labels, findings = own.labels, own.findings
     total = max(int(findings.pixels.sum()), 1)
     yield "  classes:"
@@ -140,7 +141,8 @@ def _classes(own: Own) -> Iterator[str]:
 def sizes(found: Counter[tuple[int, int]]) -> tuple[list[int], list[int], list[int] | None]:
     """`augment.scale` (width, height), `augment.crop` (height, width) and `test.scale` for images of these sizes.
 
-    Images of one size keep it, up to a short side of 512; images of many are fitted to their median short side.
+    If all images have the same size, they keep it, up to a short side of 512. If not, they are fitted to their median
+    short side, up to 512.
     """
     shorts = sorted(min(size) for size in found.elements())
     short = min(max(shorts[len(shorts) // 2], 32), 512)
@@ -162,16 +164,16 @@ def _is_shipped(name: str) -> bool:
 
 
 def _quote(value: object) -> str:
-    """As YAML: JSON's text is, but for what YAML takes for the end of a line or does not take at all."""
+    """As YAML: the same text as JSON, except for letters that end a line in YAML or are not allowed in it."""
     text = json.dumps(str(value), ensure_ascii=False)
     return "".join(each if each.isprintable() or _is_broken(each) else f"\\U{ord(each):08x}" for each in text)
 
 
 def _plain(text: str) -> str:
-    """For a comment: on one line, whatever is in the names of files."""
+    """For a comment: on one line, even if a file name has a line feed in it."""
     return "".join(each if each.isprintable() or _is_broken(each) else " " for each in text)
 
 
 def _is_broken(letter: str) -> bool:
-    """Half a letter: what Python makes of names that are no text. These are not written at all."""
+    """Whether this is half a letter, as Python reads file names that are not text. Such names cannot be written."""
     return "\ud800" <= letter <= "\udfff"

@@ -10,11 +10,11 @@ import numpy as np
 
 from ssaseg.models.checkpoint import write_atomic
 
-TALL = 58  # bars of a column
+MOST_BARS = 58  # bars in one column
 
 
 def draw_pairs(pairs: Sequence[Mapping[str, Any]], title: str, destination: Path) -> None:
-    """`confused.png`: a bar a pair, its share of the true class's pixels."""
+    """`confused.png`: one bar for each pair, its length the share of the true class's pixels."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 1.2 + 0.27 * max(len(pairs), 1)), layout="constrained")
@@ -25,7 +25,7 @@ def draw_pairs(pairs: Sequence[Mapping[str, Any]], title: str, destination: Path
     for row, pair in enumerate(pairs):
         axes.text(pair["share"], row, f" {pair['share']:.1f} %   {pair['pixels']:,} px", va="center", fontsize=8)
     if not pairs:
-        axes.text(0.5, 0.5, "no pixel is wrong", ha="center", transform=axes.transAxes)
+        axes.text(0.5, 0.5, "all pixels are right", ha="center", transform=axes.transAxes)
     axes.set(xlabel="share of the true class's pixels [%]", xlim=(0, max([*shares, 1]) * 1.3))
     finish_bars(axes, len(pairs))
     figure.suptitle(f"most confused: true class → predicted class\n{title}", fontsize=10)
@@ -40,36 +40,38 @@ def draw_ious(
     title: str,
     destination: Path,
 ) -> None:
-    """`iou.png`: a bar a class in its colour, the best first; classes without a labelled pixel say so.
+    """`iou.png`: one bar for each class in its colour, the best first; classes without a labelled pixel are marked.
 
     iou: float (K) [%], NaN where there is neither label nor prediction; labelled: int (K) pixels; palette: RGB.
     """
     from matplotlib.figure import Figure
 
     order = np.argsort(-np.nan_to_num(iou, nan=-1), kind="stable")
-    columns = -(-len(order) // TALL)
-    parts = np.array_split(order, columns)
-    figure = Figure(figsize=(max(4.6 * columns, 7), 1.2 + 0.21 * max(len(parts[0]), 4)), layout="constrained")
-    for axes, part in zip(figure.subplots(1, columns, squeeze=False)[0], parts, strict=True):
-        values = np.nan_to_num(iou[part])
-        colours = [tuple(channel / 255 for channel in palette[index]) for index in part]
-        axes.barh(range(len(part)), values, color=colours, edgecolor="0.4", linewidth=0.5)
-        axes.set_yticks(range(len(part)), [shorten(classes[index]) for index in part])
-        for row, index in enumerate(part):
+    columns = np.array_split(order, -(-len(order) // MOST_BARS))
+    size = max(4.6 * len(columns), 7), 1.2 + 0.21 * max(len(columns[0]), 4)
+    figure = Figure(figsize=size, layout="constrained")
+    for axes, column in zip(figure.subplots(1, len(columns), squeeze=False)[0], columns, strict=True):
+        values = np.nan_to_num(iou[column])
+        colours = [tuple(channel / 255 for channel in palette[index]) for index in column]
+        axes.barh(range(len(column)), values, color=colours, edgecolor="0.4", linewidth=0.5)
+        axes.set_yticks(range(len(column)), [shorten(classes[index]) for index in column])
+        for row, index in enumerate(column):
             remark = "" if labelled[index] else "no ground truth" + ("" if np.isnan(iou[index]) else ", predicted")
             value = "" if np.isnan(iou[index]) else f"{iou[index]:.1f}"
             text = axes.text(values[row] + 1, row, f"{value}  {remark}".strip(), va="center", fontsize=8, color="0.15")
-            text.set_bbox({"facecolor": "white", "edgecolor": "none", "pad": 0.6})  # the mean's line ends there
+            text.set_bbox(
+                {"facecolor": "white", "edgecolor": "none", "pad": 0.6}
+            )  # so that the line of the mean does not cross the text
         if not np.isnan(iou).all():
             axes.axvline(float(np.nanmean(iou)), color="0.2", linestyle="--", linewidth=1)
         axes.set(xlabel="IoU [%]; dashed: the mean", xlim=(0, 112), xticks=range(0, 101, 20))
-        finish_bars(axes, len(part))
+        finish_bars(axes, len(column))
     figure.suptitle(title, fontsize=10)
     save_figure(figure, destination)
 
 
 def finish_bars(axes: Any, bars: int) -> None:
-    """The first bar on top, no frame but the left."""
+    """The first bar on top, and of the frame only the left side."""
     axes.tick_params(axis="y", labelsize=8, length=0)
     axes.set_ylim(max(bars, 1) - 0.4, -0.6)
     axes.grid(axis="x", alpha=0.3)
@@ -78,12 +80,12 @@ def finish_bars(axes: Any, bars: int) -> None:
 
 
 def shorten(name: str, most: int = 24) -> str:
-    """A class name that leaves room for the bars; "$", which begins a formula to matplotlib, escaped."""
+    """A class name, cut to leave space for the bars; "$", which starts a formula in matplotlib, is escaped."""
     return (name if len(name) <= most else name[: most - 1] + "…").replace("$", r"\$")
 
 
 def save_figure(figure: Any, destination: Path, metadata: Mapping[str, str] | None = None) -> None:
-    """Writes a figure as PNG, atomically. Letters that the font lacks become boxes, without a warning each."""
+    """Writes a figure as PNG, atomically. Letters that the font does not have become boxes, without warnings."""
     picture = io.BytesIO()
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing")

@@ -8,10 +8,10 @@ import numpy as np
 
 from ssaseg.cli.drawing.bars import save_figure
 
-# Keys of a training record that are no loss term.
-NO_TERMS = {"step", "lr", "loss", "grad_norm", "images_per_s", "data_wait", "skipped"}
+# Keys of a training record that are not loss terms.
+OTHER_KEYS = {"step", "lr", "loss", "grad_norm", "images_per_s", "data_wait", "skipped"}
 
-SMOOTH = 300  # points of a line; where there are more records it is their mean, over the records themselves in pale
+SMOOTH = 300  # most points of a line; of more records it shows means, and the records themselves are drawn pale
 
 Record = dict[str, Any]
 
@@ -24,13 +24,13 @@ class Line(NamedTuple):
 
 
 def line(records: Sequence[Record], key: str) -> Line:
-    """What the records have under `key`; None, infinity, and anything that is no number, becomes NaN."""
+    """The values of the records under `key`; None, infinity, and everything that is not a number, become NaN."""
     numbers = np.array([v if isinstance(v := record.get(key), int | float) else np.nan for record in records], float)
     return Line(np.array([r["step"] for r in records], float), np.where(np.isfinite(numbers), numbers, np.nan))
 
 
 def trained(records: Sequence[Record]) -> list[Record]:
-    """Records of training, each the mean since the one before."""
+    """Records of training; each holds means since the record before."""
     return [record for record in records if "loss" in record]
 
 
@@ -40,13 +40,13 @@ def evaluated(records: Sequence[Record]) -> list[Record]:
 
 
 def loss_terms(logs: Sequence[Record]) -> list[str]:
-    """Names of the loss terms, in the order of the log; those that are switched off, and so 0 throughout, left out."""
-    names = dict.fromkeys(key for record in logs for key in record if key not in NO_TERMS)
+    """Names of the loss terms, in the order of the log, without those that are 0 in all records: switched off."""
+    names = dict.fromkeys(key for record in logs for key in record if key not in OTHER_KEYS)
     return [name for name in names if np.nan_to_num(line(logs, name).values).any()]
 
 
 def best_of(evaluations: Sequence[Record]) -> tuple[int, float] | None:
-    """(step, mIoU [%]) of the best evaluation, the first of equal ones; None where no mIoU is a number."""
+    """(step, mIoU [%]) of the best evaluation, the first if several are equal; None where no mIoU is a number."""
     score = line(evaluations, "mIoU")
     if np.isnan(score.values).all():
         return None
@@ -55,9 +55,9 @@ def best_of(evaluations: Sequence[Record]) -> tuple[int, float] | None:
 
 
 def draw_curves(records: Sequence[Record], resumed: Sequence[int], title: str, destination: Path) -> None:
-    """`curves.png`: each loss term, mIoU, learning rate, and, where there are any, gradient norm and speed.
+    """`curves.png`: each loss term, mIoU, learning rate, gradient norm and speed.
 
-    records: of `metrics.jsonl`; resumed: steps after which the run was resumed, drawn as dotted lines.
+    records: those of `metrics.jsonl`. resumed: steps after which the run was resumed, drawn as dotted lines.
     """
     from matplotlib.figure import Figure
 
@@ -76,7 +76,7 @@ def draw_curves(records: Sequence[Record], resumed: Sequence[int], title: str, d
     last = max([record["step"] for record in records], default=0)
     for axes in places.values():
         label_steps(axes)
-        # From 0, so that all panels have one axis, whatever was logged first.
+        # From 0, so that all panels have the same axis, even if their first records differ.
         axes.set_xlim(0, max(last * 1.03, 1))
         if not axes.lines or all(np.isnan(np.asarray(each.get_ydata(), float)).all() for each in axes.lines):
             axes.text(0.5, 0.5, "nothing logged", ha="center", va="center", color="0.5", transform=axes.transAxes)
@@ -88,7 +88,7 @@ def draw_curves(records: Sequence[Record], resumed: Sequence[int], title: str, d
 
 
 def draw_losses(axes: Any, logs: Sequence[Record]) -> None:
-    """The sum in black and its terms, the last value of each in the legend, which is below: lines are everywhere."""
+    """The sum in black and its terms. The legend has the last value of each; it is below, as lines fill the panel."""
     terms = loss_terms(logs)
     for index, term in enumerate(["loss", *terms] if len(terms) != 1 else terms):
         values = line(logs, term)
@@ -102,7 +102,7 @@ def draw_losses(axes: Any, logs: Sequence[Record]) -> None:
 
 
 def draw_score(axes: Any, evaluations: Sequence[Record]) -> None:
-    """The mIoU, its best value marked and written."""
+    """The mIoU; its best value is marked, and written in the title."""
     score = line(evaluations, "mIoU")
     axes.plot(*score, color="tab:green", marker="o", markersize=4 if len(score.steps) <= 60 else 0)
     best = best_of(evaluations)
@@ -112,7 +112,7 @@ def draw_score(axes: Any, evaluations: Sequence[Record]) -> None:
 
 
 def draw_speed(axes: Any, logs: Sequence[Record]) -> None:
-    """Images a second, and on the right the share of the time that was spent waiting for data."""
+    """Images per second, and on the right axis the share of the time that was spent waiting for data."""
     speed = line(logs, "images_per_s")
     draw_line(axes, speed, color="tab:blue")
     if not np.isnan(speed.values).all():
@@ -128,7 +128,7 @@ def draw_speed(axes: Any, logs: Sequence[Record]) -> None:
 
 
 def label_steps(axes: Any) -> None:
-    """Steps along the axis, few enough not to touch: 40k, 80k."""
+    """Step numbers along the axis, such as 40k, 80k: so few that they do not overlap."""
     from matplotlib.ticker import FuncFormatter, MaxNLocator
 
     axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
@@ -138,8 +138,8 @@ def label_steps(axes: Any) -> None:
 
 
 def draw_line(axes: Any, values: Line, **style: Any) -> None:
-    """A line; of many records the mean over neighbours, and the records themselves in pale."""
-    many = len(values.steps) > 2 * SMOOTH  # more points than a panel has pixels hide the course behind the noise
+    """A line; of many records the means over neighbours, and the records themselves in a pale colour."""
+    many = len(values.steps) > 2 * SMOOTH  # with more points than pixels, noise would hide the trend
     if many:
         axes.plot(*values, linewidth=0.5, alpha=0.2, color=style.get("color"))
         values = smooth(values)
@@ -147,15 +147,15 @@ def draw_line(axes: Any, values: Line, **style: Any) -> None:
 
 
 def smooth(values: Line) -> Line:
-    """Means over `SMOOTH` runs of neighbouring records, those without a value left out."""
-    parts = [np.array_split(each, SMOOTH) for each in values]
-    numbers = [part[~np.isnan(part)] for part in parts[1]]
-    means = [part.mean() if len(part) else np.nan for part in numbers]
-    return Line(np.array([part.mean() for part in parts[0]]), np.array(means))
+    """Means over `SMOOTH` groups of neighbouring records, without the records that have no value."""
+    steps, groups = (np.array_split(each, SMOOTH) for each in values)
+    numbers = [group[~np.isnan(group)] for group in groups]
+    means = [group.mean() if len(group) else np.nan for group in numbers]
+    return Line(np.array([group.mean() for group in steps]), np.array(means))
 
 
 def scale(axes: Any, values: Sequence[np.ndarray]) -> None:
-    """A logarithmic axis with plain numbers, where no value is negative and they are of different magnitudes."""
+    """A logarithmic axis with plain numbers, if no value is negative and the values differ by a factor of 5 or more."""
     from matplotlib.ticker import LogLocator
 
     numbers = np.concatenate([np.asarray(each, float) for each in values]) if values else np.empty(0)
@@ -166,4 +166,4 @@ def scale(axes: Any, values: Sequence[np.ndarray]) -> None:
     axes.set_yscale("log", nonpositive="mask")
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5, 7) if positive.max() < 30 * positive.min() else (1, 3)))
     axes.yaxis.set_major_formatter("{x:g}")
-    axes.yaxis.set_minor_formatter("")  # it would write 6 × 10⁻¹ between them
+    axes.yaxis.set_minor_formatter("")  # it would write numbers such as 6 × 10⁻¹ too

@@ -1,6 +1,6 @@
-"""Pictures made of pictures: panels with captions in rows, a legend of class colours below.
+"""Pictures of several panels: panels with captions in rows, and a legend of class colours below.
 
-Axes: H×W pixels of an image, h×w of a panel, K classes. Images are BGR uint8 (H,W,3), as OpenCV has them.
+Axes: H×W pixels of an image, K classes. Images are BGR uint8 (H,W,3), as in OpenCV.
 """
 
 from collections.abc import Iterable, Sequence
@@ -12,38 +12,38 @@ import numpy as np
 
 from ssaseg.datasets import IGNORED
 
-WIDTH, TALLEST = 320, 400  # of a panel [pixels]
+WIDTH, TALLEST = 320, 400  # width and largest height of a panel [pixels]
 
 TEXT, LINE = 13, 20  # size of the letters, height of a line [pixels]
 
 INK, PAPER = (40, 40, 40), 255
 
-CUT_OFF = 26  # letters of a class name in a legend
+CUT_OFF = 26  # most letters of a class name in a legend
 
-MOST_NAMES = 48  # classes in a legend
+MOST_NAMES = 48  # most classes in a legend
 
 RIGHTED, WORSENED, STILL_WRONG = (60, 190, 80), (230, 50, 50), (250, 200, 40)  # RGB: green, red, yellow
 
 CHANGES = (
     ("changed: now right", RIGHTED),
     ("changed: no longer right", WORSENED),
-    ("changed: wrong before, too", STILL_WRONG),
+    ("changed: wrong both times", STILL_WRONG),
 )
 
 Legend = Sequence[tuple[str, Sequence[int]]]  # names and their colours RGB 0..255
 
-WORDS_ALONE: Sequence[int] = ()  # the colour of an entry without a patch
+NO_COLOUR: Sequence[int] = ()  # for an entry without a patch of colour
 
 
 class Panel(NamedTuple):
-    """An image and the words above it."""
+    """An image and the text above it."""
 
     caption: str
     image: np.ndarray
 
 
 def overlay(image: np.ndarray, labels: np.ndarray, palette: Sequence[Sequence[int]]) -> np.ndarray:
-    """Half image, half class colours; ignored pixels (255) stay as they are. BGR uint8 (H,W,3), (H,W) → BGR uint8."""
+    """Half image, half class colours; ignored pixels (255) stay unchanged. BGR uint8 (H,W,3), (H,W) → BGR uint8."""
     colours = np.zeros((256, 3), np.uint8)
     colours[: len(palette)] = np.asarray(palette, np.uint8)[:, ::-1]
     mixed = (image.astype(np.uint16) + colours[labels] + 1) // 2
@@ -65,10 +65,10 @@ def coloured(image: np.ndarray, labels: np.ndarray, palette: Sequence[Sequence[i
 
 
 def changes(image: np.ndarray, labels: np.ndarray, coarse: np.ndarray, final: np.ndarray) -> Panel:
-    """What adaptation changed, over the grey image; label maps uint8 (H,W).
+    """What adaptation changed, over the grey image; label maps uint8 (H,W), `coarse` before, `final` after it.
 
-    Green: now right; red: no longer right; yellow: wrong before and after. Ignored pixels are left out, and shares are
-    of the labelled ones.
+    Green: now right; red: no longer right; yellow: wrong before and after. Ignored pixels are left out. The caption has
+    shares of the labelled pixels.
     """
     grey = image.mean(axis=2, keepdims=True).repeat(3, axis=2) * 0.5 + 100
     changed = (coarse != final) & (labels != IGNORED)
@@ -79,36 +79,39 @@ def changes(image: np.ndarray, labels: np.ndarray, coarse: np.ndarray, final: np
     }
     for pixels, colour in marks.values():
         grey[pixels] = colour[::-1]
-    whole = max(int((labels != IGNORED).sum()), 1)
-    shares = {name: pixels.sum() / whole * 100 for name, (pixels, _) in marks.items()}
-    caption = f"changed: {shares['right']:.1f} % to right, {shares['wrong']:.1f} % to wrong"
+    labelled = max(int((labels != IGNORED).sum()), 1)
+    shares = {name: pixels.sum() / labelled * 100 for name, (pixels, _) in marks.items()}
+    caption = f"changed: {shares['right']:.1f} % now right, {shares['wrong']:.1f} % now wrong"
     return Panel(caption, grey.astype(np.uint8))
 
 
 def grid(rows: Iterable[Sequence[Panel]], *legends: Legend) -> np.ndarray:
-    """Rows of panels, each `WIDTH` wide, with their captions, and below them the legends. BGR uint8."""
+    """Rows of panels, each `WIDTH` wide, with their captions; the legends are below them. BGR uint8."""
     lines = [np.concatenate([_framed(panel) for panel in _same_height(row)], axis=1) for row in rows]
     if not lines:
         return np.full((LINE, WIDTH, 3), PAPER, np.uint8)
     widest = max(line.shape[1] for line in lines)
-    parts = [*lines, *(_legend(legend, widest) for legend in legends if legend)]
-    return np.concatenate([np.pad(p, ((0, 0), (0, widest - p.shape[1]), (0, 0)), constant_values=PAPER) for p in parts])
+    rest = [_legend(legend, widest) for legend in legends if legend]
+    padded = [
+        np.pad(each, ((0, 0), (0, widest - each.shape[1]), (0, 0)), constant_values=PAPER) for each in [*lines, *rest]
+    ]
+    return np.concatenate(padded)
 
 
 def legend_of(label_maps: Iterable[np.ndarray], classes: Sequence[str], palette: Sequence[Sequence[int]]) -> Legend:
-    """Names and colours of the classes that the label maps (H,W) show, the largest first; most of 171 are nowhere."""
+    """Names and colours of the classes that occur in the label maps (H,W), those with most pixels first."""
     pixels = sum((np.bincount(each.ravel(), minlength=256) for each in label_maps), np.zeros(256, np.int64))
     seen = [int(index) for index in np.argsort(-pixels[: len(classes)], kind="stable") if pixels[index]]
     shown: list[tuple[str, Sequence[int]]] = [(classes[index], palette[index]) for index in seen[:MOST_NAMES]]
     if len(seen) > MOST_NAMES:
-        shown.append((f"and {len(seen) - MOST_NAMES} more", WORDS_ALONE))
+        shown.append((f"and {len(seen) - MOST_NAMES} more", NO_COLOUR))
     if pixels[IGNORED]:
-        shown.append(("hatched: not labelled", WORDS_ALONE))
+        shown.append(("hatched: not labelled", NO_COLOUR))
     return shown
 
 
 def encode(image: np.ndarray, suffix: str) -> bytes:
-    """The content of a .png or .jpg file of a BGR image."""
+    """The bytes of a .png or .jpg file of a BGR image."""
     import cv2
 
     return cv2.imencode(suffix, image, [cv2.IMWRITE_JPEG_QUALITY, 85] if suffix == ".jpg" else [])[1].tobytes()
@@ -116,7 +119,7 @@ def encode(image: np.ndarray, suffix: str) -> bytes:
 
 # ---- parts ---------------------------------------------------------------------------------------------------------
 def _fit(image: np.ndarray) -> np.ndarray:
-    """The image within WIDTH × TALLEST, its proportions kept, on a ground WIDTH wide."""
+    """The image, resized to fit into WIDTH × TALLEST with the same aspect, and padded to the full WIDTH."""
     import cv2
 
     height, width = image.shape[:2]
@@ -138,10 +141,10 @@ def _same_height(row: Sequence[Panel]) -> list[Panel]:
 def _framed(panel: Panel) -> np.ndarray:
     """The panel under its caption, with four white pixels to the right and below."""
     head = np.full((LINE, panel.image.shape[1], 3), PAPER, np.uint8)
-    words = panel.caption
-    while len(words) > 1 and _font().getlength(words) > WIDTH - 4:  # the end tells more of a path than its beginning
-        words = "…" + words.lstrip("…")[1:]
-    framed = np.concatenate([_written(head, [(2, 1, words)]), panel.image])
+    text = panel.caption
+    while len(text) > 1 and _font().getlength(text) > WIDTH - 4:  # the end of a path is more important than its start
+        text = "…" + text.lstrip("…")[1:]
+    framed = np.concatenate([_written(head, [(2, 1, text)]), panel.image])
     return np.pad(framed, ((0, 4), (0, 4), (0, 0)), constant_values=PAPER)
 
 
@@ -152,23 +155,23 @@ def _legend(entries: Legend, width: int) -> np.ndarray:
     columns = max(width // column, 1)
     rows = -(-len(entries) // columns)
     image = np.full((rows * LINE + 8, width, 3), PAPER, np.uint8)
-    words = []
+    texts = []
     for index, (_, colour) in enumerate(entries):
         x, y = index % columns * column + 4, index // columns * LINE + 6
-        if colour != WORDS_ALONE:
+        if colour != NO_COLOUR:
             image[y : y + 14, x : x + 22] = INK
             image[y + 1 : y + 13, x + 1 : x + 21] = np.asarray(colour, np.uint8)[::-1]
-        words.append((x + 27, y - 2, names[index]))
-    return _written(image, words)
+        texts.append((x + 27, y - 2, names[index]))
+    return _written(image, texts)
 
 
-def _written(image: np.ndarray, words: Iterable[tuple[int, int, str]]) -> np.ndarray:
-    """The image with text at (x, y); Pillow writes other letters than ASCII, too, OpenCV none of them."""
+def _written(image: np.ndarray, texts: Iterable[tuple[int, int, str]]) -> np.ndarray:
+    """The image with texts at (x, y). By Pillow, as OpenCV writes only ASCII letters."""
     from PIL import Image, ImageDraw
 
     picture = Image.fromarray(image)
     draw = ImageDraw.Draw(picture)
-    for x, y, text in words:
+    for x, y, text in texts:
         draw.text((x, y), text, fill=INK, font=_font())
     return np.asarray(picture)
 

@@ -6,7 +6,6 @@ fixed number of images is on its way at any time.
 Axes: K classes, H×W pixels of an image.
 """
 
-import os
 import sys
 import time
 from collections import deque
@@ -22,7 +21,7 @@ import torch
 from tqdm import tqdm
 
 from ssaseg.cli.console import progress_bar
-from ssaseg.cli.device import select_device
+from ssaseg.cli.device import count_cores, select_device
 from ssaseg.cli.errors import CommandError
 from ssaseg.cli.prediction.kinds import KINDS, Style, is_needed, style_of
 from ssaseg.cli.prediction.rle import RleFile, labelled_images, rle_lines
@@ -36,7 +35,7 @@ from ssaseg.models.checkpoint import write_atomic
 from ssaseg.recipes import parse_protocol
 
 # Threads that read, and as many that write. Each holds an image, hence fewer than a large machine could run.
-THREADS = max(2, min(8, (os.cpu_count() or 1) // 2))
+THREADS = max(2, min(8, count_cores() // 2))
 
 Item = TypeVar("Item")
 

@@ -2,13 +2,13 @@
 
 import glob
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from ssaseg.cli.errors import CommandError
 from ssaseg.cli.prediction.kinds import KINDS
-from ssaseg.datasets.pairs import IMAGE_SUFFIXES
+from ssaseg.datasets.pairs import IMAGE_SUFFIXES, walk
 
 
 class Source(NamedTuple):
@@ -52,7 +52,7 @@ def _expand(given: str) -> list[tuple[Path, str]]:
     if path.is_file():
         return [(path, path.name)]
     if path.is_dir():
-        return [(each, each.relative_to(path).as_posix()) for each in _walk(path)]
+        return [(each, each.relative_to(path).as_posix()) for each in walk(path) if _is_image(each)]
     if not glob.has_magic(given):
         return []
     fixed = []
@@ -63,21 +63,6 @@ def _expand(given: str) -> list[tuple[Path, str]]:
     base = Path(*fixed)
     matches = sorted(Path(match) for match in glob.glob(given, recursive=True))
     return [(match, match.relative_to(base).as_posix()) for match in matches if _is_image(match) and match.is_file()]
-
-
-def _walk(folder: Path, inside: frozenset[Path] = frozenset()) -> Iterator[Path]:
-    """Visible image files below a folder, sorted. Raises OSError, never skips.
-
-    Links are followed, as in training data, except back into a folder that the walk is `inside` of, or above it.
-    """
-    real = folder.resolve()
-    if any(each.is_relative_to(real) for each in inside):
-        return
-    visible = sorted(each for each in folder.iterdir() if not each.name.startswith("."))
-    yield from (each for each in visible if _is_image(each) and not each.is_dir())
-    for each in visible:
-        if each.is_dir():
-            yield from _walk(each, inside | {real})
 
 
 def _is_image(path: Path) -> bool:

@@ -1,19 +1,19 @@
 """A fingerprint of a run's data sets, so that a resumed run can tell whether they are the same."""
 
 import hashlib
-import os
 from pathlib import Path
 from typing import Any
 
 from ssaseg.cli.errors import CommandError
+from ssaseg.datasets import Dataset
 
 
-def fingerprints(train_set: Any, val_set: Any) -> dict[str, Any]:
+def fingerprints(train_set: Dataset, val_set: Dataset) -> dict[str, Any]:
     """`fingerprint` of both splits, by name."""
     return {"train": fingerprint(train_set), "val": fingerprint(val_set)}
 
 
-def fingerprint(dataset: Any) -> dict[str, Any]:
+def fingerprint(dataset: Dataset) -> dict[str, Any]:
     """What a data set is, in a few lines: its number of images, classes, and SHA-256 sums over the images' names and
     over the sizes of all files [bytes]; where there are no files, over the numbers that decide what is drawn.
 
@@ -21,11 +21,8 @@ def fingerprint(dataset: Any) -> dict[str, Any]:
     is gone.
     """
     names = [dataset.name(index) for index in range(len(dataset))]
-    files = [file for kind in ("image", "mask", "annotation") for file in getattr(dataset, f"{kind}_files", ())]
-    drawn = {key: value for key, value in sorted(vars(dataset).items()) if isinstance(value, int | str)}
-    content = [str(os.stat(file).st_size) for file in files] or [f"{key}={value}" for key, value in drawn.items()]
     sums = {key: hashlib.sha256("\n".join(text).encode(errors="surrogateescape")).hexdigest()
-            for key, text in (("names", names), ("content", content))}  # fmt: skip
+            for key, text in (("names", names), ("content", dataset.identity()))}  # fmt: skip
     return {"images": len(names), "classes": list(dataset.classes), **sums}
 
 

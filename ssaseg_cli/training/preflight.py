@@ -54,12 +54,12 @@ def check_labels(splits: dict[str, Any], check: str = "sample") -> None:
 
     Raises CommandError for the first error; prints warnings where there is none.
     """
-    from ssaseg.cli.data.reading import watch
+    from ssaseg.cli.data.reading import read_through
     from ssaseg.datasets.check import Problem, check_dataset
 
     problems: list[tuple[str, Problem]] = []
     for name, split in splits.items():
-        found = check_dataset(split, 512) if check == "sample" else watch(split, f"checked {name}").problems
+        found = check_dataset(split, 512) if check == "sample" else read_through(split, f"checked {name}").problems
         problems += [(name, problem) for problem in found]
     errors = [problem.text for _, problem in problems if problem.severity == "error"]
     if errors:

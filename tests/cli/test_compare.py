@@ -94,8 +94,8 @@ def test_pictures_of_others_stay(tmp_path: Path) -> None:
     before = (tmp_path / "holiday.png").read_bytes()
     (tmp_path / "notes.png").write_text("no picture at all")
     for name, word in [
-        ("holiday.png", "is there already"),
-        ("notes.png", "is there already"),
+        ("holiday.png", "already exists"),
+        ("notes.png", "already exists"),
         ("curves.jpg", ".png"),
         ("nowhere/out.png", "no folder"),
     ]:

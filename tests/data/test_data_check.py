@@ -14,7 +14,7 @@ import pytest
 from calling import call, put
 from PIL import Image
 
-from ssaseg.cli.data.reading import watch
+from ssaseg.cli.data.reading import read_through
 from ssaseg.cli.errors import CommandError
 from ssaseg.cli.training.preflight import check_labels
 from ssaseg.datasets import check
@@ -159,7 +159,7 @@ def test_half_a_published_data_set_is_to_be_prepared(tmp_path: Path) -> None:
 def test_missing_data_in_the_usual_place_are_not_sent_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     missing = call("data", "check", "ade20k-seaformer_b-ssa").stdout
-    assert "download ADEChallengeData2016 from its makers' site, or say where it is: data.root=DIR\n" in missing
+    assert "download ADEChallengeData2016 from its official site, or set its folder: data.root=DIR\n" in missing
     elsewhere = call("data", "check", "ade20k-seaformer_b-ssa", "data.root=here").stdout
     assert "data.root=DIR (often data/ade/ADEChallengeData2016)" in elsewhere
 
@@ -190,7 +190,7 @@ def test_built_in_scenes_are_checked_too() -> None:
         (["gone"], "no shipped recipe"),
         (["gone/away"], "no such folder"),
         (["gone.yaml"], "no such file"),
-        (["."], "no images here"),
+        (["."], "no images in this folder"),
         ([".", "data.root=x"], "a folder without recipe"),
     ],
 )
@@ -216,7 +216,7 @@ def test_signals_end_a_check_cleanly(
 
     monkeypatch.setattr(scenes, "load_raw", load_and_signal)
     with pytest.raises(SystemExit) as ended:
-        watch(scenes, "checked")
+        read_through(scenes, "checked")
     assert ended.value.code == code
     assert "of 200 pairs" in capsys.readouterr().err
 

@@ -71,15 +71,15 @@ def test_folders_are_found(tmp_path: Path, files: str, folders: dict[str, tuple[
 @pytest.mark.parametrize(
     ("files", "part"),
     [
-        ("", "no images here"),
-        ("notes.txt", "no images here"),
+        ("", "no images in this folder"),
+        ("notes.txt", "no images in this folder"),
         ("photos/a.jpg", "images, but no masks"),
         ("images/a.jpg coco.json", "data.dataset: coco_json"),
-        ("images/a.jpg masks/a.jpg", "a mask as JPEG"),
-        ("images/im1.jpg masks/label1.png", "no mask is named as an image"),
+        ("images/a.jpg masks/a.jpg", "a mask in JPEG format"),
+        ("images/im1.jpg masks/label1.png", "no mask has the name of an image"),
         ("0_rgb.png 0_depth.png", "images, but no masks"),
-        ("img_0.jpg mask_0.png", "/img_0.jpg and .*/mask_0.png: .*begins otherwise"),
-        ("images/img0.jpg masks/gt0.png", "/img0.jpg and .*/gt0.png: .*begins otherwise"),
+        ("img_0.jpg mask_0.png", "/img_0.jpg and .*/mask_0.png: .*does not start with"),
+        ("images/img0.jpg masks/gt0.png", "/img0.jpg and .*/gt0.png: .*does not start with"),
         ("train/images/a.jpg train/masks/a.png val/images/a.jpg val/masks/a_gt.png", "masks that end in .png"),
     ],
 )
@@ -206,10 +206,10 @@ def test_images_without_mask_are_left_out_and_told(tmp_path: Path) -> None:
     ("words", "part"),
     [
         (["gone"], "no such folder"),
-        ([".", "--out", "x.yaml"], "no images here"),
+        ([".", "--out", "x.yaml"], "no images in this folder"),
         (["."], "--out"),
         (["sub", "--out", "x.txt"], "use x.yaml"),
-        (["sub", "--out", "no/x.yaml"], "make it first"),
+        (["sub", "--out", "no/x.yaml"], "create it first"),
         (["sub", "--model", "seaformer_bb"], "did you mean seaformer_b?"),
     ],
 )
@@ -314,7 +314,7 @@ def test_a_name_with_a_line_feed_is_told(tmp_path: Path) -> None:
     put(tmp_path / "data/a\nb.png", (0, 1))
     result = call("data", "init", tmp_path / "data", "--out", tmp_path / "x.yaml")
     assert result.exit_code == 2
-    assert "cannot stand on one line" in result.stderr
+    assert "cannot be written as one line" in result.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["data"]
 
 
@@ -330,7 +330,7 @@ def test_what_is_left_out_or_lacking_is_told(tmp_path: Path, own_splits: bool) -
     result = call("data", "init", tmp_path, "--out", tmp_path / "x.yaml")
     assert result.exit_code == 0, result.output
     for text in (result.stdout, (tmp_path / "x.yaml").read_text()):
-        assert "without image, left out: 1 (orphan.png)" in text
+        assert "without image, not used: 1 (orphan.png)" in text
         assert "only for validation, none for training: class_7" in text
 
 
@@ -344,7 +344,7 @@ def test_a_published_data_set_is_known_by_its_counts(tmp_path: Path, monkeypatch
     put_ade20k(tmp_path / "ade")
     result = call("data", "init", tmp_path / "ade", "--out", tmp_path / "own.yaml")
     assert result.exit_code == 0, result.output
-    assert "not taken for ade20k" in result.stdout
+    assert "not read as ade20k" in result.stdout
     data = load_recipe(str(tmp_path / "own.yaml")).data
     assert (data.dataset, len(data.classes)) == ("folder", 3)
     monkeypatch.setitem(LAYOUTS, "ade20k", replace(LAYOUTS["ade20k"], counts={"train": 1, "val": 1}))

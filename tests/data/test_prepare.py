@@ -190,8 +190,8 @@ def test_sets_that_are_read_as_downloaded_are_counted(tmp_path: Path, monkeypatc
     result = prepare("ade20k", tmp_path)
     assert_told(result, 1, "train: 1 of 3 masks have no image: b", "val: 1 of 2 images have no mask: e")
     assert table(result) == {"train": [2, 3, 2, 3, 1], "val": [2, 1, 1, 2, 1]}
-    assert_told(prepare("ade20k", tmp_path.parent), 2, "not ade20k as it is downloaded", "images/training/")
-    assert_told(prepare("ade20k", tmp_path, tmp_path / "elsewhere"), 2, "nothing to prepare", "leave out --root")
+    assert_told(prepare("ade20k", tmp_path.parent), 2, "not the download of ade20k", "images/training/")
+    assert_told(prepare("ade20k", tmp_path, tmp_path / "elsewhere"), 2, "nothing to prepare", "remove --root")
     assert tree(tmp_path) == before
 
 
@@ -275,7 +275,11 @@ def test_a_full_disk_leaves_nothing_half_written(tmp_path: Path, monkeypatch: py
         whole(path, content, sync)
 
     monkeypatch.setattr(command, "write_atomic", write)
-    parts = [f"{NAMES[2]}_labelTrainIds.png: No space left on device", "5 of 6 files are done, and none", "make room"]
+    parts = [
+        f"{NAMES[2]}_labelTrainIds.png: No space left on device",
+        "5 of 6 files are done, and no incomplete file",
+        "free space",
+    ]
     assert_told(prepare("coco_stuff10k", source, root), 2, *parts)
     assert len(list(root.rglob("*.png"))) == 2
     room[0] = 9
@@ -302,7 +306,7 @@ def test_images_are_copied_where_links_cannot_be_made(tmp_path: Path, monkeypatc
     assert copy.read_bytes() == original.read_bytes()
     assert not copy.samefile(original)
     copy.write_bytes(b"my own")
-    assert_told(prepare("coco_stuff10k", source, root), 2, str(copy), "6 bytes", "remove it")
+    assert_told(prepare("coco_stuff10k", source, root), 2, str(copy), "6 bytes", "remove the file")
     assert copy.read_bytes() == b"my own"
 
 
@@ -365,14 +369,19 @@ def test_ten_wrong_files_are_enough(tmp_path: Path) -> None:
     for file in (tmp_path / "annotations").iterdir():
         without_s(file)
     result = prepare("coco_stuff10k", tmp_path)
-    assert_told(result, 2, "10 masks cannot be made, and no more were tried; 14 of 28 files are done")
+    assert_told(result, 2, "10 masks cannot be made, and the others were not tried; 14 of 28 files are done")
     assert result.stderr.count("left out: ") == 10
 
 
 def test_a_download_that_lacks_files_is_done_in_part(tmp_path: Path) -> None:
     make_stuff10k(tmp_path)
     (tmp_path / f"annotations/{NAMES[0]}.mat").unlink()
-    assert_told(prepare("coco_stuff10k", tmp_path), 1, f"lacks 1 file, {tmp_path}", "train: 1 of 2 images have no mask")
+    assert_told(
+        prepare("coco_stuff10k", tmp_path),
+        1,
+        f"missing in the download: 1 file, {tmp_path}",
+        "train: 1 of 2 images have no mask",
+    )
 
 
 def test_wrong_maps_are_named(tmp_path: Path) -> None:
@@ -392,7 +401,7 @@ def test_wrong_words_and_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert_told(prepare("coco", tmp_path), 2, "'coco' is not known", "coco_stuff10k")
     assert_told(prepare("coco_stuff10k", tmp_path / "gone"), 2, "does not exist")
     for name in DOWNLOADS:
-        assert_told(prepare(name, tmp_path), 2, "not what was expected in this folder", "--source")
+        assert_told(prepare(name, tmp_path), 2, "files of the download are not in this folder", "--source")
     make_stuff10k(tmp_path)
     (tmp_path / "file").touch()
     assert_told(prepare("coco_stuff10k", tmp_path, tmp_path / "file/below"), 2, "file/below")

@@ -144,7 +144,7 @@ def test_lists_that_were_there_before_are_never_overwritten(tmp_path: Path) -> N
     file.write_text("\n".join([*names, "mine"]))
     told = prepare("pascal_context_59", tmp_path, tmp_path)
     assert told.exit_code == 2
-    assert f"{file}: another list of this name is there" in told.stderr
+    assert f"{file}: this list already exists and differs" in told.stderr
     assert len(told.stderr.partition("error:")[2].splitlines()) <= 3
     assert file.read_text().split()[-1] == "mine"
 

@@ -10,8 +10,9 @@ import pytest
 from PIL import Image
 
 from ssaseg.datasets import DataError, check
-from ssaseg.datasets.check import Problem, check_dataset, count_ids, look_through
+from ssaseg.datasets.check import Problem, check_dataset, look_through
 from ssaseg.datasets.decoding import read_mask
+from ssaseg.datasets.inspection import count_ids
 from ssaseg.datasets.pairs import PairDataset
 from ssaseg.datasets.synthetic import SyntheticScenes
 
@@ -155,7 +156,7 @@ def test_built_in_scenes_are_counted() -> None:
 
 def test_more_than_ten_are_counted_by_kind(tmp_path: Path) -> None:
     dataset = make(tmp_path, [mask(9)] * 12 + [mask(0, width=9)] * 2)
-    assert look_through(dataset).told("error")[-1] == (
+    assert look_through(dataset).messages("error")[-1] == (
         "4 more errors in the 14 pairs that were read: 2 x ids out of range, 2 x sizes that differ"
     )
 
@@ -181,7 +182,7 @@ def test_incomplete_pairs_are_told_and_the_others_read(tmp_path: Path) -> None:
 )
 def test_doubts_about_label_0(tmp_path: Path, values: tuple[int, ...], reduce: bool, part: str) -> None:
     found = look_through(make(tmp_path, [mask(*values)] * 2, reduce_zero_label=reduce))
-    doubts = [text for text in found.told("warning") if "reduce_zero_label" in text and "label 0" in text]
+    doubts = [text for text in found.messages("warning") if "reduce_zero_label" in text and "label 0" in text]
     assert len(doubts) == 1
     assert part in doubts[0]
 
@@ -244,5 +245,5 @@ def test_reading_a_large_palette_mask_warns_of_nothing(tmp_path: Path, recwarn: 
 
 def test_a_mask_with_alpha_is_to_lose_it(tmp_path: Path) -> None:
     Image.new("LA", (4, 3), (1, 255)).save(tmp_path / "mask.png")
-    with pytest.raises(DataError, match=r"2 channels \(mode LA\)(.|\n)*save the mask without it"):
+    with pytest.raises(DataError, match=r"2 channels \(mode LA\)(.|\n)*save the mask without alpha"):
         read_mask(tmp_path / "mask.png")

@@ -69,7 +69,7 @@ def test_class_names_decide_what_0_means() -> None:
     assert guess_labels([0, 1, 255], two, None).classes == ["cat", "dog"]
     reduced = guess_labels([0, 1, 2], two, None)
     assert (reduced.classes, reduced.reduce_zero_label) == (["cat", "dog"], True)
-    assert any("0 is taken as 'ignored'" in note for note in reduced.notes)
+    assert any("0 is read as 'ignored'" in note for note in reduced.notes)
     unfit = guess_labels([0, 1, 5], two, None)
     assert unfit.classes == ["class_0", "class_1", "class_5"]
     assert any("classes.txt is not used: it has 2 names" in note for note in unfit.notes)
@@ -81,21 +81,21 @@ def test_names_that_do_not_fit_the_ids_are_told() -> None:
     four = Names(Path("labels.txt"), dict(enumerate(["_background_", "cat", "dog", "cow"])), {}, False)
     labels = guess_labels([0, 1, 2], four, None)
     assert (labels.classes, labels.raw_to_train) == (["_background_", "cat", "dog", "cow"], None)
-    assert "4 names, ids go up to 2: the last have no pixel" in labels.notes
-    assert any("0 is nowhere, and is _background_" in note for note in guess_labels([1, 2], four, None).notes)
+    assert "4 names, but ids only go up to 2: the last names have no pixel" in labels.notes
+    assert any("no mask holds 0, the id of _background_" in note for note in guess_labels([1, 2], four, None).notes)
     # With the background named, 0 cannot be 'ignored' beside it.
     assert any("labels.txt is not used" in note for note in guess_labels([0, 1, 4], four, None).notes)
     one = guess_labels([0, 1], Names(Path("labels.txt"), {0: "cat"}, {}, False), None)
     assert one.classes == ["class_0", "class_1"]
     assert any("it has 1 names, and the ids are 0, 1" in note for note in one.notes)
     numbered = Names(Path("labels.txt"), {0: "cat", 1: "dog", 9: "cow"}, {}, True)
-    assert "3 names, 2 of them have pixels: not cow" in guess_labels([0, 1], numbered, None).notes
+    assert "1 of 3 names have no pixel: cow" in guess_labels([0, 1], numbered, None).notes
 
 
 def test_a_numbered_id_that_is_to_be_ignored(tmp_path: Path) -> None:
     (tmp_path / "labels.txt").write_text("0 __ignore__\n1 cat\n2 dog\n")
     names, notes = read_class_names(tmp_path)
-    assert "__ignore__ in labels.txt is no class" in notes[0]
+    assert "__ignore__ in labels.txt is not a class" in notes[0]
     labels = guess_labels([0, 1, 2], names, None)
     assert (labels.classes, labels.raw_to_train) == (["cat", "dog"], {0: 255, 1: 0, 2: 1})
 

@@ -208,7 +208,7 @@ def test_one_category_needs_a_background(tmp_path: Path) -> None:
 def test_classes_and_backgrounds_that_do_not_exist(tmp_path: Path) -> None:
     content = document((3, rle(square(0, 0, 2))))
     message = refusal(lambda: dataset(tmp_path, content, classes=["cat", "Dog", "cow"]))
-    assert "2 of 3 are no categories" in message
+    assert "2 of 3 are not categories" in message
     assert "Dog, cow" in message
     assert "cat, dog, sofa" in message
     assert "no such class" in refusal(lambda: dataset(tmp_path, content, classes=["cat", "dog"], background="sky"))
@@ -218,7 +218,7 @@ def test_classes_and_backgrounds_that_do_not_exist(tmp_path: Path) -> None:
 
 def test_splits_must_have_the_same_classes() -> None:
     require_same_classes(["cat", "dog"], ("cat", "dog"))
-    with pytest.raises(DataError, match=r"only one of them has dog, cow\nstate data.classes"):
+    with pytest.raises(DataError, match=r"only one of them has dog, cow\nset data.classes"):
         require_same_classes(["cat", "dog"], ["cat", "cow"])
     with pytest.raises(DataError, match="their order differs"):
         require_same_classes(["cat", "dog"], ["dog", "cat"])
@@ -315,10 +315,10 @@ def changed(part: str, **values: Any) -> dict[str, Any]:
         (json.dumps(GOOD)[:150], ["0.json: is cut off", "of 150 characters"]),
         ('{"images": "a.png', ["0.json: is cut off"]),
         ("images: []", ["0.json: is not JSON"]),
-        ("[]", ["a JSON list", "file of predictions"]),
+        ("[]", ["a JSON list", "hold predictions"]),
         ({"info": {}}, ["`categories` is missing"]),
         ({**GOOD, "annotations": []}, ["`annotations` is empty"]),
-        ({**GOOD, "images": {}}, ["`images` is dict, no list"]),
+        ({**GOOD, "images": {}}, ["`images` is dict, not a list"]),
         ({**GOOD, "annotations": [3]}, ["annotations, entry 0: id, image_id, category_id, segmentation missing"]),
         (without("annotations", "category_id"), ["annotations, id 1: category_id missing"]),
         (without("annotations", "segmentation"), ["annotations, id 1: segmentation missing"]),
@@ -328,11 +328,11 @@ def changed(part: str, **values: Any) -> dict[str, Any]:
         (changed("categories", id="7"), ["categories, id 7", "whole number"]),
         (changed("images", width=40.5), ["images, id 1: width 40.5", "whole numbers of pixels"]),
         (changed("images", file_name=None), ["images, id 1: file_name is None"]),
-        (changed("annotations", category_id=4), ["category_id 4 is no category's id", "3, 7, 900", "0.json"]),
+        (changed("annotations", category_id=4), ["category_id 4 is not the id of a category", "3, 7, 900", "0.json"]),
         (changed("annotations", category_id=None), ["category_id is None"]),
-        (changed("annotations", image_id="1"), ["no annotation belongs to an image", "id: 1"]),
+        (changed("annotations", image_id="1"), ["no annotation belongs to an image", "an image: 1"]),
         ({**GOOD, "images": GOOD["images"] * 2}, ["images, id 1: a.png", "twice"]),
-        ({**GOOD, "categories": [*CATEGORIES, {"id": 3, "name": "cow"}]}, ["id 3 is cat and cow"]),
+        ({**GOOD, "categories": [*CATEGORIES, {"id": 3, "name": "cow"}]}, ["id 3 is used for cat and cow"]),
     ],
 )
 def test_a_wrong_file_is_answered_with_the_entry_and_the_key(tmp_path: Path, content: Any, parts: list[str]) -> None:
@@ -343,7 +343,7 @@ def test_a_wrong_file_is_answered_with_the_entry_and_the_key(tmp_path: Path, con
 def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     assert "no such file" in refusal(lambda: CocoDataset(tmp_path, [tmp_path / "gone.json"]))
     (tmp_path / "latin.json").write_bytes(b'{"images": "caf\xe9"}')
-    assert "no UTF-8 text" in refusal(lambda: CocoDataset(tmp_path, [tmp_path / "latin.json"]))
+    assert "not UTF-8 text" in refusal(lambda: CocoDataset(tmp_path, [tmp_path / "latin.json"]))
     (tmp_path / "bom.json").write_bytes(b"\xef\xbb\xbf" + json.dumps(GOOD).encode())
     put(tmp_path / "a.png", HEIGHT, WIDTH)
     assert len(CocoDataset(tmp_path, [tmp_path / "bom.json"])) == 1
@@ -352,14 +352,14 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("segmentation", "parts"),
     [
-        ([], ["the segmentation is empty", "box alone"]),
+        ([], ["the segmentation is empty", "a box does not say"]),
         (None, ["the segmentation is None"]),
         ([[1, 1, 5, 1, 5]], ["a polygon of 5 numbers"]),
         ([[1, 1, 5, 1, "5", 5]], ["a polygon of [1, 1, 5"]),
         ([[1, 1, 5, 1, float("nan"), 5]], ["a polygon from"]),
         ([[1, 1, 5, 1, 1e9, 5]], ["a polygon from 1 to 1000000000.0", "longer side is 40"]),  # would end the process
         (rle(square(0, 0, 2)[:20]), ["run lengths of size [20, 40]", "[30, 40]"]),
-        ({"size": [30, 40], "counts": [5, 5]}, ["run lengths of 10 pixels together", "expected 1200"]),
+        ({"size": [30, 40], "counts": [5, 5]}, ["run lengths of 10 pixels in total", "expected 1200"]),
         ({"size": [30, 40], "counts": [5, -5, 1200]}, ["no run lengths"]),
         ({"size": [30, 40], "counts": [1 << 70]}, ["no run lengths"]),
         ({"size": [30, 40], "counts": "zz"}, ["no run lengths"]),

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from ssaseg.datasets import DataError
-from ssaseg.datasets.loader import Batch, eval_loader, sample_index, train_loader
+from ssaseg.datasets.loader import Batch, eval_loader, train_loader
 from ssaseg.datasets.transforms import TrainTransform
 
 TRANSFORM = TrainTransform((48, 32), (0.5, 2.0), (24, 32))
@@ -60,6 +60,11 @@ class Fake:
 
     def label_error(self, index: int) -> DataError:
         return DataError(f"image{index}.png: id 99 in 1 pixels\nexpected 5..7")
+
+
+def sample_index(position: int, count: int, seed: int) -> int:
+    """Which of `count` images sample number `position` of the stream shows, as the loader's docstring says."""
+    return int(np.random.RandomState([0, seed, position // count]).permutation(count)[position % count])
 
 
 def take(count: int, *, size: int = 4, workers: int = 0, start: int = 0, seed: int = 3) -> list[Batch]:

@@ -179,5 +179,5 @@ def test_shared_memory_that_is_full_ends_the_wait(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(torch.UntypedStorage, "_new_shared", full)
     transform = TrainTransform((64, 64), (0.5, 2.0), (512, 512))
     stream = train_loader(SyntheticScenes(12, 64, 64, 0, "train"), transform, 0, 4, workers=1)
-    with pytest.raises(WorkerError, match=r"/dev/shm\) is full: no room for 3\.0 MiB of pixels\n.*\n.*--shm-size"):
+    with pytest.raises(WorkerError, match=r"/dev/shm\) is full: no space for 3\.0 MiB of pixels\n.*\n.*--shm-size"):
         next(stream)

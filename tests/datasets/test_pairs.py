@@ -131,6 +131,13 @@ def test_one_folder_may_hold_images_and_masks(tmp_path: Path) -> None:
     assert [dataset.name(index) for index in range(len(dataset))] == ["a"]
 
 
+def test_an_image_whose_mask_folder_is_missing(tmp_path: Path) -> None:
+    put(tmp_path / "images/sub/a.jpg", photo())
+    put(tmp_path / "masks/b.png", ids(0))
+    with pytest.raises(DataError, match=r"1 of 1 images have no mask: sub/a\nexpected .*masks/sub/a.png"):
+        PairDataset(tmp_path / "images", tmp_path / "masks", CLASSES)
+
+
 def test_links_are_followed_but_not_in_circles(tmp_path: Path) -> None:
     folder(tmp_path / "real")
     (tmp_path / "images").mkdir()
@@ -138,6 +145,8 @@ def test_links_are_followed_but_not_in_circles(tmp_path: Path) -> None:
     os.symlink(tmp_path / "real/images", tmp_path / "images/city")
     os.symlink(tmp_path / "real/masks/a.png", put(tmp_path / "masks/city/b.png", ids(0)).with_name("a.png"))
     os.symlink(tmp_path / "images", tmp_path / "images/circle")
+    os.symlink(tmp_path / "images", tmp_path / "real/images/back")
+    os.symlink("itself", tmp_path / "images/itself")
     dataset = pairs(tmp_path)
     assert [dataset.name(index) for index in range(len(dataset))] == ["city/a"]
     assert dataset.load(0)[1].shape == (12, 20)
@@ -226,7 +235,7 @@ def test_two_images_of_one_name(tmp_path: Path) -> None:
     put(tmp_path / "images/a.jpg", photo())
     with pytest.raises(DataError) as error:
         pairs(tmp_path)
-    told(error, "a.jpg", "a.png", "one name")
+    told(error, "a.jpg", "a.png", "the same name")
 
 
 @pytest.mark.parametrize(
@@ -288,7 +297,7 @@ def test_mask_of_another_size(tmp_path: Path) -> None:
 def test_colour_masks(tmp_path: Path) -> None:
     with pytest.raises(DataError) as error:
         folder(tmp_path, photo()).load(0)
-    told(error, "3 channels", "class's index")
+    told(error, "3 channels", "its class id")
     with pytest.raises(DataError, match="channels are equal"):
         folder(tmp_path, np.dstack([ids(0, 1)] * 3)).load(0)
 

@@ -213,7 +213,7 @@ def test_lists_of_names(tmp_path: Path) -> None:
     [
         (b"a\nc\nd.png\n", ["2 of 3 names have no image: c, d.png", "images/c + one of", "without suffix"]),
         (b"a\nb\n", ["1 of 2 images have no mask: b", "masks/b.png"]),
-        (b"a\nb\na\n", ["a is there twice"]),
+        (b"a\nb\na\n", ["a is listed twice"]),
         (b"\n", ["no names in this file"]),
         (b"caf\xe9\n", ["not UTF-8"]),
         (None, ["train.txt: no such file", "one a line"]),

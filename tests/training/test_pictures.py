@@ -270,7 +270,7 @@ def test_what_adaptation_changed() -> None:
     ground = [100, 100, 100]
     expected = [ground, ground, *(list(colour[::-1]) for colour in (RIGHTED, WORSENED, STILL_WRONG)), ground]
     assert panel.image[0].tolist() == expected
-    assert panel.caption == "changed: 20.0 % to right, 20.0 % to wrong"
+    assert panel.caption == "changed: 20.0 % now right, 20.0 % now wrong"
 
 
 def test_class_colours_and_hatched_gaps() -> None:
