@@ -23,8 +23,9 @@ demo: setup
 	$(BIN)/ssaseg predict $(RUN)/best.safetensors $(RUN)/scenes/images --out $(RUN)/labels --save index,overlay,coarse --device cpu
 	$(BIN)/python benchmarks/check_demo.py $(RUN)
 
+# A process a core, and each file's tests in one of them, which share what is built for them.
 test: setup
-	$(BIN)/pytest
+	$(BIN)/pytest --numprocesses=auto --dist=loadfile --no-loadscope-reorder
 
 lint: setup
 	$(BIN)/ruff check .

@@ -9,6 +9,31 @@ import pytest
 
 # As in ssaseg.cli.main: threads that spin for long make the suite many times slower on a machine that is not idle.
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+# The cores are for processes, of which `make test` runs one a core: networks and images here are small.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# Files whose tests take longest, a process each: those that begin last should be short.
+FIRST = (
+    "test_export.py",
+    "test_ranks.py",
+    "test_networks.py",
+    "test_never_lost.py",
+    "test_fidelity.py",
+    "test_train.py",
+)
+
+
+@pytest.hookimpl(optionalhook=True)  # without pytest-xdist nobody asks
+def pytest_xdist_auto_num_workers() -> int:
+    """Processes of `pytest -n auto`: a core each, and no more than memory is for."""
+    from ssaseg.cli.device import count_cores
+
+    return min(count_cores(), 8)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    places = {name: place for place, name in enumerate(FIRST)}
+    items.sort(key=lambda item: places.get(item.path.name, len(FIRST)))
 
 
 @pytest.fixture(scope="module")  # before the fixtures of a module, whose bits its tests compare with

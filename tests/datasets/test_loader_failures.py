@@ -3,10 +3,8 @@
 import itertools
 import os
 import signal
-import subprocess
-import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import cv2
@@ -14,6 +12,8 @@ import numpy as np
 import psutil
 import pytest
 import torch
+from changes import Change, command, file_damaged_in_steps, impatient_with_workers, without_pictures, worker_killed_at
+from forked import Forked
 from safetensors.torch import load_file
 
 from ssaseg.datasets.loader import WorkerError, eval_loader, train_loader
@@ -25,11 +25,6 @@ TINY = [
     "train.steps=6", "train.workers=2", "train.log_every=2", "train.eval_every=1000", "train.save_every=1000",
 ]  # fmt: skip
 SCENES = ["data.synthetic.height=64", "data.synthetic.width=64", "data.synthetic.train=12", "data.synthetic.val=2"]
-# PyTorch looks every five seconds whether its workers live.
-IMPATIENT = """
-from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter as Iterator
-Iterator._try_get_data.__defaults__ = (0.2,)
-"""
 
 
 @pytest.fixture
@@ -88,13 +83,10 @@ def test_a_worker_killed_between_batches_interrupts_nothing() -> None:
     assert psutil.wait_procs([other], timeout=5)[1] == []
 
 
-def train(out: Path, *arguments: str, prelude: str = "") -> tuple[int, str]:
-    """Exit code and stderr of `ssaseg train demo` in a process of its own, after `prelude` (Python)."""
-    script = f"{IMPATIENT}\n{prelude}\nfrom ssaseg.cli.main import cli\ncli()"
-    command = [sys.executable, "-c", script, "train", "demo", *TINY, "--device", "cpu", "--out", str(out), *arguments]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
-    return done.returncode, done.stderr
+def train(out: Path, *arguments: str, change: Change = without_pictures) -> Forked:
+    """`ssaseg train demo` in a process of its own, after the change."""
+    words = ["train", "demo", *TINY, "--device", "cpu", "--out", str(out), *arguments]
+    return Forked(command, words, impatient_with_workers, change, errors=out.with_suffix(".errors"))
 
 
 def stopped_step(out: Path, errors: str) -> int:
@@ -107,45 +99,19 @@ def stopped_step(out: Path, errors: str) -> int:
     return step
 
 
-KILLED_AT_12 = """
-import os, signal
-from ssaseg.datasets.loader import TrainWork
-make = TrainWork.__getitem__
-def deadly(self, samples):
-    if samples[0][0] == 12:
-        self.note(samples[0][1])
-        os.kill(os.getpid(), signal.SIGKILL)
-    return make(self, samples)
-TrainWork.__getitem__ = deadly
-"""
-
-
 def test_training_goes_on_after_a_killed_worker_as_if_nothing_had_happened(tmp_path: Path) -> None:
     """No state is saved on schedule before the end, so that all of the first steps would be lost."""
-    with ThreadPoolExecutor() as pool:
-        undisturbed = pool.submit(train, tmp_path / "undisturbed", *SCENES)
-        code, errors = train(tmp_path / "run", *SCENES, prelude=KILLED_AT_12)
-    assert undisturbed.result()[0] == 0, undisturbed.result()[1]
+    undisturbed = train(tmp_path / "undisturbed", *SCENES)
+    code, errors = train(tmp_path / "run", *SCENES, change=partial(worker_killed_at, 12)).finish()
+    assert undisturbed.wait() == 0, undisturbed.finish()[1]
     assert code == 2, errors
     # The batch before the deadly one may be lost with the worker.
     assert stopped_step(tmp_path / "run", errors) in (2, 3)
     assert "SIGKILL while it read image" in errors
-    code, errors = train(tmp_path / "run", *SCENES, "--resume")
+    code, errors = train(tmp_path / "run", *SCENES, "--resume").finish()
     assert code == 0, errors
     ours, theirs = (load_file(tmp_path / run / "last.safetensors") for run in ("run", "undisturbed"))
     assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
-
-
-# After the first step, when the check at the start is long past.
-DAMAGED = """
-import torch
-step = torch.optim.AdamW.step
-def damaging(self, *args, **kwargs):
-    data = open(FILE, "rb").read()
-    open(FILE, "wb").write(data[: len(data) // 2])
-    return step(self, *args, **kwargs)
-torch.optim.AdamW.step = damaging
-"""
 
 
 def test_a_file_damaged_after_the_check_is_named(tmp_path: Path) -> None:
@@ -161,12 +127,12 @@ def test_a_file_damaged_after_the_check_is_named(tmp_path: Path) -> None:
     data = ["data.dataset=folder", f"data.root={tmp_path}", "data.palette=null", classes, *folders]
     file = tmp_path / "masks" / "train" / "7.png"
     whole = file.read_bytes()
-    code, errors = train(tmp_path / "run", *data, prelude=DAMAGED.replace("FILE", repr(str(file))))
+    code, errors = train(tmp_path / "run", *data, change=partial(file_damaged_in_steps, file)).finish()
     assert code == 2, errors
     assert f"error: {file}: damaged mask" in errors
     assert 1 <= stopped_step(tmp_path / "run", errors) <= 6
     file.write_bytes(whole)
-    code, errors = train(tmp_path / "run", *data, "--resume")
+    code, errors = train(tmp_path / "run", *data, "--resume").finish()
     assert code == 0, errors
 
 

@@ -10,15 +10,22 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import changes
 import numpy as np
 import psutil
 import pytest
 import torch
+from changes import Change
 from click.testing import CliRunner
+from forked import Forked
+from rank_work import gradients, meet_twice, wait_in_vain, write_gradients
 from tiny import TINY
+from torch.distributed import run
 from torch.utils._pytree import tree_leaves
 
 from ssaseg.cli.errors import CommandError
@@ -162,39 +169,9 @@ def test_only_ranks_that_are_gone_are_called_so(monkeypatch: pytest.MonkeyPatch)
 KEYS = [
     *TINY, "data.synthetic.val=3", "train.batch=8", "train.workers=1", "optim.ema=0.9", "optim.grad_clip=1",
 ]  # fmt: skip
-DIE_AT_STEP_4 = """
-import os, signal, torch
-calls, step = [], torch.optim.AdamW.step
-def counted(self, *args, **kwargs):
-    calls.append(1)
-    if (len(calls), os.environ['RANK'], os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')) == (4, '1', '0'):
-        os.kill(os.getpid(), signal.SIGKILL)
-    return step(self, *args, **kwargs)
-torch.optim.AdamW.step = counted
-"""
-SLOWLY = """
-import time, torch
-step = torch.optim.AdamW.step
-torch.optim.AdamW.step = lambda self, *args, **kwargs: (time.sleep(0.3), step(self, *args, **kwargs))[1]
-"""
+# The command in a process like a user's, that of rank 1 killed.
+DYING = [sys.executable, changes.__file__, changes.rank_1_killed_in_step_4.__name__]
 TEACHER = ("teacher_ce", "teacher_dice", "response", "semantic", "spatial")
-# Of one step: the losses, averaged over ranks, and the gradients that the optimiser was given.
-GRADIENTS = """
-from pathlib import Path
-from ssaseg.cli.training.build import build_job
-from ssaseg.cli.training.step import train_step
-from ssaseg.recipes import load_recipe
-
-def gradients(ranks, overrides):
-    job = build_job(load_recipe("demo", overrides), Path("nowhere"), ranks)
-    kept = {}
-    def spy(*_, **__):
-        kept.update({name: each.grad.clone() for name, each in job.model.named_parameters() if each.grad is not None})
-    job.optimizer.step = spy
-    record, names = train_step(job, [next(job.batches) for _ in range(job.micro_batches)])
-    losses = (ranks.total(record.losses) / ranks.size).tolist()
-    return dict(zip(names, losses)), kept
-"""
 
 
 @pytest.fixture(autouse=True)
@@ -202,16 +179,24 @@ def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
 
 
-def script(monkeypatch: pytest.MonkeyPatch, text: str, count: int) -> int:
-    """Exit code of `text`, run by `count` ranks."""
-    monkeypatch.setattr(launch, "own_command", lambda: [sys.executable, "-c", text])
+def in_ranks(monkeypatch: pytest.MonkeyPatch, count: int, function: Callable[..., object], *given: Any) -> int:
+    """Exit code of `function(*given)`, run by `count` ranks."""
+
+    def begin(work: Callable[..., object], env: dict[str, str], start_new_session: bool) -> Forked:
+        return Forked(work, env=env)
+
+    monkeypatch.setattr(launch, "own_command", lambda: partial(function, *given))
+    monkeypatch.setattr(launch, "subprocess", SimpleNamespace(Popen=begin))
     return launch.run_launch(count)
 
 
-def train_script(out: Path, *arguments: str, prelude: str = "") -> str:
-    """`ssaseg train` after `prelude` (Python) has been run."""
-    command = ["train", "demo", *KEYS, "--device", "cpu", "--out", str(out), *arguments]
-    return f"{prelude}\nfrom ssaseg.cli.main import cli\ncli({command!r})"
+def train_words(out: Path, *words: str) -> list[str]:
+    return ["train", "demo", *KEYS, "--device", "cpu", "--out", str(out), *words]
+
+
+def train(monkeypatch: pytest.MonkeyPatch, out: Path, *words: str, change: Change = changes.without_pictures) -> int:
+    """Exit code of `ssaseg train` on two ranks, after the change."""
+    return in_ranks(monkeypatch, 2, changes.command, train_words(out, *words), change)
 
 
 def same_state(first: Path, second: Path) -> None:
@@ -225,19 +210,6 @@ def same_state(first: Path, second: Path) -> None:
             assert torch.equal(mine, other) if isinstance(mine, torch.Tensor) else mine == other
 
 
-# Twice, as after a restart. Machines count their own failures: here rank 0 has had one more.
-MEET = """
-import os, torch
-from ssaseg.cli.ranks.ranks import connect, was_restarted
-rank = int(os.environ["RANK"])
-for failures in (0, 1):
-    os.environ["TORCHELASTIC_RESTART_COUNT"] = str(failures + 1 - rank)
-    with connect(torch.device("cpu")) as ranks:
-        assert ranks.gather(rank) == [0, 1]
-        assert ranks.any(was_restarted())
-"""
-
-
 def test_ranks_meet_whatever_each_machine_has_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     """In a store like torchrun's, which keeps what ranks of earlier starts have left in it."""
     store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
@@ -245,23 +217,14 @@ def test_ranks_meet_whatever_each_machine_has_counted(monkeypatch: pytest.Monkey
     own = launch.environment
     agents = {"MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
     monkeypatch.setattr(launch, "environment", lambda count: own(count) | agents)
-    assert script(monkeypatch, MEET, 2) == 0
+    assert in_ranks(monkeypatch, 2, meet_twice) == 0
 
 
 def test_a_rank_that_waits_in_vain_names_what_may_take_long(
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    slow = """
-import time, torch
-from datetime import timedelta
-from ssaseg.cli.ranks import ranks as distributed
-distributed.PATIENCE = timedelta(seconds=4)
-with distributed.connect(torch.device("cpu")) as ranks:
-    time.sleep(20 if ranks.main else 0)
-    ranks.barrier()
-"""
     monkeypatch.setattr(launch, "GRACE", 0.2)
-    assert script(monkeypatch, slow, 2) == 2
+    assert in_ranks(monkeypatch, 2, wait_in_vain, 4, 20) == 2
     told = capfd.readouterr().err.splitlines()
     assert len(told) == 3
     assert told[0].startswith("error: rank 1 of 2 has waited")
@@ -273,7 +236,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("undisturbed") / "run"
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setenv("OMP_NUM_THREADS", "1")
-        assert script(monkeypatch, train_script(out), 2) == 0
+        assert train(monkeypatch, out) == 0
     return out
 
 
@@ -281,22 +244,13 @@ def assert_equal_to_one_rank(
     monkeypatch: pytest.MonkeyPatch, folder: Path, device: str, kinds: list[list[str]], tolerance: float
 ) -> None:
     """Losses and gradients of a step on two ranks against those of one that has the whole batch at once."""
-    ranks = f"""{GRADIENTS}
-import torch
-from ssaseg.cli.ranks.ranks import connect
-with connect(torch.device("{device}")) as ranks:
-    found = [gradients(ranks, overrides) for overrides in {kinds!r}]
-    torch.save(found, f"{folder}/{{ranks.rank}}.pt")
-"""
-    assert script(monkeypatch, ranks, 2) == 0
-    here: dict[str, Any] = {}
-    exec(GRADIENTS, here)
+    assert in_ranks(monkeypatch, 2, write_gradients, folder, device, kinds) == 0
     both = [torch.load(folder / f"{rank}.pt", weights_only=True, map_location=device) for rank in (0, 1)]
     for overrides, first, second in zip(kinds, *both, strict=True):
-        losses, gradients = here["gradients"](Ranks(torch.device(device)), [*overrides, "train.micro_batch=8"])
+        losses, expected = gradients(Ranks(torch.device(device)), [*overrides, "train.micro_batch=8"])
         assert first[0] == pytest.approx(losses, abs=tolerance)
-        assert first[1].keys() == gradients.keys()
-        for name, gradient in gradients.items():
+        assert first[1].keys() == expected.keys()
+        for name, gradient in expected.items():
             assert torch.equal(first[1][name], second[1][name])
             torch.testing.assert_close(first[1][name], gradient, atol=tolerance, rtol=tolerance)
 
@@ -332,11 +286,13 @@ def test_a_run_of_two_ranks_has_one_log_and_one_state(undisturbed: Path) -> None
 def test_a_killed_rank_ends_the_job_with_three_lines(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    began = time.monotonic()
+    began, before = time.monotonic(), set(psutil.Process().children())
+    command = [*DYING, *train_words(tmp_path / "run", "train.workers=0")]
+    monkeypatch.setattr(launch, "own_command", lambda: command)
     with pytest.raises(CommandError, match=r"rank 1 by SIGKILL, of 2 ranks(.|\n)*--resume goes on from the last state"):
-        script(monkeypatch, train_script(tmp_path / "run", "train.workers=0", prelude=DIE_AT_STEP_4), 2)
+        launch.run_launch(2)
     assert time.monotonic() - began < 60
-    assert not psutil.Process().children()
+    assert set(psutil.Process().children()) <= before
     told = capfd.readouterr().err
     assert "Traceback" not in told
     assert "error" not in told
@@ -344,12 +300,10 @@ def test_a_killed_rank_ends_the_job_with_three_lines(
 
 
 def test_torchrun_goes_on_by_itself_and_ends_bit_for_bit(undisturbed: Path, tmp_path: Path) -> None:
-    file, out = tmp_path / "command.py", tmp_path / "run"
-    file.write_text(train_script(out, prelude=DIE_AT_STEP_4))
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    done = subprocess.run(
-        [*torchrun, "--max-restarts", "1", str(file)], capture_output=True, text=True, timeout=TIMEOUT
-    )
+    out = tmp_path / "run"
+    torchrun = [sys.executable, "-m", run.__name__, "--standalone", "--nproc-per-node", "2", "--max-restarts", "1"]
+    command = [*torchrun, *DYING[1:], *train_words(out)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT)
     assert done.returncode == 0, done.stderr
     same_state(out, undisturbed)
     assert done.stderr.count("error: rank 1 of 2 is gone: killed from outside") == 1
@@ -372,7 +326,7 @@ def test_a_signal_saves_once_and_one_rank_can_go_on(
 
     thread = threading.Thread(target=stop_soon)
     thread.start()
-    assert script(monkeypatch, train_script(out, prelude=SLOWLY), 2) == 143
+    assert train(monkeypatch, out, change=partial(changes.slow_steps, 0.3)) == 143
     thread.join()
     told = capfd.readouterr().err
     assert told.count("state saved, go on with --resume") == 1
@@ -387,24 +341,8 @@ def test_an_image_that_one_rank_cannot_read_is_told_once(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """Rank 1 meets it; rank 0 saves what was learnt, and says no more."""
-    broken = """
-from ssaseg.datasets import DataError
-from ssaseg.datasets.loader import TrainWork
-load = TrainWork.__getitem__
-def failing(self, samples):
-    if any(position == 8 * 3 + 5 for position, _ in samples):
-        raise DataError("image7.png: cannot be decoded\\nexpected PNG")
-    return load(self, samples)
-TrainWork.__getitem__ = failing
-"""
-    assert (
-        script(
-            monkeypatch,
-            train_script(tmp_path / "run", "train.save_every=1000", "train.eval_every=1000", prelude=broken),
-            2,
-        )
-        == 2
-    )
+    words = ("train.save_every=1000", "train.eval_every=1000")
+    assert train(monkeypatch, tmp_path / "run", *words, change=partial(changes.unreadable_at, 8 * 3 + 5)) == 2
     told = capfd.readouterr().err
     assert told.count("error: image7.png: cannot be decoded\nexpected PNG") == told.count("error") == 1
     assert told.count("stopped after step 3; state saved") == 1
@@ -422,12 +360,11 @@ def test_eval_on_three_ranks_is_eval_on_one(
     for count in (1, 3):
         file = tmp_path / f"{count}.json"
         command = ["eval", str(checkpoint), "--data", str(recipe), "--json", str(file), "--device", "cpu", "--boundary"]
-        code = f"from ssaseg.cli.main import cli\ncli({command!r})"
         if count == 1:
             assert run_eval(checkpoint, str(recipe), None, "val", str(file), "cpu", boundary=True) == 0
         else:
             capfd.readouterr()
-            assert script(monkeypatch, code, count) == 0
+            assert in_ranks(monkeypatch, count, changes.command, command) == 0
             assert capfd.readouterr().out.count("mIoU 95 % interval") == 1
         reports[count] = json.loads(file.read_text())
         del reports[count]["images_per_s"]

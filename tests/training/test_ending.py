@@ -6,11 +6,14 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import changes
 import pytest
 from click.testing import CliRunner
+from forked import Forked
 from tiny import TINY
 
 from ssaseg.cli.errors import CommandError
@@ -39,62 +42,25 @@ def run(job: Job) -> int:
     return train.train(job, Window(job, bar=False))
 
 
-# The label check waits, as it would on a large data set.
-WAITING = """
-import sys, time
-from ssaseg.cli.training import build
-from ssaseg.cli.main import cli
-def wait(*_):
-    print("checking", flush=True)
-    time.sleep(60)
-build.check_labels = wait
-cli(sys.argv[1:])
-"""
-
-
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_before_the_first_step_leaves_nothing(tmp_path: Path, number: int, code: int) -> None:
     out = tmp_path / "run"
-    command = [sys.executable, "-c", WAITING, "train", "demo", *TINY, "--device", "cpu", "--out", str(out)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None
-        assert process.stdout.readline() == "checking\n"
-        assert (out / ".lock").exists()
-        process.send_signal(number)
-        _, errors = process.communicate(timeout=60)
-    assert (process.returncode, errors.strip()) == (code, "stopped")
+    words, began = ["train", "demo", *TINY, "--device", "cpu", "--out", str(out)], tmp_path / "began"
+    change = partial(changes.waiting_for_labels, began)
+    process = Forked(changes.command, words, change, errors=tmp_path / "errors")
+    process.wait_until(began.exists)
+    assert (out / ".lock").exists()
+    process.send_signal(number)
+    ended, errors = process.finish()
+    assert (ended, errors.strip()) == (code, "stopped")
     assert not out.exists()
-
-
-# Ctrl-C in the second step, and on and on while the process leaves.
-IMPATIENT = """
-import os, signal, sys, threading, time, torch
-from ssaseg.cli.main import cli
-from ssaseg.cli.training import saving
-from ssaseg.cli.training import loop as train
-step, calls = torch.optim.AdamW.step, []
-def impatient(self, *args, **kwargs):
-    calls.append(1)
-    if len(calls) == 2: signal.raise_signal(signal.SIGINT)
-    return step(self, *args, **kwargs)
-torch.optim.AdamW.step = impatient
-say = train.say
-def go_on(job, text):
-    say(job, text)
-    if text.startswith("stopped"):
-        def again():
-            while True:
-                os.kill(os.getpid(), signal.SIGINT)
-                time.sleep(0.002)
-        threading.Thread(target=again, daemon=True).start()
-train.say = go_on
-cli(sys.argv[1:])
-"""
 
 
 def test_further_ctrl_c_after_saving_prints_no_traceback(tmp_path: Path) -> None:
     out = tmp_path / "run"
-    command = [sys.executable, "-c", IMPATIENT, "train", "demo", *TINY, "--device", "cpu", "--out", str(out)]
+    change = changes.interrupted_in_step_2_and_on_and_on
+    script = [sys.executable, changes.__file__, change.__name__]  # forked processes end otherwise than a user's
+    command = [*script, "train", "demo", *TINY, "--device", "cpu", "--out", str(out)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 130, done.stderr
     assert done.stderr.splitlines()[-1] == "stopped after step 2; state saved, go on with --resume"

@@ -1,18 +1,18 @@
 """A run that is killed, again and again and in the middle of its saves, ends with the bits of an undisturbed one."""
 
 import json
-import os
 import random
 import shutil
 import signal
-import subprocess
-import sys
-from collections.abc import Callable, Iterator
+import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from changes import command, killed_at, without_pictures
+from forked import Forked
 from safetensors.torch import load_file
 from tiny import TINY
 
@@ -24,96 +24,33 @@ KEYS = [
     "train.eval_every=2", "train.save_every=1",
 ]  # fmt: skip
 
-# Runs commands one after the other, each forked from a process that has everything imported: a start takes no time.
-# An attempt is [words, fault, times]: it is killed where `fault` comes by for the `times`th time; "clock": `times`
-# seconds after its first save, from outside; no fault: left alone. Pictures, which nothing depends on, are left out.
-SERVER = """
-import json, os, signal, sys, time
-from pathlib import Path
-import torch, torch._dynamo
-from ssaseg.cli.scoring import evaluate
-from ssaseg.cli.training import loop as train
-from ssaseg.cli.main import cli
-from ssaseg.datasets.synthetic import SyntheticScenes
-
-torch.set_num_threads(1)
-train.after_evaluation = lambda *_: None
-
-def arm(fault, times):
-    seen = []
-    def hit():
-        seen.append(1)
-        if len(seen) == times:
-            os.kill(os.getpid(), signal.SIGKILL)
-    def before(owner, name, when=lambda *_: True):
-        real = getattr(owner, name)
-        def wrapped(*args, **kwargs):
-            if when(*args): hit()
-            return real(*args, **kwargs)
-        setattr(owner, name, wrapped)
-    def half(file):
-        found = "/.state-" in os.readlink(f"/proc/self/fd/{file}")
-        if found and len(seen) == times - 1:
-            os.ftruncate(file, os.fstat(file).st_size // 2)
-        return found
-    if fault == "in mid step": before(torch.optim.AdamW, "step")
-    if fault == "state half written": before(os, "fsync", half)
-    if fault == "state not yet renamed": before(os, "replace", lambda _, to: "/state-" in str(to))
-    if fault == "state without its last": before(os, "replace", lambda _, to: str(to).endswith("last.safetensors"))
-    if fault == "old state not yet dropped": before(os, "unlink", lambda path, **_: "/state-" in str(path))
-    if fault == "while evaluating": before(SyntheticScenes, "load", lambda s, i: s.split == "val" and i == 1)
-    if fault == "evaluated, not yet saved": before(train, "after_evaluation")
-
-def attempt(words, fault, times):
-    out = Path(words[words.index("--out") + 1])
-    saved = set(out.glob("state-*.pt"))
-    child = os.fork()
-    if child == 0:
-        try:
-            os.dup2(os.open(out.parent / "errors", os.O_WRONLY | os.O_CREAT | os.O_APPEND), 2)
-            arm(fault, times)
-            cli(words)
-        except SystemExit as end:
-            os._exit(end.code or 0)
-        finally:
-            os._exit(70)
-    if fault == "clock":
-        ended = os.WEXITED | os.WNOHANG | os.WNOWAIT
-        while not set(out.glob("state-*.pt")) - saved and os.waitid(os.P_PID, child, ended) is None:
-            time.sleep(0.002)
-        time.sleep(times)
-        os.kill(child, signal.SIGKILL)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-
-for line in sys.stdin:
-    print(attempt(*json.loads(line)), flush=True)
-"""
 FAULTS = [
     "in mid step", "state half written", "state not yet renamed", "state without its last", "old state not yet dropped",
     "while evaluating", "evaluated, not yet saved", "clock", "clock", "clock",
 ]  # fmt: skip
 
 
+def attempt(out: Path, *words: str, fault: str = "", times: float = 1) -> int:
+    """Exit code of `ssaseg train` on the tiny recipe, without pictures, which nothing depends on.
+
+    It is killed where `fault` comes by for the `times`th time; "clock": `times` seconds after its first save, from
+    outside; no fault: left alone.
+    """
+    before = {path.name for path in out.glob("state-*.pt")}
+    changes = [without_pictures]
+    if fault not in ("", "clock"):
+        changes.append(partial(killed_at, fault, int(times)))
+    given = ["train", "demo", *KEYS, "--device", "cpu", "--out", str(out), *words]
+    process = Forked(command, given, *changes, errors=out.parent / "errors")
+    if fault == "clock":
+        process.wait_until(lambda: not {path.name for path in out.glob("state-*.pt")} <= before)
+        time.sleep(times)
+        process.kill()
+    return process.wait()
+
+
 @pytest.fixture(scope="module")
-def attempt() -> Iterator[Callable[..., int]]:
-    """Runs `ssaseg train` on the tiny recipe: (run folder, more words, fault, times) → exit code."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", SERVER]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment) as server:
-        assert server.stdin is not None
-        assert server.stdout is not None
-
-        def run(out: Path, *words: str, fault: str = "", times: float = 1) -> int:
-            line = [["train", "demo", *KEYS, "--device", "cpu", "--out", str(out), *words], fault, times]
-            print(json.dumps(line), file=server.stdin, flush=True)
-            return int(server.stdout.readline())  # type: ignore[union-attr]
-
-        yield run
-        server.stdin.close()
-
-
-@pytest.fixture(scope="module")
-def undisturbed(attempt: Callable[..., int], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("undisturbed") / "run"
     assert attempt(out) == 0, (out.parent / "errors").read_text()
     return out
@@ -137,7 +74,7 @@ def log(out: Path) -> list[dict[str, Any]]:
     return [{key: value for key, value in json.loads(line).items() if key not in clocks} for line in lines]
 
 
-def test_ten_kills_change_no_bit(undisturbed: Path, attempt: Callable[..., int], tmp_path: Path) -> None:
+def test_ten_kills_change_no_bit(undisturbed: Path, tmp_path: Path) -> None:
     draw = random.Random(1)
     out = tmp_path / "run"
     for number, fault in enumerate(draw.sample(FAULTS, len(FAULTS))):
@@ -158,9 +95,7 @@ def test_ten_kills_change_no_bit(undisturbed: Path, attempt: Callable[..., int],
     assert len(json.loads((out / "env.json").read_text())["resumed"]) > 3
 
 
-def test_a_newest_state_that_cannot_be_read_costs_its_steps_alone(
-    undisturbed: Path, attempt: Callable[..., int], tmp_path: Path
-) -> None:
+def test_a_newest_state_that_cannot_be_read_costs_its_steps_alone(undisturbed: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     shutil.copytree(undisturbed, out)
     newest = out / "state-18.pt"
@@ -175,7 +110,7 @@ def test_a_newest_state_that_cannot_be_read_costs_its_steps_alone(
     assert log(out) == log(undisturbed)
 
 
-def test_last_belongs_to_the_state(undisturbed: Path, attempt: Callable[..., int], tmp_path: Path) -> None:
+def test_last_belongs_to_the_state(undisturbed: Path, tmp_path: Path) -> None:
     """Also where the very last kill came between the two, and nothing is left to train."""
     out = tmp_path / "run"
     shutil.copytree(undisturbed, out)
@@ -184,7 +119,7 @@ def test_last_belongs_to_the_state(undisturbed: Path, attempt: Callable[..., int
     assert equal(*(read_checkpoint(folder / "last.safetensors") for folder in (out, undisturbed)))
 
 
-def test_a_run_of_the_previous_version_goes_on(undisturbed: Path, attempt: Callable[..., int], tmp_path: Path) -> None:
+def test_a_run_of_the_previous_version_goes_on(undisturbed: Path, tmp_path: Path) -> None:
     """A single state.pt, without what came since."""
     out = tmp_path / "run"
     out.mkdir()

@@ -4,16 +4,16 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
-import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from changes import Change, as_it_is, command, killed_in_step, slow_steps, without_pictures
 from click.testing import CliRunner, Result
+from forked import Forked
 from safetensors.torch import load_file
 from tiny import TINY
 
@@ -30,17 +30,10 @@ def run(*arguments: str) -> Result:
     return CliRunner().invoke(cli, ["train", "demo", *TINY, "--device", "cpu", *arguments])
 
 
-def start(out: Path, *arguments: str, prelude: str = "") -> subprocess.Popen[str]:
-    """`ssaseg train` in a process of its own, after `prelude` (Python) has been run in it."""
-    script = f"{prelude}\nfrom ssaseg.cli.main import cli\ncli()"
-    command = [sys.executable, "-c", script, "train", "demo", *TINY, "--device", "cpu", "--out", str(out), *arguments]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
-
-
-def finish(process: subprocess.Popen[str]) -> tuple[int, str]:
-    _, errors = process.communicate(timeout=120)
-    return process.returncode, errors
+def start(out: Path, *arguments: str, change: Change = without_pictures) -> Forked:
+    """`ssaseg train` in a process of its own, after the change."""
+    words = ["train", "demo", *TINY, "--device", "cpu", "--out", str(out), *arguments]
+    return Forked(command, words, change, errors=out.with_suffix(".errors"))
 
 
 def assert_same_weights(first: Path, second: Path) -> None:
@@ -52,7 +45,7 @@ def assert_same_weights(first: Path, second: Path) -> None:
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("undisturbed") / "run"
-    code, errors = finish(start(out))
+    code, errors = start(out, change=as_it_is).finish()
     assert code == 0, errors
     return out
 
@@ -75,29 +68,12 @@ def test_run_folder(undisturbed: Path) -> None:
     assert load_recipe(str(undisturbed / "config.yaml")).train.steps == 6
 
 
-IN_MID_STEP = """
-import os, signal, torch
-calls, step = [], torch.optim.AdamW.step
-def counted(self, *args, **kwargs):
-    calls.append(1)
-    if len(calls) == 4: os.kill(os.getpid(), signal.SIGKILL)
-    return step(self, *args, **kwargs)
-torch.optim.AdamW.step = counted
-"""
-# Slow enough for a signal to arrive before the last step.
-SLOWLY = """
-import time, torch
-step = torch.optim.AdamW.step
-torch.optim.AdamW.step = lambda self, *args, **kwargs: (time.sleep(0.5), step(self, *args, **kwargs))[1]
-"""
-
-
 def test_a_killed_run_ends_where_an_undisturbed_one_ends(undisturbed: Path, tmp_path: Path) -> None:
     """With workers; `test_never_lost` has the other moments."""
     out = tmp_path / "run"
-    code, _ = finish(start(out, prelude=IN_MID_STEP))
+    code, _ = start(out, change=partial(killed_in_step, 4)).finish()
     assert code == -signal.SIGKILL
-    code, errors = finish(start(out, "--resume"))
+    code, errors = start(out, "--resume").finish()
     assert code == 0, errors
     assert_same_weights(out / "last.safetensors", undisturbed / "last.safetensors")
     assert_same_weights(out / "best.safetensors", undisturbed / "best.safetensors")
@@ -109,18 +85,15 @@ def test_a_killed_run_ends_where_an_undisturbed_one_ends(undisturbed: Path, tmp_
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_signals_save_first(undisturbed: Path, tmp_path: Path, number: int, code: int) -> None:
     out = tmp_path / "run"
-    process = start(out, "train.save_every=1000", prelude=SLOWLY)
-    deadline = time.monotonic() + 60
-    while not (out / "metrics.jsonl").exists() or not (out / "metrics.jsonl").read_text():
-        assert time.monotonic() < deadline
-        assert process.poll() is None, process.communicate()[1]
-        time.sleep(0.02)
+    process = start(out, "train.save_every=1000", change=partial(slow_steps, 0.5))  # a signal comes before the last
+    log = out / "metrics.jsonl"
+    process.wait_until(lambda: log.exists() and log.read_text() != "")
     process.send_signal(number)
-    got, errors = finish(process)
+    got, errors = process.finish()
     assert got == code, errors
     assert "Traceback" not in errors
     assert "--resume" in errors
-    got, errors = finish(start(out, "--resume"))
+    got, errors = start(out, "--resume").finish()
     assert got == 0, errors
     assert_same_weights(out / "last.safetensors", undisturbed / "last.safetensors")
 
