@@ -1,6 +1,6 @@
-"""Recipes: one YAML file says everything that decides a training's numbers.
+"""Recipes: a YAML file sets everything, except the code, that decides the numbers of a training.
 
-A recipe may extend others and is checked against the schema when it is read; `key=value` words change single keys.
+A recipe may extend others. It is checked against the schema when it is read. `key=value` arguments change single keys.
 """
 
 import itertools
@@ -43,22 +43,22 @@ __all__ = [
 
 
 def load_recipe(name_or_path: str, overrides: Sequence[str] = (), known: Known | None = None) -> Recipe:
-    """Read a shipped recipe or a file, resolve `extends`, apply `key=value` words, and check the result.
+    """Read a shipped recipe or a file, resolve `extends`, apply `key=value` arguments, and check the result.
 
     Args:
-        name_or_path: a shipped name such as "demo", or the path of a YAML file.
-        overrides: words such as "optim.lr=1e-3", "train.amp=off", "augment.crop=[360,480]".
-        known: the facts of a network with its classifier, `ssaseg.models.facts`: losses, options and groups are then
-            checked too. It is needed where the recipe is to be trained.
+        name_or_path: the name of a shipped recipe, such as "demo", or the path of a YAML file.
+        overrides: arguments such as "optim.lr=1e-3", "train.amp=off", "augment.crop=[360,480]".
+        known: facts about a network with its classifier, `ssaseg.models.facts`: losses, options and groups are then
+            checked too. Needed where the recipe is to be trained.
 
     Raises:
-        RecipeError: anything that is wrong, in at most three lines.
+        RecipeError: the recipe cannot be read or is not valid. The message has at most three lines.
     """
     path = recipe_file(name_or_path)
     if path.parent == FOLDER and path.stem.startswith("_"):
         raise RecipeError(
-            f"{name_or_path}: a base for recipes to extend, not one to run\n"
-            f"write `extends: {path.stem}` in a file of your own; {LIST}"
+            f"{name_or_path}: this recipe is only a base for other recipes; it cannot be run\n"
+            f"write `extends: {path.stem}` in your own file; {LIST}"
         )
     layer = read_recipe(path)
     layer.values.setdefault("name", path.stem)
@@ -66,14 +66,14 @@ def load_recipe(name_or_path: str, overrides: Sequence[str] = (), known: Known |
 
 
 def parse_recipe(data: Mapping[str, Any], source: str) -> Recipe:
-    """Check a resolved recipe that is already a mapping, such as the one inside a checkpoint.
+    """Check a complete recipe that is already a mapping, such as the recipe in a checkpoint.
 
     Args:
-        data: the mapping; as parsed from JSON, keys of `raw_to_train` may be text.
-        source: where it comes from; opens the error message, and its stem is the name where none is given.
+        data: the mapping. Keys of `raw_to_train` may be text, as parsed from JSON.
+        source: where the recipe comes from: the error message starts with it. Its stem is the default of `name`.
 
     Raises:
-        RecipeError: anything that is wrong, in at most three lines.
+        RecipeError: the recipe is not valid. The message has at most three lines.
     """
     return _check(Layer({"name": Path(source).stem, **_current(data)}, {}), source)
 
@@ -88,20 +88,20 @@ def _current(data: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 class _Protocol(Section):
-    """A `test` section by itself; as part of a mapping, its errors name keys as a recipe's do."""
+    """A `test` section alone, inside a mapping, so that its errors name the same keys as those of a recipe."""
 
     test: Test
 
 
 def parse_protocol(data: Mapping[str, Any], source: str) -> Test:
-    """Check a test-time protocol by itself, such as a checkpoint's; keys that are missing have their defaults.
+    """Check a test-time protocol alone, such as a checkpoint's. Missing keys get their defaults.
 
     Args:
-        data: the mapping, as a recipe's `test` section.
-        source: where it comes from; opens the error message.
+        data: the mapping, like a recipe's `test` section.
+        source: where the protocol comes from: the error message starts with it.
 
     Raises:
-        RecipeError: anything that is wrong, in at most three lines.
+        RecipeError: the protocol is not valid. The message has at most three lines.
     """
     try:
         return _Protocol.model_validate({"test": data}).test
@@ -110,14 +110,14 @@ def parse_protocol(data: Mapping[str, Any], source: str) -> Test:
 
 
 def dump_recipe(recipe: Recipe) -> str:
-    """The recipe as YAML with every key and no `extends`: it runs as it is, and loads back equal."""
+    """The recipe as YAML text with all keys and without `extends`. It can be run; loading it gives an equal recipe."""
     return _dump(recipe.model_dump())
 
 
 def standalone_text(name_or_path: str) -> str:
-    """The recipe as one file that needs no other and takes the name of the file it is written to.
+    """The recipe as the text of a single file, without `name`: the name is then that of the new file.
 
-    That is the file itself, comments and all; where it extends others, its header and all keys.
+    If the recipe extends no other, this is its unchanged text, with comments; otherwise its header and all its keys.
     """
     path = recipe_file(name_or_path)
     text = path.read_text(encoding="utf-8")
@@ -147,7 +147,7 @@ def _dump(values: dict[str, Any]) -> str:
 
 
 class _Dumper(yaml.SafeDumper):
-    """Lists on one line, no anchors, and text that YAML 1.2 would read as a number in quotes."""
+    """Writes lists on one line, no anchors, and quotes around text that YAML 1.2 would read as a number."""
 
     def ignore_aliases(self, data: Any) -> bool:
         return True

@@ -1,4 +1,4 @@
-"""What a recipe may say about images, labels and the meaning of label values."""
+"""The `data` section of a recipe: images, labels and the meaning of label values."""
 
 from typing import Annotated, Any
 
@@ -21,7 +21,7 @@ from ssaseg.recipes.fields import (
 def _suffixes(suffixes: tuple[str, ...]) -> tuple[str, ...]:
     for suffix in suffixes:
         if "." not in suffix:
-            raise wrong("data.image_suffixes", suffix, "ends of file names with their dot", "write '.jpg', not 'JPG'")
+            raise wrong("data.image_suffixes", suffix, "ends of file names with a dot", "write '.jpg', not 'JPG'")
     return suffixes
 
 
@@ -34,32 +34,33 @@ class Folders(Section):
 
     images: str = Field(description="folder of the images, below data.root; searched recursively")
     masks: NonEmpty | None = Field(
-        default=None, description="folder of the label masks, below data.root; same structure as images"
+        default=None, description="folder of the label masks, below data.root; same structure as the images' folder"
     )
     names: NonEmpty | None = Field(
-        default=None, description="file that lists the split's images, one name a line, below data.root; null: all"
+        default=None, description="file with the names of the split's images, one per line, below data.root; null: all"
     )
     annotations: (
         Annotated[tuple[NonEmpty, ...], Strict(False), Field(min_length=1), BeforeValidator(_listed)] | None
     ) = Field(
-        default=None, description="COCO-format file or list of them, below data.root; the later lie on the earlier"
+        default=None, description="COCO-format file, or a list of them, below data.root; later ones are drawn on top"
     )
 
 
 class Synthetic(Section):
-    """The scenes of the built-in procedural data set."""
+    """The scenes that ssaseg draws itself, for dataset: synthetic."""
 
-    height: int = Field(ge=64, description="height of every scene [pixels], at least 64: objects need room")
+    height: int = Field(ge=64, description="height of every scene [pixels], at least 64, to leave room for objects")
     width: int = Field(ge=64, description="width of every scene [pixels], at least 64")
     train: Count = Field(description="number of training scenes")
     val: Count = Field(description="number of validation scenes")
-    seed: int = Field(default=0, ge=0, description="seed of the scenes; same seed and index, same picture")
+    seed: int = Field(default=0, ge=0, description="seed of the scenes; the same seed and index give the same image")
 
 
-# Where a split's labels are, by data set; and the data sets that heed a key of `data`: the others bring their own.
+# By data set: the key with a split's labels, and the keys of a split that the data set does not use.
 _LABELS = {"folder": "masks: annotations/*", "coco_json": "annotations: instances_*.json"}
-_IN_VAIN = {"folder": ("annotations",), "coco_json": ("masks", "names")}
-_HEEDED: dict[str, tuple[str, ...]] = {
+_UNUSED = {"folder": ("annotations",), "coco_json": ("masks", "names")}
+# By key of `data`: the data sets that use it. For the other data sets its value is fixed.
+_USERS: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("classes", "palette", "train", "val"), ("folder", "coco_json")),
     **dict.fromkeys(
         ("image_suffixes", "mask_suffix", "ignore_index", "reduce_zero_label", "raw_to_train"), ("folder",)
@@ -73,47 +74,47 @@ class Data(Section):
 
     dataset: str = Field(
         default="folder",
-        description="folder (image/mask pairs on disk), coco_json (COCO-format annotations), synthetic (drawn on the "
-        "fly), or a published data set such as ade20k, whose classes and folders are known",
+        description="folder (image/mask pairs on disk), coco_json (COCO-format annotations), synthetic (scenes that "
+        "ssaseg draws itself), or a published data set such as ade20k, whose classes and folders are known",
     )
-    root: str = Field(default=".", description="folder that holds everything, relative to the current directory")
+    root: str = Field(default=".", description="folder of the data set, relative to the current directory")
     train: Folders | None = Field(default=None, description="where the training split's images and labels are")
     val: Folders | None = Field(default=None, description="where the validation split's images and labels are")
     image_suffixes: Annotated[tuple[str, ...], Strict(False), Field(min_length=1), AfterValidator(_suffixes)] = Field(
         default=(".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"),
-        description="ends of file names that make a file an image, compared without regard to case",
+        description="files with these ends of names are images; upper and lower case are the same",
     )
     mask_suffix: NonEmpty = Field(
-        default=".png", description="what replaces the image's suffix in its mask's file name"
+        default=".png", description="end of a mask's file name, in place of the image's suffix"
     )
     classes: Annotated[tuple[NonEmpty, ...], Strict(False)] = Field(
         default=(),
-        description="list of 2 to 255 class names, in the order of the train ids; coco_json may leave it to the files, "
-        "synthetic and published data sets bring their own",
+        description="list of 2 to 255 class names, in the order of the train ids; for coco_json, the default is the "
+        "classes in its files; not for synthetic and published data sets, whose classes are fixed",
     )
     background: NonEmpty | None = Field(
-        default=None, description="class of pixels without annotation, for coco_json; null: they are ignored"
+        default=None, description="class of pixels without annotation, for coco_json; null: these pixels are ignored"
     )
     palette: Annotated[tuple[Colour, ...], Strict(False)] | None = Field(
-        default=None, description="one [red, green, blue] of 0..255 per class; null: colours are made up"
+        default=None, description="one colour [red, green, blue] per class, each 0..255; null: colours are generated"
     )
-    ignore_index: Byte = Field(default=255, description="mask value of pixels that count nowhere, beside 255")
+    ignore_index: Byte = Field(default=255, description="mask value of pixels to ignore; 255 is always ignored, too")
     reduce_zero_label: Switch = Field(
-        default=False, description="mask value 0 becomes ignored and every other goes down by 1"
+        default=False, description="mask value 0 is ignored, and 1 is subtracted from every other value"
     )
     raw_to_train: dict[RawId, Byte] | None = Field(
         default=None,
-        description="mask value -> train id (0..K-1, or 255: ignored), applied to every pixel; null: as they are",
+        description="mask value -> train id (0..K-1, or 255: ignored), for every pixel; null: values stay unchanged",
     )
     mean: Three = Field(
-        default=(123.675, 116.28, 103.53), description="[red, green, blue] subtracted from pixels of 0..255"
+        default=(123.675, 116.28, 103.53), description="[red, green, blue] to subtract from pixel values 0..255"
     )
     std: Annotated[tuple[Positive, Positive, Positive], Strict(False)] = Field(
         default=(58.395, 57.12, 57.375),
-        description="[red, green, blue] the difference is divided by, on the scale 0..255",
+        description="[red, green, blue] to divide by after the subtraction, on the scale 0..255",
     )
     cache: Switch = Field(
-        default=False, description="keep decoded images and masks in memory: faster, needs the memory"
+        default=False, description="keep decoded images and masks in memory: faster, but needs memory for all of them"
     )
     synthetic: Synthetic | None = Field(default=None, description="size and number of scenes, for dataset: synthetic")
 
@@ -121,33 +122,36 @@ class Data(Section):
     def _what_the_dataset_needs(self) -> "Data":
         for split in ("train", "val") if self.dataset in _LABELS else ():
             folders, example = getattr(self, split), _LABELS[self.dataset].replace("*", split)
-            mend = f"data.{split}: {{images: images/{split}, {example}}}"
+            fix = f"for example data.{split}: {{images: images/{split}, {example}}}"
             if folders is None:
-                raise wrong(f"data.{split}", None, f"the folders of the split, as dataset is {self.dataset}", mend)
+                raise wrong(f"data.{split}", None, f"the folders of the split, since dataset is {self.dataset}", fix)
             if getattr(folders, example.partition(":")[0]) is None:
-                raise wrong(f"data.{split}", folders.model_dump(exclude_none=True), f"{example} in it", mend)
-            for key in _IN_VAIN[self.dataset]:
+                got = folders.model_dump(exclude_none=True)
+                raise wrong(f"data.{split}", got, f"a key {example.partition(':')[0]} in it", fix)
+            for key in _UNUSED[self.dataset]:
                 if getattr(folders, key) is not None:
-                    expected = f"none, as dataset is {self.dataset}"
-                    raise wrong(f"data.{split}.{key}", getattr(folders, key), expected, mend)
+                    expected = f"no value, since dataset is {self.dataset}"
+                    raise wrong(f"data.{split}.{key}", getattr(folders, key), expected, fix)
         if self.dataset == "folder" and not self.classes:
-            raise wrong("data.classes", [], "2 to 255 names, as dataset is folder", "list them in train id order")
+            raise wrong(
+                "data.classes", [], "2 to 255 names, since dataset is folder", "list them in the order of the train ids"
+            )
         if self.dataset == "synthetic" and self.synthetic is None:
-            mend = "data.synthetic: {height: 160, width: 160, train: 512, val: 64, seed: 0}"
-            raise wrong("data.synthetic", None, "the scenes' size and number, as dataset is synthetic", mend)
+            fix = "for example data.synthetic: {height: 160, width: 160, train: 512, val: 64, seed: 0}"
+            raise wrong("data.synthetic", None, "the scenes' size and number, since dataset is synthetic", fix)
         return self
 
     @model_validator(mode="after")
-    def _nothing_in_vain(self) -> "Data":
-        """A key that the data set would not heed is an error: who writes it expects an effect, of its default too."""
-        # A recipe as it is stored has all keys, though those that came later: nobody wrote these.
-        stored = _HEEDED.keys() - {"background"} <= self.model_fields_set
-        for key, users in _HEEDED.items():
+    def _no_unused_key(self) -> "Data":
+        """A key that the data set does not use is an error, even with its default value: the user expects an effect."""
+        # A stored recipe has all keys, except keys that are newer than the recipe. The user has not written these.
+        stored = _USERS.keys() - {"background"} <= self.model_fields_set
+        for key, users in _USERS.items():
             got, default = getattr(self, key), type(self).model_fields[key].default
             written = got != default or (key in self.model_fields_set and not stored)
             if self.dataset not in users and written:
-                mend = f"remove the key (the data set brings its own), or set data.dataset: {users[0]}"
-                raise wrong(f"data.{key}", got, f"none, as dataset is {self.dataset}", mend)
+                fix = f"remove the key (the data set does not use it), or set data.dataset: {users[0]}"
+                raise wrong(f"data.{key}", got, f"no value, since dataset is {self.dataset}", fix)
         return self
 
     @model_validator(mode="after")
@@ -157,14 +161,14 @@ class Data(Section):
         if repeated is not None:
             raise wrong("data.classes", repeated, "each class name once", "rename one of them")
         if names and not 2 <= len(names) <= 255:
-            raise wrong("data.classes", len(names), "2 to 255 names", "labels are bytes, 255 is 'ignored'")
+            raise wrong("data.classes", len(names), "2 to 255 names", "a label is one byte, and 255 means 'ignored'")
         if self.palette is not None and len(self.palette) != len(names):
             expected = f"{len(names)} colours, one per class"
             raise wrong("data.palette", len(self.palette), expected, "add or remove colours, or use null")
         first = int(self.reduce_zero_label)
         if first <= self.ignore_index < first + len(names):
-            expected = f"a value that is no class ({first}..{first + len(names) - 1} are)"
-            raise wrong("data.ignore_index", self.ignore_index, expected, "255 is the usual one")
+            expected = f"a value that is not a class ({first}..{first + len(names) - 1} are classes)"
+            raise wrong("data.ignore_index", self.ignore_index, expected, "the usual value is 255")
         return self
 
     @model_validator(mode="after")
@@ -172,10 +176,10 @@ class Data(Section):
         if self.raw_to_train is None or not self.classes:
             return self
         if self.reduce_zero_label:
-            mend = "map 0 to 255 in raw_to_train, or leave raw_to_train out"
-            raise wrong("data.reduce_zero_label", True, "false where raw_to_train is given", mend)
+            fix = "map 0 to 255 in raw_to_train, or remove raw_to_train"
+            raise wrong("data.reduce_zero_label", True, "false, since raw_to_train is given", fix)
         for raw, train in self.raw_to_train.items():
             if train >= len(self.classes) and train not in (255, self.ignore_index):
                 expected = f"a train id of 0..{len(self.classes) - 1}, or 255 (ignored)"
-                raise wrong(f"data.raw_to_train.{raw}", train, expected, "train ids count the classes from 0")
+                raise wrong(f"data.raw_to_train.{raw}", train, expected, "train ids number the classes from 0")
         return self

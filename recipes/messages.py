@@ -1,4 +1,4 @@
-"""What is wrong with a recipe, in at most three lines: where, which key, what was expected, what was got, the mend."""
+"""Errors of a recipe in at most three lines: the place, the key, what was expected, what was got, and the fix."""
 
 import difflib
 from collections.abc import Iterator, Mapping
@@ -14,9 +14,9 @@ _EXPECTED = {
     "int_parsing": "a whole number",
     "float_type": "a number",
     "finite_number": "a finite number",
-    "string_type": "text (in quotes where it looks like a number)",
+    "string_type": "text (in quotes if it looks like a number)",
     "string_too_short": "text that is not empty",
-    "string_pattern_mismatch": "text without slashes or a dot in front",
+    "string_pattern_mismatch": "text without slashes that does not start with a dot",
     "bool_type": "true or false",
     "bool_parsing": "true or false",
     "tuple_type": "a list",
@@ -33,34 +33,34 @@ _EXPECTED = {
 
 
 def explain(error: ValidationError, source: str, places: Mapping[Keys, str]) -> str:
-    """The first problem, and how many more there are.
+    """The first problem of a recipe, and the number of the other problems.
 
     Args:
         error: what the schema found.
-        source: the recipe's name or file, for keys that were written nowhere.
+        source: the recipe's name or file, for keys that were not written.
         places: where each key was written ("file:line"), by its path.
     """
-    # A mistyped key is also a missing one: the unknown key is the cause and comes first.
+    # A key with a typing error is unknown, and the right key is missing: the unknown key is the cause and comes first.
     problems = sorted(error.errors(include_url=False), key=lambda problem: problem["type"] != "extra_forbidden")
-    loc, what, mend = _tell(problems[0])
-    lines = [f"{place_of(loc, places, source)}: {what}", mend]
+    loc, what, fix = _describe(problems[0])
+    lines = [f"{place_of(loc, places, source)}: {what}", fix]
     if len(problems) > 1:
         lines.append(f"({len(problems) - 1} more problem{'s' if len(problems) > 2 else ''})")
     return "\n".join(line for line in lines if line)
 
 
 def place_of(keys: Keys, places: Mapping[Keys, str], source: str) -> str:
-    """Where a key, or the nearest section around it, was written ("file:line"); `source` where nowhere."""
+    """Where a key, or the nearest section around it, was written ("file:line"); `source` if it was not written."""
     return next((places[keys[:end]] for end in range(len(keys), 0, -1) if keys[:end] in places), source)
 
 
-def _tell(problem: Mapping[str, Any]) -> tuple[Keys, str, str]:
-    """Which key, what is wrong with it, and the mend (or what the key means)."""
+def _describe(problem: Mapping[str, Any]) -> tuple[Keys, str, str]:
+    """The key, what is wrong with it, and the fix (or the meaning of the key)."""
     kind, got, context = problem["type"], problem["input"], problem.get("ctx", {})
-    loc = tuple(part for part in problem["loc"] if part != "[key]")  # pydantic's word for "the key, not the value"
+    loc = tuple(part for part in problem["loc"] if part != "[key]")  # pydantic's mark for "the key, not the value"
     if kind == "across_keys":
-        loc, mend = tuple(context["key"].split(".")), context["mend"]
-        return loc, f"{dotted(loc)}: expected {context['expected']}, got {short(context['got'])}", mend
+        loc, fix = tuple(context["key"].split(".")), context["fix"]
+        return loc, f"{dotted(loc)}: expected {context['expected']}, got {short(context['got'])}", fix
     if kind == "extra_forbidden":
         return loc, f"unknown key {dotted(loc)}", _did_you_mean(loc)
     if kind == "missing" and isinstance(loc[-1], str):
@@ -72,14 +72,14 @@ def _tell(problem: Mapping[str, Any]) -> tuple[Keys, str, str]:
 
 
 def _did_you_mean(loc: Keys) -> str:
-    *above, word = map(str, loc)
+    *above, name = map(str, loc)
     section = _section(tuple(above))
     siblings = list(section.model_fields)
-    word = word.lower()  # as all keys are
-    near = difflib.get_close_matches(word, siblings, n=1)
+    name = name.lower()  # all keys are in lower case
+    near = difflib.get_close_matches(name, siblings, n=1)
     if near:
         return f"did you mean {'.'.join([*above, near[0]])}?"
-    elsewhere = [key for key in _all_keys(Recipe) if difflib.get_close_matches(word, [key.rpartition(".")[2]], n=1)]
+    elsewhere = [key for key in _all_keys(Recipe) if difflib.get_close_matches(name, [key.rpartition(".")[2]], n=1)]
     if elsewhere:
         return f"did you mean {' or '.join(elsewhere[:2])}?"
     return f"known keys {'of ' + '.'.join(above) if above else 'at the top'}: {', '.join(siblings)}"
@@ -89,12 +89,12 @@ def _all_keys(section: type[BaseModel], above: str = "") -> Iterator[str]:
     for name, field in section.model_fields.items():
         yield above + name
         below = _section_of(field.annotation)
-        if below is not None and get_origin(field.annotation) is not dict:  # below a dict are the user's own names
+        if below is not None and get_origin(field.annotation) is not dict:  # in a dict, the user chooses the names
             yield from _all_keys(below, f"{above}{name}.")
 
 
 def _section(loc: Keys) -> type[BaseModel]:
-    """The section that holds the keys below `loc`; parts that are no keys of ours (`rules.head`) are passed over."""
+    """The section with the keys below `loc`. Skips names that the user has chosen, such as `head` in `rules.head`."""
     section: type[BaseModel] = Recipe
     for part in loc:
         field = section.model_fields.get(part)
@@ -104,7 +104,7 @@ def _section(loc: Keys) -> type[BaseModel]:
 
 def _section_of(annotation: Any) -> type[BaseModel] | None:
     """The section inside an annotation: `Data`, `Folders | None`, `dict[str, Rule]`."""
-    # Python 3.10 takes `tuple[int, int]` for a class.
+    # In Python 3.10 `tuple[int, int]` counts as a class.
     if isinstance(annotation, type) and get_origin(annotation) is None and issubclass(annotation, BaseModel):
         return annotation
     return next((found for found in map(_section_of, get_args(annotation)) if found), None)

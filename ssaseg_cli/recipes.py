@@ -79,7 +79,7 @@ def copy(name: str, destination: Path | None) -> None:
         raise CommandError(f"{destination}: already exists\ngive another DESTINATION, or remove the file") from None
     except FileNotFoundError:
         raise CommandError(
-            f"{destination}: there is no folder {destination.parent}\ncreate it first, or give another DESTINATION"
+            f"{destination}: there is no folder {destination.parent}\nmake it first, or give another DESTINATION"
         ) from None
     try:
         with file:

@@ -1,4 +1,4 @@
-"""The kinds of results that `predict` writes, in one table. What encodes them is imported when it is called.
+"""The kinds of results that `predict` writes, in one table. Slow imports are inside the functions that need them.
 
 Axes: K classes, H×W pixels of an image.
 """
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Style:
-    """What results look like: K class names, and their colours RGB uint8 (256,3), black from K on."""
+    """Names and colours of K classes; colours: RGB uint8 (256,3), black from index K on."""
 
     classes: tuple[str, ...]
     colours: "np.ndarray"
@@ -33,22 +33,22 @@ def style_of(classes: Sequence[str], palette: Iterable[Sequence[int]]) -> Style:
 
 
 class Kind(NamedTuple):
-    """A kind of result: a file an image, or where `encode` is None an entry in one file of all images."""
+    """A kind of result: one file per image; if `encode` is None, entries in a single file for all images."""
 
     suffix: str
-    # The file's content, from the image BGR uint8 (H,W,3), what the model says about it, and the style.
+    # Makes the file's content from the image BGR uint8 (H,W,3), the model's prediction, and the style.
     encode: "Callable[[np.ndarray, Prediction, Style], bytes] | None"
-    needs: str = "labels"  # the field of `Prediction` that it is made of
+    needs: str = "labels"  # the field of `Prediction` that it is made from
 
 
 def encode_indices(labels: "np.ndarray | None", style: Style) -> bytes:
-    """Palette PNG of class numbers uint8 (H,W), one byte a pixel."""
+    """Palette PNG of class numbers uint8 (H,W), one byte per pixel."""
     from PIL import Image
 
     assert labels is not None
     buffer = io.BytesIO()
     picture = Image.fromarray(labels)
-    # A palette of 256 colours keeps a pixel a byte: Pillow packs smaller ones, which some readers cannot take.
+    # A palette of 256 colours makes each pixel a byte. With a smaller one Pillow packs pixels; some readers fail then.
     picture.putpalette(style.colours.tobytes())
     picture.save(buffer, "PNG")
     return buffer.getvalue()
@@ -76,7 +76,7 @@ def encode_overlay(image: "np.ndarray", prediction: "Prediction", style: Style) 
 
 
 def encode_probabilities(image: "np.ndarray", prediction: "Prediction", style: Style) -> bytes:
-    """Compressed .npz with `probabilities`: float16 (K,H,W), which add up to 1 over K."""
+    """Compressed .npz with `probabilities`: float16 (K,H,W), whose sum over K is 1."""
     import numpy as np
 
     assert prediction.probabilities is not None
@@ -85,7 +85,7 @@ def encode_probabilities(image: "np.ndarray", prediction: "Prediction", style: S
     return buffer.getvalue()
 
 
-# By the name of the folder below OUT. "rle" is the one file OUT/rle.json.
+# Key: name of the folder below OUT. The kind "rle" is the single file OUT/rle.json.
 KINDS: Mapping[str, Kind] = {
     "index": Kind(".png", lambda image, prediction, style: encode_indices(prediction.labels, style)),
     "color": Kind(".png", encode_colours),
@@ -97,5 +97,5 @@ KINDS: Mapping[str, Kind] = {
 
 
 def is_needed(field: str, kinds: Iterable[str]) -> bool:
-    """Whether one of the kinds is made of that field of a `Prediction`."""
+    """Whether one of the kinds is made from this field of `Prediction`."""
     return any(KINDS[kind].needs == field for kind in kinds)

@@ -1,7 +1,7 @@
-"""Labelling images from files, folders and globs: reading, inference and writing overlap, memory stays flat.
+"""Labels images from files, folders and glob patterns. Reading, inference and writing overlap; memory stays constant.
 
-Threads read and write, since OpenCV, Pillow and zlib work outside Python's lock; the main thread runs the network. A
-fixed number of images is on its way at any time.
+Threads read and write, since OpenCV, Pillow and zlib release Python's lock; the main thread runs the network. The
+number of images in work at the same time is limited.
 
 Axes: K classes, H×W pixels of an image.
 """
@@ -34,7 +34,7 @@ from ssaseg.models import load_model
 from ssaseg.models.checkpoint import write_atomic
 from ssaseg.recipes import parse_protocol
 
-# Threads that read, and as many that write. Each holds an image, hence fewer than a large machine could run.
+# Number of threads that read; as many write. Each holds an image in memory, so the number is limited.
 THREADS = max(2, min(8, count_cores() // 2))
 
 Item = TypeVar("Item")
@@ -43,14 +43,14 @@ Made = TypeVar("Made")
 
 
 class Decoded(NamedTuple):
-    """An image as read, and the network's inputs made of it; all BGR uint8 (·,·,3)."""
+    """The original image, and the network's inputs made from it; all BGR uint8 (·,·,3)."""
 
     image: np.ndarray
     inputs: list[np.ndarray]
 
 
 class Labelled(NamedTuple):
-    """An image with its results, to be written."""
+    """An image with its results, ready to be written."""
 
     source: Source
     image: np.ndarray  # BGR uint8 (H,W,3)
@@ -61,20 +61,20 @@ class Labelled(NamedTuple):
 def run_predict(
     checkpoint: Path, inputs: Sequence[str], out: Path, save: Sequence[str], skip_existing: bool, device: str
 ) -> int:
-    """Labels every image of `inputs` into `out`/<kind>/; returns 0, or 1 where some image was skipped.
+    """Labels every image of `inputs` into `out`/<kind>/. Returns 0, or 1 if an image was skipped.
 
-    save: kinds of results: index, color, overlay, probs, rle, coarse. skip_existing: leave out images whose results
-    of every kind are there. After Ctrl-C or SIGTERM what is on its way is written, and 130 or 143 returned. Raises
-    CommandError for inputs without images, results that would overwrite each other, an `out` that cannot be written,
-    and `coarse` of a classifier that does not adapt; OSError where a result cannot be written.
+    save: kinds of results: index, color, overlay, probs, rle, coarse. skip_existing: skip images whose results of all
+    these kinds exist. After Ctrl-C or SIGTERM, images in work are written; returns 130 or 143. Raises CommandError for
+    inputs without images, results that would overwrite each other, an `out` that cannot be written, and `coarse` with
+    a classifier that does not adapt; OSError if a result cannot be written.
     """
     chosen = select_device(device)
     model, metadata = load_model(checkpoint)
     protocol = parse_protocol(metadata["protocol"], f"{checkpoint}: protocol")
     if is_needed("coarse", save) and not model.classifier.has_coarse:
         raise CommandError(
-            f"{checkpoint}: classifier {model.classifier_name} adapts nothing, so there is no coarse result\n"
-            "leave coarse out of --save"
+            f"{checkpoint}: classifier {model.classifier_name} does not adapt labels, so there is no coarse result\n"
+            "remove coarse from --save"
         )
     found = find_sources(inputs, out)
     make_folders(out, save)
@@ -89,20 +89,20 @@ def run_predict(
         labeller = Labeller(inference, out, save, style)
         done = label_all(labeller, sources, rle, stop)
     if stop.requested:
-        print(f"stopped: {done} of {len(sources)} images are done; --skip-existing does the others", file=sys.stderr)
+        print(f"stopped: {done} of {len(sources)} images are done; --skip-existing labels the rest", file=sys.stderr)
         return stop.exit_code
     seconds = time.perf_counter() - started
     left_out = len(sources) - done
     counts = f"labelled {done} of {len(found)} images in {seconds:.1f} s ({done / max(seconds, 1e-9):.1f} images/s)"
-    there = f"; {len(found) - len(sources)} were there" if len(found) > len(sources) else ""
-    print(f"{counts}{there}{f'; {left_out} skipped' if left_out else ''}: {out}")
+    existed = f"; {len(found) - len(sources)} existed already" if len(found) > len(sources) else ""
+    print(f"{counts}{existed}{f'; {left_out} skipped' if left_out else ''}: {out}")
     print(f"protocol of the checkpoint: {state_views(protocol)}")
     return 1 if left_out else 0
 
 
 @dataclass(frozen=True)
 class Labeller:
-    """What does not change from image to image, and the three things done to each."""
+    """Reads, labels and writes images; holds what is the same for all of them."""
 
     inference: Inference
     out: Path
@@ -110,7 +110,7 @@ class Labeller:
     style: Style
 
     def read(self, source: Source) -> Decoded | Exception:
-        """The image and the network's inputs, or why there are none."""
+        """The image and the network's inputs, or the error if the image cannot be read."""
         try:
             image = read_image(source.path)
             return Decoded(image, self.inference.inputs(image, str(source.path)))
@@ -118,7 +118,7 @@ class Labeller:
             return error
 
     def predict(self, sources: Sequence[Source], stop: StopSignal) -> Generator[Labelled, None, None]:
-        """Results of the images that can be read, up to a signal to stop; the others are named on stderr."""
+        """Results of the images, until a request to stop. Images that cannot be read are reported on stderr."""
         with (
             progress_bar(len(sources), "labelled") as advance,
             closing(in_order(self.read, sources, THREADS)) as decoded,
@@ -133,13 +133,13 @@ class Labeller:
                     return
 
     def infer(self, decoded: Decoded) -> Prediction:
-        """One forward pass for each view, whatever kinds of results are wanted."""
+        """One forward pass per view; its logits give all requested kinds of results."""
         inputs = [torch.from_numpy(each) for each in decoded.inputs]
         coarse, probabilities = (is_needed(field, self.save) for field in ("coarse", "probabilities"))
         return self.inference.predict(inputs, decoded.image.shape[:2], coarse, probabilities)
 
     def write(self, done: Labelled) -> tuple[str, list[str]]:
-        """Writes the files of one image; returns its name and lines in `rle.json`."""
+        """Writes the files of one image; returns its name and its lines for `rle.json`."""
         for kind in self.save:
             encode = KINDS[kind].encode
             if encode is not None:
@@ -152,7 +152,7 @@ class Labeller:
 
 
 def label_all(labeller: Labeller, sources: Sequence[Source], rle: RleFile | None, stop: StopSignal) -> int:
-    """Reads, labels and writes all at the same time; returns the number of images done."""
+    """Labels all sources; reading, labelling and writing overlap. Returns the number of images done."""
     done = 0
     with (
         closing(labeller.predict(sources, stop)) as ready,
@@ -166,10 +166,10 @@ def label_all(labeller: Labeller, sources: Sequence[Source], rle: RleFile | None
 
 
 def in_order(function: Callable[[Item], Made], items: Iterable[Item], threads: int) -> Generator[Made, None, None]:
-    """`function` of each item, in the items' order, by `threads` threads that are at most `threads` items ahead.
+    """`function` of each item, in the items' order. `threads` threads compute at most `threads` items ahead.
 
-    An exception of `function` is raised in its turn; whoever stops early closes the iterator, which waits for what has
-    been begun.
+    An exception of `function` is raised when its item is due. To stop early, close the generator: it waits for the
+    items that are being computed.
     """
     with ThreadPoolExecutor(threads) as pool:
         pending: deque[Future[Made]] = deque()
@@ -186,11 +186,11 @@ def in_order(function: Callable[[Item], Made], items: Iterable[Item], threads: i
 
 
 def report_unread(source: Source, error: Exception) -> None:
-    """One line on stderr: the name and the reason."""
+    """Prints one line on stderr: the image and the reason."""
     reason = str(error).partition("\n")[0]
     if isinstance(error, OSError) and error.strerror:
         reason = f"{source.path}: {error.strerror}"
-    tqdm.write(f"skipped: {reason}", file=sys.stderr)  # above the bar, where there is one
+    tqdm.write(f"skipped: {reason}", file=sys.stderr)  # above the progress bar, if there is one
 
 
 def target(out: Path, kind: str, source: Source) -> Path:
@@ -199,12 +199,12 @@ def target(out: Path, kind: str, source: Source) -> Path:
 
 
 def is_done(source: Source, out: Path, save: Sequence[str], known: set[str]) -> bool:
-    """Whether every result asked for is there; `known`: images in `rle.json`."""
+    """Whether all requested results of an image exist; `known`: images in `rle.json`."""
     return all(source.relative in known if kind == "rle" else target(out, kind, source).is_file() for kind in save)
 
 
 def make_folders(out: Path, save: Sequence[str]) -> None:
-    """Makes `out` and a folder per kind, and tries to write there, before any work is done. Raises CommandError."""
+    """Makes `out` and a folder per kind, before any work is done. Raises CommandError if they cannot be written to."""
     for folder in [out, *(out / kind for kind in save if kind != "rle")]:
         probe = folder / ".writable"
         try:

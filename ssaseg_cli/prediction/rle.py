@@ -1,4 +1,4 @@
-"""`rle.json`, the one file with the run lengths of all images.
+"""`rle.json`: the single file with the run lengths of all images.
 
 Axes: K classes, H×W pixels of an image.
 """
@@ -15,9 +15,9 @@ from ssaseg.cli.errors import CommandError
 
 
 def rle_lines(name: str, labels: np.ndarray, classes: Sequence[str]) -> list[str]:
-    """COCO run lengths of each class in labels (H,W): JSON objects.
+    """COCO run lengths of labels (H,W): one JSON object for each class in them.
 
-    Keys: image (path below its input), category_id (0..K-1), category, segmentation {size [H,W], counts}, area
+    Keys: image (path below its INPUT), category_id (0..K-1), category, segmentation {size [H,W], counts}, area
     [pixels], bbox [x, y, width, height].
     """
     from pycocotools import mask
@@ -40,7 +40,7 @@ def rle_lines(name: str, labels: np.ndarray, classes: Sequence[str]) -> list[str
 
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """Gives an OSError, which a full disk raises without a name, the file's."""
+    """Adds the file's name to an OSError: that of a full disk has no name."""
     try:
         yield
     except OSError as error:
@@ -48,10 +48,10 @@ def naming(path: Path) -> Iterator[None]:
 
 
 class RleFile:
-    """`rle.json`: a JSON list with one object a line, written as images get done and put in place at the end.
+    """Writes `rle.json`: a JSON list with one object per line. The new file replaces the old one at the end.
 
-    Images of the present file that this run did not do follow those it did. Ctrl-C and errors put in place what there
-    is: always a whole list of whole images. OSErrors name `path`.
+    The images of this run come first, then the other images of the old file. After Ctrl-C or an error, the new file
+    holds the images that were done: always a complete list of complete images. OSErrors name `path`.
     """
 
     def __init__(self, path: Path) -> None:
@@ -59,11 +59,11 @@ class RleFile:
         self.temporary = path.with_name(f".{path.name}.partial")
         self.done: set[str] = set()
         self.separator = "[\n"  # before the next object
-        self.whole = True  # False while an image is being written, and where that failed
+        self.whole = True  # False while an image is being written, and after that has failed
 
     def __enter__(self) -> "RleFile":
         with naming(self.path):
-            # A file name that is no Unicode becomes the escape that JSON has for it.
+            # A file name that is not Unicode is written with JSON's escapes.
             self.file = self.temporary.open("w", encoding="utf-8", errors="backslashreplace")
         return self
 
@@ -92,7 +92,7 @@ class RleFile:
                 self.temporary.unlink(missing_ok=True)
 
     def _take_over(self) -> None:
-        """Appends what the present file has of other images, and ends the list."""
+        """Appends the other images of the old file, and ends the list."""
         if self.path.exists():
             for name, line in read_rle(self.path):
                 if name not in self.done:
@@ -110,10 +110,10 @@ def read_rle(path: Path) -> Iterator[tuple[str, str]]:
             try:
                 yield json.loads(text)["image"], text
             except (ValueError, KeyError, TypeError):
-                mend = "move it away, or choose another --out: the entries of other images are kept"
-                raise CommandError(f"{path}: not a list that `ssaseg predict` wrote\n{mend}") from None
+                fix = "its entries should be kept: move the file away, or choose another --out"
+                raise CommandError(f"{path}: not a list that `ssaseg predict` wrote\n{fix}") from None
 
 
 def labelled_images(path: Path) -> set[str]:
-    """Images in an `rle.json`; none where there is no file."""
+    """Names of the images in an `rle.json`; none if the file does not exist."""
     return {name for name, _ in read_rle(path)} if path.exists() else set()

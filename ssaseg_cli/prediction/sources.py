@@ -1,4 +1,4 @@
-"""Which images to label, and what their results are called."""
+"""Finds the images to label, and chooses the names of their results."""
 
 import glob
 import os
@@ -15,23 +15,23 @@ class Source(NamedTuple):
     """An image to label."""
 
     path: Path
-    relative: str  # below the input it was found in
-    name: str  # of its results, below their folder and without suffix
+    relative: str  # path below the INPUT that it was found in
+    name: str  # name of its results: path below their folder, without suffix
 
 
-# ---- what to read and where to write -----------------------------------------------------------------------------
 def find_sources(inputs: Sequence[str], out: Path) -> list[Source]:
-    """Images of all inputs, each file once, in the order given and sorted within an input; results in `out` are none.
+    """The images of all inputs, each file once: in the order of the inputs, and sorted within an input.
 
-    Raises CommandError for an input that gives no image, and for two images whose results would be the same file.
+    Results in `out` are not taken as images. Raises CommandError for an input without images, and for two images whose
+    results would have the same name.
     """
     results = {(out / kind).resolve() for kind in KINDS}
     found: dict[str, tuple[Path, str]] = {}
     for given in inputs:
-        there = _expand(given)
-        images = [(path, relative) for path, relative in there if results.isdisjoint(path.resolve().parents)]
-        if there and not images:
-            raise CommandError(f"{given}: no image but results below --out {out}, which are left out\nchange --out")
+        candidates = _expand(given)
+        images = [(path, relative) for path, relative in candidates if results.isdisjoint(path.resolve().parents)]
+        if candidates and not images:
+            raise CommandError(f"{given}: its only images are results in --out {out}, which are skipped\nchange --out")
         if not images:
             suffixes = " ".join(suffix.lstrip(".") for suffix in IMAGE_SUFFIXES)
             raise CommandError(f"{given}: no image found\nlooked for {_where(given)}; types: {suffixes}")
@@ -47,7 +47,7 @@ def _where(given: str) -> str:
 
 
 def _expand(given: str) -> list[tuple[Path, str]]:
-    """(file, path below the input) of one file, folder or glob. A glob's structure starts at its first wildcard."""
+    """(file, path below the input) of one file, folder or pattern. Of a pattern, paths start at the first wildcard."""
     path = Path(given)
     if path.is_file():
         return [(path, path.name)]
@@ -70,14 +70,14 @@ def _is_image(path: Path) -> bool:
 
 
 def _name(found: Sequence[tuple[Path, str]]) -> list[Source]:
-    """Names for results: the relative path without suffix, with it where two would be one."""
+    """The sources with names for their results: the relative path without suffix, or with it if two would be equal."""
     names = [relative.removesuffix(Path(relative).suffix) for _, relative in found]
     while True:
         groups: dict[str, list[int]] = {}
         for index, name in enumerate(names):
             groups.setdefault(name, []).append(index)
         shared = [index for group in groups.values() if len(group) > 1 for index in group]
-        # A name that just took its suffix back may meet another one: hence the loop.
+        # Repeated, since a name with its suffix may be equal to another name.
         short = [index for index in shared if names[index] != found[index][1]]
         if not short:
             break
@@ -86,7 +86,7 @@ def _name(found: Sequence[tuple[Path, str]]) -> list[Source]:
     if shared:
         first, second = (found[index][0] for index in shared[:2])
         raise CommandError(
-            f"{first} and {second}: their results would both be called {names[shared[0]]}\n"
-            "give the folder that holds both inputs, or run the command once for each with another --out"
+            f"{first} and {second}: their results would have the same name, {names[shared[0]]}\n"
+            "give the folder that holds both inputs, or run the command once for each, with another --out"
         )
     return [Source(path, relative, name) for (path, relative), name in zip(found, names, strict=True)]

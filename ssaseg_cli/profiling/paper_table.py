@@ -1,6 +1,6 @@
-"""`ssaseg profile --paper-table`: our networks' costs beside the published ones, linear and ssa.
+"""`ssaseg profile --paper-table`: what our networks cost, linear and ssa, beside the paper's figures.
 
-Published: SSA-Seg (NeurIPS 2024, arXiv 2405.06525), the table of its lightweight models, for 150 classes at 512×512.
+The paper: SSA-Seg (NeurIPS 2024, arXiv 2405.06525), the table of its lightweight models, for 150 classes at 512×512.
 """
 
 from collections.abc import Sequence
@@ -33,14 +33,15 @@ PAPER: dict[str, dict[str, Published]] = {
     "cgrseg_l": {"linear": Published(35.7, 14.9, 43.3), "ssa": Published(35.8, 14.8, 42.6)},
 }
 
-# Parameters that the official models hold, and the paper counts, though nothing ever uses them.
+# Parameters that the official models have but never use. The paper counts them.
 NEVER_USED = {"afformer_b": 66_048}
 
 
 def run_paper_table(json_out: str | None, device: str, runs: int) -> int:
-    """Measures all networks of the paper's table, in turn, and prints the table. Returns 0.
+    """Measures all networks of the paper's table and prints the table. Returns 0.
 
-    json_out: file, "-" for stdout without the table, or None. runs: timed passes of each network.
+    The networks take turns. json_out: a file; "-": stdout, without the table; or None. runs: timed passes of each
+    network.
     """
     chosen = select_device(device)
     json_out = json_target(json_out)
@@ -69,9 +70,9 @@ def run_paper_table(json_out: str | None, device: str, runs: int) -> int:
 
 
 def describe(name: str, classifier: str, counts: dict[str, Any]) -> dict[str, Any]:
-    """A row without timings: what `profiling.count` found of a network, beside the paper's figures.
+    """A row without timings: what `profile.count` found for a network, beside the paper's figures.
 
-    `parameters`: without what only training reads, and with what the official model holds and never uses [M].
+    `parameters` [M]: without the training-only ones, and with those that the official model has but never uses.
     """
     parameters = (counts["parameters_deployed"] + NEVER_USED.get(name, 0)) / 1e6
     paper = PAPER[name][classifier]
@@ -90,7 +91,7 @@ def describe(name: str, classifier: str, counts: dict[str, Any]) -> dict[str, An
 
 
 def print_paper_table(report: dict[str, Any]) -> None:
-    """The rows on stdout, with what one must know to compare them."""
+    """Prints the rows on stdout, with the conditions under which they were measured."""
     columns = (
         "",
         "parameters [M]",
@@ -103,13 +104,15 @@ def print_paper_table(report: dict[str, Any]) -> None:
         "paper",
     )
     print_table(columns, [_cells(row) for row in report["rows"]], _title(report))
-    print("parameters: without the training-only part; in percent: ours against the paper's")
+    print("parameters: without those that only training uses; in percent: our deviation from the paper")
     for name, unused in NEVER_USED.items():
-        print(f"{name}: with {unused:,} parameters that the official model holds and never uses, as the paper counts")
+        print(f"{name}: as in the paper, with {unused:,} parameters that the official model has but never uses")
     for name, meaning in COUNTINGS.items():
         print(f"{name}: {meaning}")
     conditions = f"{report['device']}, {report['threads']} CPU threads, torch {report['torch']}"
-    print(f"latency: {conditions}; {report['runs']} timed passes each, in turn; the paper's: on its authors' GPU")
+    print(
+        f"latency: {conditions}; {report['runs']} timed passes each, in turn; the paper's latency: on its authors' GPU"
+    )
 
 
 def _title(report: dict[str, Any]) -> str:

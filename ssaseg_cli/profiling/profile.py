@@ -1,8 +1,9 @@
-"""What a network costs: parameters, multiply-accumulates in two countings, latency and memory; linear beside ssa.
+"""What a network costs: parameters, multiply-accumulates, latency and memory, with linear and ssa side by side.
 
-Two countings, since published figures and work done differ. "Every operation" is `torch.utils.flop_counter` halved:
-each convolution and matrix product, wherever it is called from. "Modules only" is the papers' way, mmcv 1.x's
-`get_model_complexity_info`: it hooks modules and so misses the matrix products of attention and of the SSA classifier.
+Multiply-accumulates are counted in two ways, since published figures differ from the work that is done. "Every
+operation" is half of what `torch.utils.flop_counter` counts: all convolutions and matrix products. "Modules only" is
+the way of the papers, `get_model_complexity_info` of mmcv 1.x: it hooks modules, so it misses the matrix products of
+attention and of the SSA classifier.
 """
 
 import difflib
@@ -28,7 +29,7 @@ from ssaseg.models import CLASSIFIERS, Segmenter, build_model, list_models, load
 from ssaseg.models.labelling import label_map
 from ssaseg.models.segmenter import is_below
 
-CLASSES = 150  # of a network by name: ADE20K's, as in published figures
+CLASSES = 150  # of a network that is given by name: the classes of ADE20K, as in published figures
 
 WARM_UP = 3  # passes before the first timed one
 
@@ -38,12 +39,12 @@ MODULES_ONLY = "modules only (the papers' way)"
 
 COUNTINGS = {
     EVERY_OPERATION: "convolutions and matrix products (torch.utils.flop_counter / 2); no bias, norm or activation",
-    MODULES_ONLY: "convolution and linear modules, ReLU family, GroupNorm, LayerNorm, pooling and upsampling modules "
-    "as mmcv 1.x counts them; no BatchNorm (mmcv misses the one that stands in for SyncBatchNorm), no other "
-    "activation, no matrix product outside a module",
+    MODULES_ONLY: "convolution and linear modules, ReLU family, GroupNorm, LayerNorm, pooling and upsampling modules, "
+    "as mmcv 1.x counts them; no BatchNorm (mmcv misses its replacement of SyncBatchNorm), no other activation, no "
+    "matrix product outside a module",
 }
 
-# An activation costs one operation an element; a hard sigmoid is built on a ReLU6 in the official networks.
+# An activation counts as one operation per element. The official networks compute a hard sigmoid with a ReLU6 module.
 ACTIVATIONS = {F.relu, F.relu6, F.leaky_relu, F.hardsigmoid}
 
 POOLINGS = (nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveMaxPool2d, nn.AdaptiveAvgPool2d)
@@ -58,11 +59,11 @@ def run_profile(
     device: str,
     runs: int = 30,
 ) -> int:
-    """Measures a network by name or checkpoint on one image of `size` (height, width).
+    """Measures `target`, the name of a network or a checkpoint, on one image of `size` (height, width). Returns 0.
 
-    classifier: "linear" or "ssa"; None takes both for a name, its own for a checkpoint. classes: of a name; None is
-    150. json_out: file, "-" for stdout without the table, or None. runs: timed passes. Returns 0. Raises CommandError
-    for a target that is neither, and a classifier or number of classes that is not the checkpoint's.
+    classifier: "linear" or "ssa"; None: both for a name, the checkpoint's own for a checkpoint. classes: number of
+    classes, for a name; None: 150. json_out: a file; "-": stdout, without the table; or None. runs: timed passes.
+    Raises CommandError if `target` is neither a name nor a file, or if classifier or classes are not the checkpoint's.
     """
     chosen = select_device(device)
     json_out = json_target(json_out)
@@ -94,18 +95,18 @@ def run_profile(
 
 
 def _models(target: str, classifier: str | None, classes: int | None) -> list[Segmenter]:
-    """The networks to compare, in evaluation mode on the CPU.
+    """The networks to measure, in evaluation mode on the CPU.
 
-    Without gradients: the flop counter hooks them on whatever a module is called with, and cannot where it is a bare
-    parameter, such as SSA's table of prototypes.
+    Their parameters take no gradient: otherwise the flop counter would hook the arguments of each module, which fails
+    for an argument that is a parameter itself, such as SSA's table of prototypes.
     """
     if target in list_models():
         names = [classifier] if classifier else list(CLASSIFIERS)
         return [build_model(target, classes or CLASSES, name).eval().requires_grad_(False) for name in names]
     if not Path(target).is_file():
         near = difflib.get_close_matches(target, list_models(), n=1)
-        mend = f"did you mean {near[0]}?" if near else f"networks: {', '.join(list_models())}"
-        raise CommandError(f"{target}: neither a network nor a checkpoint that is there\n{mend}")
+        fix = f"did you mean {near[0]}?" if near else f"networks: {', '.join(list_models())}"
+        raise CommandError(f"{target}: neither the name of a network nor an existing checkpoint\n{fix}")
     model, _ = load_model(target)
     if classifier not in (None, model.classifier_name):
         raise CommandError(
@@ -122,9 +123,9 @@ def _models(target: str, classifier: str | None, classes: int | None) -> list[Se
 
 # ---- counting ----------------------------------------------------------------------------------------------------
 def count(model: Segmenter, image: Tensor) -> dict[str, Any]:
-    """Parameters, and giga multiply-accumulates of one pass over `image` (1,3,H,W). The model: as from `_models`.
+    """Parameters, and giga multiply-accumulates of one pass over `image` (1,3,H,W), of a model from `_models`.
 
-    Parameters "deployed" leave out what only training reads, such as SSA's teacher branch.
+    `parameters_deployed` does not count what only training uses, such as SSA's teacher branch.
     """
     dropped = model.training_only()
     sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
@@ -138,9 +139,9 @@ def count(model: Segmenter, image: Tensor) -> dict[str, Any]:
 
 
 def count_modules(model: nn.Module, image: Tensor) -> int:
-    """Operations of one pass as mmcv 1.x counts them for the official networks; see `COUNTINGS`.
+    """Operations of one pass, counted as mmcv 1.x counts them for the official networks; see `COUNTINGS`.
 
-    Ours call activations as functions where theirs have modules, so those are counted where they are called.
+    Our networks call activations as functions where the official ones have modules. These calls are counted, too.
     """
     total = 0
 
@@ -169,7 +170,7 @@ def count_modules(model: nn.Module, image: Tensor) -> int:
 
 
 def module_operations(module: nn.Module, given: Any, output: Any) -> int:
-    """mmcv's formula for one call of one module; 0 for kinds that it does not know. Its factors are its own."""
+    """mmcv's formula for one call of one module; 0 for kinds that mmcv does not count. The factors are mmcv's, too."""
     if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
         per_output = module.weight[0].numel() + (module.bias is not None)
         return output.numel() * per_output
@@ -186,22 +187,23 @@ def module_operations(module: nn.Module, given: Any, output: Any) -> int:
 
 # ---- measuring ---------------------------------------------------------------------------------------------------
 def measure_latency(models: Sequence[Segmenter], image: Tensor, runs: int) -> list[dict[str, Any]]:
-    """p50 and p90 [ms] of network and post-processing per model, the models taking turns so that all see one load.
+    """p50 and p90 [ms] of network and post-processing, per model. The models take turns, so that the load is the same.
 
-    Post-processing is both bilinear steps and the arg-max, labels on the device. The image (1,3,H,W) is there already.
+    Post-processing: both bilinear steps and the arg-max; the labels stay on the device. The image (1,3,H,W) is already
+    on the device.
     """
     size = tuple(image.shape[-2:])
     times: list[dict[str, list[float]]] = [{"network_ms": [], "post_ms": []} for _ in models]
     with torch.inference_mode():
         for run in range(-WARM_UP, runs):
             for model, spent in zip(models, times, strict=True):
-                begun = _now(image.device)
+                started = _now(image.device)
                 logits = model(image)
                 between = _now(image.device)
                 label_map(logits.float(), size, size)
                 ended = _now(image.device)
                 if run >= 0:
-                    spent["network_ms"].append(1e3 * (between - begun))
+                    spent["network_ms"].append(1e3 * (between - started))
                     spent["post_ms"].append(1e3 * (ended - between))
     return [
         {
@@ -213,16 +215,17 @@ def measure_latency(models: Sequence[Segmenter], image: Tensor, runs: int) -> li
 
 
 def _now(device: torch.device) -> float:
-    """Seconds, once the device has finished what it was given."""
+    """The time [s], after waiting until the device has finished all its work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
 
 
 def peak_memory(model: Segmenter, image: Tensor) -> int:
-    """Bytes held at most during one pass, post-processing included: the model's tensors, the image, what is computed.
+    """Largest number of bytes held during one pass, with post-processing: the model's tensors, the image, all results.
 
-    On CUDA by `max_memory_allocated`; on the CPU by `LiveTensors`, which misses what an operation needs only inside.
+    Measured by `max_memory_allocated` on CUDA, and on the CPU by `LiveTensors`, which misses the memory that operations
+    use internally.
     """
     size = tuple(image.shape[-2:])
     held = [*model.state_dict().values(), image]
@@ -238,7 +241,7 @@ def peak_memory(model: Segmenter, image: Tensor) -> int:
 
 
 class LiveTensors(TorchDispatchMode):
-    """Adds up the storages that operations return, until they are freed; `peak` [bytes]. `held` count as nothing."""
+    """Counts the bytes of all live storages that operations returned; `peak`: their maximum. `held` is not counted."""
 
     def __init__(self, held: Sequence[Tensor]) -> None:
         super().__init__()
@@ -255,7 +258,7 @@ class LiveTensors(TorchDispatchMode):
         return output
 
     def _add(self, storage: torch.UntypedStorage) -> None:
-        address = storage._cdata  # a view or an in-place operation returns a storage that is known
+        address = storage._cdata  # a view or an in-place operation returns a known storage
         if address in self.known:
             return
         self.known.add(address)
@@ -269,7 +272,7 @@ class LiveTensors(TorchDispatchMode):
 
 
 def print_profile(report: dict[str, Any]) -> None:
-    """The columns side by side on stdout."""
+    """Prints the columns side by side on stdout."""
     columns = report["columns"]
 
     def row(label: str, cell: Callable[[dict[str, Any]], str]) -> tuple[str, ...]:
@@ -280,12 +283,12 @@ def print_profile(report: dict[str, Any]) -> None:
 
     rows = [
         row("parameters [M]", lambda column: f"{column['parameters'] / 1e6:.4f}"),
-        row("  without the training-only part [M]", lambda column: f"{column['parameters_deployed'] / 1e6:.4f}"),
+        row("  without training-only ones [M]", lambda column: f"{column['parameters_deployed'] / 1e6:.4f}"),
         row(f"GMACs, {EVERY_OPERATION}", lambda column: f"{column['gmacs'][EVERY_OPERATION]:.3f}"),
         row(f"GMACs, {MODULES_ONLY}", lambda column: f"{column['gmacs'][MODULES_ONLY]:.3f}"),
         row("network, p50 / p90 [ms]", timing("network_ms")),
         row("upsampling and arg-max, p50 / p90 [ms]", timing("post_ms")),
-        row("peak memory, weights included [MiB]", lambda column: f"{column['peak_mib']:.1f}"),
+        row("peak memory, with weights [MiB]", lambda column: f"{column['peak_mib']:.1f}"),
     ]
     height, width = report["size"]
     title = f"{report['model']}, {report['classes']} classes, {height}x{width} (height x width), {report['device']}"

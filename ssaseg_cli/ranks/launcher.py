@@ -1,7 +1,7 @@
-"""`--gpus N`: this command once more, in N processes of this machine that work together, and how they end.
+"""`--gpus N`: runs this command in N processes of this machine that work together, and handles how they end.
 
-torch's own launcher is for torchrun: it gives a process 30 seconds to save after Ctrl-C and kills it then, tells a
-failure in twenty lines, and has the exit code of none of them. Here are no restarts and no network, only processes.
+PyTorch's own launcher, torchrun, kills a process 30 seconds after Ctrl-C, reports a failure in twenty lines, and loses
+the exit code of the process that failed. This launcher has no restarts and no network: it only starts processes.
 """
 
 import os
@@ -16,46 +16,46 @@ from typing import Any
 from ssaseg.cli.device import LAUNCHED, count_cores
 from ssaseg.cli.errors import CommandError
 
-# The command, as `python -m ssaseg.cli` would run it, but for the current directory among the modules: a file there
-# that is called as one of ours is none of ours.
+# The command, as `python -m ssaseg.cli` would run it, but without the current directory in Python's search path: a file
+# there may have the name of one of our modules.
 COMMAND = (
     "import sys; sys.path[:1] = filter(None, sys.path[:1]); from ssaseg.cli.main import cli; cli(prog_name='ssaseg')"
 )
 
-# Seconds that the others get to end by themselves once a rank has failed.
+# Seconds that the other ranks get to end by themselves after a rank has failed.
 GRACE = 15.0
 
-POLL = 0.05  # seconds
+POLL = 0.05  # seconds between two looks at the processes
 
 
 class Killed(Exception):
-    """A rank was ended by a signal from outside."""
+    """A signal from outside ended a rank."""
 
 
 def needs_ranks(gpus: int | None) -> bool:
-    """Whether `--gpus` asks for processes that neither it nor torchrun has started yet.
+    """Whether `--gpus` requests processes, and neither `--gpus` nor torchrun has started them yet.
 
-    Raises CommandError where something else than it has started another number of them.
+    Raises CommandError if torchrun or a job system has started another number of processes.
     """
     if "RANK" not in os.environ:
         return (gpus or 1) > 1
     here = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("WORLD_SIZE") or "1"
     if gpus is not None and LAUNCHED not in os.environ and here != str(gpus):
         raise CommandError(
-            f"--gpus {gpus}: RANK is set, as torchrun or a job system does, and for processes on this machine: {here}\n"
-            "expected the same number; where torchrun starts them, leave out --gpus and use its --nproc-per-node\n"
-            "where --gpus shall start them, call it as `env -u RANK ssaseg ...`"
+            f"--gpus {gpus}: RANK is set, by torchrun or a job system; processes that it started here: {here}\n"
+            "expected the same number; if torchrun starts the processes, leave out --gpus and use --nproc-per-node\n"
+            "if --gpus should start them, run `env -u RANK ssaseg ...`"
         )
     return False
 
 
 def run_launch(count: int) -> int:
-    """Runs this process's command line in `count` processes; returns its exit code.
+    """Runs the command line of this process in `count` processes; returns the exit code.
 
-    Ctrl-C and SIGTERM are passed on once; each rank then saves and ends, however long that takes. Raises CommandError
-    where a rank was killed.
+    Passes Ctrl-C and SIGTERM on to the ranks; each rank then saves and ends, without a time limit. Raises CommandError
+    if a rank was killed.
     """
-    # Sessions of their own: Ctrl-C on a terminal reaches this process alone, which passes it on.
+    # Each process has a session of its own: Ctrl-C on a terminal reaches only this process, which passes it on.
     processes: list[subprocess.Popen[bytes]] = []
     requests: list[int] = []
 
@@ -71,8 +71,8 @@ def run_launch(count: int) -> int:
             place = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
             processes.append(subprocess.Popen(own_command(), env={**common, **place}, start_new_session=True))
         code = wait_for(processes)
-        # One that had not yet begun to heed signals ends of them: with a negative code, or an error about the others.
-        # What a rank itself found wrong in the same moment stays.
+        # A rank that did not handle signals yet is ended by them: with a negative code, or an error about the others.
+        # If a rank found an error of its own at the same time, its exit code stays.
         return 128 + requests[0] if requests and code not in (0, 2, 3) else code
     except Killed as error:
         if requests:
@@ -88,12 +88,12 @@ def run_launch(count: int) -> int:
 
 
 def own_command() -> list[str]:
-    """What this process was called with, for another Python."""
+    """The command line of this process, to run it in another Python process."""
     return [sys.executable, "-c", COMMAND, *sys.argv[1:]]
 
 
 def environment(count: int) -> dict[str, str]:
-    """What `count` ranks of this machine find in their environment: torchrun's names, and their share of the cores."""
+    """The environment of `count` ranks on this machine: torchrun's variables, and the number of threads per rank."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -105,19 +105,19 @@ def environment(count: int) -> dict[str, str]:
         LAUNCHED: "1",
     }
     cores = count_cores()
-    # PyTorch tells of broken connections in pages; the rank that broke them, or this process, tells it in three lines.
+    # PyTorch prints pages about broken connections. The rank that failed, or this process, reports it in three lines.
     defaults = {"OMP_NUM_THREADS": str(max(cores // count, 1)), "TORCH_CPP_LOG_LEVEL": "ERROR"}
     if sys.platform == "linux":
-        defaults["GLOO_SOCKET_IFNAME"] = "lo"  # the address of the host's name leads nowhere in some containers
+        defaults["GLOO_SOCKET_IFNAME"] = "lo"  # in some containers the address of the host's name is not reachable
     return {**defaults, **os.environ, **added}
 
 
 def wait_for(processes: Sequence[subprocess.Popen[bytes]]) -> int:
-    """Waits for all ranks. Returns the exit code of the first that failed, or that of all after a signal, or 0.
+    """Waits for all ranks. Returns the exit code of the first rank that failed; after a signal, that of all; else 0.
 
-    After a failure the others are killed in `GRACE` seconds. Raises Killed where the first was killed itself.
+    `GRACE` seconds after a failure the other ranks are killed. Raises Killed if the first that failed was killed.
     """
-    failed: dict[int, int] = {}  # rank -> exit code, of those that were the first to fail
+    failed: dict[int, int] = {}  # rank -> exit code, of the ranks that failed first
     deadline = float("inf")
     while any(process.poll() is None for process in processes):
         if not failed:
@@ -136,7 +136,7 @@ def wait_for(processes: Sequence[subprocess.Popen[bytes]]) -> int:
 
 
 def failures(processes: Sequence[subprocess.Popen[bytes]]) -> dict[int, int]:
-    """Ranks that have ended otherwise than done or after a signal that they heeded, and their exit codes."""
+    """Exit codes of the ranks that ended, except those that finished or that stopped at the request of a signal."""
     fine = (None, 0, 128 + signal.SIGINT, 128 + signal.SIGTERM)
     codes = {rank: process.poll() for rank, process in enumerate(processes)}
     return {rank: code for rank, code in codes.items() if code is not None and code not in fine}
@@ -148,6 +148,6 @@ def describe_killed(killed: dict[int, int], ranks: int) -> str:
     who = ", ".join(f"rank {rank} by {names.get(code, f'signal {-code}')}" for rank, code in killed.items())
     return (
         f"killed from outside: {who}, of {ranks} ranks; the others ended with it\n"
-        "most often the system does so, because the memory was used up\n"
-        "where training had begun, --resume goes on from the last state"
+        "the most common cause is that the system ran out of memory\n"
+        "if training had started, --resume continues from the last saved state"
     )

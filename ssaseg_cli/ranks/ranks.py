@@ -1,8 +1,9 @@
 """Ranks: processes that train or evaluate one model together, started by `--gpus N` or by torchrun.
 
-Each computes its share and all end up with the same weights. Rank 0 alone reads states, writes files and prints; what
-the others need of it they are sent, so that they need not see its disk. Words between hosts (wishes, scores, errors) go
-by gloo and read nothing from a GPU; gradients and BatchNorm's statistics go by NCCL between GPUs, by gloo between CPUs.
+Each rank computes on its own images, and all ranks have the same weights. Only rank 0 reads training states, writes
+files and prints. It sends to the others what they need, so that they need no access to its disk. Messages between hosts
+(requests to stop, scores, errors) go through gloo and read nothing from a GPU. Gradients and BatchNorm's statistics go
+through NCCL between GPUs, and through gloo between CPUs.
 """
 
 import contextlib
@@ -30,45 +31,45 @@ from ssaseg.cli.ranks.rendezvous import meet
 from ssaseg.cli.signals import StopSignal
 from ssaseg.models.layers import norm_statistics
 
-# How long a rank waits for another, such as for rank 0 while it checks every label of a large data set. That a rank is
-# gone is noticed sooner by those that wait for it in gloo, as its connections close. One that waits inside CUDA, as in
-# each SyncBatchNorm, notices it only where NCCL does, at the latest after this time: `--gpus` and torchrun soon end the
-# ranks of their own machine, but with several machines and --max-restarts 0 those of the others may wait that long.
+# How long a rank waits for another rank, for example for rank 0 while it checks every label of a large data set. If a
+# rank ends, the ranks that wait for it in gloo notice this sooner, because its connections close. A rank that waits in
+# CUDA, as in each SyncBatchNorm, notices it only if NCCL does, or after this time. `--gpus` and torchrun soon end the
+# ranks of their own machine; but with several machines and --max-restarts 0, those of the others may wait this long.
 PATIENCE = timedelta(minutes=30)
 
-# What gloo, NCCL and the store say when the process at the other end is not there any more: not all that NCCL says.
+# Parts of the errors of gloo, NCCL and the store when the other process has ended. NCCL has more such messages.
 LOST = (
     "closed by peer", "reset by peer", "closed by remote peer", "Remote peer closed", "Broken pipe",
     "Connection refused", "Connection was likely closed", "remote process exit", "communicator was aborted",
 )  # fmt: skip
 
-LATE = ("Timed out", "timed out", "wait timeout")  # and when it has not answered for PATIENCE
+LATE = ("Timed out", "timed out", "wait timeout")  # the same, when it has not answered for PATIENCE
 
-NOTICE = 2.0  # seconds that the parent of a rank may need to notice its end
+NOTICE = 2.0  # seconds until the parent of a rank that has ended notices it
 
-SETTLE = 0.2  # seconds
+SETTLE = 0.2  # seconds for gloo's threads to release their tensors
 
-met = False  # whether this process has been one of several ranks
+met = False  # whether this process is, or has been, one of several ranks
 
-SHARE = "SSASEG_SHARE_GPU"  # =1: ranks may share a GPU, over gloo; for tests
+SHARE_GPU = "SSASEG_SHARE_GPU"  # =1: several ranks may use one GPU, over gloo; for tests
 
 
 class PeerFailed(Exception):
-    """Ends a rank because another has failed, which tells why."""
+    """Ends a rank because another rank has failed; that rank reports the error."""
 
 
 @dataclass
 class Ranks:
-    """This process's place among `size` ranks, and what they do together; alone (size 1), every method is free.
+    """This process among `size` ranks, and what the ranks do together. With one rank (size 1), methods cost nothing.
 
-    Every method is called by all ranks, in the same order. A context: an error inside one rank ends all of them soon,
-    and is told once.
+    All ranks must call the same methods in the same order. As a context: an error in one rank soon ends all ranks, and
+    is printed once.
     """
 
     device: torch.device
     rank: int = 0
     size: int = 1
-    store: Any = None  # shared key-value store
+    store: Any = None  # key-value store that all ranks use
     peers: Sequence[tuple[str, int]] = ()  # host and process number of each rank
     parent: int = field(default_factory=os.getppid)
 
@@ -77,7 +78,7 @@ class Ranks:
         """Whether this rank is the one that prints and writes."""
         return self.rank == 0
 
-    # ---- words between hosts -------------------------------------------------------------------------------------
+    # ---- messages between hosts ----------------------------------------------------------------------------------
 
     def most(self, value: int) -> int:
         """The largest of the ranks' values."""
@@ -92,20 +93,20 @@ class Ranks:
         return self.most(int(flag)) > 0
 
     def agree(self, stop: StopSignal) -> bool:
-        """Whether any rank has been asked to stop; then all have the wish, with the same exit code.
+        """Whether any rank has a request to stop. If so, all ranks get it, and with it the same exit code.
 
-        A rank whose launcher is gone has it, too: nobody would end it any more.
+        A rank whose launcher has ended also requests a stop: nothing else would end it.
         """
         number = stop.number or 0
         if self.size > 1 and os.getppid() != self.parent:
             number = signal.SIGTERM
         agreed = self.most(number)
-        if agreed:  # never back to None: a signal may have come meanwhile
+        if agreed:  # never set back to None: a signal may have arrived in the meantime
             stop.number = agreed
         return agreed > 0
 
     def broadcast(self, value: Any) -> Any:
-        """Rank 0's `value`, which can be pickled, on all ranks."""
+        """Sends rank 0's `value` to all ranks and returns it. It must be possible to pickle it."""
         if self.size == 1:
             return value
         box = [value]
@@ -121,13 +122,13 @@ class Ranks:
         return values
 
     def barrier(self) -> None:
-        """Waits until every rank has come here."""
+        """Waits until every rank has reached this call."""
         self.most(0)
 
     # ---- tensors on the device -----------------------------------------------------------------------------------
 
     def total(self, tensor: Tensor) -> Tensor:
-        """Sum of the ranks' tensors, on the device; no GPU waits."""
+        """Sum of the ranks' tensors, on the device; the host does not wait for the GPU."""
         if self.size == 1:
             return tensor
         tensor = tensor.clone()
@@ -135,17 +136,18 @@ class Ranks:
         return tensor
 
     def same_statistics(self, model: nn.Module) -> None:
-        """Rank 0's statistics of norms to all: without SyncBatchNorm each rank has its own. Other buffers are a
-        classifier's, which every rank has computed from the same numbers.
+        """Copies rank 0's statistics of norms to all ranks; without SyncBatchNorm they differ. Other buffers are a
+        classifier's: every rank has computed them from the same numbers.
         """
         self.same_buffers(list(norm_statistics(model).values()))
 
     def same_buffers(self, every: Sequence[Tensor]) -> None:
-        """Rank 0's values of these buffers to all."""
+        """Copies rank 0's values of these buffers to all ranks."""
         if self.size == 1:
             return
         with torch.no_grad():
-            for kind in dict.fromkeys(buffer.dtype for buffer in every):  # a set's order differs
+            # Not a set of types: its order differs between processes.
+            for kind in dict.fromkeys(buffer.dtype for buffer in every):
                 buffers = [buffer for buffer in every if buffer.dtype == kind]
                 together = torch.cat([buffer.flatten() for buffer in buffers])
                 dist.broadcast(together, src=0)
@@ -153,12 +155,13 @@ class Ranks:
                     buffer.copy_(values.view_as(buffer))
 
     def wrap(self, model: nn.Module) -> nn.Module:
-        """`model` with gradients averaged over ranks, begun with rank 0's weights; on GPUs BatchNorm sees all ranks.
+        """`model` with rank 0's weights and gradients averaged over ranks; on GPUs, BatchNorm uses all ranks' images.
 
-        PyTorch's SyncBatchNorm reads back which ranks had images: in a training step the host waits for its GPU, and
-        with it for the other ranks, at each norm. The steps of several GPUs are not queued ahead as those of one are.
+        PyTorch's SyncBatchNorm reads back which ranks had images. So in a training step, at each norm, the host waits
+        for its GPU and thus for the other ranks: steps on several GPUs are not queued ahead as steps on one GPU are.
 
-        Parameters that a step does not touch are looked for in each step and keep their value. Alone: the model itself.
+        PyTorch searches for parameters without gradient in each step; they keep their values. With one rank: returns
+        the model itself.
         """
         if self.size == 1:
             return model
@@ -167,12 +170,12 @@ class Ranks:
             model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
         self.same_buffers(list(model.buffers()))
         gpus = [self.device] if on_gpu else None
-        # Said of weights such as (96,1,3,3), whose strides have two spellings.
+        # A warning about weights such as (96,1,3,3), whose strides can be written in two ways.
         warnings.filterwarnings("ignore", "Grad strides do not match", UserWarning)
         warnings.filterwarnings("ignore", "find_unused_parameters=True was specified", UserWarning)
         with warnings.catch_warnings():
-            # Buffers are not sent before each step, as training reads none. PyTorch 2.13 renames that option, which
-            # earlier ones know by this name alone.
+            # Buffers are not sent before each step, since training reads none of them. PyTorch 2.13 renames this
+            # option; older versions know only this name.
             warnings.filterwarnings("ignore", category=FutureWarning)
             return DistributedDataParallel(model, device_ids=gpus, broadcast_buffers=False, find_unused_parameters=True)
 
@@ -186,10 +189,10 @@ class Ranks:
             return
         if error is None:
             try:
-                self.barrier()  # rank 0 may keep the store that others still read
+                self.barrier()  # the other ranks may still read the store, which rank 0 may hold
                 dist.destroy_process_group()
-                # Threads of gloo may still hold the last tensors. One that lets go of them only while Python ends would
-                # abort the process; a model in a cycle of references keeps the threads alive that long.
+                # Threads of gloo may still hold the last tensors. A thread that releases them only while Python ends
+                # aborts the process. A model in a reference cycle keeps the threads alive until then.
                 time.sleep(SETTLE)
                 return
             except RuntimeError as late:
@@ -197,15 +200,15 @@ class Ranks:
         self._end(error)
 
     def _end(self, error: BaseException) -> NoReturn:
-        """Ends this process with the error's exit code; of all ranks that fail one tells why.
+        """Ends this process with the error's exit code. Of all ranks that fail, only one prints the reason.
 
-        At once, without Python's own way out: a GPU would wait there for ranks that are gone.
+        It ends immediately, without Python's cleanup: there a GPU would wait for ranks that have ended.
         """
-        for each in (signal.SIGINT, signal.SIGTERM):  # torchrun sends one at once, and there is still something to tell
+        for each in (signal.SIGINT, signal.SIGTERM):  # torchrun sends one soon, but the error must still be printed
             signal.signal(each, signal.SIG_IGN)
         code = None
         if isinstance(error, PeerFailed):
-            code = self._first_code(seconds=10.0) or 1  # that rank may still end its workers before it tells
+            code = self._first_code(seconds=10.0) or 1  # that rank may have to end its workers first
         elif is_loss(error) or is_late(error):
             code = self._first_code(seconds=0.5)
             lost = None if code else self.describe_lost(error)
@@ -214,15 +217,15 @@ class Ranks:
             elif lost:
                 error = CommandError(lost)
         if code is None:
-            code = self._tell(error)
+            code = self._print_first(error)
         leave(code)
 
-    def _tell(self, error: BaseException) -> int:
-        """Prints the error unless another rank has told one already. Returns its exit code."""
+    def _print_first(self, error: BaseException) -> int:
+        """Prints the error, unless another rank has already printed one. Returns the error's exit code."""
         try:
             first = self.store.add("failures", 1) == 1
         except RuntimeError:
-            # The store is gone with rank 0: it has told why, or the launcher does.
+            # The store has ended together with rank 0. Rank 0 has printed the reason, or the launcher prints it.
             first = LAUNCHED not in os.environ
         if isinstance(error, SystemExit):
             code = error.code if isinstance(error.code, int) else 1
@@ -237,9 +240,9 @@ class Ranks:
         return code
 
     def _first_code(self, seconds: float) -> int | None:
-        """The exit code of a rank that failed and told why; None where none does so in `seconds`."""
+        """The exit code of the rank that printed the error; None if no rank has printed one within `seconds`."""
         until = time.monotonic() + seconds
-        with contextlib.suppress(RuntimeError):  # the store may be gone as well
+        with contextlib.suppress(RuntimeError):  # the store may have ended, too
             while time.monotonic() < until:
                 if self.store.check(["code"]):
                     return int(self.store.get("code"))
@@ -247,7 +250,7 @@ class Ranks:
         return None
 
     def describe_lost(self, error: BaseException) -> str | None:
-        """Which ranks are gone, or late; None where all are there. Processes of other machines cannot be looked at."""
+        """Says which ranks have ended or are late; None if all are alive. Cannot check processes of other machines."""
         others = [(rank, *place) for rank, place in enumerate(self.peers) if rank != self.rank]
         here = [(rank, pid) for rank, host, pid in others if host == socket.gethostname()]
         until = time.monotonic() + NOTICE
@@ -257,24 +260,24 @@ class Ranks:
         all_here = len(here) == len(others)
         if not gone and is_late(error):
             return (
-                f"rank {self.rank} of {self.size} has waited {PATIENCE.total_seconds() / 60:g} minutes for another, "
-                f"{'which is alive' if all_here else 'perhaps on a machine that was lost'} ({first_line(error)})\n"
-                "rank 0 alone looks at the labels, and --check all may take longer than that\n"
-                "use `ssaseg data check` beforehand, in a process of its own, and leave out --check all"
+                f"rank {self.rank} of {self.size} waited {PATIENCE.total_seconds() / 60:g} minutes for another rank, "
+                f"{'which is alive' if all_here else 'which may be on a lost machine'} ({first_line(error)})\n"
+                "only rank 0 checks the labels, and with --check all this may take longer\n"
+                "run `ssaseg data check` first, as a separate command, and leave out --check all"
             )
         if not gone and all_here:
             return None
         who = f"rank {', '.join(gone)} of {self.size}" if gone else "a rank on another machine"
         return (
-            f"{who} is gone: killed from outside, or its machine was lost\n"
-            f"this rank was told: {first_line(error)}\n"
-            "go on from the last state with --resume; torchrun's --max-restarts does so by itself"
+            f"{who} has ended: it was killed from outside, or its machine was lost\n"
+            f"the error in this rank: {first_line(error)}\n"
+            "continue from the last saved state with --resume; torchrun does so by itself with --max-restarts"
         )
 
 
 def leave(code: int) -> NoReturn:
-    """Ends this process without Python's own way out, on which gloo's threads may abort it and NCCL's may hang."""
-    for child in active_children():  # they would look for this process only every five seconds
+    """Ends this process without Python's cleanup, in which gloo's threads may abort it and NCCL's threads may hang."""
+    for child in active_children():  # they would check for this process only every five seconds
         child.kill()
     sys.stdout.flush()
     sys.stderr.flush()
@@ -282,10 +285,10 @@ def leave(code: int) -> NoReturn:
 
 
 def connect(device: torch.device) -> Ranks:
-    """Meets the other ranks of torchrun's environment (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_*); without it, alone.
+    """Connects with the other ranks that torchrun's environment (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_*) describes.
 
-    `device`: of the wished type; `Ranks.device` is this rank's own. Raises CommandError for fewer GPUs than ranks, and
-    where the ranks do not meet.
+    Without that environment there is one rank. `device`: only its type is used; `Ranks.device` is this rank's own.
+    Raises CommandError if there are fewer GPUs than ranks, or if the ranks do not connect.
     """
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1 or "RANK" not in os.environ:
@@ -306,8 +309,8 @@ def connect(device: torch.device) -> Ranks:
         if not (isinstance(error, dist.DistError) or is_loss(error) or is_late(error)):
             raise
         raise CommandError(
-            f"rank {os.environ['RANK']} of {size} did not meet the others: {first_line(error)}\n"
-            "one of them ended before, or is not reached over the network under MASTER_ADDR and MASTER_PORT",
+            f"rank {os.environ['RANK']} of {size} could not connect with the others: {first_line(error)}\n"
+            "another rank ended earlier, or MASTER_ADDR and MASTER_PORT cannot be reached over the network",
             exit_code=1,
         ) from None
     global met
@@ -316,37 +319,40 @@ def connect(device: torch.device) -> Ranks:
 
 
 def own_gpu(local_rank: int, here: int) -> tuple[torch.device, bool]:
-    """The GPU of one of `here` ranks on this machine, and whether it shares it. Raises CommandError for too few."""
+    """The GPU of one of `here` ranks on this machine, and whether other ranks use it, too.
+
+    Raises CommandError if there are fewer GPUs than ranks.
+    """
     count = torch.cuda.device_count()
     if here <= count:
         return torch.device("cuda", local_rank), False
-    if os.environ.get(SHARE) == "1":
+    if os.environ.get(SHARE_GPU) == "1":
         return torch.device("cuda", local_rank % count), True
     raise CommandError(
-        f"{here} processes on this machine, and {count} GPU{'s' if count > 1 else ''}\n"
-        f"expected one GPU each: --gpus {count}, or torchrun --nproc-per-node {count}"
+        f"{here} processes on this machine, but only {count} GPU{'s' if count > 1 else ''}\n"
+        f"expected one GPU per process: use --gpus {count}, or torchrun --nproc-per-node {count}"
     )
 
 
 def was_restarted() -> bool:
-    """Whether torchrun has started this rank again after a failure: the run then goes on by itself, without --resume.
+    """Whether torchrun has restarted this rank after a failure: the run then resumes by itself, without --resume.
 
-    To be asked on all ranks (`Ranks.any`): each machine counts its own failures, and one that came in for another none.
-    Where machines join a run without a failure (`--nnodes 1:4` that grows), nobody counts one: that is not supported,
-    and ends with the error that the run folder is not empty.
+    Combine the answers of all ranks (`Ranks.any`): each machine counts only its own failures, and a machine that
+    replaced another has counted none. Machines that join without a failure (`--nnodes 1:4`, growing) are not supported:
+    no machine counts a failure then, and the run ends with the error that the run folder is not empty.
     """
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
 
 
 def under_torchrun() -> bool:
-    """Whether torchrun has started this process: it begins a run anew that ends with another exit code than 0."""
+    """Whether torchrun has started this process. It restarts a run that ends with an exit code other than 0."""
     return "TORCHELASTIC_RUN_ID" in os.environ
 
 
 def images_per_rank(batch: int, group: int, ranks: int) -> int:
-    """A rank's share of the step's `batch` images, in whole groups of `group` (1: none) where there are several ranks.
+    """How many of a step's `batch` images each rank takes; with several ranks, a multiple of `group` (1: any number).
 
-    Raises CommandError, listing the numbers of ranks that fit, where that is not possible.
+    Raises CommandError, which lists the possible numbers of ranks, if the batch cannot be divided like this.
     """
     fits = [count for count in range(1, batch + 1) if count == 1 or batch % (count * group) == 0]
     if ranks in fits:
@@ -354,35 +360,35 @@ def images_per_rank(batch: int, group: int, ranks: int) -> int:
     whole = f" in whole groups of {group} (distill.group)" if group > 1 else ""
     shown = ", ".join(map(str, fits))
     raise CommandError(
-        f"train.batch: {batch} images cannot be shared by {ranks} ranks{whole}\n"
+        f"train.batch: {batch} images cannot be divided among {ranks} ranks{whole}\n"
         f"expected one of these numbers of ranks: {shown}; or another train.batch"
     )
 
 
 def averaging(model: nn.Module, last: bool) -> contextlib.AbstractContextManager[Any]:
-    """Around a micro-batch's forward and backward pass: gradients are averaged over ranks only with the `last`."""
+    """A context for a micro-batch's forward and backward pass: only the `last` one averages gradients over ranks."""
     if last or not isinstance(model, DistributedDataParallel):
         return contextlib.nullcontext()
     return model.no_sync()
 
 
 def is_loss(error: BaseException) -> bool:
-    """Whether an error says that another rank is not there any more."""
+    """Whether an error means that another rank has ended."""
     return isinstance(error, RuntimeError) and any(words in str(error) for words in LOST)
 
 
 def is_late(error: BaseException) -> bool:
-    """Whether an error says that another rank has not come in time."""
+    """Whether an error means that another rank has not answered in time."""
     return isinstance(error, RuntimeError) and any(words in str(error) for words in LATE)
 
 
 def first_line(error: BaseException) -> str:
-    """An error's first line, at most 200 characters of it."""
+    """The first line of an error, cut to 200 characters."""
     return str(error).strip().partition("\n")[0][:200]
 
 
 def is_alive(pid: int) -> bool:
-    """Whether a process of this machine runs, or has ended without its parent's notice."""
+    """Whether a process of this machine is running, or has ended without its parent having noticed it."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
@@ -393,7 +399,7 @@ def is_alive(pid: int) -> bool:
 
 
 def print_any_error(error: BaseException) -> int:
-    """Prints an error as the command would, with a traceback where it is a bug. Returns the exit code."""
+    """Prints an error as the command does; a bug is printed with its traceback. Returns the exit code."""
     try:
         if not isinstance(error, Exception) or os.environ.get("SSASEG_DEBUG") == "1":
             raise error

@@ -1,4 +1,4 @@
-"""How ranks that were started together find one another, and none of an earlier start."""
+"""How the ranks that were started together find one another, and do not find ranks of an earlier start."""
 
 import time
 import uuid
@@ -9,23 +9,25 @@ import torch.distributed as dist
 
 
 def meet(patience: timedelta) -> tuple[Any, int, int]:
-    """The key-value store that the ranks of this start share, this one's rank, and their number.
+    """Connects with the other ranks of this start: their common key-value store, this process's rank, their number.
 
-    From torchrun's environment (RANK, WORLD_SIZE, MASTER_*). Raises `dist.DistError` where they do not meet in
+    Reads torchrun's environment (RANK, WORLD_SIZE, MASTER_*). Raises `dist.DistError` if not all ranks connect within
     `patience`.
     """
     store, rank, size = next(iter(dist.rendezvous("env://", timeout=patience)))
-    while isinstance(store, dist.PrefixStore):  # earlier PyTorches put torchrun's number of restarts before a key
+    while isinstance(
+        store, dist.PrefixStore
+    ):  # older versions of PyTorch put torchrun's number of restarts before each key
         store = store.underlying_store
     return dist.PrefixStore(agree_on_name(store, rank, size, patience), store), rank, size
 
 
 def agree_on_name(store: Any, rank: int, size: int, patience: timedelta) -> str:
-    """A name that all ranks of this start have in common, and no other start, for what they keep in `store`.
+    """A name for this start, the same for all its ranks and unique to it. It is the prefix of their keys in `store`.
 
-    torchrun's store outlives a restart: under the same names ranks would find the addresses of those before them. Its
-    number of restarts is no such name, as each machine counts its own failures. So a rank calls itself what none was
-    called before, and takes what rank 0 answers to that; answers to ranks of earlier starts are nobody's.
+    torchrun's store survives a restart: without a prefix, ranks would find the addresses of the ranks before them.
+    torchrun's number of restarts cannot be the prefix, since each machine counts only its own failures. So each rank
+    asks with a new random name, and rank 0 answers with the name of the start. Nobody reads answers to older ranks.
     """
     own = uuid.uuid4().hex
     if rank != 0:
@@ -38,7 +40,9 @@ def agree_on_name(store: Any, rank: int, size: int, patience: timedelta) -> str:
         if time.monotonic() > until:
             raise dist.DistStoreError(f"wait timeout after {patience}, ranks: {', '.join(map(str, missing))}")
         for each in missing:
-            if store.check([f"ssaseg/call/{each}"]):  # again until it is here: it may be the call of an earlier start
+            if store.check(
+                [f"ssaseg/call/{each}"]
+            ):  # repeated until the rank has replied: this may be the call of an earlier start
                 store.set(f"ssaseg/answer/{store.get(f'ssaseg/call/{each}').decode()}", own)
         time.sleep(0.02)
         missing = [each for each in missing if not store.check([f"ssaseg/here/{own}/{each}"])]

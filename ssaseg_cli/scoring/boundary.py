@@ -1,14 +1,16 @@
-"""Boundary IoU of semantic labels: how well the outlines are met, which large regions hide from the IoU.
+"""Boundary IoU of semantic labels: how well the outlines of regions agree. In large regions the IoU hides this.
 
 Source: Cheng et al., "Boundary IoU: Improving Object-Centric Image Segmentation Evaluation", CVPR 2021, and its
-`boundary_iou/utils/boundary_utils.py`, for one mask; here for all classes of a label map at once:
+`boundary_iou/utils/boundary_utils.py`. The source is for one mask; here all classes of a label map are computed in one
+pass:
 
-- The band of class c in a map: its pixels from which a pixel of another class is at most d away, d in the maximum norm
-  (a square of 2d+1 pixels, d erosions by 3×3). The image's border counts as another class begun just outside.
-- d = max(round(0.02 · diagonal), 1) pixels of the image as it was read.
-- Pixels whose label is ignored (255) are taken out of both maps: they count nowhere, and bound no class.
-- Boundary IoU of c: pixels in the bands of c of both the label and the prediction, over pixels in either, each summed
-  over all images first, as mIoU does; the mean leaves classes out that are in no band.
+- The band of class c in a map: the pixels of c that are at most d away from a pixel of another class, in the maximum
+  norm (a square of 2d+1 pixels, d erosions by 3×3). Outside the image there is another class.
+- d = max(round(0.02 · diagonal), 1) pixels of the original image.
+- Pixels whose label is ignored (255) are removed from both maps: they do not count, and no band follows from them.
+- Boundary IoU of c: the number of pixels that are in the bands of c of both label and prediction, divided by the number
+  of pixels in either band. Both numbers are first summed over all images, as for mIoU. The mean is over the classes
+  that have a band.
 
 Axes: K classes, H×W pixels.
 """
@@ -26,23 +28,23 @@ from ssaseg.datasets import IGNORED
 BAND = 0.02  # of the image's diagonal
 
 STATEMENT = (
-    "boundary IoU: of each class's pixels within 2 % of the image's diagonal (at least 1 pixel) of another class or of "
-    "the image's border; ignored pixels bound nothing"
+    "boundary IoU: IoU of each class's pixels that are within 2 % of the image's diagonal (at least 1 pixel) of "
+    "another class or of the image's border; ignored pixels form no boundary"
 )
 
 
 class Boundaries:
-    """Pixels of the bands, summed over images; nothing is read back from a GPU while it counts."""
+    """Numbers of pixels in the bands, summed over images. Counting reads nothing back from a GPU."""
 
     def __init__(self, num_classes: int, device: torch.device | str = "cpu") -> None:
         self.num_classes = num_classes
-        # Rows: in both bands, in the label's, in the prediction's; the last column takes what is in none.
+        # Rows: in both bands, in the label's, in the prediction's. The last column counts pixels in no band.
         self.counts = torch.zeros(3, num_classes + 1, dtype=torch.int64, device=device)
 
     def update(self, prediction: "np.ndarray | Tensor", label: "np.ndarray | Tensor") -> None:
-        """Add one image: prediction and label (H,W), integers in [0, K); label 255 leaves the pixel out.
+        """Add one image: prediction and label (H,W), integers in [0, K); pixels with label 255 are ignored.
 
-        Ids are not checked here: `Confusion` does.
+        Does not check the class numbers: `Confusion` does.
         """
         device, none = self.counts.device, self.num_classes
         prediction, label = (
@@ -56,21 +58,22 @@ class Boundaries:
             counts.scatter_add_(0, cells.flatten().long(), one)
 
     def scores(self) -> np.ndarray:
-        """Boundary IoU per class [%], float64 (K,); NaN for a class that is in no band."""
+        """Boundary IoU per class [%], float64 (K,); NaN for a class without a band."""
         both, labelled, predicted = self.counts[:, : self.num_classes].cpu().numpy()
         return percent(both, labelled + predicted - both)
 
 
 def reach(size: tuple[int, ...]) -> int:
-    """How far, in pixels, the band of an image of `size` (H, W) reaches into a class."""
+    """Width of the bands [pixels] in an image of `size` (H, W)."""
     return max(round(BAND * hypot(*size)), 1)
 
 
 def bands(maps: Tensor, d: int) -> Tensor:
-    """Pixels of label maps (N,H,W), uint8 with 255 for none, that have another class or the border within d: bool.
+    """Which pixels of label maps (N,H,W), uint8, 255 for no class, are within d of another class or the border: bool.
 
-    A pixel has another class in its window where the window's smallest or largest class is not its own: two separable
-    filters, whatever the number of classes. Windows that reach over the border need no look.
+    A pixel has another class in its window if the window's smallest or largest class differs from its own. These are
+    two separable filters; their cost does not depend on the number of classes. Windows that cross the border are near
+    it, so they need no filter.
     """
     height, width = maps.shape[1:]
     near = maps != IGNORED
@@ -85,7 +88,7 @@ def bands(maps: Tensor, d: int) -> Tensor:
 def over_windows(extreme: Callable[[Tensor, Tensor], Tensor], maps: Tensor, side: int) -> Tensor:
     """`torch.minimum` or `torch.maximum` of each side×side window: (N,H,W) → (N,H-side+1,W-side+1).
 
-    Windows are doubled until they have their length: 12 operations an image instead of 70 for a side of 35.
+    The windows are doubled until they have their full length: for a side of 35, 12 operations instead of 70.
     """
     for dim in (1, 2):
         length = 1

@@ -1,6 +1,6 @@
-"""Which classes a model takes for which: the most confused pairs of a table of counts, as figures, lines and bars.
+"""Which classes a model confuses: the most confused pairs of a confusion matrix, as data and as a line of text.
 
-Axes: K classes; in the table (K,K) rows are labels, columns are predictions.
+Axes: K classes; in the matrix (K,K) rows are labels, columns are predictions.
 """
 
 from collections.abc import Mapping, Sequence
@@ -10,14 +10,14 @@ import numpy as np
 
 from ssaseg.cli.scoring.metrics import percent
 
-PAIRS = 20  # in picture and file
+PAIRS = 20  # in the picture and in the file
 
 
 def confused_pairs(matrix: np.ndarray, classes: Sequence[str], most: int = PAIRS) -> list[dict[str, Any]]:
-    """The pairs with the largest share [%] of a true class's pixels that were predicted as another class.
+    """The pairs (true class, predicted class) with the largest share [%] of the true class's pixels.
 
-    By share, as every class weighs the same in the mIoU, however small it is; pairs with one share by their pixels.
-    Keys: true, predicted (names), share [%], pixels. matrix: int (K,K).
+    Sorted by share, since each class has the same weight in the mIoU, large or small; pairs with equal shares are
+    sorted by number of pixels. Keys: true, predicted (names), share [%], pixels. matrix: int (K,K).
     """
     wrong = matrix.copy()
     np.fill_diagonal(wrong, 0)
@@ -31,6 +31,6 @@ def confused_pairs(matrix: np.ndarray, classes: Sequence[str], most: int = PAIRS
 
 
 def most_confused(pairs: Sequence[Mapping[str, Any]], most: int = 3) -> str:
-    """The first pairs in one line for people."""
-    words = [f"{p['true']} → {p['predicted']} {p['share']:.1f} % ({p['pixels']:,} pixels)" for p in pairs[:most]]
-    return "most confused: " + ("; ".join(words) if words else "none, no pixel is wrong")
+    """The first `most` pairs as one line of text."""
+    texts = [f"{p['true']} → {p['predicted']} {p['share']:.1f} % ({p['pixels']:,} pixels)" for p in pairs[:most]]
+    return "most confused: " + ("; ".join(texts) if texts else "none, no pixel is wrong")

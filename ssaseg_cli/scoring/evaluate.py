@@ -1,4 +1,4 @@
-"""Counting what a model predicts on the images of a data set."""
+"""Runs a model on the images of a data set and counts its predictions."""
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
@@ -16,7 +16,7 @@ from ssaseg.datasets.loader import eval_loader
 from ssaseg.models import Segmenter
 from ssaseg.recipes import Test, parse_protocol
 
-WORKERS = 2  # processes that decode ahead
+WORKERS = 2  # processes that decode images ahead
 
 
 # ---- many images -------------------------------------------------------------------------------------------------
@@ -34,14 +34,15 @@ def evaluate_model(
     stop: StopSignal | None = None,
     ranks: Ranks | None = None,
 ) -> Confusion:
-    """Counts of `model` on the first `limit` images (None: all) of `dataset`; the model's mode is as before afterwards.
+    """Counts the predictions of `model` on the first `limit` images (None: all) of `dataset`.
 
-    `protocol`: as a recipe's `test` section. `workers` processes decode and resize ahead; 0: none. `progress` is called
-    with 1 after each image. `boundaries`, where given, counts along. Memory depends on the largest image; their number
-    adds what `Confusion` keeps of each. Raises what the data set raises, DataError for an image that is too small.
+    Restores the model's training or evaluation mode. `protocol`: like a recipe's `test` section. `workers`: processes
+    that decode and resize images ahead; 0: none. `progress` is called with 1 after each image. `boundaries`, if given,
+    is updated, too. Memory depends on the largest image, and on what `Confusion` keeps of each image. Raises what the
+    data set raises, and DataError for an image that is too small.
 
-    `stop`: looked at between two images; raises Interrupted on all ranks where it is requested on one. `ranks`: each
-    counts every R-th image, and returns the counts of all.
+    `stop`: read between two images; if one rank has a request to stop, all ranks raise Interrupted. `ranks`: each of R
+    ranks counts every R-th image; each returns the counts of all images.
     """
     ranks = ranks or Ranks(device)
     count = len(dataset) if limit is None else min(limit, len(dataset))
@@ -51,11 +52,11 @@ def evaluate_model(
 
     was_training = model.training
     model.eval()
-    # Each image has one rank: shares of one size would need images that are counted twice.
+    # Each image belongs to one rank. If all ranks had the same number of images, some would have to be counted twice.
     indices = range(ranks.rank, count, ranks.size)
     loader: Any = eval_loader(dataset, test.scale, test.multiple, workers, test.ratios, indices)
     try:
-        with closing(loader):  # ends the processes also where an error stops early
+        with closing(loader):  # ends the processes, also after an error
             for inputs, label, name in loader:
                 require_size(inputs, name)
                 label = label.to(device, non_blocking=True)
@@ -72,17 +73,17 @@ def evaluate_model(
     if stop is not None and ranks.agree(stop):
         raise Interrupted
     if ranks.size > 1:
-        confusion.merge(ranks.gather(confusion.part()))
+        confusion.merge(ranks.gather(confusion.snapshot()))
         if boundaries is not None:
             boundaries.counts = ranks.total(boundaries.counts)
     return confusion
 
 
 def state_protocol(protocol: Test, split: str, count: int, total: int) -> str:
-    """One line that says what a score was measured with, so that another can be compared to it."""
-    part = f"{count} images" if count == total else f"the first {count} of {total} images"
+    """One line that says how a score was measured. Scores are comparable only if this line is the same."""
+    images = f"{count} images" if count == total else f"the first {count} of {total} images"
     return (
-        f"{split} split, {part}, {state_views(protocol)}; two bilinear steps: logits to the network's input, then to "
-        "the image; mIoU: mean over classes of total intersection / total union, 255 ignored, classes neither labelled "
-        "nor predicted left out"
+        f"{split} split, {images}, {state_views(protocol)}; two bilinear steps: logits to the size of the network's "
+        "input, then to the size of the image; mIoU: mean over classes of total intersection / total union; not "
+        "counted: pixels with label 255, and classes that are neither labelled nor predicted"
     )

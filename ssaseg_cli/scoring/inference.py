@@ -1,13 +1,13 @@
-"""The way from an image to its labels that `eval`, `predict` and `train` share: a recipe's `test` section, carried out.
+"""From an image to its labels, by the rules of a recipe's `test` section; the same for `eval`, `predict` and `train`.
 
-A view is the image at one of the protocol's scales, as it is or mirrored. Its logits go to the size of the network's
-input first and to the image's own second; these two bilinear steps matter: a single one gives other labels. Of one view
-the arg-max of the logits is taken, of several the arg-max of their mean probabilities.
+A view is the image at one of the protocol's scales, mirrored or not. Its logits are resized first to the size of the
+network's input, and then to the size of the image. Both bilinear steps are needed: a single step gives other labels.
+With one view the labels are the arg-max of the logits; with several views, the arg-max of their mean probabilities.
 
 Sources: mmsegmentation 0.30 `models/segmentors/encoder_decoder.py` (slide_inference, inference, aug_test) and
 `datasets/pipelines/test_time_aug.py`.
 
-Axes: K classes, H×W pixels of the image as it was read, h×w of a network's input.
+Axes: K classes, H×W pixels of the original image, h×w pixels of a network's input.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -30,15 +30,15 @@ SMALLEST = 32  # shortest side that a network takes [pixels]
 
 
 class Prediction(NamedTuple):
-    """What a model says about one image, at the image's own size, on the CPU."""
+    """A model's result for one image, at the size of the original image, on the CPU."""
 
     labels: np.ndarray  # uint8 (H,W), 0..K-1
-    coarse: np.ndarray | None  # the labels before the classifier adapts them; None unless asked for and adapted
-    probabilities: np.ndarray | None  # float16 (K,H,W); None unless asked for
+    coarse: np.ndarray | None  # labels before adaptation; None unless requested and the classifier adapts
+    probabilities: np.ndarray | None  # float16 (K,H,W); None unless requested
 
 
 class Logits(NamedTuple):
-    """One view's logits (1,K,·,·) float32 on the device, and coarse ones where the classifier makes them."""
+    """One view's logits (1,K,·,·) float32 on the device; coarse logits only if the classifier has them."""
 
     final: Tensor
     coarse: Tensor | None
@@ -46,10 +46,11 @@ class Logits(NamedTuple):
 
 @dataclass(frozen=True)
 class Inference:
-    """A model in evaluation mode on `device`, and what decides its labels; mean and std are RGB, on the scale 0..255.
+    """A model in evaluation mode on `device`, and all that decides its labels; mean and std: RGB, on the scale 0..255.
 
-    Beside the network's own, one view takes no memory of K·H·W numbers, but for probabilities; several take two times
-    K·H·W float32, the sum and what is added to it. Sliding windows take the sum of their logits, K·h·w float32.
+    Memory besides the network's: with one view, no tensor of K·H·W numbers, unless probabilities are requested; with
+    several views, two tensors of K·H·W float32 (the sum and the next summand); with sliding windows, the sum of their
+    logits, K·h·w float32.
     """
 
     model: Segmenter
@@ -60,11 +61,11 @@ class Inference:
 
     @property
     def views(self) -> int:
-        """Forward passes an image takes, or, with sliding windows, how often they go over it."""
+        """Number of views of an image: of forward passes, or with sliding windows, of passes over all windows."""
         return len(self.protocol.ratios) * (2 if self.protocol.flip else 1)
 
     def inputs(self, image: np.ndarray, name: str) -> list[np.ndarray]:
-        """Network inputs BGR uint8 (h,w,3) of an image BGR uint8 (H,W,3), one a ratio. Raises DataError: too small."""
+        """Network inputs BGR uint8 (h,w,3), one per ratio, of an image BGR uint8 (H,W,3). DataError if too small."""
         protocol = self.protocol
         inputs = scaled_inputs(image, protocol.scale, protocol.multiple, protocol.ratios)
         require_size(inputs, name)
@@ -82,15 +83,15 @@ class Inference:
     def predict(
         self, inputs: Sequence[Tensor], size: tuple[int, ...], coarse: bool = True, probabilities: bool = False
     ) -> Prediction:
-        """Labels and, where asked for, coarse labels and probabilities; arguments as `labels`.
+        """Labels and, if requested, coarse labels and probabilities; arguments as in `labels`.
 
-        mmsegmentation takes the arg-max of the softmax of a single view, too; here it is the logits', which rounding
-        cannot tie.
+        For a single view mmsegmentation takes the arg-max of the softmax. Here it is the arg-max of the logits, which
+        rounding cannot make equal.
         """
         if self.views > 1:
-            shares = self._probabilities(inputs, size, coarse)
-            labels, before = (None if each is None else each.argmax(dim=0).byte() for each in shares)
-            wanted = shares[0] if probabilities else None
+            means = self._probabilities(inputs, size, coarse)
+            labels, before = (None if each is None else each.argmax(dim=0).byte() for each in means)
+            wanted = means[0] if probabilities else None
         else:
             (only,) = inputs
             middle = only.shape[:2]
@@ -110,7 +111,7 @@ class Inference:
         return normalize(resized.unsqueeze(0).to(self.device, non_blocking=True), self.mean, self.std)
 
     def _logits(self, pixels: Tensor, coarse: bool = False) -> Logits:
-        """Logits of a view (1,3,h,w): the network's, or the mean of its windows', (1,K,h,w)."""
+        """Logits of a view (1,3,h,w): those of the network, or the mean (1,K,h,w) over the sliding windows."""
         if self.protocol.mode == "whole":
             return forward(self.model, pixels, coarse)
         assert self.protocol.crop is not None
@@ -122,22 +123,22 @@ class Inference:
     def _probabilities(
         self, inputs: Sequence[Tensor], size: tuple[int, ...], coarse: bool
     ) -> tuple[Tensor, Tensor | None]:
-        """Mean probabilities (K,H,W) of all views, and of their coarse logits."""
+        """Mean probabilities (K,H,W) over all views: of the logits, and of the coarse logits (None: without)."""
         sums: list[Tensor | None] = [None, None]
         for pixels, mirrored in self._each_view(inputs):
             for index, logits in enumerate(self._logits(pixels, coarse)):
                 if logits is None:
                     continue
-                # Mirrored back while they are small: at full size that would take a third tensor of K·H·W.
+                # Mirrored back while they are small: at full size this would need a third tensor of K·H·W.
                 upright = logits.flip(3) if mirrored else logits
-                # Not named: a name would keep it while the next one is made.
+                # The summand has no name: a name would keep its memory while the next one is computed.
                 sums[index] = added(sums[index], softmax_(resize_twice(upright, pixels.shape[2:], size)[0]))
         final, before = (None if total is None else total.div_(self.views) for total in sums)
         assert final is not None
         return final, before
 
     def _each_view(self, inputs: Sequence[Tensor]) -> Iterator[tuple[Tensor, bool]]:
-        """Normalised pixels (1,3,h,w), and whether they are mirrored."""
+        """For each view: normalised pixels (1,3,h,w), and whether they are mirrored."""
         for each in inputs:
             pixels = self._pixels(each)
             yield pixels, False
@@ -155,14 +156,14 @@ def predict_labels(
     coarse: bool = True,
     probabilities: bool = False,
 ) -> Prediction:
-    """Labels of one image, BGR uint8 (H,W,3), as `Inference.predict`; `protocol` as a recipe's `test` section."""
+    """Labels of one image, BGR uint8 (H,W,3), as `Inference.predict`; `protocol`: like a recipe's `test` section."""
     inference = Inference(model, parse_protocol(protocol, "test-time protocol"), mean, std, device)
     inputs = [torch.tensor(each) for each in inference.inputs(image, "image")]  # copied: a cached image is read-only
     return inference.predict(inputs, image.shape[:2], coarse, probabilities)
 
 
 def require_size(inputs: Sequence[np.ndarray | Tensor], name: str) -> None:
-    """Raises DataError, naming the image, for a network input (h,w,3) that is smaller than networks take."""
+    """Raises DataError, naming the image, if a network input (h,w,3) is too small for the networks."""
     height, width = min((tuple(each.shape[:2]) for each in inputs), key=min)
     if min(height, width) < SMALLEST:
         got = f"got {width}x{height} pixels as the network's input"
@@ -178,9 +179,10 @@ def forward(model: Segmenter, pixels: Tensor, coarse: bool = True) -> Logits:
 def slide(
     model: Segmenter, pixels: Tensor, crop: tuple[int, int], stride: tuple[int, int], coarse: bool = False
 ) -> Logits:
-    """Mean logits (1,K,h,w) of windows over normalised pixels (1,3,h,w); crop and stride are (height, width).
+    """Mean logits (1,K,h,w) of sliding windows over normalised pixels (1,3,h,w); crop and stride are (height, width).
 
-    Each window's logits are brought to the window's size and added up; pixels that several windows see have the mean.
+    The logits of each window are resized to the size of the window and added up. A pixel in several windows gets their
+    mean.
     """
     height, width = pixels.shape[2:]
     sums: list[Tensor | None] = [None, None]
@@ -202,25 +204,28 @@ def slide(
 
 
 def windows(length: int, crop: int, stride: int) -> list[slice]:
-    """Windows of `crop` pixels every `stride` over an axis, the last shifted inside; all of an axis that is shorter."""
+    """Windows of `crop` pixels, every `stride` pixels, along an axis of `length` pixels.
+
+    The last window is shifted back inside. If the axis is shorter than `crop`, there is one window: the whole axis.
+    """
     count = max(length - crop + stride - 1, 0) // stride + 1
     starts = (max(min(index * stride + crop, length) - crop, 0) for index in range(count))
     return [slice(start, min(start + crop, length)) for start in starts]
 
 
 def added(total: Tensor | None, more: Tensor) -> Tensor:
-    """The sum, in place, which begins with the first part."""
+    """`total` + `more`, in place; `more` itself if there is no total yet."""
     return more if total is None else total.add_(more)
 
 
 def softmax_(logits: Tensor) -> Tensor:
-    """Softmax over the first axis, in place: at full size a second tensor would be the largest of all."""
+    """Softmax over the first axis, in place: at full size a second tensor would need the most memory of all."""
     logits.sub_(logits.amax(dim=0)).exp_()
     return logits.div_(logits.sum(dim=0))
 
 
 def state_views(protocol: Test) -> str:
-    """The protocol in words, for people who compare scores or labels."""
+    """The protocol as text, for users who want to know whether two scores are comparable."""
     scale, ratios = protocol.scale, protocol.ratios
     resize = "not resized" if scale is None else f"resized to fit {scale[0]}x{scale[1]}, aspect kept"
     rounding = f", then to multiples of {protocol.multiple}" if protocol.multiple else ""

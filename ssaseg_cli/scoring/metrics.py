@@ -1,10 +1,10 @@
-"""Segmentation scores from one K×K table of counts: IoU, accuracies, Dice, F-score, precision and recall, as
-mmsegmentation's, and how far the mIoU would move with other images of the same kind.
+"""Segmentation scores from a K×K confusion matrix: IoU, accuracies, Dice, F-score, precision and recall.
 
-Source of the definitions: `mmseg/core/evaluation/metrics.py` of mmsegmentation 0.30; of the frequency-weighted IoU:
-Long et al., "Fully Convolutional Networks for Semantic Segmentation", CVPR 2015, section 5. Scores are in percent.
+They are mmsegmentation's scores, from `mmseg/core/evaluation/metrics.py` of mmsegmentation 0.30. In addition: the
+frequency-weighted IoU (Long et al., "Fully Convolutional Networks for Semantic Segmentation", CVPR 2015, section 5),
+and an interval that says how much the mIoU varies with the choice of images. All scores are in percent.
 
-Axes: K classes, H×W pixels, N images, R resamples. In the table rows are labels, columns are predictions.
+Axes: K classes, H×W pixels, N images, R resamples. In the matrix rows are labels, columns are predictions.
 """
 
 from collections.abc import Sequence
@@ -18,18 +18,17 @@ if TYPE_CHECKING:
     import torch
 
 
-BLOCK = 64  # images whose counts are allocated at once
+BLOCK = 64  # number of images whose counts are allocated together
 
-PRODUCT = 2**21  # numbers of a resampling matrix worked on at once
+PRODUCT = 2**21  # entries of a resampling matrix that are computed together
 
 
 class Scores(TypedDict):
-    """Scores in percent, by mmsegmentation's names. Per class: float64 (K,), NaN where the ratio is 0/0; the means
-    leave NaN out.
+    """Scores in percent, with mmsegmentation's names. Per class: float64 (K,), NaN if the ratio is 0/0.
 
-    A class without a labelled pixel has IoU 0, which counts, where some pixel was predicted as it, and NaN where none
-    was. fwIoU weighs each class's IoU by its labelled pixels. Fscore is Dice but for classes that are never predicted,
-    or never rightly: Dice calls them 0, it NaN.
+    The means ignore NaN. A class without labelled pixels has IoU 0 if some pixel was predicted as this class; the 0
+    counts in the mean. If no pixel was, its IoU is NaN. fwIoU weights the IoU of each class by its labelled pixels.
+    Fscore equals Dice, except for classes that are never predicted, or never correctly: Dice is 0, Fscore NaN.
     """
 
     IoU: np.ndarray
@@ -49,10 +48,10 @@ class Scores(TypedDict):
 
 
 class Interval(NamedTuple):
-    """What of `resamples` mIoUs [%], each of as many images drawn with replacement, lies in the middle `level` percent.
+    """Range [%] of the middle `level` percent of `resamples` mIoUs, each over N images drawn with replacement.
 
-    It says how the score depends on which images were taken, not on the training's seed. Frames of one video, or crops
-    of one scan, are no independent images: for them it is too narrow.
+    It says how the score depends on the choice of images; it says nothing about the training's seed. Frames of one
+    video, or crops of one scan, are not independent images: for them the interval is too narrow.
     """
 
     low: float
@@ -63,26 +62,26 @@ class Interval(NamedTuple):
 
 
 class Confusion:
-    """Counts of (label, prediction) pairs, summed over images: K×K int64, on `device`.
+    """A confusion matrix: counts of (label, prediction) pairs, summed over images: K×K int64, on `device`.
 
-    Of each image 2·K int32 numbers are kept beside (1.2 KB for 150 classes), for `interval`. Nothing is read back from
-    a GPU while it counts.
+    For `interval` it also keeps 2·K int32 numbers of each image (1.2 KB for 150 classes). Counting reads nothing back
+    from a GPU.
     """
 
     def __init__(self, num_classes: int, device: "torch.device | str" = "cpu") -> None:
         import torch
 
         self.num_classes = num_classes
-        # The last cell counts pixels that no class can be found for: an error, told as early as the device allows.
+        # The last cell counts pixels with an invalid class: an error, raised as early as the device allows.
         self._counts = torch.zeros(num_classes**2 + 1, dtype=torch.int64, device=device)
         self._images = 0
         self._blocks: list[torch.Tensor] = []  # of int32 (BLOCK,2,K): each image's intersections and unions
 
     def update(self, prediction: "np.ndarray | torch.Tensor", label: "np.ndarray | torch.Tensor") -> None:
-        """Add one image: prediction and label (H,W), integers in [0, K); label 255 leaves the pixel out.
+        """Add one image: prediction and label (H,W), integers in [0, K); pixels with label 255 are ignored.
 
-        Raises ValueError for maps of two sizes, and for a class out of range: at once where both maps and the table are
-        on the CPU, otherwise when `matrix` is read. mmsegmentation drops such labels from one count and keeps them in
+        Raises ValueError if the two maps differ in size, and for a class out of range: immediately if this matrix is on
+        the CPU, otherwise when `matrix` is read. mmsegmentation drops such labels from one count and keeps them in
         another.
         """
         import torch
@@ -102,7 +101,7 @@ class Confusion:
         self._keep(counts[:-1].view(classes, classes))
 
     def _keep(self, matrix: "torch.Tensor") -> None:
-        """Remembers one image's intersections and unions."""
+        """Stores the intersections and unions of one image, given its matrix (K,K)."""
         import torch
 
         if self._images == BLOCK * len(self._blocks):
@@ -119,21 +118,22 @@ class Confusion:
         none = np.empty((0, 2, self.num_classes), np.int32)
         return np.concatenate([none, *blocks])[: self._images]
 
-    def part(self) -> "tuple[torch.Tensor, np.ndarray]":
-        """What `merge` needs of each of several counts: this one's table and rows, on the CPU."""
+    def snapshot(self) -> "tuple[torch.Tensor, np.ndarray]":
+        """What `merge` needs: the counts and the rows, on the CPU."""
         return self._counts.cpu(), self.rows
 
-    def merge(self, parts: "Sequence[tuple[torch.Tensor, np.ndarray]]") -> None:
-        """Becomes the R `parts` together: part r has counted images r, r+R, …, and no image is added afterwards.
+    def merge(self, snapshots: "Sequence[tuple[torch.Tensor, np.ndarray]]") -> None:
+        """Replaces the counts by the sum of R snapshots; snapshot r has counted images r, r+R, …
 
-        The images' order, which the interval depends on, is that of one count over all.
+        The images are then in the same order as in a single count, since the interval depends on their order. No image
+        may be added afterwards.
         """
         import torch
 
-        self._counts = torch.stack([counts for counts, _ in parts]).sum(dim=0)
-        rows = np.empty((sum(len(part) for _, part in parts), 2, self.num_classes), np.int32)
-        for first, (_, part) in enumerate(parts):
-            rows[first :: len(parts)] = part
+        self._counts = torch.stack([counts for counts, _ in snapshots]).sum(dim=0)
+        rows = np.empty((sum(len(each) for _, each in snapshots), 2, self.num_classes), np.int32)
+        for first, (_, each) in enumerate(snapshots):
+            rows[first :: len(snapshots)] = each
         self._images, self._blocks = len(rows), [torch.from_numpy(rows)]
 
     @property
@@ -142,11 +142,11 @@ class Confusion:
         counts = self._counts.cpu().numpy()
         if counts[-1]:
             expected = f"expected 0..{self.num_classes - 1}, or the label {IGNORED} (ignored)"
-            raise ValueError(f"{counts[-1]} pixels whose label or prediction is no class\n{expected}")
+            raise ValueError(f"{counts[-1]} pixels whose label or prediction is not a class\n{expected}")
         return counts[:-1].reshape(self.num_classes, self.num_classes)
 
     def scores(self) -> Scores:
-        """All scores of what was counted so far [%]."""
+        """All scores [%] of the images counted so far."""
         matrix = self.matrix
         hits, labelled, predicted = matrix.diagonal(), matrix.sum(axis=1), matrix.sum(axis=0)
         iou = percent(hits, labelled + predicted - hits)
@@ -172,9 +172,9 @@ class Confusion:
         }
 
     def interval(self, level: float = 95.0, resamples: int = 1000, seed: int = 0) -> Interval | None:
-        """Percentile bootstrap of the mIoU over images (Efron, 1979); None of fewer than two images.
+        """Percentile bootstrap of the mIoU over images (Efron, 1979); None with fewer than two images.
 
-        A class that no image of a resample has or predicts is left out of that resample's mean, as always.
+        The mean of a resample ignores classes that none of its images contains or predicts, as every mIoU does.
         """
         if self._images < 2:
             return None
@@ -186,7 +186,7 @@ class Confusion:
         return Interval(float(low), float(high), level, resamples, seed)
 
     def majority_miou(self) -> float:
-        """The mIoU [%] of predicting the commonest class everywhere: what a model must beat to have learnt anything."""
+        """The mIoU [%] of predicting the most common class everywhere. A model that has learnt something exceeds it."""
         labelled = self.matrix.sum(axis=1)
         if not labelled.sum():
             return float("nan")
@@ -205,30 +205,31 @@ def _out_of_range(label: "torch.Tensor", prediction: "torch.Tensor", classes: in
 def resampled_miou(rows: np.ndarray, resamples: int, rng: np.random.Generator) -> np.ndarray:
     """mIoU [%] (R) of resamples with replacement of N images, given their intersections and unions, int (N,2,K).
 
-    Sums over a resample are a product of how often it has each image with the images' counts: exact in float64.
+    The sums over a resample are a matrix product: how often it has each image, times the counts of the images. This is
+    exact in float64.
     """
     images = len(rows)
     counts = rows.reshape(images, -1).astype(np.float64)
     means = []
-    part = max(PRODUCT // images, 1)
-    for first in range(0, resamples, part):
-        drawn = rng.integers(images, size=(min(part, resamples - first), images))
+    chunk = max(PRODUCT // images, 1)
+    for first in range(0, resamples, chunk):
+        drawn = rng.integers(images, size=(min(chunk, resamples - first), images))
         cells = drawn + images * np.arange(len(drawn))[:, None]
         times = np.bincount(cells.ravel(), minlength=drawn.size).reshape(drawn.shape)
         hits, union = (times.astype(np.float64) @ counts).reshape(len(drawn), 2, -1).swapaxes(0, 1)
         present = (union > 0).sum(axis=1)
-        iou = percent(hits, np.maximum(union, 1))  # 0 where there is none
+        iou = percent(hits, np.maximum(union, 1))  # 0 for a class that is not in the resample
         means.append(iou.sum(axis=1) / np.where(present, present, np.nan))
     return np.concatenate(means)
 
 
-def percent(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
-    """100 · part / whole in float64; NaN where both are 0."""
+def percent(count: np.ndarray, total: np.ndarray) -> np.ndarray:
+    """100 · count / total in float64; NaN where both are 0."""
     with np.errstate(invalid="ignore"):
-        return np.asarray(part, dtype=np.float64) / np.asarray(whole, dtype=np.float64) * 100
+        return np.asarray(count, dtype=np.float64) / np.asarray(total, dtype=np.float64) * 100
 
 
 def nan_mean(values: np.ndarray) -> float:
-    """Mean of the values that are not NaN; NaN, without NumPy's warning, where all are."""
+    """Mean of the values that are not NaN; if all are NaN: NaN, without NumPy's warning."""
     known = values[~np.isnan(values)]
     return float(known.mean()) if len(known) else float("nan")

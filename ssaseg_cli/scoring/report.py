@@ -1,4 +1,4 @@
-"""Scoring a model on labelled images: `ssaseg eval`, and what training evaluates with."""
+"""`ssaseg eval`: scores a checkpoint on labelled images, and prints and writes the report."""
 
 import sys
 import time
@@ -22,7 +22,7 @@ from ssaseg.datasets import Dataset, build_dataset
 from ssaseg.models import Segmenter, load_model
 from ssaseg.recipes import Recipe, Test, load_recipe, parse_protocol, parse_recipe
 
-MEANS = ("mIoU", "mBoundaryIoU", "fwIoU", "aAcc", "mAcc")  # printed; the report has all
+MEANS = ("mIoU", "mBoundaryIoU", "fwIoU", "aAcc", "mAcc")  # those that are printed; the report has more
 
 
 # ---- the command -------------------------------------------------------------------------------------------------
@@ -39,11 +39,11 @@ def run_eval(
 ) -> int:
     """Scores `checkpoint` on a split, prints a table, and returns exit code 0.
 
-    data: a recipe's name or file instead of the recipe inside the checkpoint; its `test` section is then the protocol.
-    changes: keys of the protocol to change. boundary: boundary IoU as well.
-    root: instead of the recipe's `data.root`. json_out: a file for the figures, "-" for stdout without the table.
-    Raises CommandError where data and checkpoint do not fit or no pixel is labelled, and what loading either raises;
-    SystemExit after Ctrl-C (130) and SIGTERM (143). Several ranks share the images; one prints and writes.
+    data: name or file of a recipe that replaces the recipe in the checkpoint; its `test` section is then the protocol.
+    changes: keys of the protocol to change. boundary: also compute the boundary IoU. root: replaces the recipe's
+    `data.root`. json_out: a file for the report; "-": stdout, without the table. Several ranks divide the images among
+    them; rank 0 prints and writes. Raises CommandError if the classes of data and checkpoint differ or no pixel is
+    labelled, and what loading either raises; SystemExit after Ctrl-C (130) and SIGTERM (143).
     """
     json_out = json_target(json_out)
     with connect(select_device(device)) as ranks:
@@ -79,7 +79,7 @@ def _score(
     _require_labels(confusion, f"{split} split of recipe {recipe.name} ({count} images)")  # waits for the device
     return {
         "checkpoint": str(checkpoint),
-        # Weights of other people, which `convert` brings, count from 0 and know no recipe.
+        # Official weights that `convert` has converted have step 0 and no recipe: their number of steps is unknown.
         "step": metadata["step"] if metadata["step"] or metadata["recipe"] else None,
         "model": model.name,
         "classifier": model.classifier_name,
@@ -107,8 +107,8 @@ def _count(
 ) -> Confusion:
     """`evaluate_model` on `count` images, with progress on stderr.
 
-    Ctrl-C and SIGTERM take effect between two images: in the middle of taking one over, the worker that hands it over
-    would tell of a broken connection.
+    Ctrl-C and SIGTERM take effect between two images: while an image is being received from a worker, the worker would
+    report a broken connection.
     """
     done = 0
     bar = progress_bar(count, "evaluated") if ranks.main else nullcontext(lambda images: None)
@@ -118,7 +118,7 @@ def _count(
 
                 def progress(images: int) -> None:
                     nonlocal done
-                    images = min(images * ranks.size, count - done)  # the others are about as far
+                    images = min(images * ranks.size, count - done)  # the other ranks have done about as many
                     done += images
                     advance(images)
 
@@ -126,7 +126,7 @@ def _count(
                 return evaluate_model(
                     model, dataset, values, mean, std, ranks.device, WORKERS, count, progress, boundaries, stop, ranks
                 )
-        except (Interrupted, KeyboardInterrupt, RuntimeError):  # RuntimeError: a worker was only starting
+        except (Interrupted, KeyboardInterrupt, RuntimeError):  # RuntimeError: a worker was still starting
             if not stop.requested:
                 raise
             if ranks.main:
@@ -138,15 +138,15 @@ def _recipe(checkpoint: Path, metadata: Mapping[str, Any], data: str | None) -> 
     if data is not None:
         return load_recipe(data)
     if metadata["recipe"] is None:
-        raise CommandError(f"{checkpoint}: the checkpoint holds no recipe that would name its data\ngive --data RECIPE")
+        raise CommandError(f"{checkpoint}: the checkpoint has no recipe, so its data are unknown\ngive --data RECIPE")
     return parse_recipe(metadata["recipe"], str(checkpoint))
 
 
 def _dataset(recipe: Recipe, split: str, root: Path | None) -> Dataset:
     if root is not None and recipe.data.dataset == "synthetic":
-        raise CommandError(f"--root {root}: recipe {recipe.name} has built-in scenes, which have no root\nleave it out")
+        raise CommandError(f"--root {root}: recipe {recipe.name} uses built-in scenes, not files\nleave out --root")
     root = Path(recipe.data.root) if root is None else root
-    # Each image is read once: a cache would hold them all, and fill before the first is scored.
+    # No cache: each image is read only once, and a cache would read all images before the first is scored.
     options = recipe.data.model_dump() | {"cache": False}
     return build_dataset(recipe.data.dataset, split, root=root, options=options)
 
@@ -154,23 +154,23 @@ def _dataset(recipe: Recipe, split: str, root: Path | None) -> Dataset:
 def _require_labels(confusion: Confusion, images: str) -> None:
     if not confusion.matrix.any():
         raise CommandError(
-            f"no labelled pixel in the {images}: every one is ignored\n"
-            "check its data.ignore_index, data.reduce_zero_label and data.raw_to_train"
+            f"no labelled pixel in the {images}: all pixels are ignored\n"
+            "check data.ignore_index, data.reduce_zero_label and data.raw_to_train in the recipe"
         )
 
 
 def _require_same_classes(checkpoint: Path, model: Sequence[str], recipe: str, data: Sequence[str]) -> None:
-    """Scores of class k mean nothing where it is a car to the model and a tree to the labels."""
-    mend = "give --data a recipe with the checkpoint's classes in their order"
+    """Raises CommandError if class k of the model is another class in the labels: its score would mean nothing."""
+    fix = "give --data a recipe that has the checkpoint's classes, in the same order"
     if len(model) != len(data):
-        raise CommandError(f"{checkpoint}: {len(model)} classes; recipe {recipe}: {len(data)} classes\n{mend}")
+        raise CommandError(f"{checkpoint}: {len(model)} classes; recipe {recipe}: {len(data)} classes\n{fix}")
     for index, (ours, theirs) in enumerate(zip(model, data, strict=True)):
         if ours != theirs:
-            raise CommandError(f"{checkpoint}: class {index} is {ours!r}; recipe {recipe}: {theirs!r}\n{mend}")
+            raise CommandError(f"{checkpoint}: class {index} is {ours!r}; recipe {recipe}: {theirs!r}\n{fix}")
 
 
 def _figures(confusion: Confusion, classes: Sequence[str], boundaries: Boundaries | None = None) -> dict[str, Any]:
-    """The scores [%] of a report, NaN as None."""
+    """The scores [%] of a report; NaN becomes None."""
     scores = confusion.scores()
     labelled = confusion.matrix.sum(axis=1)
     shares = labelled / max(labelled.sum(), 1) * 100
@@ -203,14 +203,14 @@ def _number(value: Any) -> float | None:
 
 
 def _remark(labelled: int, iou: float) -> str:
-    """What a class without labelled pixels does to the mean."""
+    """For a class without labelled pixels: whether it counts in the mean (predicted) or not."""
     if labelled:
         return ""
     return "no ground truth" if np.isnan(iou) else "predicted but absent"
 
 
 def print_report(report: Mapping[str, Any]) -> None:
-    """The table per class, the means, how sure they are, the speed and the protocol, on stdout."""
+    """Prints the table per class, the means, the interval of the mIoU, the speed and the protocol on stdout."""
 
     def cell(value: float | None) -> str:
         return "–" if value is None else f"{value:.2f}"
@@ -222,11 +222,11 @@ def print_report(report: Mapping[str, Any]) -> None:
     title = f"{report['checkpoint']}: {report['model']} {report['classifier']}{step}"
     print_table(("class", *shown.values(), ""), rows, title)
     means = "   ".join(f"{key} {cell(report[key])} %" for key in MEANS if key in report)
-    print(f"{means}   (always the commonest class: mIoU {cell(report['majority_miou'])} %)")
+    print(f"{means}   (always the most common class: mIoU {cell(report['majority_miou'])} %)")
     if report["mIoU_interval"] is not None:
         interval = Interval(**report["mIoU_interval"])
         how = f"percentile bootstrap over {report['images']} images, {interval.resamples} resamples"
         print(f"mIoU {interval.level:g} % interval {interval.low:.2f} to {interval.high:.2f} % ({how})")
     print(most_confused(report["confused"], 5))
-    print(f"{report['images_per_s']:.1f} images/s, reading and scoring included")
+    print(f"{report['images_per_s']:.1f} images/s, including reading and scoring")
     print(f"protocol: {report['statement']}")

@@ -131,7 +131,7 @@ def test_names_that_collide_keep_their_suffix(tmp_path: Path) -> None:
 def test_two_folders_with_the_same_name_are_refused(tmp_path: Path) -> None:
     for name in ("one/a.jpg", "two/a.jpg"):
         write(tmp_path / name)
-    with pytest.raises(CommandError, match=r"one/a.jpg and .*two/a.jpg: their results would both be called a.jpg"):
+    with pytest.raises(CommandError, match=r"one/a.jpg and .*two/a.jpg: their results would have the same name, a.jpg"):
         find_sources([str(tmp_path / "one"), str(tmp_path / "two")], tmp_path / "out")
     twice = find_sources([str(tmp_path / "one"), str(tmp_path / "one/a.jpg")], tmp_path / "out")
     assert [source.name for source in twice] == ["a"]
@@ -149,7 +149,7 @@ def test_globs_folders_and_what_is_left_out(tmp_path: Path) -> None:
     assert relative("x/*/*.png") == ["y/3.png"]
     assert relative(".") == ["x/1.jpg", "x/y/2.JPG", "x/y/3.png"]  # not the results of a run before
     for given in ("out", "out/index/1.png", "out/*/*.png"):
-        with pytest.raises(CommandError, match=r"results below --out .* left out"):
+        with pytest.raises(CommandError, match=r"results in --out .* skipped"):
             relative(given)
 
 
@@ -200,7 +200,7 @@ def test_a_folder_that_cannot_be_written(checkpoint: Path, tmp_path: Path) -> No
 def test_coarse_needs_a_classifier_that_adapts(tmp_path: Path) -> None:
     checkpoint = save_checkpoint(tmp_path / "linear.safetensors", "linear")
     source = write(tmp_path / "a.png")
-    with pytest.raises(CommandError, match="classifier linear adapts nothing"):
+    with pytest.raises(CommandError, match="classifier linear does not adapt"):
         run_predict(checkpoint, [str(source)], tmp_path / "out", ("index", "coarse"), False, "cpu")
     assert run_predict(checkpoint, [str(source)], tmp_path / "out", ("index",), False, "cpu") == 0
 
@@ -263,7 +263,7 @@ def test_a_stopped_run_finishes_what_it_has_begun(
     assert files(out) == [*(f"index/{index}.png" for index in range(5)), "rle.json"]
     assert labelled_images(out / "rle.json") == {f"{index}.png" for index in range(5)}
     told = capsys.readouterr()
-    assert told.err == "stopped: 5 of 8 images are done; --skip-existing does the others\n"
+    assert told.err == "stopped: 5 of 8 images are done; --skip-existing labels the rest\n"
     assert told.out == ""
     monkeypatch.undo()
     assert run_predict(checkpoint, inputs, out, ("index", "rle"), True, "cpu") == 0

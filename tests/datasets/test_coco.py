@@ -401,8 +401,8 @@ def test_a_recipe_names_folder_and_files(tmp_path: Path) -> None:
     for wrong, message in (
         ({"val": {"images": "images", "masks": "masks"}}, r"data\.val: expected annotations"),
         ({"val": {"images": "i", "annotations": "0.json", "masks": "m"}}, r"data\.val\.masks: expected none"),
-        ({"ignore_index": 7}, r"data\.ignore_index: expected none, as dataset is coco_json"),
-        ({"val": None}, r"data\.val: expected the folders of the split, as dataset is coco_json"),
+        ({"ignore_index": 7}, r"data\.ignore_index: expected no value, since dataset is coco_json"),
+        ({"val": None}, r"data\.val: expected the folders of the split, since dataset is coco_json"),
     ):
         with pytest.raises(RecipeError, match=message):
             parse_recipe({**rest, "train": {"steps": 1}, "data": {**data, **wrong}}, "my.yaml")

@@ -72,7 +72,7 @@ def test_batches_are_shared_in_whole_groups() -> None:
     assert [images_per_rank(16, 4, ranks) for ranks in (1, 2, 4)] == [16, 8, 4]
     assert images_per_rank(6, 4, 1) == 6  # alone, the last group may be smaller
     assert images_per_rank(12, 1, 3) == 4
-    with pytest.raises(CommandError, match=r"16 images .* by 3 ranks in whole groups of 4 \(distill.group\)"):
+    with pytest.raises(CommandError, match=r"16 images .* among 3 ranks in whole groups of 4 \(distill.group\)"):
         images_per_rank(16, 4, 3)
     with pytest.raises(CommandError, match=r"these numbers of ranks: 1, 2, 4; or another train.batch"):
         images_per_rank(16, 4, 8)
@@ -98,9 +98,11 @@ def test_each_rank_reads_its_part_of_the_same_stream() -> None:
 def test_too_few_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     assert distributed.own_gpu(1, 2) == (torch.device("cuda", 1), False)
-    with pytest.raises(CommandError, match="4 processes on this machine, and 2 GPUs\nexpected one GPU each: --gpus 2"):
+    with pytest.raises(
+        CommandError, match="4 processes on this machine, but only 2 GPUs\nexpected one GPU per process: use --gpus 2"
+    ):
         distributed.own_gpu(3, 4)
-    monkeypatch.setenv(distributed.SHARE, "1")
+    monkeypatch.setenv(distributed.SHARE_GPU, "1")
     assert distributed.own_gpu(3, 4) == (torch.device("cuda", 1), True)
 
 
@@ -122,7 +124,7 @@ def test_counts_of_parts_are_the_count_of_all(ranks: int) -> None:
     for index, (label, prediction) in enumerate(maps):
         whole.update(prediction, label)
         parts[index % ranks].update(prediction, label)
-    parts[0].merge([part.part() for part in parts])
+    parts[0].merge([part.snapshot() for part in parts])
     np.testing.assert_array_equal(parts[0].matrix, whole.matrix)
     np.testing.assert_array_equal(parts[0].rows, whole.rows)
     assert parts[0].interval() == whole.interval()
@@ -155,13 +157,13 @@ def test_only_ranks_that_are_gone_are_called_so(monkeypatch: pytest.MonkeyPatch)
         return Ranks(CPU, size=1 + len(others), peers=[(host, 0), *others]).describe_lost(RuntimeError(error))
 
     closed, late = "Connection closed by peer\nframe #0", "Timed out waiting 1800000ms for recv"
-    assert lost(closed, (host, os.getpid())) is None  # told as it is
-    assert "rank 2 of 3 is gone" in str(lost(closed, (host, os.getpid()), (host, ended.pid)))
-    assert "a rank on another machine is gone" in str(lost(closed, ("elsewhere", 1)))
-    assert "this rank was told: Connection closed by peer\n" in str(lost(closed, ("elsewhere", 1)))
-    assert "30 minutes for another, which is alive (Timed out" in str(lost(late, (host, os.getpid())))
-    assert "perhaps on a machine that was lost" in str(lost(late, ("elsewhere", 1)))
-    assert "rank 1 of 2 is gone" in str(lost(late, (host, ended.pid)))
+    assert lost(closed, (host, os.getpid())) is None  # printed unchanged
+    assert "rank 2 of 3 has ended" in str(lost(closed, (host, os.getpid()), (host, ended.pid)))
+    assert "a rank on another machine has ended" in str(lost(closed, ("elsewhere", 1)))
+    assert "the error in this rank: Connection closed by peer\n" in str(lost(closed, ("elsewhere", 1)))
+    assert "30 minutes for another rank, which is alive (Timed out" in str(lost(late, (host, os.getpid())))
+    assert "which may be on a lost machine" in str(lost(late, ("elsewhere", 1)))
+    assert "rank 1 of 2 has ended" in str(lost(late, (host, ended.pid)))
 
 
 # ---- whole ranks, over gloo on 127.0.0.1 --------------------------------------------------------------------------
@@ -227,7 +229,7 @@ def test_a_rank_that_waits_in_vain_names_what_may_take_long(
     assert in_ranks(monkeypatch, 2, wait_in_vain, 4, 20) == 2
     told = capfd.readouterr().err.splitlines()
     assert len(told) == 3
-    assert told[0].startswith("error: rank 1 of 2 has waited")
+    assert told[0].startswith("error: rank 1 of 2 waited")
     assert "--check all" in told[1]
 
 
@@ -268,7 +270,7 @@ def test_two_ranks_have_the_losses_and_gradients_of_one(monkeypatch: pytest.Monk
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_two_ranks_that_share_a_gpu_have_the_gradients_of_one(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """BatchNorm trains: SyncBatchNorm has the statistics of all ranks' images. Over gloo, as NCCL wants a GPU each."""
-    monkeypatch.setenv(distributed.SHARE, "1")
+    monkeypatch.setenv(distributed.SHARE_GPU, "1")
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     live = [*KEYS, "model.dropout=0", "model.drop_path=0", "train.workers=0", "train.micro_batch=null"]
     crop = ["augment.scale=[128,128]", "augment.crop=[128,128]"]
@@ -289,7 +291,9 @@ def test_a_killed_rank_ends_the_job_with_three_lines(
     began, before = time.monotonic(), set(psutil.Process().children())
     command = [*DYING, *train_words(tmp_path / "run", "train.workers=0")]
     monkeypatch.setattr(launch, "own_command", lambda: command)
-    with pytest.raises(CommandError, match=r"rank 1 by SIGKILL, of 2 ranks(.|\n)*--resume goes on from the last state"):
+    with pytest.raises(
+        CommandError, match=r"rank 1 by SIGKILL, of 2 ranks(.|\n)*--resume continues from the last saved state"
+    ):
         launch.run_launch(2)
     assert time.monotonic() - began < 60
     assert set(psutil.Process().children()) <= before
@@ -306,7 +310,7 @@ def test_torchrun_goes_on_by_itself_and_ends_bit_for_bit(undisturbed: Path, tmp_
     done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT)
     assert done.returncode == 0, done.stderr
     same_state(out, undisturbed)
-    assert done.stderr.count("error: rank 1 of 2 is gone: killed from outside") == 1
+    assert done.stderr.count("error: rank 1 of 2 has ended: it was killed from outside") == 1
     # It was killed in the fourth step, and its last state is that after the evaluation of step 3.
     assert "step 3 of 6" in done.stderr
     told = (out / "metrics.jsonl").read_text().splitlines()

@@ -82,7 +82,7 @@ def test_the_defaults_are_those_that_a_recipe_gets(tmp_path: Path) -> None:
         "- `distill`: section; default: the defaults of its keys.",
         "- `loss.class_weights`: mapping of NAME to number >= 0; default `{}`.",
         "  Exponent of the polynomial decay; 0: constant.",
-        "  folder (image/mask pairs on disk), coco_json (COCO-format annotations), synthetic (drawn on the fly), or a",
+        "  folder (image/mask pairs on disk), coco_json (COCO-format annotations), synthetic (scenes that ssaseg draws",
     ],
 )
 def test_lines_say_what_the_schema_says(line: str) -> None:

@@ -168,7 +168,7 @@ def test_other_classes_drop_a_palette_of_another_length(tmp_path: Path) -> None:
 
 def test_a_default_that_the_data_set_would_not_heed_is_refused_but_stored_recipes_load(tmp_path: Path) -> None:
     message = refusal("ade20k-seaformer_b-ssa", "data.reduce_zero_label=false")
-    assert "data.reduce_zero_label: expected none, as dataset is ade20k" in message
+    assert "data.reduce_zero_label: expected no value, since dataset is ade20k" in message
     recipe = load_recipe("ade20k-seaformer_b-ssa")
     stored = json.loads(json.dumps(recipe.model_dump(mode="json")))
     del stored["data"]["background"]  # a key that came later
@@ -226,7 +226,7 @@ def test_standalone_text_needs_no_other_file(tmp_path: Path) -> None:
         ("data.classes=[a,a]", ["each class name once, got 'a'"]),
         ("data.classes=[a]", ["2 to 255 names, got 1"]),
         ("data.palette=[[1,2,3]]", ["11 colours, one per class, got 1"]),
-        ("data.ignore_index=3", ["data.ignore_index", "no class (0..10 are)"]),
+        ("data.ignore_index=3", ["data.ignore_index", "not a class (0..10 are classes)"]),
         ("data.raw_to_train={0: 11}", ["data.raw_to_train.0", "0..10"]),
         ("data.raw_to_train={x: 1}", ["data.raw_to_train.x: expected a whole number"]),
         ("data.train=", ["data.train: expected the folders of the split"]),
@@ -234,12 +234,12 @@ def test_standalone_text_needs_no_other_file(tmp_path: Path) -> None:
         ("data.image_suffixes=[JPG]", ["data.image_suffixes", "write '.jpg'"]),
         ("name=a/b", ["name: expected text without slashes"]),
         ("name=..", ["name: expected text without slashes"]),
-        ("data.palette.0=5", ["nothing can be set below", "lists are set whole"]),
-        ("optim.lr.x=5", ["nothing can be set below 0.00025"]),
+        ("data.palette.0=5", ["has no keys that could be set", "set the whole list"]),
+        ("optim.lr.x=5", ["0.00025 has no keys that could be set"]),
         ("optim.lr", ["expected key=value"]),
         ("=3", ["expected key=value"]),
         ("augment.crop=[360,", ["augment.crop=[360,: not valid YAML"]),
-        ("data.root=&a [*a]", ["holds itself"]),
+        ("data.root=&a [*a]", ["contains itself"]),
         ("extends=demo", ["only be written in a file"]),
     ],
 )
@@ -256,13 +256,13 @@ def test_a_wrong_override_is_answered_with_key_value_and_mend(word: str, parts: 
         ("# only a comment\n", ["the recipe is empty"]),
         ("- a\n- b\n", ["expected `key: value` lines", "recipes show demo"]),
         ("just words\n", ["expected `key: value` lines", "just words"]),
-        ("model: {name: a\n", ["bad.yaml:2: not valid YAML", "indented by spaces"]),
+        ("model: {name: a\n", ["bad.yaml:2: not valid YAML", "indented with spaces"]),
         ("model:\n\tname: a\n", ["bad.yaml:2: not valid YAML"]),
         ("model: a\n---\nmodel: b\n", ["not valid YAML", "document"]),
         ("model: \x07\n", ["not valid YAML"]),
-        (OWN + "optim: {lr: 1}\n", ["bad.yaml:11: optim is there twice, first on line 9", "keep one"]),
-        (OWN.replace("steps: 10", "steps: 10, steps: 11"), ["bad.yaml:10: train.steps is there twice"]),
-        ("[a, b]: 1\n", ["a key must be a word or a number"]),
+        (OWN + "optim: {lr: 1}\n", ["bad.yaml:11: optim is given twice, first on line 9", "remove one"]),
+        (OWN.replace("steps: 10", "steps: 10, steps: 11"), ["bad.yaml:10: train.steps is given twice"]),
+        ("[a, b]: 1\n", ["a key must be text or a number"]),
         (OWN.replace("steps", "step"), ["bad.yaml:10: unknown key train.step", "did you mean train.steps?", "1 more"]),
         (OWN.replace("lr: 1e-3", "lr: -1"), ["bad.yaml:9: optim.lr: expected a number above 0"]),
         (OWN.replace("lr: 1e-3, ", ""), ["bad.yaml:9: optim.lr is missing", "base learning rate"]),
@@ -287,8 +287,8 @@ def test_a_wrong_file_is_answered_with_its_line(tmp_path: Path, text: str, parts
 def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     assert "did you mean demo?" in refusal("dmo")
     assert " ade20k-seaformer_b-ssa " in refusal("ade20k-seaformer-ssa")
-    assert "`ssaseg recipes list` names the shipped ones" in refusal("zzz")
-    assert "name is empty" in refusal("")
+    assert "`ssaseg recipes list` prints the shipped recipes" in refusal("zzz")
+    assert "recipe is empty" in refusal("")
     assert "`extends: _camvid`" in refusal("_camvid")
     assert "demo.yaml: no such file" in refusal(str(tmp_path / "demo.yaml"))
     (tmp_path / "folder.yaml").mkdir()
@@ -305,7 +305,7 @@ def test_a_recipe_in_a_checkpoint_is_told_by_its_file() -> None:
 
 
 def test_synthetic_scenes_bring_their_own_classes() -> None:
-    assert "the data set brings its own" in refusal("demo", "data.classes=[a,b]")
+    assert "the data set does not use it" in refusal("demo", "data.classes=[a,b]")
 
 
 def test_every_key_says_what_it_means() -> None:

@@ -281,7 +281,7 @@ def test_options_change_the_protocol_and_the_report_says_so(
         (["--slide", "16", "8"], "protocol: test.crop[0]: expected 32 or more, got 16"),
         (["--slide", "64", "80"], "protocol: test.stride: expected at most test.crop, [64, 64], got [80, 80]"),
         (["--slide", "64", "32", "--whole"], "give either --slide or --whole"),
-        (["--ratios", "0.5;1"], "'0.5;1' is no list of numbers such as 0.5,1,1.5"),
+        (["--ratios", "0.5;1"], "'0.5;1' is not a list of numbers such as 0.5,1,1.5"),
         (["--ratios", "0"], "protocol: test.ratios[0]: expected a number above 0"),
     ],
 )
@@ -339,7 +339,7 @@ def test_a_signal_stops_between_two_images(
 
 
 def test_built_in_scenes_have_no_root(checkpoint: Path, tmp_path: Path) -> None:
-    with pytest.raises(CommandError, match="built-in scenes, which have no root"):
+    with pytest.raises(CommandError, match="built-in scenes, not files"):
         run_eval(checkpoint, None, tmp_path, "val", None, "cpu")
 
 
