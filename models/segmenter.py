@@ -93,9 +93,9 @@ class Segmenter(nn.Module):
         """Removes what inference never reads, such as SSA's teacher branch; the network can't be trained any more."""
         for name in self.training_only():
             owner, _, last = name.rpartition(".")
-            delattr(self.get_submodule(owner), last)
-        if not hasattr(self, "auxiliary"):
-            self.auxiliary = nn.ModuleDict()
+            if hasattr(self.get_submodule(owner), last):  # else it was dropped before
+                delattr(self.get_submodule(owner), last)
+        self.auxiliary = nn.ModuleDict()
 
 
 def is_below(key: str, names: list[str]) -> bool:

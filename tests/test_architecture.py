@@ -28,7 +28,8 @@ MAY_IMPORT = {
 ROOMS = {
     "cli": ["signals", "errors", "device", "console", "options", "drawing", "ranks", "scoring", "weights", "data",
             "prediction", "profiling", "training", "comparison", ""],
-    "models": ["layers", "classifiers", "segmenter", "networks", "build", "keys", "checkpoint", ""],
+    "models": ["rows", "layers", "classifiers", "decoder", "segmenter", "networks", "build", "official",
+               "checkpoint", ""],
 }  # fmt: skip
 LONGEST_FILE, LONGEST_FUNCTION, FULLEST_ROOM = 400, 80, 22  # lines, lines, files
 

@@ -12,7 +12,6 @@ import signal
 import socket
 import sys
 import time
-import traceback
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -26,7 +25,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ssaseg.cli.device import LAUNCHED
-from ssaseg.cli.errors import CommandError, muted, print_error
+from ssaseg.cli.errors import CommandError, muted
+from ssaseg.cli.ranks.lost import first_line, is_alive, is_late, is_loss, print_any_error
 from ssaseg.cli.ranks.rendezvous import meet
 from ssaseg.cli.signals import StopSignal
 from ssaseg.models.layers import norm_statistics
@@ -37,13 +37,6 @@ from ssaseg.models.layers import norm_statistics
 # ranks of their own machine; but with several machines and --max-restarts 0, those of the others may wait this long.
 PATIENCE = timedelta(minutes=30)
 
-# Parts of the errors of gloo, NCCL and the store when the other process has ended. NCCL has more such messages.
-LOST = (
-    "closed by peer", "reset by peer", "closed by remote peer", "Remote peer closed", "Broken pipe",
-    "Connection refused", "Connection was likely closed", "remote process exit", "communicator was aborted",
-)  # fmt: skip
-
-LATE = ("Timed out", "timed out", "wait timeout")  # the same, when it has not answered for PATIENCE
 
 NOTICE = 2.0  # seconds until the parent of a rank that has ended notices it
 
@@ -370,40 +363,3 @@ def averaging(model: nn.Module, last: bool) -> contextlib.AbstractContextManager
     if last or not isinstance(model, DistributedDataParallel):
         return contextlib.nullcontext()
     return model.no_sync()
-
-
-def is_loss(error: BaseException) -> bool:
-    """Whether an error means that another rank has ended."""
-    return isinstance(error, RuntimeError) and any(words in str(error) for words in LOST)
-
-
-def is_late(error: BaseException) -> bool:
-    """Whether an error means that another rank has not answered in time."""
-    return isinstance(error, RuntimeError) and any(words in str(error) for words in LATE)
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of an error, cut to 200 characters."""
-    return str(error).strip().partition("\n")[0][:200]
-
-
-def is_alive(pid: int) -> bool:
-    """Whether a process of this machine is running, or has ended without its parent having noticed it."""
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        pass
-    return True
-
-
-def print_any_error(error: BaseException) -> int:
-    """Prints an error as the command does; a bug is printed with its traceback. Returns the exit code."""
-    try:
-        if not isinstance(error, Exception) or os.environ.get("SSASEG_DEBUG") == "1":
-            raise error
-        return print_error(error)
-    except BaseException:
-        traceback.print_exception(error)
-        return 1

@@ -116,6 +116,8 @@ def find_writer(request: Request) -> Writer:
         )
     writer = DEPLOY if request.deploy else WRITERS[suffix]
     wrong = next((option for option in request.options() if option not in writer.options), None)
+    if wrong is not None and request.deploy:
+        raise CommandError(f"{wrong}: not with --deploy, which takes a whole checkpoint of ours\n{writer.refusal}")
     if wrong is not None:
         homes = [suffix for suffix, each in WRITERS.items() if wrong in each.options]
         what = "official weights to .safetensors" if wrong in OFFICIAL_ONLY else " and ".join(homes)
@@ -321,4 +323,4 @@ WRITERS = {
         ),
     ),
 }
-DEPLOY = Writer(write_small, True, frozenset(), "leave it out with --deploy; convert to .safetensors of ours first")
+DEPLOY = Writer(write_small, True, frozenset(), "convert without --deploy first, then make the result smaller")

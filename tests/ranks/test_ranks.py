@@ -32,7 +32,8 @@ from ssaseg.cli.errors import CommandError
 from ssaseg.cli.main import cli
 from ssaseg.cli.ranks import launcher as launch
 from ssaseg.cli.ranks import ranks as distributed
-from ssaseg.cli.ranks.ranks import Ranks, connect, images_per_rank, is_loss
+from ssaseg.cli.ranks.lost import is_loss
+from ssaseg.cli.ranks.ranks import Ranks, connect, images_per_rank
 from ssaseg.cli.scoring.metrics import Confusion
 from ssaseg.cli.scoring.report import run_eval
 from ssaseg.cli.signals import StopSignal

@@ -18,7 +18,7 @@ from ssaseg.recipes import (
     standalone_text,
 )
 from ssaseg.recipes.data import Folders, Synthetic
-from ssaseg.recipes.schema import Rule, Weights
+from ssaseg.recipes.schema import Rule
 
 OWN = """\
 model: {name: seaformer_t}
@@ -310,7 +310,7 @@ def test_synthetic_scenes_bring_their_own_classes() -> None:
 
 def test_every_key_says_what_it_means() -> None:
     recipe = load_recipe("demo")
-    kinds: list[type[BaseModel]] = [Recipe, Synthetic, Folders, Rule, Weights]
+    kinds: list[type[BaseModel]] = [Recipe, Synthetic, Folders, Rule]
     kinds += [type(value) for _, value in recipe if isinstance(value, BaseModel)]
     fields = [(f"{kind.__name__}.{name}", field) for kind in kinds for name, field in kind.model_fields.items()]
     assert len(fields) > 60

@@ -338,7 +338,7 @@ def test_classes_that_make_no_sense(tmp_path: Path) -> None:
         ("ours.safetensors", "x.pth", CAMVID, "--classes: only for .safetensors"),
         ("ours.safetensors", "x.safetensors", "kitti", "--classes kitti: no such data set"),
         ("ours.safetensors", "x.safetensors", "sky,Sky", "empty or there twice"),
-        ("official.pth", "x.safetensors", CAMVID, "name them by --dataset"),
+        ("official.pth", "x.safetensors", CAMVID, "name them with --dataset"),
         ("imagenet.pth", "x.safetensors", CAMVID, "holds a backbone alone"),
     ]
     for source, destination, classes, message in cases:
