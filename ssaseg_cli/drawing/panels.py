@@ -117,7 +117,7 @@ def encode(image: np.ndarray, suffix: str) -> bytes:
     return cv2.imencode(suffix, image, [cv2.IMWRITE_JPEG_QUALITY, 85] if suffix == ".jpg" else [])[1].tobytes()
 
 
-# ---- parts ---------------------------------------------------------------------------------------------------------
+# ---- layout ---------------------------------------------------------------------------------------------------------
 def _fit(image: np.ndarray) -> np.ndarray:
     """The image, resized to fit into WIDTH × TALLEST with the same aspect, and padded to the full WIDTH."""
     import cv2

@@ -97,7 +97,7 @@ def test_pictures_of_others_stay(tmp_path: Path) -> None:
         ("holiday.png", "already exists"),
         ("notes.png", "already exists"),
         ("curves.jpg", ".png"),
-        ("nowhere/out.png", "no folder"),
+        ("nowhere/out.png", "not a folder"),
     ]:
         result = run(folder, "--out", tmp_path / name)
         assert result.exit_code == 2, name
