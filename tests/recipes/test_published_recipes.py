@@ -239,14 +239,14 @@ def test_what_is_ours_is_what_the_header_says(name: str) -> None:
     assert f"{recipe.train.steps:,} steps of {recipe.train.batch} images" in header
     assert f" {recipe.data.root} (or data.root=DIR)" in header
     assert f" {recipe.model.pretrained} from " in header
-    assert "official runs were in float32; here it is bfloat16" in header
+    assert "official runs used float32. This recipe uses bfloat16" in header
     assert "not measured yet" in header
     assert max(map(len, lines)) <= 120
 
     claimed = [float(figure) for figure in re.findall(r"(\d+\.\d+) %", header)]
     figures = [table[name] for table in (OFFICIAL["miou"], OFFICIAL["miou_readme"]) if name in table]
     assert claimed == figures
-    assert ("none published here" in header) == (not figures)
+    assert ("no published score" in header) == (not figures)
     config = CONFIGS.get(name, CONFIGS[name.replace(recipe.data.dataset, "ade20k")])
     assert f"configs/{config}" in header
     assert ("derived, as there is no official configuration" in header) == (name in DERIVED)

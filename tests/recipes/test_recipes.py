@@ -288,7 +288,7 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     assert "did you mean demo?" in refusal("dmo")
     assert " ade20k-seaformer_b-ssa " in refusal("ade20k-seaformer-ssa")
     assert "`ssaseg recipes list` prints the shipped recipes" in refusal("zzz")
-    assert "recipe is empty" in refusal("")
+    assert "the name of the recipe is empty" in refusal("")
     assert "`extends: _camvid`" in refusal("_camvid")
     assert "demo.yaml: no such file" in refusal(str(tmp_path / "demo.yaml"))
     (tmp_path / "folder.yaml").mkdir()
