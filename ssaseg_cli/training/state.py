@@ -17,8 +17,6 @@ from ssaseg.cli.errors import CommandError
 from ssaseg.cli.training.job import Progress
 from ssaseg.models.checkpoint import write_atomic
 
-LEGACY = "state.pt"  # the one file of runs that were begun before there were several
-
 # Recipe keys that a resumed run may change, each with what becomes of the numbers; all others are refused.
 FREE_KEYS = {
     "name": "",  # a label
@@ -98,10 +96,7 @@ def _drop_old(folder: Path, written: Path, keep: int) -> None:
 def state_files(folder: Path) -> list[Path]:
     """The states in `folder`, the newest first."""
     numbered = {path: path.stem.removeprefix("state-") for path in folder.glob("state-*.pt")}
-    states = sorted(
-        (path for path, step in numbered.items() if step.isdecimal()), key=lambda path: -int(numbered[path])
-    )
-    return [*states, *folder.glob(LEGACY)]
+    return sorted((path for path, step in numbered.items() if step.isdecimal()), key=lambda path: -int(numbered[path]))
 
 
 def load_state(folder: Path) -> dict[str, Any] | None:

@@ -198,7 +198,7 @@ def test_standalone_text_needs_no_other_file(tmp_path: Path) -> None:
         ("optim.lrr=1", ["unknown key optim.lrr", "did you mean optim.lr?"]),
         ("optim.Lr=1", ["unknown key optim.Lr", "did you mean optim.lr?"]),
         ("lr=1", ["unknown key lr", "did you mean optim.lr?"]),
-        ("optim.foo=1", ["unknown key optim.foo", "known keys of optim: lr, weight_decay"]),
+        ("optim.foo=1", ["unknown key optim.foo", "known keys of optim: kind, lr, weight_decay"]),
         ("optim.rules.head.lrr=1", ["optim.rules.head.lrr", "did you mean optim.rules.head.lr?"]),
         ("optim.lr=-1", ["optim.lr: expected a number above 0, got -1"]),
         ("optim.lr=fast", ["optim.lr: expected a number, got 'fast'", "base learning rate"]),

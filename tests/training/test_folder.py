@@ -110,17 +110,6 @@ def test_a_file_that_is_no_state(tmp_path: Path) -> None:
         load_state(tmp_path)
 
 
-def test_the_single_file_of_older_runs_is_the_oldest_state(tmp_path: Path) -> None:
-    save(tmp_path, 4)
-    (tmp_path / "state-4.pt").rename(tmp_path / "state.pt")
-    assert step_of(load_state(tmp_path)) == 4
-    save(tmp_path, 5)
-    assert names(tmp_path) == ["state-5.pt", "state.pt"]
-    assert step_of(load_state(tmp_path)) == 5
-    save(tmp_path, 6)
-    assert names(tmp_path) == ["state-5.pt", "state-6.pt"]
-
-
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS, errno.EACCES])
 def test_a_disk_that_refuses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
     save(tmp_path, 1)

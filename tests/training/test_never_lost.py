@@ -117,24 +117,3 @@ def test_last_belongs_to_the_state(undisturbed: Path, tmp_path: Path) -> None:
     (out / "last.safetensors").unlink()
     assert attempt(out, "--resume") == 0
     assert equal(*(read_checkpoint(folder / "last.safetensors") for folder in (out, undisturbed)))
-
-
-def test_a_run_of_the_previous_version_goes_on(undisturbed: Path, tmp_path: Path) -> None:
-    """A single state.pt, without what came since."""
-    out = tmp_path / "run"
-    out.mkdir()
-    for name in ("config.yaml", "metrics.jsonl", "last.safetensors", "best.safetensors"):
-        shutil.copy(undisturbed / name, out)
-    state = torch.load(undisturbed / "state-17.pt", weights_only=True)
-    del state["extra"]
-    for key in ("stale", "skipped"):
-        state["progress"].pop(key)
-    for key in ("keep", "patience", "nonfinite", "max_skipped", "deterministic", "compile", "prefetch"):
-        state["recipe"]["train"].pop(key)
-    state["recipe"].pop("loss")
-    for key in ("ema", "freeze"):
-        state["recipe"]["optim"].pop(key)
-    torch.save(state, out / "state.pt")
-    assert attempt(out, "--resume", "optim.ema=null") == 0, (tmp_path / "errors").read_text()
-    assert equal(load_file(out / "last.safetensors"), load_file(undisturbed / "last.safetensors"))
-    assert {"state.pt", "state-18.pt"} <= {path.name for path in out.iterdir()}
