@@ -1,4 +1,4 @@
-"""Networks by name.
+"""Networks and classifiers by name, and their checkpoints.
 
 >>> model = build_model("seaformer_t", num_classes=8)
 >>> logits = model(torch.randn(1, 3, 64, 64))  # (1, 8, 8, 8)

@@ -1,4 +1,4 @@
-"""Families and classifiers by name, and the networks that they make together."""
+"""Families and classifiers by name, and the networks built from them."""
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -21,7 +21,7 @@ CLASSIFIERS: dict[str, type[Classifier]] = {"linear": LinearClassifier, "ssa": S
 
 
 def list_models() -> list[str]:
-    """Names that `build_model` takes."""
+    """Names that `build_model` accepts."""
     return sorted(name for family in FAMILIES.values() for name in family.variants)
 
 
@@ -44,11 +44,20 @@ def build_model(
     loss: LossOptions | None = None,
     options: Mapping[str, Any] | None = None,
 ) -> Segmenter:
-    """A network with fresh weights, initialised as its official run starts without pre-training; in training mode.
+    """A network in training mode, with random weights, initialised as in the official run without pre-training.
 
-    `drop_path` in [0, 1): None takes the network's own rate. `dropout` in [0, 1): channels dropped before the
-    classifier. `group`: images over which SSA's teacher takes class means. `loss` is of training alone. `options`: of
-    the classifier, see its `OPTIONS`. Raises ValueError for an unknown name or a number that makes no sense.
+    Args:
+        name: one of `list_models()`.
+        num_classes: at least 1.
+        classifier: one of `CLASSIFIERS`.
+        drop_path: in [0, 1); None: the network's default rate.
+        dropout: in [0, 1): fraction of channels dropped before the classifier.
+        group: number of images over which SSA's teacher takes class means.
+        loss: changes of the losses; used in training only.
+        options: options of the classifier, see its `OPTIONS`.
+
+    Raises:
+        ValueError: an unknown name, or a number out of its range.
     """
     family, kind = family_of(name), classifier_of(name, classifier)
     if num_classes < 1:
@@ -67,7 +76,7 @@ def build_model(
 
 
 def classifier_of(name: str, classifier: str) -> type[Classifier]:
-    """The class of a classifier on network `name`, whose family may have a plain one of its own.
+    """The class of a classifier on network `name`: `linear` is the family's own plain classifier where it has one.
 
     Raises ValueError for an unknown name.
     """
@@ -89,9 +98,9 @@ def _listed(names: Mapping[str, Any]) -> str:
 class Facts(NamedTuple):
     """What a recipe is checked against: see `ssaseg.recipes.load_recipe`."""
 
-    losses: Mapping[str, Loss]  # by name, the network's own too
+    losses: Mapping[str, Loss]  # by name: the classifier's, auxiliary heads' and first stage's
     options: Mapping[str, Option]
-    uses_groups: bool  # whether a micro-batch has to be made of whole groups
+    uses_groups: bool  # whether a micro-batch must consist of whole groups
 
 
 def facts(name: str, classifier: str) -> Facts:

@@ -1,4 +1,4 @@
-"""A checkpoint describes itself: one safetensors file whose header rebuilds model, classes and preprocessing."""
+"""Checkpoints: one safetensors file each. Its header is enough to rebuild the model, its classes and preprocessing."""
 
 import contextlib
 import json
@@ -15,7 +15,7 @@ from ssaseg.models.build import build_model
 from ssaseg.models.segmenter import Segmenter, is_below
 
 FORMAT = "ssaseg-1"
-# What a header always has, beside `format, model, classifier, classes`; mean and std are ImageNet's, RGB in [0, 255].
+# What each header has, besides `format, model, classifier, classes`. mean and std: ImageNet's, RGB in [0, 255].
 DEFAULTS: Mapping[str, Any] = {
     "palette": None,
     "mean": [123.675, 116.28, 103.53],
@@ -28,15 +28,15 @@ DEFAULTS: Mapping[str, Any] = {
 
 
 class CheckpointError(ValueError):
-    """A checkpoint that cannot be read, or does not fit; the message says which file and what to do."""
+    """A checkpoint that cannot be read, or does not fit the model. The message names the file and the fix."""
 
 
 def save_model(path: str | os.PathLike[str], model: Segmenter, metadata: Mapping[str, Any]) -> None:
     """Writes the whole state dict and `metadata` (JSON values) as safetensors, atomically.
 
-    `format`, `model` and `classifier` are filled in from the model, what else is missing from `DEFAULTS`; classes
-    without a name are numbered. Until the new file is complete on the disk the old one stays. Raises ValueError where
-    `classes` does not fit the model, OSError where the disk refuses.
+    `format`, `model` and `classifier` come from the model, other missing keys from `DEFAULTS`. If `classes` is missing,
+    the classes are numbered. An existing file stays until the new one is complete on the disk. Raises ValueError if
+    `classes` does not fit the model, OSError if the file cannot be written.
     """
     fixed = {"format": FORMAT, "model": model.name, "classifier": model.classifier_name}
     known = {**DEFAULTS, "classes": numbered(model.num_classes), **metadata, **fixed}
@@ -46,35 +46,35 @@ def save_model(path: str | os.PathLike[str], model: Segmenter, metadata: Mapping
 
 
 def numbered(classes: int) -> list[str]:
-    """What classes without names are called."""
+    """Names for classes that have none."""
     return [f"class_{k}" for k in range(classes)]
 
 
-def save_lean(path: str | os.PathLike[str], model: Segmenter, metadata: Mapping[str, Any]) -> None:
-    """Writes the deploy form, which `load_model` reads too: `lean_tensors`, and `deploy` in the header saying so.
+def save_deploy(path: str | os.PathLike[str], model: Segmenter, metadata: Mapping[str, Any]) -> None:
+    """Writes the deploy form: `deploy_tensors`, and `deploy` in the header. `load_model` reads this form too.
 
-    Raises ValueError for a weight that float16 does not hold, OSError where the disk refuses.
+    Raises ValueError for a weight beyond float16's range, OSError if the file cannot be written.
     """
     fixed = {"format": FORMAT, "model": model.name, "classifier": model.classifier_name}
     deploy = {"weights": "float16", "without": model.training_only()}
-    write_tensors(Path(path), lean_tensors(model), {**DEFAULTS, **metadata, **fixed, "deploy": deploy})
+    write_tensors(Path(path), deploy_tensors(model), {**DEFAULTS, **metadata, **fixed, "deploy": deploy})
 
 
-def lean_tensors(model: Segmenter) -> dict[str, torch.Tensor]:
-    """The state dict without what only training needs, in float16 where a tensor has two dimensions or more.
+def deploy_tensors(model: Segmenter) -> dict[str, torch.Tensor]:
+    """The state dict without what only training needs. Tensors of two or more dimensions are float16.
 
     Biases, norms and their statistics stay float32: they are a few percent of the size, and a variance may be tiny or
     huge. Raises ValueError for a value beyond float16's range.
     """
     dropped = model.training_only()
-    lean = {key: value for key, value in model.state_dict().items() if not is_below(key, dropped)}
-    for key, value in lean.items():
+    kept = {key: value for key, value in model.state_dict().items() if not is_below(key, dropped)}
+    for key, value in kept.items():
         if value.is_floating_point() and value.dim() > 1:
-            lean[key] = value.half()
-            if not lean[key].isfinite().all():
+            kept[key] = value.half()
+            if not kept[key].isfinite().all():
                 largest = value.abs().max().item()
-                raise ValueError(f"{key} has values up to {largest:.3g}, float16 ends at 65504")
-    return lean
+                raise ValueError(f"{key} has values up to {largest:.3g}, the largest float16 is 65504")
+    return kept
 
 
 def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], header: Mapping[str, Any]) -> None:
@@ -84,20 +84,20 @@ def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], header: Mappi
 
 
 def read_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """Tensors and header, as text, of any safetensors file. Raises SafetensorError, or OSError from the system."""
+    """Tensors and header of any safetensors file. The header's values are text. Raises SafetensorError or OSError."""
     with safe_open(path, framework="pt") as file:
         return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118 (not a dict)
 
 
 def write_atomic(path: Path, content: bytes, sync: bool = True) -> None:
-    """Writes a file that is either the old one or the new one whole, also after a crash or on a full disk.
+    """Writes a file atomically: after a crash or on a full disk, `path` is the complete old or the complete new file.
 
     Its folder is made; a link is followed; a device or pipe, which cannot be replaced, is written directly.
-    `sync=False` does not force the file to the disk: for what can be made again. Raises OSError naming `path`, with the
-    old file as it was and nothing beside it.
+    `sync=False` does not force the file to the disk: for files that can be made again. Raises OSError that names
+    `path`; the old file is then unchanged, and no partial file is left.
     """
     target = path.resolve()
-    # One fixed name: what a killed process leaves behind, the next one overwrites.
+    # Always the same name: if a process is killed, the next one overwrites the file that it left.
     temporary = target.with_name(f".{target.name}.partial")
     replaceable = not target.exists() or target.is_file() or target.is_dir()
     try:
@@ -114,16 +114,16 @@ def write_atomic(path: Path, content: bytes, sync: bool = True) -> None:
             temporary.unlink(missing_ok=True)
         if isinstance(error, OSError):
             size = f"{len(content) / 2**20:.1f} MiB" if len(content) > 2**17 else f"{len(content)} bytes"
-            amount = f"{size} were to be written; what was there before stays"
+            amount = f"{size} to write; an existing file stays unchanged"
             raise OSError(error.errno, f"{error.strerror or error} ({amount})", str(path)) from None
         raise
 
 
 def load_model(path: str | os.PathLike[str]) -> tuple[Segmenter, dict[str, Any]]:
-    """(model in evaluation mode on the CPU, metadata). Loading is strict; what a deploy form lacks, the model lacks.
+    """Model, in evaluation mode on the CPU, and metadata. Loading is strict.
 
-    Raises CheckpointError where the file is not such a checkpoint, is truncated or does not fit its own header,
-    FileNotFoundError where there is none.
+    The model of a deploy form has only the modules that this form keeps. Raises CheckpointError if the file is not such
+    a checkpoint, is truncated or does not fit its own header, FileNotFoundError if it does not exist.
     """
     tensors, metadata = read_checkpoint(path)
     try:
@@ -138,7 +138,7 @@ def load_model(path: str | os.PathLike[str]) -> tuple[Segmenter, dict[str, Any]]
 
 
 def read_checkpoint(path: str | os.PathLike[str]) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """Tensors and parsed metadata of a checkpoint; errors as `load_model`."""
+    """Tensors and parsed metadata of a checkpoint. Raises the same errors as `load_model`."""
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path}: no such checkpoint")
     try:
@@ -147,19 +147,19 @@ def read_checkpoint(path: str | os.PathLike[str]) -> tuple[dict[str, torch.Tenso
     except (SafetensorError, ValueError, OSError) as error:
         raise CheckpointError(
             f"{path}: cannot be read as a safetensors checkpoint ({error})\n"
-            "expected a file written by `ssaseg train` or `ssaseg convert`; truncated, or a .pth to convert?"
+            "expected a file that `ssaseg train` or `ssaseg convert` wrote; is it truncated, or a .pth to convert?"
         ) from None
     if metadata.get("format") != FORMAT or not {"model", "classifier", "classes"} <= metadata.keys():
         raise CheckpointError(
             f"{path}: its header does not describe an ssaseg model (format {metadata.get('format')!r})\n"
-            f"expected format {FORMAT!r}: official segmentation checkpoints are turned into it by `ssaseg convert`,\n"
-            "a pre-trained backbone alone is for a recipe's model.pretrained"
+            f"expected format {FORMAT!r}: convert official segmentation checkpoints with `ssaseg convert`;\n"
+            "use a pre-trained backbone alone as model.pretrained of a recipe"
         )
     return tensors, {**DEFAULTS, **metadata}
 
 
 def load_strict(model: torch.nn.Module, tensors: Mapping[str, torch.Tensor], source: str) -> None:
-    """Loads a state dict, or raises CheckpointError naming the first key that is missing, unexpected or misshapen."""
+    """Loads a state dict. Raises CheckpointError naming the first key that is missing, unexpected or misshapen."""
     own = model.state_dict()
     missing = [key for key in own if key not in tensors]
     unexpected = [key for key in tensors if key not in own]

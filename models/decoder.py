@@ -1,4 +1,4 @@
-"""What every decoder offers a network, and the heads that only training has."""
+"""The base class of decoders, and the auxiliary heads of training."""
 
 from typing import Any
 
@@ -6,29 +6,29 @@ from torch import Tensor, nn
 
 from ssaseg.models.classifiers.base import Classifier
 
-# Weight of the losses beside the classifier's own, of auxiliary heads and first stages: mmsegmentation's.
+# Default weight of the losses of auxiliary heads and first stages, as in mmsegmentation.
 FURTHER_WEIGHT = 0.4
 
 
 class Decoder(nn.Module):
-    """Turns a backbone's maps into the feature (N,C,⌈H/stride⌉,⌈W/stride⌉) that a classifier is given.
+    """Turns a backbone's maps into the classifier's input: the feature (N,C,⌈H/stride⌉,⌈W/stride⌉).
 
-    `channels` is C; `stride` [pixels] is how much coarser than the image the feature is, and with it the logits.
+    `channels` is C. `stride` [pixels of the image] is the distance between positions of the feature and of the logits.
     """
 
     channels: int
     stride: int = 8
 
     def training_step(self, maps: Any, labels: Tensor) -> tuple[Any, dict[str, Tensor]]:
-        """The feature, and unweighted losses by name of a first stage, which a cascade has; here none.
+        """The feature, and the unweighted losses of a first stage by name. By default there is no first stage.
 
-        maps: the backbone's; labels (N,H,W), integers in [0, K) or 255 = ignored.
+        A cascade overrides this. maps: the backbone's; labels (N,H,W): integers in [0, K) or 255 = ignored.
         """
         return self(maps), {}
 
 
 class AuxiliaryHead(nn.Module):
-    """A decoder and a classifier of its own on the backbone's maps, which training alone has."""
+    """A second decoder and classifier on the backbone's maps, for training only."""
 
     def __init__(self, decoder: Decoder, classifier: Classifier) -> None:
         super().__init__()
@@ -36,6 +36,6 @@ class AuxiliaryHead(nn.Module):
         self.classifier: Classifier = classifier
 
     def forward(self, maps: Any, labels: Tensor, name: str) -> dict[str, Tensor]:
-        """Unweighted losses of the head that is called `name`: NAME_ce for the classifier's main_ce, and so on."""
+        """The head's unweighted losses. They are named after `name`: the classifier's main_ce becomes NAME_ce."""
         step = self.classifier.training_step(self.decoder(maps), labels)
         return {f"{name}_{loss.removeprefix('main_')}": value for loss, value in step.losses.items()}

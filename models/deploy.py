@@ -1,4 +1,4 @@
-"""What use needs of a trained network, and nothing else: norms folded into convolutions, and an output to choose.
+"""Networks for deployment: only what inference needs, norms folded into convolutions, and a choice of outputs.
 
 Axes: N images, K classes, H×W pixels of the input, h×w of the logits.
 """
@@ -17,30 +17,30 @@ from torch.overrides import TorchFunctionMode
 from ssaseg.models.layers import ConvNorm, resize_bilinear
 from ssaseg.models.segmenter import Segmenter
 
-LABELS = 256  # classes at most that uint8 labels can tell apart
+LABELS = 256  # most classes that uint8 labels can hold
 
 
 def fold(model: Segmenter) -> Segmenter:
-    """A copy for inference: every `ConvNorm` is one convolution with bias, what only training needs is gone.
+    """A copy for inference: each `ConvNorm` becomes one convolution with bias; what only training needs is removed.
 
-    In evaluation mode and without gradients; the same logits up to float32's rounding. Other norms, such as those that
-    two branches read, stay as they are. The copy can't be trained; `model` is left as it is.
+    The copy is in evaluation mode and has no gradients; its logits are equal up to float32's rounding. Other norms
+    stay, such as those whose output two branches read. The copy can't be trained. `model` does not change.
     """
-    lean = copy.deepcopy(model).eval().requires_grad_(False)
-    lean.drop_training_only()
-    for parent in list(lean.modules()):
+    folded = copy.deepcopy(model).eval().requires_grad_(False)
+    folded.drop_training_only()
+    for parent in list(folded.modules()):
         for name, child in list(parent.named_children()):
             if isinstance(child, ConvNorm):
                 setattr(parent, name, _folded(child.conv, child.norm))
-    return lean
+    return folded
 
 
 def _folded(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> nn.Conv2d:
-    """`conv`, changed to compute what norm(conv(x)) does in evaluation."""
+    """`conv`, changed so that it computes norm(conv(x)) of evaluation mode."""
     mean, variance = norm.running_mean, norm.running_var
     assert mean is not None
     assert variance is not None
-    # In double precision: what is rounded here stays in the weights for good.
+    # In double precision: an error of rounding here would stay in the weights.
     scale = norm.weight.double() / (variance.double() + norm.eps).sqrt()
     bias = 0.0 if conv.bias is None else conv.bias.double()
     shift = norm.bias.double() + (bias - mean.double()) * scale
@@ -54,7 +54,7 @@ def _folded(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> nn.Conv2d:
 
 
 class Normalize(nn.Module):
-    """(value - mean) / std of each channel, from RGB of 0 to 255 in any number type."""
+    """(value - mean) / std of each channel; input: RGB in [0, 255] of any number type."""
 
     mean: Tensor
     std: Tensor
@@ -75,11 +75,11 @@ def at_input_size(logits: Tensor, size: torch.Size) -> Tensor:
 
 
 def labels_of(logits: Tensor, size: torch.Size) -> Tensor:
-    """(N,K,h,w) → uint8 (N,H,W), an eighth of int64 to copy off a device; no softmax, which ranks alike."""
+    """(N,K,h,w) → uint8 (N,H,W): an eighth of int64's bytes to copy. No softmax: it does not change the order."""
     return at_input_size(logits, size).argmax(dim=1).to(torch.uint8)
 
 
-# What a deployed network may give, made of its logits and the input's size (H, W).
+# The outputs of a deployed network, computed from its logits and the input's size (H, W).
 OUTPUTS: Mapping[str, Callable[[Tensor, torch.Size], Tensor]] = {
     "logits": lambda logits, size: logits,
     "logits-full": at_input_size,
@@ -88,9 +88,9 @@ OUTPUTS: Mapping[str, Callable[[Tensor, torch.Size], Tensor]] = {
 
 
 class Deployed(nn.Module):
-    """A network from images to one of `OUTPUTS`; `prepare` is the identity, or a `Normalize` to take plain RGB.
+    """A network from images to one of `OUTPUTS`. `prepare`: None, or a `Normalize` if the input is RGB in [0, 255].
 
-    Raises ValueError for an unknown output, and for labels of more classes than uint8 holds.
+    Raises ValueError for an unknown output, and for labels of more classes than uint8 can hold.
     """
 
     def __init__(self, model: Segmenter, output: str = "logits", prepare: nn.Module | None = None) -> None:
@@ -112,17 +112,16 @@ class Deployed(nn.Module):
 
 
 def trace(network: Deployed, images: Tensor, any_size: bool = True) -> ExportedProgram:
-    """The network as torch.export's graph, for any batch, and any size from `smallest` on where `any_size` says so.
+    """The network as torch.export's graph, for any batch; with `any_size` also for any size of at least `smallest`.
 
-    `images` (N,3,H,W): an example with N at least 2. Raises RuntimeError where PyTorch finds the graph to depend on
-    more than that.
+    `images` (N,3,H,W): an example with N at least 2. Raises RuntimeError if PyTorch cannot make the graph so general.
     """
     free: dict[int, Any] = {0: Dim("batch", min=1)}
     if any_size:
         free |= {2: Dim.DYNAMIC, 3: Dim.DYNAMIC}
     with torch.no_grad():
         program = torch.export.export(network.eval(), (images,), dynamic_shapes={"images": free})
-    # What a file would hold for nothing: paths of the machine that exported, the example.
+    # Not for the file: paths of the machine that exported, and the example.
     for module in program.graph_module.modules():
         for node in module.graph.nodes if isinstance(module, GraphModule) else ():
             node.meta.pop("stack_trace", None)
@@ -131,43 +130,43 @@ def trace(network: Deployed, images: Tensor, any_size: bool = True) -> ExportedP
 
 
 def sides(program: ExportedProgram) -> tuple[Any, Any]:
-    """Height and width that a traced graph takes: integers, or PyTorch's symbols."""
+    """Height and width that a traced graph accepts: integers, or PyTorch's symbols."""
     images = next(node for node in program.graph.nodes if node.name == "images")
     height, width = images.meta["val"].shape[2:]
     return height, width
 
 
 def smallest(program: ExportedProgram) -> tuple[int, int]:
-    """Least height and width that a traced graph takes [pixels]."""
+    """Smallest height and width that a traced graph accepts [pixels]."""
     ranges = {str(symbol): int(range_.lower) for symbol, range_ in program.range_constraints.items()}
     height, width = (side if isinstance(side, int) else ranges[str(side)] for side in sides(program))
     return height, width
 
 
 class PoolByProducts(TorchFunctionMode):
-    """While active, adaptive average pooling is two matrix products, as a graph for ONNX has to have it.
+    """While active, adaptive average pooling is computed as two matrix products, for graphs that become ONNX.
 
-    ONNX has no such pooling, and PyTorch's exporter takes it apart for one size only.
+    ONNX has no adaptive pooling, and PyTorch's exporter supports it for a single size only.
     """
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """Every function as it is, but that one."""
+        """Replaces that function and calls all others unchanged."""
         return (pool_by_products if func is F.adaptive_avg_pool2d else func)(*args, **(kwargs or {}))
 
 
 def pool_by_products(maps: Tensor, output_size: int | Sequence[int]) -> Tensor:
     """`F.adaptive_avg_pool2d`: (N,C,H,W) → (N,C,*output_size)."""
-    parts = (output_size, output_size) if isinstance(output_size, int) else output_size
-    rows, columns = (_shares(length, count, maps) for length, count in zip(maps.shape[-2:], parts, strict=True))
+    size = (output_size, output_size) if isinstance(output_size, int) else output_size
+    rows, columns = (_shares(length, count, maps) for length, count in zip(maps.shape[-2:], size, strict=True))
     return rows @ maps @ columns.T
 
 
-def _shares(length: int, parts: int, like: Tensor) -> Tensor:
-    """(parts, length): each position's share in a part's mean, over ⌊i·length/parts⌋ … ⌈(i+1)·length/parts⌉ - 1."""
-    part = torch.arange(parts, device=like.device)[:, None]
-    start = torch.div(part * length, parts, rounding_mode="floor")
-    end = torch.div((part + 1) * length + parts - 1, parts, rounding_mode="floor")
+def _shares(length: int, count: int, like: Tensor) -> Tensor:
+    """(count, length): share of each position in mean i, which is over ⌊i·length/count⌋ … ⌈(i+1)·length/count⌉ - 1."""
+    mean = torch.arange(count, device=like.device)[:, None]
+    start = torch.div(mean * length, count, rounding_mode="floor")
+    end = torch.div((mean + 1) * length + count - 1, count, rounding_mode="floor")
     position = torch.arange(length, device=like.device)
     return ((position >= start) & (position < end)).to(like.dtype) / (end - start).to(like.dtype)

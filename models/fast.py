@@ -1,7 +1,7 @@
-"""A trained network as fast as this machine runs it, in one call.
+"""Fast inference on this machine, in one call.
 
 >>> fast = accelerate(model)
->>> logits = fast(images)  # float32, the first call of a size compiles
+>>> logits = fast(images)  # float32; the first call with a new size compiles
 """
 
 import os
@@ -16,14 +16,22 @@ from ssaseg.models.segmenter import Segmenter
 
 
 def accelerate(model: Segmenter, dtype: torch.dtype | None = None, compiled: bool | None = None) -> nn.Module:
-    """A copy of `model` for inference on the device where it is: folded, channels last, in bfloat16, compiled.
+    """A copy of `model` for inference on the model's device: folded, channels last, in bfloat16, compiled.
 
-    dtype: of convolutions and matrix products; None takes bfloat16 where the device computes in it, else float32. The
-    SSA classifier and SegNeXt's factorisation stay float32. compiled: None compiles where there is a compiler. That
-    takes a minute or so at the first call, and again for every other shape of images; it pays after some hundred
-    images of a shape. Shapes beyond PyTorch's limit (`torch._dynamo.config.recompile_limit`, 8) run uncompiled: for
-    images of many sizes say compiled=False. The copy maps images (N,3,H,W) to logits (N,K,h,w), float32; it isn't
-    bit-equal to `model`, and stays in evaluation mode. Raises TypeError for what is no `Segmenter`.
+    The copy maps images (N,3,H,W) to logits (N,K,h,w), float32. Its results are not bit-equal to those of `model`. It
+    always stays in evaluation mode.
+
+    Args:
+        model: the network, for example from `load_model`.
+        dtype: type of convolutions and matrix products; None: bfloat16 where the device computes in it, else float32.
+            The SSA classifier and SegNeXt's factorisation stay float32.
+        compiled: whether to compile; None: yes if there is a compiler. Compiling takes about a minute at the first
+            call, and again for each new shape of images; it is worth the time from some hundred images of a shape on.
+            PyTorch compiles for at most 8 shapes (`torch._dynamo.config.recompile_limit`), others run uncompiled: for
+            images of many sizes pass compiled=False.
+
+    Raises:
+        TypeError: `model` is not a `Segmenter`.
     """
     if not isinstance(model, Segmenter):
         raise TypeError(f"expected a Segmenter, as load_model returns it; got {type(model).__name__}")
@@ -31,29 +39,29 @@ def accelerate(model: Segmenter, dtype: torch.dtype | None = None, compiled: boo
     dtype = (torch.bfloat16 if has_bfloat16(device) else torch.float32) if dtype is None else dtype
     fast = Accelerated(model, dtype)
     if has_compiler(device) if compiled is None else compiled:
-        # Without Python and launches between kernels: by CUDA graphs on a GPU, by weights as constants on a CPU.
+        # On a GPU, CUDA graphs save the launches between kernels; on a CPU, the weights become constants.
         how = {"mode": "reduce-overhead"} if device.type == "cuda" else {"options": {"freezing": True}}
-        # Not dynamic: kernels for any size are slower, and the compiler fails on some networks' sizes as symbols.
+        # Not dynamic: kernels for any size are slower, and for some networks the compiler fails with symbolic sizes.
         fast.network = torch.compile(fast.network, dynamic=False, **how)  # type: ignore[call-overload,assignment]
     return fast
 
 
 def has_bfloat16(device: torch.device) -> bool:
-    """Does the device multiply in bfloat16, rather than emulate it?"""
+    """Whether the device multiplies in bfloat16 itself, without emulation."""
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
     return any(getattr(torch.cpu, f"_is_{unit}_supported", bool)() for unit in ("avx512_bf16", "amx_tile"))
 
 
 def has_compiler(device: torch.device) -> bool:
-    """Can `torch.compile` make kernels for the device?"""
+    """Whether `torch.compile` can make kernels for the device."""
     if device.type == "cuda":
         return find_spec("triton") is not None
     return any(shutil.which(compiler) for compiler in (os.environ.get("CXX", "g++"), "clang++"))
 
 
 class Accelerated(nn.Module):
-    """`network`, a folded copy of a model, under autocast to `dtype`."""
+    """Runs `network`, a folded copy of a model, under autocast to `dtype`."""
 
     def __init__(self, model: Segmenter, dtype: torch.dtype) -> None:
         super().__init__()
@@ -62,14 +70,14 @@ class Accelerated(nn.Module):
         self.dtype = dtype
         for layer in (*self.network.backbone.modules(), *self.network.decoder.modules()):
             if isinstance(layer, nn.Conv2d | nn.Linear):
-                layer.to(dtype)  # once, instead of by autocast in every pass
+                layer.to(dtype)  # once; autocast would do it in each pass
         self.eval()
 
     def train(self, mode: bool = True) -> "Accelerated":
-        """Evaluation mode, whatever is asked for: what is folded can't be trained."""
+        """Stays in evaluation mode, also for mode=True: a folded network can't be trained."""
         return super().train(False)
 
-    @torch.no_grad()  # what inference mode makes, compiled code cannot always take
+    @torch.no_grad()  # not inference_mode: compiled code cannot always use its tensors
     def forward(self, images: Tensor) -> Tensor:
         """Normalised RGB images (N,3,H,W) → logits (N,K,h,w), float32."""
         images = images.contiguous(memory_format=torch.channels_last)

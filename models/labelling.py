@@ -1,9 +1,10 @@
-"""The label map of a network's logits at full size, without its logits at full size.
+"""The label map of a network at full size, without computing the logits of all classes at full size.
 
-Bilinear steps are separable and linear. Composed, they make an output pixel a convex combination of the few logits
-under it: `rows @ logits @ columns.T`, one row-stochastic matrix an axis. The output is cut into blocks whose pixels
-share these logits, the window. A class whose largest logit in a window is below another's smallest there loses
-everywhere in the block, so that only the others, the candidates, have to be interpolated: few in trained logits.
+Bilinear steps are separable and linear. Two of them make each output pixel a convex combination of the few logits
+under it: `rows @ logits @ columns.T`, with one row-stochastic matrix per axis. The output is cut into blocks. All
+pixels of a block depend on the same logits, its window. If the largest logit of a class in the window is below the
+smallest of another class, the first class cannot win in this block. The other classes are the candidates; only they
+are interpolated. Trained networks have few candidates per block.
 
 Axes: K classes, h×w logits, H×W pixels; P×Q pixels in a block, T×U logits in a window; n blocks.
 """
@@ -17,10 +18,11 @@ from torch import Tensor
 
 from ssaseg.models.layers import resize_bilinear
 
-# Numbers worked on at once: as many as a CPU's cache holds, or few large operations of a GPU.
+# Numbers processed at a time: on a CPU as many as its cache holds; on a GPU more, for fewer and larger operations.
 CPU_ELEMENTS, GPU_ELEMENTS = 2**18, 2**24
-# Costs as measured on a CPU, in pixels of one class interpolated by `running_maximum`: of a pixel interpolated block by
-# block, of what comes on top for each block and class, and of the search, for each logit and each logit of a window.
+# Costs measured on a CPU; the unit is one pixel of one class in `running_maximum`. PIXEL_COST: a pixel that is
+# interpolated block by block. BLOCK_COST: added for each block and class. SEARCH_COST: the search, for each logit and
+# each logit of a window.
 PIXEL_COST, BLOCK_COST, SEARCH_COST = 2.0, 64.0, 1.0
 
 
@@ -28,10 +30,10 @@ PIXEL_COST, BLOCK_COST, SEARCH_COST = 2.0, 64.0, 1.0
 def label_map(logits: Tensor, middle: tuple[int, ...], size: tuple[int, ...]) -> Tensor:
     """Arg-max over classes at full size: (1,K,h,w) → uint8 (H,W); of equal logits the lower class wins. K ≤ 256.
 
-    `middle`: size of the network's input, `size`: of the image (height, width); equal ones make one bilinear step.
-    Full-size logits of all classes (7 GB for 150 and a 12-megapixel photograph) never exist. The labels are those of
-    `F.interpolate` twice and `argmax`, but where two classes are as close as float32 rounds. Logits that are not
-    finite give a label, no particular one.
+    `middle`: size of the network's input, `size`: size of the image (height, width). If they are equal there is one
+    bilinear step, else two. Full-size logits of all classes (7 GB for 150 classes and 12 megapixels) are never in
+    memory. The labels equal those of `F.interpolate` and `argmax`, except where two classes differ only by float32's
+    rounding. Logits that are not finite give an arbitrary label.
     """
     logits = logits.float().contiguous()
     rows, columns = (cut_axis(*each, str(logits.device)) for each in zip(logits.shape[2:], middle, size, strict=True))
@@ -40,6 +42,7 @@ def label_map(logits: Tensor, middle: tuple[int, ...], size: tuple[int, ...]) ->
 
 
 def elements(device: torch.device) -> int:
+    """Numbers processed at a time on this device."""
     return CPU_ELEMENTS if device.type == "cpu" else GPU_ELEMENTS
 
 
@@ -52,9 +55,9 @@ def resize_twice(logits: Tensor, middle: tuple[int, ...], size: tuple[int, ...])
 
 
 def running_maximum(logits: Tensor, middle: tuple[int, ...], size: tuple[int, ...]) -> Tensor:
-    """`label_map` by interpolating every class, some at once, while the maximum runs along.
+    """`label_map` by interpolating every class, a few classes at a time, and keeping the maximum so far.
 
-    PyTorch's rounding in the last place depends on how many classes it resizes at once.
+    PyTorch's rounding in the last place depends on how many classes it resizes together.
     """
     best = torch.full(tuple(size), -torch.inf, device=logits.device)
     labels = torch.zeros(tuple(size), dtype=torch.uint8, device=logits.device)
@@ -78,22 +81,22 @@ class Axis(NamedTuple):
     """One axis of the output cut into B blocks of P pixels, each with a window of T logits."""
 
     starts: Tensor  # int64 (B): first logit of a block's window
-    weights: Tensor  # float32 (T,P,B): of the window's logits in each pixel of the block
+    weights: Tensor  # float32 (T,P,B): weight of each logit of the window in each pixel of the block
     places: Tensor  # int64 (pixels of the axis): block · P + pixel of the block
-    windows: int  # of T logits that the axis has
+    windows: int  # number of windows of T logits along the axis
 
 
 @lru_cache(maxsize=64)
 def cut_axis(source: int, middle: int, target: int, device: str) -> Axis:
-    """Cuts an axis of `target` pixels, interpolated from `source` logits by way of `middle` pixels."""
-    # The weights are the unit vectors interpolated, so that whatever rounds the steps' positions rounds these.
+    """Cuts an axis of `target` pixels that are interpolated from `source` logits by way of `middle` pixels."""
+    # The weights are interpolated unit vectors, so that positions are rounded here as in the bilinear steps.
     matrix = resize_twice(torch.eye(source)[None, None], (source, middle), (source, target))[0, 0]
     used = (matrix != 0).byte()
     first, last = used.argmax(dim=0), source - 1 - used.flip(0).argmax(dim=0)
     T = int((last - first).max()) + 1
     start = first.clamp(max=source - T)
     _, run, lengths = start.unique_consecutive(return_inverse=True, return_counts=True)
-    # The runs at both ends are longer; cut in two they do not widen every other block.
+    # The runs at both ends are longer. They are cut in two, so that the other blocks need not be as wide.
     P = int(lengths.median())
     within = torch.arange(target) - (lengths.cumsum(0) - lengths)[run]
     block = (run * target + within // P).unique_consecutive(return_inverse=True)[1]
@@ -106,9 +109,9 @@ def cut_axis(source: int, middle: int, target: int, device: str) -> Axis:
 
 
 def find_candidates(logits: Tensor, rows: Axis, columns: Axis) -> tuple[Tensor, Tensor] | None:
-    """Window (numbered row by row) and class of each candidate in logits (K,h,w): int64 (candidates) both, ascending.
+    """Window (numbered row by row) and class of each candidate in logits (K,h,w): both int64 (candidates), ascending.
 
-    None where interpolating every class is the faster way, or a logit is not finite.
+    None if interpolating every class is faster, or if a logit is not finite.
     """
     T, U = len(rows.weights), len(columns.weights)
     left = affordable(len(logits), rows, columns)
@@ -130,14 +133,14 @@ def find_candidates(logits: Tensor, rows: Axis, columns: Axis) -> tuple[Tensor, 
 
 
 def affordable(classes: int, rows: Axis, columns: Axis) -> float:
-    """Number of candidates up to which interpolating them alone is the faster way; negative where it never is."""
+    """Largest number of candidates for which interpolating only them is faster; negative: it never is."""
     (T, P, _), (U, Q, _) = rows.weights.shape, columns.weights.shape
     pixels, windows = len(rows.places) * len(columns.places), rows.windows * columns.windows
     return classes * (pixels - SEARCH_COST * (T + U) * windows) / (PIXEL_COST * P * Q + BLOCK_COST)
 
 
 def over_windows(extreme: Callable[[Tensor, Tensor], Tensor], maps: Tensor, T: int, U: int) -> Tensor:
-    """`torch.minimum` or `torch.maximum` of each window: (K,h,w) → (K,h-T+1,w-U+1)."""
+    """`torch.minimum` or `torch.maximum` over each window: (K,h,w) → (K,h-T+1,w-U+1)."""
     for dim, length in ((1, T), (2, U)):
         count = maps.shape[dim] - length + 1
         result = maps.narrow(dim, 0, count)
@@ -148,13 +151,13 @@ def over_windows(extreme: Callable[[Tensor, Tensor], Tensor], maps: Tensor, T: i
 
 
 def label_blocks(logits: Tensor, windows: Tensor, classes: Tensor, rows: Axis, columns: Axis) -> Tensor:
-    """Labels (H,W) of logits (K,h,w) among the candidates: classes (candidates) with their windows, ascending."""
+    """Labels (H,W) from logits (K,h,w), among the candidates only: windows and classes, both (candidates), sorted."""
     (_, P, B), (_, Q, C) = rows.weights.shape, columns.weights.shape
     number = windows.bincount(minlength=rows.windows * columns.windows)
     window = (rows.starts[:, None] * columns.windows + columns.starts).flatten()
-    first, number = (number.cumsum(0) - number)[window], number[window]  # of each block's candidates
+    first, number = (number.cumsum(0) - number)[window], number[window]  # of the candidates of each block
     labels = classes[first].byte()[:, None].repeat(1, P * Q)
-    # With the most candidates first, the blocks with more than r are a beginning of the list, for each r.
+    # Sorted by number of candidates, most first: for each r, the blocks with more than r come first in the list.
     order = number.argsort(descending=True)
     more = (len(order) - number.bincount().cumsum(0)).tolist()
     step = max(elements(logits.device) // (P * Q), 1)
@@ -178,7 +181,7 @@ def label_blocks(logits: Tensor, windows: Tensor, classes: Tensor, rows: Axis, c
 
 
 def interpolate_blocks(logits: Tensor, classes: Tensor, corner: Tensor, down: Tensor, across: Tensor) -> Tensor:
-    """Pixels (P,Q,n) of one class (n) in each block; its window begins at `corner` (n) of the flattened (h,w).
+    """Pixels (P,Q,n) of n blocks, each for one class (n). A block's window starts at `corner` (n) of the flat (h,w).
 
     Weights: down (T,P,n), across (U,Q,n).
     """
@@ -189,9 +192,9 @@ def interpolate_blocks(logits: Tensor, classes: Tensor, corner: Tensor, down: Te
     return weighted_sum(lines, down[:, :, None])
 
 
-def weighted_sum(parts: Tensor, weights: Tensor) -> Tensor:
-    """Over the first axis, without holding the products."""
-    total = parts[0] * weights[0]
-    for part, weight in zip(parts[1:], weights[1:], strict=True):
-        total.addcmul_(part, weight)
+def weighted_sum(terms: Tensor, weights: Tensor) -> Tensor:
+    """Sum of terms · weights over the first axis, without storing the products."""
+    total = terms[0] * weights[0]
+    for term, weight in zip(terms[1:], weights[1:], strict=True):
+        total.addcmul_(term, weight)
     return total

@@ -1,4 +1,4 @@
-"""Blocks that two or more networks use.
+"""Building blocks that two or more networks use.
 
 Axes: N images, C channels, H×W pixels.
 """
@@ -12,8 +12,8 @@ from torch.nn.modules.batchnorm import _NormBase
 class ConvNorm(nn.Sequential):
     """Convolution, then BatchNorm (eps 1e-5, momentum 0.1); "same" padding for odd kernels (height, width).
 
-    The norm's weight starts at `norm_weight`: 0 silences a residual branch until training wakes it. A `bias` before a
-    norm is of no use, but some official networks carry it in their checkpoints.
+    The norm's weight starts at `norm_weight`: with 0, a residual branch adds nothing until training changes the weight.
+    A `bias` before a norm has no effect, but the checkpoints of some official networks contain it.
     """
 
     def __init__(
@@ -53,7 +53,7 @@ class Depthwise(nn.Conv2d):
 
 
 class DropPath(nn.Module):
-    """Stochastic depth: in training drops a residual branch per image with probability `rate` and rescales the rest.
+    """Stochastic depth: in training, drops a residual branch with probability `rate` per image and rescales the others.
 
     Source: "Deep Networks with Stochastic Depth" (Huang et al. 2016), per sample as in timm.
     """
@@ -67,7 +67,7 @@ class DropPath(nn.Module):
         if not self.training or self.rate == 0.0:
             return branch
         keep = 1.0 - self.rate
-        # Drawn in float32 whatever the branch's type: bfloat16 has too few values in [0, 1) for a fair coin.
+        # Drawn in float32 for every type of branch: bfloat16 has too few values in [0, 1) for an exact probability.
         kept = torch.rand(branch.shape[:1] + (1,) * (branch.dim() - 1), device=branch.device) < keep
         return branch * (kept / keep).to(branch.dtype)
 
@@ -76,7 +76,7 @@ class DropPath(nn.Module):
 
 
 def resize_bilinear(maps: Tensor, size: tuple[int, int] | torch.Size) -> Tensor:
-    """(N,C,H,W) → (N,C,*size), bilinear with align_corners=False; no work where the size is right already."""
+    """(N,C,H,W) → (N,C,*size), bilinear with align_corners=False; maps of this size are returned unchanged."""
     if maps.shape[-2:] == torch.Size(size):
         return maps
     return F.interpolate(maps, size=tuple(size), mode="bilinear", align_corners=False)
@@ -93,7 +93,7 @@ def init_fan_out(module: nn.Module) -> None:
 
 
 def init_conv_module(module: nn.Module) -> None:
-    """Convolutions ~ N(0, 2 / (kernel area · outputs)): mmcv's `ConvModule`, blind to groups unlike `init_fan_out`."""
+    """Convolutions ~ N(0, 2 / (kernel area · outputs)): mmcv's `ConvModule`; unlike `init_fan_out`, ignores groups."""
     for layer in module.modules():
         if isinstance(layer, nn.Conv2d):
             nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
@@ -102,13 +102,13 @@ def init_conv_module(module: nn.Module) -> None:
 
 
 def drop_path_rates(last: float, depths: tuple[int, ...]) -> list[float]:
-    """A rate per block of a network, growing evenly from 0 to `last`, over all its stages."""
+    """One rate per block over all stages, growing evenly from 0 to `last`."""
     blocks = sum(depths)
     return [last * block / max(blocks - 1, 1) for block in range(blocks)]
 
 
 def norm_statistics(model: nn.Module) -> dict[str, Tensor]:
-    """The norms' statistics by key of the state dict: all that a forward pass in training changes of a model."""
+    """The norms' statistics by key of the state dict: all that a forward pass in training changes in a model."""
     return {
         f"{prefix}.{name}".lstrip("."): buffer
         for prefix, module in model.named_modules()

@@ -1,7 +1,7 @@
-"""The tensors of a model under the names that official files have for them.
+"""The names that official files have for the tensors of a model.
 
-Sources: SSA-Seg (commit e67fc2f) on mmsegmentation 0.30, which calls the network `backbone` and everything behind it
-`decode_head`; the ImageNet checkpoints have the backbone's keys without that prefix.
+Source: SSA-Seg (commit e67fc2f) on mmsegmentation 0.30. Keys start with `backbone`, or with `decode_head` for decoder
+and classifier. ImageNet checkpoints have the backbone's keys without this prefix.
 """
 
 from collections.abc import Collection
@@ -11,20 +11,20 @@ from ssaseg.models.classifiers.base import Classifier
 from ssaseg.models.rows import Entry, Row, entries
 from ssaseg.models.segmenter import Segmenter
 
-# Beginnings of keys that belong to something else in the same file, and what that is.
+# Prefixes of keys that no network here uses, and what these tensors are.
 NOT_USED = {
     "auxiliary_head.": "a training-only head that these configurations do not have",
     **dict.fromkeys(("cls_head.", "dist_head.", "head.", "linear.", "norm."), "the ImageNet classifier"),
 }
-# Last parts of keys: of counters, that a file may hold or lack.
+# Last parts of keys of counters. A file may have them or not.
 COUNTERS = ("num_batches_tracked",)
-# Official keys that tell what a file is: of any segmentation network, and of one with the SSA classifier.
+# Official keys that show what a file is. The first: any segmentation network; the second: one with the SSA classifier.
 CLASSES_KEY = "decode_head.conv_seg.weight"
 SSA_KEY = "decode_head.center_pos.weight"
 
 
 def official_entries(model: Segmenter, imagenet: bool = False) -> list[Entry]:
-    """All tensors of a model from `build_model`, in the order of its state dict; `imagenet`: of its backbone alone."""
+    """All tensors of a model from `build_model`, in the order of its state dict; `imagenet`: only its backbone."""
     family, keys = family_of(model.name), list(model.state_dict())
     if imagenet:
         rows = family.rows if family.imagenet is None else family.imagenet
@@ -39,12 +39,12 @@ def _classifier_rows(model: Segmenter) -> list[Row]:
 
 
 def official_keys(model: Segmenter) -> dict[str, str]:
-    """Our state-dict key → the official one, in the order of the state dict; the first of several."""
+    """Our state-dict key → the official key (the first, if there are several), in the order of the state dict."""
     return {key: entry.theirs[0] for entry in official_entries(model) for key in entry.ours}
 
 
 def canonical(key: str) -> str:
-    """The name that the rows have for an official key of any dialect."""
+    """The name in the rows for an official key of any version of the official files."""
     for family in FAMILIES.values():
         for pattern, name in family.renamed:
             key = pattern.sub(name, key)
@@ -52,14 +52,14 @@ def canonical(key: str) -> str:
 
 
 def aliases(model: Segmenter, keys: Collection[str]) -> dict[str, list[str]]:
-    """Of a model's official keys: key → further names of the same tensor, for those that have any."""
+    """For a model's official keys: key → other names of the same tensor, where it has any."""
     return family_of(model.name).aliases(keys)
 
 
 def left_out(model: Segmenter) -> dict[str, str]:
-    """Official tensors that a model does not hold since nothing computes with them: key (`*`: any text) → what it is.
+    """Official tensors that a model leaves out because nothing computes with them: key (`*`: any text) → what it is.
 
-    Known when they come in; an exported file lacks them.
+    Reading a file accepts them; an exported file does not have them.
     """
     family = family_of(model.name)
     found = {f"{family.heads['classifier']}.{key}": reason for key, reason in model.classifier.LEFT_OUT.items()}

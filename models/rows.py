@@ -1,8 +1,8 @@
-"""Key rows: what a tensor of ours is called in somebody else's file, and how its value is laid out there.
+"""Rows of key names: what one of our tensors is called in an official file, and how its value is stored there.
 
-A row is true by itself: exactly one row fits each key of a model, so the order of rows means nothing. Its two sides are
-keys, or the first parts of keys; what follows is the same on both. `{}` stands for a number, the same on both sides;
-`{+1}`, on their side, for that number plus 1: files count blocks from 1 where lists count from 0.
+Exactly one row fits each key of a model, so the order of the rows does not matter. The two sides of a row are keys, or
+beginnings of keys; the rest of a key is the same on both sides. `{}` stands for a number, equal on both sides. `{+1}`,
+on their side, stands for that number plus 1: some files count blocks from 1.
 
 >>> Row("mobile.{}.{}.conv", "smb{+1}.layer{}.c").name_of("mobile.0.2.conv.weight")
 'smb1.layer2.c.weight'
@@ -22,10 +22,10 @@ Values = Callable[..., tuple[Tensor, ...]]
 
 @dataclass(frozen=True)
 class Row:
-    """One rule. Either side may be several keys; `to_ours` and `to_theirs` say how their values become one another.
+    """One rule. Each side is one key or several; `to_ours` and `to_theirs` convert the values.
 
-    `to_ours` takes a tensor for each of their keys and returns one for each of ours; `to_theirs` is its inverse, bit
-    for bit. Without them values are the same on both sides.
+    `to_ours` takes one tensor for each of their keys and returns one for each of ours. `to_theirs` is its inverse, bit
+    for bit. Without these functions the values are the same on both sides.
     """
 
     ours: Names
@@ -35,14 +35,14 @@ class Row:
 
     @cached_property
     def _patterns(self) -> tuple[tuple[str, re.Pattern[str]], ...]:
-        """What a key begins with, which is quick to see, and the whole pattern."""
+        """For each of our names: its fixed beginning, for a quick check, and the whole pattern."""
         return tuple(
             (side.partition("{")[0], re.compile(r"(\d+)".join(map(re.escape, side.split("{}"))) + r"(?=\.|$)"))
             for side in several(self.ours)
         )
 
     def names_of(self, key: str) -> tuple[tuple[str, ...], tuple[str, ...]] | None:
-        """Our keys and theirs of the tensors that `key`, one of ours, belongs to; None where the row does not fit."""
+        """Our keys and their keys of the entry that `key`, one of ours, belongs to; None if the row does not fit."""
         for start, pattern in self._patterns:
             found = pattern.match(key) if key.startswith(start) else None
             if found:
@@ -52,12 +52,12 @@ class Row:
         return None
 
     def name_of(self, key: str) -> str | None:
-        """The first of `names_of`'s keys of theirs."""
+        """The first of their keys in `names_of`."""
         names = self.names_of(key)
         return None if names is None else names[1][0]
 
     def below(self, ours: str, theirs: str) -> "Row":
-        """The same row with a prefix on either side."""
+        """The same row with a prefix on each side."""
         return Row(
             tuple(f"{ours}.{name}" for name in several(self.ours)),
             tuple(f"{theirs}.{name}" for name in several(self.theirs)),
@@ -67,21 +67,21 @@ class Row:
 
 
 class Entry(NamedTuple):
-    """Tensors of one model and what they are in a file: by one row, the numbers filled in."""
+    """A row with the numbers filled in: keys of tensors of one model, and their names in a file."""
 
     ours: tuple[str, ...]
     theirs: tuple[str, ...]
     row: Row
 
     def take(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Our tensors by key, from those of a file, which has all of `theirs`."""
+        """Our tensors by key, from the tensors of a file, which must have all of `theirs`."""
         values = tuple(tensors[name] for name in self.theirs)
         if self.row.to_ours is not None:
             values = self.row.to_ours(*values)
         return dict(zip(self.ours, values, strict=True))
 
     def give(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The file's tensors by name, from a state dict of ours."""
+        """The file's tensors by name, from our state dict."""
         values = tuple(state[key] for key in self.ours)
         if self.row.to_theirs is not None:
             values = self.row.to_theirs(*values)
@@ -89,22 +89,22 @@ class Entry(NamedTuple):
 
 
 def entries(rows: Sequence[Row], keys: Iterable[str]) -> list[Entry]:
-    """The keys of a model by the rows that fit them, in the keys' order.
+    """The entries for the keys of a model, in the order of the keys.
 
-    Raises ValueError for a key that no row fits, or several.
+    Raises ValueError for a key that fits no row, or more than one.
     """
     found: dict[tuple[str, ...], Entry] = {}
     for key in keys:
         fitting = [(row, names) for row in rows if (names := row.names_of(key)) is not None]
         if len(fitting) != 1:
-            raise ValueError(f"{key}: {len(fitting)} rows fit it, expected one: {[row.ours for row, _ in fitting]}")
+            raise ValueError(f"{key}: {len(fitting)} rows fit this key, expected 1: {[row.ours for row, _ in fitting]}")
         row, (ours, theirs) = fitting[0]
         found.setdefault(ours, Entry(ours, theirs, row))
     return list(found.values())
 
 
 def several(names: Names) -> tuple[str, ...]:
-    """One name or several, as several."""
+    """One name or several, as a tuple."""
     return (names,) if isinstance(names, str) else names
 
 
@@ -114,14 +114,14 @@ def _fill(pattern: str, numbers: Sequence[int]) -> str:
     return re.sub(r"\{(\+1)?\}", lambda slot: str(next(left) + bool(slot[1])), pattern)
 
 
-# ---- rows that many networks have ------------------------------------------------------------------------------------
+# ---- rows that many networks use -------------------------------------------------------------------------------------
 
 
 def conv_norm(ours: str, theirs: str, conv: str = "conv", norm: str = "bn") -> tuple[Row, Row]:
-    """The two layers of a `ConvNorm`; `conv` and `norm`: what they are called in the other file."""
+    """The two layers of a `ConvNorm`; `conv` and `norm`: their names in the official file."""
     return Row(f"{ours}.conv", f"{theirs}.{conv}"), Row(f"{ours}.norm", f"{theirs}.{norm}")
 
 
 def rows_of(ours: str, theirs: str, names: Mapping[str, str]) -> list[Row]:
-    """A row for each of `names`, our name → theirs, below two prefixes."""
+    """One row for each of `names` (our name → theirs), below the two prefixes."""
     return [Row(f"{ours}.{own}", f"{theirs}.{other}") for own, other in names.items()]

@@ -1,4 +1,4 @@
-"""Image → logits: a backbone, a decoder and a classifier, all built elsewhere and passed in."""
+"""The network: image → backbone → decoder → classifier → logits. The parts are built elsewhere and passed in."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -11,10 +11,10 @@ from ssaseg.models.decoder import FURTHER_WEIGHT, AuxiliaryHead, Decoder
 
 
 class Segmenter(nn.Module):
-    """A network with its classifier, and heads by name that only training has.
+    """A network with its classifier, and auxiliary heads by name, which are used in training only.
 
-    `name`, `classifier_name` and `num_classes` are what it takes to build the same network again. `weights`: of the
-    losses that are not the classifier's own, by name, where not FURTHER_WEIGHT; 0 leaves one out.
+    `name`, `classifier_name` and `num_classes` are enough to build the same network again. `weights`: weights of the
+    losses of auxiliary heads and of a first stage, by name; the default is FURTHER_WEIGHT, and 0 leaves a loss out.
     """
 
     def __init__(
@@ -39,14 +39,14 @@ class Segmenter(nn.Module):
 
     @property
     def stride(self) -> int:
-        """How much coarser than the image the logits are [pixels]."""
+        """Distance between two positions of the logits [pixels of the image]."""
         return self.decoder.stride
 
     def forward(self, images: Tensor, labels: Tensor | None = None, totals: Tensor | None = None) -> Any:
         """Logits (N,K,⌈H/stride⌉,⌈W/stride⌉) of images (N,3,H,W), normalised RGB, H and W at least 32.
 
-        With labels (N,H,W), integers in [0, K) or 255 = ignored: a dict of weighted scalar losses instead, whose sum is
-        to be minimised. `totals`: see `Classifier.training_step`.
+        With labels (N,H,W), integers in [0, K) or 255 = ignored, it returns a dict of weighted scalar losses instead;
+        training minimises their sum. `totals`: see `Classifier.training_step`.
         """
         if labels is None:
             return self.classifier(self.feature(images))
@@ -61,22 +61,22 @@ class Segmenter(nn.Module):
         return step.losses | {name: weights[name] * loss for name, loss in further.items() if weights[name]}
 
     def maps(self, images: Tensor) -> Any:
-        """What the backbone makes of images (N,3,H,W)."""
-        # Channels last throughout: it suits depthwise convolutions, and the LayerNorms and linear layers between them.
+        """The backbone's output for images (N,3,H,W)."""
+        # Channels last everywhere: faster for depthwise convolutions, and for LayerNorms and linear layers.
         return self.backbone(images.contiguous(memory_format=torch.channels_last))
 
     def feature(self, images: Tensor) -> Any:
-        """What the decoder makes of images (N,3,H,W) for the classifier: most often (N,C,⌈H/stride⌉,⌈W/stride⌉)."""
+        """The classifier's input for images (N,3,H,W): in most networks (N,C,⌈H/stride⌉,⌈W/stride⌉)."""
         return self.decoder(self.maps(images))
 
     def update(self, peers: Peers, held: Tensor) -> None:
-        """After the optimiser's step: hands the classifier what the micro-batches of the step left; see there."""
+        """After the optimiser's step: passes the memories of its micro-batches to `Classifier.update`."""
         memories, self.memories = self.memories, []
         with torch.no_grad():
             self.classifier.update(memories, peers, held)
 
     def class_rows(self) -> list[str]:
-        """Keys of all tensors that have a row per class, those of auxiliary heads and first stages too."""
+        """Keys of all tensors that have one row per class, also in auxiliary heads and a first stage."""
         return [
             f"{prefix}.{name}"
             for prefix, module in self.named_modules()
@@ -90,14 +90,14 @@ class Segmenter(nn.Module):
         return own + ["auxiliary"] * bool(self.auxiliary)
 
     def drop_training_only(self) -> None:
-        """Removes what inference never reads, such as SSA's teacher branch; the network can't be trained any more."""
+        """Removes what inference never reads, such as SSA's teacher branch; then the network can't be trained."""
         for name in self.training_only():
             owner, _, last = name.rpartition(".")
-            if hasattr(self.get_submodule(owner), last):  # else it was dropped before
+            if hasattr(self.get_submodule(owner), last):  # else already removed
                 delattr(self.get_submodule(owner), last)
         self.auxiliary = nn.ModuleDict()
 
 
 def is_below(key: str, names: list[str]) -> bool:
-    """Whether a state dict's key is one of the names, or lies below one."""
+    """Whether a key of a state dict is one of the names, or lies below one of them."""
     return any(key == name or key.startswith(f"{name}.") for name in names)

@@ -1,4 +1,4 @@
-"""Online multi-domain distillation: a teacher branch that sees the labels, and the losses that tie the student to it.
+"""Online multi-domain distillation: a teacher branch that sees the labels, and the losses between it and the student.
 
 Source: "SSA-Seg" (NeurIPS 2024, arXiv 2405.06525, section 3.4) and its official implementation.
 
@@ -20,14 +20,14 @@ class Adapted(NamedTuple):
     coarse: Tensor  # (N,K,h,w) logits before adaptation
     spatial_feature: Tensor  # (N,C,h,w) F_p
     feature: Tensor  # (N,C,h,w) F + F_p
-    pixels: Tensor  # (N,P,C) its pixels, each divided by its norm
+    pixels: Tensor  # (N,P,C) pixels of `feature`, each divided by its norm
     semantic: Tensor  # (N,K,C) adapted semantic prototypes S'
     spatial: Tensor  # (N,K,C) adapted spatial prototypes P'
     logits: Tensor  # (N,K,h,w)
 
 
 class PrototypeProjections(nn.Module):
-    """φ_s, φ_p and the linear map that merges them: one set adapts the student's prototypes, another the teacher's."""
+    """φ_s, φ_p and the linear map that merges them. Student and teacher have one such set each."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -36,7 +36,7 @@ class PrototypeProjections(nn.Module):
         self.merge = nn.Linear(channels, channels, bias=False)
 
     def forward(self, semantic: tuple[Tensor, Tensor], spatial: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        """Two pairs of prototypes, each (K,C) or (N,K,C), in the order of concatenation → S', P' and Z."""
+        """Two pairs of prototypes, each (K,C) or (N,K,C), in the order of concatenation → S', P' and Z, all (N,K,C)."""
         semantic_out = self.semantic(_concatenate(*semantic))
         spatial_out = self.spatial(_concatenate(*spatial))
         return semantic_out, spatial_out, self.merge(semantic_out + spatial_out)
@@ -48,12 +48,12 @@ def _squeeze(channels: int) -> nn.Sequential:
 
 
 def _concatenate(first: Tensor, second: Tensor) -> Tensor:
-    """Along channels; a table (K,C) is repeated for each image of its partner."""
+    """Along channels; (K,C) is repeated for each image of the other, (N,K,C)."""
     return torch.cat(torch.broadcast_tensors(first, second), dim=-1)
 
 
 class Teaching(NamedTuple):
-    """The teacher's results for one batch, and the labels and groups that they were made with."""
+    """The teacher's results for one batch, with the labels and groups that it used."""
 
     labels: Tensor  # (N,h,w) at the feature's resolution
     members: Tensor  # (G,N)
@@ -86,7 +86,7 @@ def teach(
     semantic_mean = _means(group_sums, group_pixels, fixed_semantic)  # (G,K,C)
     spatial_sums = one_hot @ student.spatial_feature.flatten(2).transpose(1, 2)
     spatial_mean = _means(spatial_sums, pixels, fixed_spatial)  # (N,K,C)
-    # Here the labels' mean stands first in both pairs, unlike in the student.
+    # Here the mean comes first in both pairs, unlike in the student.
     semantic, spatial, prototypes = projections(
         (torch.einsum("gn,gkc->nkc", members, semantic_mean), fixed_semantic),
         (spatial_mean, fixed_spatial),
@@ -96,7 +96,7 @@ def teach(
 
 
 def _means(sums: Tensor, pixels: Tensor, fallback: Tensor) -> Tensor:
-    """Class means, with the detached row of `fallback` (K,C) where a class has no pixel."""
+    """Class means; for a class without pixels, its row of `fallback` (K,C), detached."""
     return torch.where(pixels > 0, sums / (pixels + losses.EPS), fallback.detach())
 
 
@@ -108,9 +108,9 @@ def terms(
     weights: Mapping[str, float],
     weighing: losses.Weighing,
 ) -> dict[str, Tensor]:
-    """The weighted losses by name, averaged over groups; the dices over the (image, class) pairs of the step.
+    """The weighted losses by name, averaged over groups; dice losses are averaged over the step's (image, class) pairs.
 
-    `weighing` is of the main cross entropy; the others do without its mining of hard examples.
+    `weighing`: of the main cross entropy; the other cross entropies use it without hard example mining.
     """
     members = teacher.members
     pixels = losses.class_pixels(labels, student.logits.shape[1])
@@ -119,8 +119,8 @@ def terms(
     for name, logits in branches.items():
         dice = bool(weights.get(f"{name}_dice"))
         if dice or weights[f"{name}_ce"]:
-            kind = weighing if name == "main" else weighing._replace(threshold=None)
-            found |= _upsampled(name, logits, labels, pixels, members, pairs, dice, kind)
+            counting = weighing if name == "main" else weighing._replace(threshold=None)
+            found |= _upsampled(name, logits, labels, pixels, members, pairs, dice, counting)
     if weights["response"]:
         found["response"] = losses.response_loss(student.logits, teacher.logits, teacher.labels, members)
     images = members.new_ones(len(labels))
@@ -143,15 +143,15 @@ def _upsampled(
     dice: bool,
     weighing: losses.Weighing,
 ) -> dict[str, Tensor]:
-    """Cross entropy (and dice) of one branch at the labels' size, upsampled with align_corners=True."""
+    """Cross entropy (and dice) of the logits of one branch, upsampled to the labels' size with align_corners=True."""
     image = losses.full_resolution_terms(logits, labels, True, dice, pixels, weighing)
-    # The main term's mean counts ignored pixels in its denominator (mmseg's avg_non_ignore=False) and takes every pixel
-    # for one, whatever its class weighs; the others' means do neither.
-    everything = torch.full_like(image.valid, float(labels[0].numel()))
-    counted = everything if name == "main" else image.valid
+    # The denominator of the main mean is the number of all pixels, ignored ones too (mmseg's avg_non_ignore=False),
+    # independent of class weights. That of the others is the sum of the weights of pixels that are not ignored.
+    all_pixels = torch.full_like(image.valid, float(labels[0].numel()))
+    counted = all_pixels if name == "main" else image.valid
     found = {f"{name}_ce": losses.group_ratio(image.cross_entropy, counted, members)}
     if dice:
-        # Without pairs this batch is the whole step; with them the loop's mean over micro-batches restores the sum.
+        # Without `pairs` this batch is the whole step. With it, the loop's mean over micro-batches gives the sum.
         count = image.pairs.sum() if pairs is None else pairs
         found[f"{name}_dice"] = image.dice.sum() / torch.where(count > 0, count, 1.0)
     return found

@@ -1,4 +1,4 @@
-"""Edges between labels, for the boundary-aware response loss: OpenCV's, in integers and on the device.
+"""Edges between labels, for the boundary-aware response loss: OpenCV's Canny, in integers, on the labels' device.
 
 Axes: N images, h×w label pixels.
 """
@@ -9,11 +9,12 @@ from torch.nn import functional as F
 
 
 def boundary_map(labels: Tensor) -> Tensor:
-    """Label edges as the official code finds them, on the device: (N,h,w) integer → (N,h,w) bool.
+    """The same label edges as in the official code: (N,h,w) integer → (N,h,w) bool.
 
-    Equal to `cv2.Canny(label as uint8, 0.1, 0.2)`, then a frame of 6 pixels zeroed, then dilation by a 3×3 square.
-    OpenCV floors both thresholds to 0, so hysteresis adds nothing: an edge is a local maximum of the L1 Sobel
-    gradient along its direction, found in OpenCV's integers. A side of 12 pixels or fewer leaves no edge.
+    Equal to `cv2.Canny(label as uint8, 0.1, 0.2)`, then a frame of 6 pixels set to 0, then dilation by a 3×3 square.
+    OpenCV rounds both thresholds down to 0, so that hysteresis has no effect: an edge is a local maximum of the L1
+    Sobel gradient along its direction, in OpenCV's integer arithmetic. With a side of 12 pixels or fewer there is no
+    edge.
     """
     height, width = labels.shape[-2:]
     edges = _local_maxima(*_sobel(labels.int()))
@@ -45,8 +46,8 @@ def _local_maxima(dx: Tensor, dy: Tensor) -> Tensor:
     x, y = dx.abs(), dy.abs() << 15
     shallow = x * 13573
     steep = shallow + (x << 16)
-    # The earlier neighbour must be lower, the later one not higher, so that a plateau of two gives one edge;
-    # on diagonals OpenCV asks for lower on both sides.
+    # The neighbour before must be lower, the one after not higher, so that two equal neighbours give one edge. On
+    # diagonals OpenCV requires lower neighbours on both sides.
     horizontal = (magnitude > neighbour(0, -1)) & (magnitude >= neighbour(0, 1))
     vertical = (magnitude > neighbour(-1, 0)) & (magnitude >= neighbour(1, 0))
     falling = (magnitude > neighbour(-1, -1)) & (magnitude > neighbour(1, 1))

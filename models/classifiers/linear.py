@@ -31,7 +31,7 @@ class LinearClassifier(Classifier):
         return self.conv_seg(self.dropout(feature))
 
     def training_step(self, feature: Tensor, labels: Tensor, totals: Tensor | None = None) -> TrainingStep:
-        """One loss: cross entropy at the labels' size, align_corners=False, averaged over all pixels, ignored too."""
+        """One loss: cross entropy at the labels' size (align_corners=False), averaged over all pixels, ignored too."""
         logits = self(feature)
         with torch.autocast(logits.device.type, enabled=False):
             terms = losses.full_resolution_terms(

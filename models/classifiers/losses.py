@@ -1,8 +1,8 @@
-"""Losses as pure functions of tensors: nothing here holds state, waits for the device or loops over what data decides.
+"""Losses as pure functions of tensors. None holds state, waits for the device, or has a loop that depends on values.
 
 Axes: N images, K classes, C channels, H×W label pixels, h×w logit pixels, P = h·w, G groups of images, R band rows.
 Labels are integers in [0, K), or `IGNORE`. Source of the definitions: "SSA-Seg" (NeurIPS 2024, arXiv 2405.06525)
-and its official implementation, whose behaviour is kept where the two differ.
+and its official implementation; where the two differ, the implementation is followed.
 """
 
 import math
@@ -20,8 +20,8 @@ EPS = 1e-12
 
 LOG2_E = math.log2(math.e)
 
-# On a CPU a band of full-resolution logits should stay in the cache, 4 MiB of float32, and read few rows of the small
-# ones, as the matrix products of a band cost with both: tried with 11, 30 and 150 classes.
+# Limits of a band on a CPU: its full-resolution logits should stay in the cache (4 MiB of float32), and it should read
+# few rows of the small logits, since its matrix products cost rows times rows. Measured with 11, 30 and 150 classes.
 BAND_ELEMENTS = 1 << 20
 
 BAND_ROWS = 64
@@ -36,7 +36,7 @@ def group_matrix(images: int, group: int, device: torch.device) -> Tensor:
 
 
 def group_ratio(numerator: Tensor, denominator: Tensor, members: Tensor) -> Tensor:
-    """Mean over groups of (sum of numerator) / (sum of denominator, 1 where it is 0). (N,), (N,), (G,N) → scalar."""
+    """Mean over groups of (sum of numerator) / (sum of denominator, or 1 if 0). (N,), (N,), (G,N) → scalar."""
     total = members @ denominator
     return ((members @ numerator) / torch.where(total > 0, total, 1.0)).mean()
 
@@ -47,17 +47,18 @@ class ImageTerms(NamedTuple):
 
     cross_entropy: Tensor  # summed over the pixels that are not ignored
     dice: Tensor  # summed over the classes present in the image
-    valid: Tensor  # pixels not ignored, each counted as often as its class weighs
-    pairs: Tensor  # classes present
+    valid: Tensor  # pixels that are not ignored, each times the weight of its class
+    pairs: Tensor  # number of classes present
 
 
 class Weighing(NamedTuple):
-    """How the pixels of a cross entropy count; as it is here, each one once.
+    """Weights of the pixels in a cross entropy. With the defaults each pixel counts once.
 
-    A pixel of class y costs w_y·(1−ε)·nll_y + ε/K·Σ_k w_k·nll_k, as `F.cross_entropy(weight=, label_smoothing=)`.
-    With a threshold only pixels count whose own class is less probable than it (hard examples), where these are not
-    more than `min_kept` in an image the least probable ones: mmsegmentation's OHEMPixelSampler for one image a batch,
-    whose threshold is raised to the probability that stands at place `min_kept`, from 0, of the image's sorted ones.
+    The loss of a pixel of class y is w_y·(1−ε)·nll_y + ε/K·Σ_k w_k·nll_k, as in `F.cross_entropy(weight=,
+    label_smoothing=)`. With a threshold only hard examples count: pixels where the probability of their own class is
+    below the threshold. If an image has `min_kept` of them or fewer, the threshold is raised: to the probability at
+    index `min_kept` of the image's probabilities in ascending order. This is mmsegmentation's OHEMPixelSampler for a
+    batch of one image.
     """
 
     classes: Tensor | None = None  # (K,) w, float32, not all 0
@@ -76,11 +77,11 @@ def full_resolution_terms(
 ) -> ImageTerms:
     """Cross entropy and dice of logits upsampled bilinearly to the labels' size, summed per image.
 
-    logits (N,K,h,w) float, labels (N,H,W) integer. The upsampled logits exist for one band of one image at a time, and
-    backward keeps only gradients of the size of `logits`: their memory does not depend on H×W or N·H×W·K.
+    logits (N,K,h,w) float, labels (N,H,W) integer. Only one band of one image is upsampled at a time, and backward
+    stores only gradients of the size of `logits`: their memory does not depend on H×W or N·H×W·K.
     Dice of a present class: 1 − (2Σpt + 1) / (Σp + Σt + 1), p = sigmoid, t = its mask, Σ over all pixels of the image.
-    Without `dice` that term is 0. `pixels`: `class_pixels` of the labels, where it is known already. `weighing` is of
-    the cross entropy alone; hard examples cost a second pass over the bands, and one float32 a pixel of one image.
+    Without `dice` that term is 0. `pixels`: `class_pixels` of the labels, if already computed. `weighing` applies to
+    the cross entropy only; hard examples cost a second pass over the bands, and one float32 per pixel of one image.
     """
     if pixels is None:
         pixels = class_pixels(labels, logits.shape[1])
@@ -92,7 +93,7 @@ def full_resolution_terms(
 def class_pixels(labels: Tensor, num_classes: int) -> Tensor:
     """Pixels of each class in each image. (N,H,W) integer → (N,K) float32; ignored pixels are not counted."""
     counts = []
-    for label in labels:  # one image at a time, so that no index map is larger than one image
+    for label in labels:  # one image at a time, so that index maps are small
         index = torch.where(label == IGNORE, num_classes, label).long().flatten()
         ones = torch.ones_like(index, dtype=torch.float32)
         counts.append(ones.new_zeros(num_classes + 1).scatter_add_(0, index, ones)[:num_classes])
@@ -100,7 +101,7 @@ def class_pixels(labels: Tensor, num_classes: int) -> Tensor:
 
 
 class _FullResolutionTerms(torch.autograd.Function):
-    """Forward also computes both gradients with respect to the small logits, so backward is a weighted sum of them."""
+    """Forward also computes both gradients with respect to the small logits; backward is their weighted sum."""
 
     @staticmethod
     def forward(
@@ -110,7 +111,7 @@ class _FullResolutionTerms(torch.autograd.Function):
             _image_terms(*image, align_corners, dice, Weighing(*weighing), gradient=ctx.needs_input_grad[0])
             for image in zip(logits, labels, pixels, strict=True)
         ]
-        entropy, dices, entropy_grad, dice_grad = (torch.stack(parts) for parts in zip(*images, strict=True))
+        entropy, dices, entropy_grad, dice_grad = (torch.stack(each) for each in zip(*images, strict=True))
         ctx.save_for_backward(entropy_grad, dice_grad)
         ctx.dice = dice
         return entropy, dices
@@ -136,11 +137,11 @@ def _image_terms(
     """One image of `full_resolution_terms`. (K,h,w), (H,W), (K,) → two scalars and their gradients (K,h,w)."""
     classes = logits.shape[0]
     columns = interpolation_matrix(label.shape[1], logits.shape[2], align_corners, logits.device)  # (W,w)
-    # The horizontal step first, one h-th of an image's worth. Rows lead, so that the vertical step of a band, and its
-    # transpose, is one matrix product over classes and columns together.
+    # First the horizontal step, for the whole image: it has only h rows. Rows are the first axis, so that the vertical
+    # step of a band, and its transpose, is one matrix product over classes and columns together.
     wide = logits.transpose(0, 1) @ columns.T  # (h,K,W)
     bands = _bands(wide, label.shape[0], align_corners)
-    # Made once and used by all bands: fresh memory for each costs a CPU more than the arithmetic.
+    # Allocated once for all bands: on a CPU, new memory for each band would cost more than the arithmetic.
     room = tuple(wide.new_empty(bands[0].rows.shape[0], *wide.shape[1:]) for _ in range(2))
     kept = None if weighing.threshold is None else _hard_pixels(wide, label, bands, weighing, room[0])
     sums = _BandSums.zeros(wide)
@@ -153,20 +154,20 @@ def _image_terms(
     numerator, denominator = 2 * sums.overlap + 1, sums.area + pixels + 1
     present = (pixels > 0).float()
     dices = (present * (1 - numerator / denominator)).sum()
-    # d dice / d sigmoid = numerator/denominator² everywhere, and −2/denominator more where the label is the class.
+    # d dice / d sigmoid = numerator/denominator² everywhere, plus −2/denominator where the label is the class.
     slope = sums.slope_all.mul_((present * numerator / denominator**2).unsqueeze(1))
     slope.addcmul_(sums.slope_label, (present * 2 / denominator).unsqueeze(1), value=-1.0)
     return sums.entropy, dices, entropy_grad, (slope @ columns).transpose(0, 1)
 
 
 class _BandSums(NamedTuple):
-    """What the bands of one image add up to, updated in place."""
+    """Sums over the bands of one image, updated in place."""
 
     entropy: Tensor  # scalar
     area: Tensor  # (K,) sum of sigmoids
     overlap: Tensor  # (K,) sum of sigmoids where the label is the class
-    entropy_grad: Tensor  # (h,K,W) softmax minus one-hot, brought down to h rows
-    slope_all: Tensor  # (h,K,W) sigmoid's slope s(1−s), brought down
+    entropy_grad: Tensor  # (h,K,W) softmax minus one-hot, summed to h rows
+    slope_all: Tensor  # (h,K,W) slope of the sigmoid, s(1−s), summed to h rows
     slope_label: Tensor  # (h,K,W) the same, only where the label is the class
 
     @classmethod
@@ -179,22 +180,22 @@ class _Band(NamedTuple):
     """Rows of an image that are upsampled together."""
 
     output: slice  # rows of the label
-    source: slice  # rows of the logits that they may read
-    rows: Tensor  # (R,r) this part of the row interpolation
+    source: slice  # rows of the small logits that it reads
+    rows: Tensor  # (R,r) its rows of the interpolation matrix
 
 
 def _bands(wide: Tensor, height: int, align_corners: bool) -> list[_Band]:
-    """Bands of output rows: all at once on a GPU, where launches cost more than memory; cache-sized on a CPU."""
+    """Bands of output rows: on a GPU a single one, as launches cost more than memory; on a CPU each fits the cache."""
     inputs, row_elements = wide.shape[0], wide[0].numel()
     matrix = interpolation_matrix(height, inputs, align_corners, wide.device)  # (H,h)
     step = max(min(BAND_ELEMENTS // row_elements, BAND_ROWS), 1) if wide.device.type == "cpu" else height
-    # A band of output rows reads few input rows; which ones, geometry alone decides.
+    # A band of output rows reads few input rows. They follow from the sizes alone.
     scale = (inputs - 1) / max(height - 1, 1) if align_corners else inputs / height
     shift = 0.0 if align_corners else scale / 2 - 0.5
     bands = []
     for start in range(0, height, step):
         stop = min(start + step, height)
-        # 1e-3 of a row is more than single precision, in which the matrix is made, is off by.
+        # The matrix is computed in single precision, whose error is below 1e-3 of a row.
         first = max(int(start * scale + shift - 1e-3), 0)
         last = min(int((stop - 1) * scale + shift + 1e-3) + 2, inputs)
         bands.append(_Band(slice(start, stop), slice(first, last), matrix[start:stop, first:last]))
@@ -202,24 +203,24 @@ def _bands(wide: Tensor, height: int, align_corners: bool) -> list[_Band]:
 
 
 def _band_logits(wide: Tensor, band: _Band, room: Tensor) -> Tensor:
-    """The upsampled logits of a band, in `room`, which has enough rows. wide (h,K,W) → (R,K,W)."""
+    """The upsampled logits of a band, written into the first rows of `room`. wide (h,K,W) → (R,K,W)."""
     logits = room[: band.rows.shape[0]]
     torch.mm(band.rows, wide[band.source].flatten(1), out=logits.flatten(1))
     return logits
 
 
 class _PixelWeights(NamedTuple):
-    """What the pixels of a band count in the cross entropy, (R,1,W) each."""
+    """Weights of the pixels of a band in the cross entropy, each (R,1,W)."""
 
-    target: Tensor  # the label; 0 where it is ignored
-    valid: Tensor  # 1 or 0
+    target: Tensor  # the label; 0 for ignored pixels
+    valid: Tensor  # 1; 0 for ignored pixels
     own: Tensor  # factor of the negative log probability of the label's class
-    # With smoothing: factor of the mean of all classes' negative log probabilities, and the shares (K,) of that mean.
+    # With smoothing: factor of the weighted mean of all classes' negative log probabilities, and its weights (K,).
     spread: tuple[Tensor, Tensor] | None
 
 
 def _weigh_pixels(label: Tensor, num_classes: int, weighing: Weighing, kept: Tensor | None) -> _PixelWeights:
-    """Of a band's labels (R,W); kept (R,W), 1 or 0, where only hard examples count."""
+    """For a band's labels (R,W). kept (R,W): 1 for hard examples, else 0; None: all pixels count."""
     valid = label != IGNORE
     index = torch.where(valid, label, 0).long().unsqueeze(1)
     weight = valid.float().unsqueeze(1)
@@ -235,7 +236,7 @@ def _weigh_pixels(label: Tensor, num_classes: int, weighing: Weighing, kept: Ten
 
 
 def _hard_pixels(wide: Tensor, label: Tensor, bands: list[_Band], weighing: Weighing, room: Tensor) -> Tensor:
-    """1 for the hard examples of an image, else 0, as `Weighing` tells. wide (h,K,W), label (H,W) → (H,W) float32."""
+    """1 for the hard examples of an image (see `Weighing`), else 0. wide (h,K,W), label (H,W) → (H,W) float32."""
     valid = label != IGNORE
     probability = torch.empty_like(label, dtype=torch.float32)
     for band in bands:
@@ -243,10 +244,10 @@ def _hard_pixels(wide: Tensor, label: Tensor, bands: list[_Band], weighing: Weig
         index = torch.where(valid[band.output], label[band.output], 0).long().unsqueeze(1)
         own = logits.gather(1, index).squeeze(1) - logits.logsumexp(dim=1)
         probability[band.output].copy_(own.exp_())
-    # No probability is as large as 2: ignored pixels stand behind all others.
+    # 2 is larger than all probabilities: ignored pixels come after all others.
     probability = torch.where(valid, probability, 2.0)
-    place = (valid.sum() - 1).clamp(min=0, max=weighing.min_kept)
-    least = probability.flatten().sort().values.gather(0, place.view(1))
+    index = (valid.sum() - 1).clamp(min=0, max=weighing.min_kept)
+    least = probability.flatten().sort().values.gather(0, index.view(1))
     return (probability < least.clamp(min=weighing.threshold)).float()
 
 
@@ -263,20 +264,20 @@ def _add_band(
     index, valid, weight, spread = weights
     logits = _band_logits(wide, band, room[0])
     top = logits.amax(dim=1, keepdim=True)
-    # By powers of two: `exp` is MKL's, and on AMD's processors takes four times as long; log2(e) costs no pass here.
+    # exp2, as MKL's exp takes four times as long on AMD's processors. The factor log2(e) costs no extra pass here.
     softmax = torch.add(-LOG2_E * top, logits, alpha=LOG2_E, out=room[1][: len(logits)]).exp2_()
     total = softmax.sum(dim=1, keepdim=True)
     normaliser = total.log() + top
     sums.entropy.add_(((normaliser - logits.gather(1, index)) * weight).sum())
     mass = weight
     if spread is not None:
-        factor, shares = spread
-        sums.entropy.add_(((normaliser - (shares @ logits).unsqueeze(1)) * factor).sum())
+        factor, mean_weights = spread
+        sums.entropy.add_(((normaliser - (mean_weights @ logits).unsqueeze(1)) * factor).sum())
         mass = weight + factor
     if gradient:
         softmax.mul_(mass / total).scatter_add_(1, index, -weight)
         if spread is not None:
-            softmax.addcmul_(factor, shares.unsqueeze(1), value=-1.0)
+            softmax.addcmul_(factor, mean_weights.unsqueeze(1), value=-1.0)
         sums.entropy_grad[band.source].flatten(1).addmm_(band.rows.T, softmax.flatten(1))
     if not dice:
         return
@@ -303,7 +304,7 @@ def interpolation_matrix(outputs: int, inputs: int, align_corners: bool, device:
     else:
         position = ((position + 0.5) * (inputs / outputs) - 0.5).clamp(min=0.0)
     distance = (position[:, None] - torch.arange(inputs, device=device)).abs()
-    # Past the last input its weight stays 1: the edge is repeated.
+    # Beyond the last input its weight stays 1: the border is repeated.
     return (1 - distance.clamp(max=1.0)) + (position > inputs - 1)[:, None] * (distance < 1) * distance
 
 
@@ -316,23 +317,24 @@ def one_hot_pixels(labels: Tensor, num_classes: int) -> Tensor:
 def response_loss(logits: Tensor, teacher: Tensor, labels: Tensor, members: Tensor) -> Tensor:
     """Boundary-aware response distillation at the logits' own resolution.
 
-    logits and teacher (N,K,h,w), labels (N,h,w), members (G,N) → scalar. Soft target: half the teacher's softmax, half
-    the label; pixels weigh by the teacher's entropy; per class the mean over its boundary and the mean over its
-    interior are averaged, an empty side counting as 0; then the mean over the classes present in a group, over groups.
+    logits and teacher (N,K,h,w), labels (N,h,w), members (G,N) → scalar. The target is half the teacher's softmax, half
+    the label. A pixel's weight is the teacher's entropy. For each class, the loss is the average of two means: over its
+    boundary and over its interior; a mean over no pixels is 0. Then the mean over the classes present in a group is
+    taken, and the mean over groups.
     """
     classes = logits.shape[1]
     valid = labels != IGNORE
     probability = teacher.detach().softmax(dim=1)
     entropy = -(probability * (probability + EPS).log()).sum(dim=1) * valid  # (N,h,w)
     log_probability = logits.log_softmax(dim=1)
-    # An ignored pixel takes class 0 here; its weight, the entropy above, is already 0.
+    # Ignored pixels take class 0 here; their weight, the entropy above, is 0.
     own = log_probability.gather(1, torch.where(valid, labels, 0).long().unsqueeze(1)).squeeze(1)
     pixel_loss = -0.5 * (probability * log_probability).sum(dim=1) - 0.5 * own  # (N,h,w)
     edge = boundary_map(labels).float()
     weights = torch.stack([entropy * edge, entropy * (1 - edge)], dim=-1).flatten(1, 2)  # (N,P,2)
-    parts = torch.cat([weights * pixel_loss.flatten(1).unsqueeze(-1), weights], dim=-1)  # (N,P,4)
+    summands = torch.cat([weights * pixel_loss.flatten(1).unsqueeze(-1), weights], dim=-1)  # (N,P,4)
     one_hot = one_hot_pixels(labels, classes)
-    sums = torch.einsum("gn,nks->gks", members, one_hot @ parts)  # (G,K,4)
+    sums = torch.einsum("gn,nks->gks", members, one_hot @ summands)  # (G,K,4)
     per_class = (sums[..., :2] / (sums[..., 2:] + EPS)).mean(dim=-1)  # (G,K)
     present = (members @ one_hot.sum(dim=-1) > 0).float()
     return ((per_class * present).sum(dim=1) / present.sum(dim=1).clamp(min=1.0)).mean()
@@ -341,7 +343,7 @@ def response_loss(logits: Tensor, teacher: Tensor, labels: Tensor, members: Tens
 def semantic_loss(student: Tensor, teacher: Tensor) -> Tensor:
     """Inter-class relation distillation between semantic prototypes, both (N,K,C) → (N,), per image.
 
-    Relations: softmax over the other classes of 15 · cosine. Only relations that the student has too strong cost.
+    Relations: softmax of 15 · cosine over the classes. Only relations that are stronger in the student have a loss.
     """
     excess = (_relations(student) - _relations(teacher.detach())).clamp(min=0.0)
     off_diagonal = 1 - torch.eye(student.shape[1], device=student.device)
@@ -349,12 +351,12 @@ def semantic_loss(student: Tensor, teacher: Tensor) -> Tensor:
 
 
 def _relations(prototypes: Tensor) -> Tensor:
-    """(N,K,C) → (N,K,K); the gradient flows through the row's class alone."""
+    """(N,K,C) → (N,K,K); gradients flow only through the row's class."""
     return (15 * cosine(prototypes, prototypes.detach())).softmax(dim=2)
 
 
 def spatial_loss(student: Tensor, teacher: Tensor) -> Tensor:
-    """Cross entropy between spatial prototypes' softmaxes over channels, both (N,K,C) → (N,), per image."""
+    """Cross entropy between the softmaxes over channels of spatial prototypes, both (N,K,C) → (N,), per image."""
     return -(teacher.detach().softmax(dim=2) * student.log_softmax(dim=2)).sum(dim=2).mean(dim=1)
 
 
@@ -376,13 +378,13 @@ def cosine(rows: Tensor, columns: Tensor) -> Tensor:
 def cosine_logits(feature: Tensor, prototypes: Tensor, pixels: Tensor | None = None) -> Tensor:
     """15 · cosine of each pixel with each prototype. (N,C,h,w), (N,K,C) → (N,K,h,w).
 
-    `pixels`: `pixel_directions` of the feature, where they are known already.
+    `pixels`: `pixel_directions` of the feature, if already computed.
     """
     pixels = pixel_directions(feature) if pixels is None else pixels
     return 15 * (directions(prototypes) @ pixels.transpose(1, 2)).unflatten(2, feature.shape[-2:])
 
 
 def resize_labels(labels: Tensor, size: tuple[int, int] | torch.Size) -> Tensor:
-    """(N,H,W) integer → (N,h,w), nearest neighbour as `F.interpolate` takes it from float labels."""
+    """(N,H,W) integer → (N,h,w), nearest neighbour as in `F.interpolate` of float labels."""
     small = [F.interpolate(label[None, None].float(), tuple(size), mode="nearest")[0, 0] for label in labels]
     return torch.stack(small).long()

@@ -20,19 +20,19 @@ from ssaseg.models.rows import Row
 class SSAClassifier(Classifier):
     """SSA-Seg: semantic (SEPA) and spatial (SPPA) prototypes adapted to the image, compared by cosine.
 
-    Source: arXiv 2405.06525, sections 3.2 and 3.3. All arithmetic is float32, under autocast too: its 1e-12 and its
-    sums over thousands of pixels do not exist in half precision. Its weights therefore stay float32, too: for speed
-    there are autocast and `ssaseg.models.fast`, not `.half()`.
+    Source: arXiv 2405.06525, sections 3.2 and 3.3. All arithmetic is float32, under autocast too: half precision cannot
+    hold its epsilon of 1e-12 and its sums over thousands of pixels. The weights therefore stay float32: for speed use
+    autocast or `ssaseg.models.fast`, not `.half()`.
     """
 
-    # The weights are those of the official code (spec: section "Training").
+    # The weights are those of the official code.
     LOSSES: ClassVar[Mapping[str, Loss]] = {
         "main_ce": Loss(1.0, "cross entropy of the final logits"),
         "coarse_ce": Loss(1.0, "cross entropy of the logits before adaptation"),
         "teacher_ce": Loss(1.0, "cross entropy of the teacher's logits"),
         "main_dice": Loss(1.0, "dice of the final logits"),
         "teacher_dice": Loss(1.0, "dice of the teacher's logits"),
-        "response": Loss(1.0, "response distillation, boundary and interior apart"),
+        "response": Loss(1.0, "response distillation, boundary and interior separately"),
         "semantic": Loss(10.0, "distillation of the semantic prototypes' relations"),
         "spatial": Loss(0.4, "distillation of the spatial prototypes"),
     }
@@ -71,7 +71,7 @@ class SSAClassifier(Classifier):
         return adapted.logits, adapted.coarse
 
     def adapt(self, feature: Tensor) -> Adapted:
-        """(N,C,h,w) → everything that the classifier computes on the way to its logits."""
+        """(N,C,h,w) → logits and all intermediate results."""
         with torch.autocast(feature.device.type, enabled=False):
             feature = feature.float()
             coarse = self.conv_seg(self.dropout(feature))
@@ -81,8 +81,8 @@ class SSAClassifier(Classifier):
             mass = by_class.sum(dim=2, keepdim=True) + losses.EPS
             semantic_mean = by_class @ feature.flatten(2).transpose(1, 2) / mass  # (N,K,C)
             spatial_mean = scores.softmax(dim=2) @ spatial_feature.flatten(2).transpose(1, 2)  # (N,K,C)
-            # The orders differ, and trained weights depend on them: the image's mean first for semantic prototypes,
-            # the fixed table first for spatial ones.
+            # Trained weights depend on the orders, which differ: for semantic prototypes the image's mean comes first,
+            # for spatial ones the fixed table.
             semantic, spatial, prototypes = self.student(
                 (semantic_mean, self.semantic_prototypes), (self.spatial_prototypes, spatial_mean)
             )
@@ -97,10 +97,10 @@ class SSAClassifier(Classifier):
         return self.conv_seg.weight.flatten(1)
 
     def training_step(self, feature: Tensor, labels: Tensor, totals: Tensor | None = None) -> TrainingStep:
-        """Weighted losses of online multi-domain distillation by name; terms of weight 0 are not listed.
+        """Logits, and weighted losses of online multi-domain distillation by name; losses of weight 0 are left out.
 
-        labels (N,H,W) integer in [0, K) or 255. `totals`: (image, class) pairs per micro-batch, averaged over the
-        optimiser's step; None takes this batch for the whole step.
+        labels (N,H,W): integers in [0, K) or 255 = ignored. `totals`: (image, class) pairs per micro-batch, averaged
+        over the optimiser's step; None: this batch is the whole step.
         """
         student = self.adapt(feature)
         with torch.autocast(feature.device.type, enabled=False):
@@ -117,7 +117,7 @@ class SSAClassifier(Classifier):
         return TrainingStep(student.logits, terms)
 
     def step_totals(self, labels: Tensor) -> Tensor:
-        """Number of (image, class) pairs in labels (N,H,W): the dice's denominator."""
+        """Number of (image, class) pairs in labels (N,H,W): the denominator of the dice losses."""
         return (losses.class_pixels(labels, self.num_classes) > 0).sum().float()
 
     def training_only(self) -> tuple[str, ...]:

@@ -1,8 +1,8 @@
-"""AFFormer: a head-free network, whose prototypes' features are learnt on a coarse grid beside the pixels' own.
+"""AFFormer: a network without a heavy head. It computes prototypes on a coarse grid in parallel to the pixels.
 
 Source: "Head-Free Lightweight Semantic Segmentation with Linear Transformer" (Dong et al., AAAI 2023,
 arXiv 2301.04648), its `tools/afformer.py` and configurations `configs/AFFormer/AFFormer_{tiny,small,base}_ade20k.py`.
-The official head also builds a layer `align` of 66,048 parameters that nothing calls; it is not here.
+The official head also has a layer `align` of 66,048 parameters, which is never called; it is left out here.
 
 Axes: N images, C channels, H×W pixels, P = H·W, h heads, D channels of one head.
 """
@@ -33,16 +33,16 @@ HEADS = 8
 
 MLP_RATIO = 2
 
-WINDOWS = ((3, 2), (5, 3), (7, 3))  # high-pass kernels, and how many heads each filters
+WINDOWS = ((3, 2), (5, 3), (7, 3))  # high-pass kernels, and the number of heads of each
 
-POOLS = (1, 2, 3, 6)  # side of the low-pass grids, for a quarter of the channels each
+POOLS = (1, 2, 3, 6)  # sides of the low-pass grids, each for a quarter of the channels
 
-STRIDES = ((1, 1), (2, 1), (1, 2), (1, 4))  # of each stage's two embeddings
+STRIDES = ((1, 1), (2, 1), (1, 2), (1, 4))  # of the two embeddings of each stage
 
 
 @dataclass(frozen=True)
 class Variant:
-    """One size: channels per stage, and transformer blocks per stage; the first stage counts one, but has none."""
+    """One size: channels and transformer blocks per stage. The first stage has no block; its 1 is for the rates."""
 
     widths: tuple[int, int, int, int]
     depths: tuple[int, int, int, int]
@@ -69,7 +69,7 @@ def to_maps(tokens: Tensor, size: torch.Size) -> Tensor:
 
 
 class Embedding(nn.Module):
-    """Depthwise 3×3, pointwise, one norm for both, Hardswish."""
+    """Depthwise 3×3 and pointwise convolution, then one norm and Hardswish."""
 
     def __init__(self, channels: int, stride: int) -> None:
         super().__init__()
@@ -82,7 +82,7 @@ class Embedding(nn.Module):
 
 
 class Restore(nn.Module):
-    """Bottleneck that restores the pixels' detail: halve the channels, depthwise 3×3, back; residual."""
+    """Bottleneck that restores detail: half the channels, depthwise 3×3, all channels again; residual."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -97,7 +97,7 @@ class Restore(nn.Module):
 
 
 class FrequencyFilter(nn.Module):
-    """Splits the values by frequency: what small kernels see of them, and what is left of them on coarse grids."""
+    """Splits the values by frequency: high frequencies by small kernels, low ones by pooling to coarse grids."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -108,8 +108,8 @@ class FrequencyFilter(nn.Module):
 
     def forward(self, values: Tensor) -> tuple[Tensor, Tensor]:
         """(N,C,H,W) → high and low frequencies, both (N,C,H,W)."""
-        parts = values.split(self.sizes, dim=1)
-        high = torch.cat([conv(part) for conv, part in zip(self.high_pass, parts, strict=True)], dim=1)
+        inputs = values.split(self.sizes, dim=1)
+        high = torch.cat([conv(each) for conv, each in zip(self.high_pass, inputs, strict=True)], dim=1)
         quarters = values.chunk(len(POOLS), dim=1)
         pooled = (F.adaptive_avg_pool2d(quarter, side) for quarter, side in zip(quarters, POOLS, strict=True))
         low = torch.cat([resize_bilinear(grid, values.shape[-2:]) for grid in pooled], dim=1)
@@ -117,9 +117,9 @@ class FrequencyFilter(nn.Module):
 
 
 class Block(nn.Module):
-    """Linear attention with frequency filters, and an MLP with a depthwise convolution; both residual, behind norms.
+    """Linear attention with frequency filters, and an MLP with a depthwise convolution; both residual, after norms.
 
-    The position encoding and the filter belong to the encoder, whose blocks share them.
+    The blocks of an encoder share its position encoding and its filter.
     """
 
     def __init__(self, channels: int, drop_path: float) -> None:
@@ -142,10 +142,10 @@ class Block(nn.Module):
         return x + self.drop_path(self.project(hidden))
 
     def attend(self, x: Tensor, size: torch.Size, frequencies: FrequencyFilter) -> Tensor:
-        """Tokens (N,P,C) → (N,P,C), linear in P: keys and values meet before the queries come."""
+        """Tokens (N,P,C) → (N,P,C). The cost is linear in P, as keys and values are multiplied first."""
         query, key, value = self.query_key_value(x).chunk(3, dim=-1)
         high, low = (to_tokens(maps) for maps in frequencies(to_maps(value, size)))
-        # A head's channels lie together: channel = head · D + d. The softmax is over tokens.
+        # The channels of a head are adjacent: channel = head · D + d. The softmax is over tokens.
         heads = [t.unflatten(2, (HEADS, -1)).transpose(1, 2) for t in (query, key.softmax(dim=1), value)]  # (N,h,P,D)
         context = heads[1].transpose(-2, -1) @ heads[2]  # (N,h,D,D)
         attended = (heads[0] @ context).transpose(1, 2).flatten(2)  # (N,P,C)
@@ -153,7 +153,7 @@ class Block(nn.Module):
 
 
 class Encoder(nn.Module):
-    """Transformer blocks on the coarse grid, which share one position encoding and one frequency filter."""
+    """Transformer blocks on the coarse grid. They share one position encoding and one frequency filter."""
 
     def __init__(self, channels: int, rates: list[float]) -> None:
         super().__init__()
@@ -171,9 +171,9 @@ class Encoder(nn.Module):
 
 
 class Stage(nn.Module):
-    """Two embeddings, one after the other: pixels are restored from the first, prototypes encoded from the second.
+    """Two embeddings in sequence. Pixels are restored from the first one, prototypes are encoded from the second one.
 
-    The first stage has no encoder: it restores the sum of its embeddings.
+    The first stage has no encoder: it restores the sum of the two.
     """
 
     def __init__(self, channels: int, outputs: int, strides: tuple[int, int], rates: list[float]) -> None:
@@ -195,14 +195,14 @@ class Stage(nn.Module):
 
 
 def _resize_to_corners(maps: Tensor, size: torch.Size) -> Tensor:
-    """Bilinear with align_corners=True, where the size differs at all."""
+    """Bilinear with align_corners=True; maps of this size are returned unchanged."""
     if maps.shape[-2:] == size:
         return maps
     return F.interpolate(maps, size=tuple(size), mode="bilinear", align_corners=True)
 
 
 class AFFormer(nn.Module):
-    """Backbone: a stem at 1/4 and four stages; the last two stay at 1/8, with their prototypes at 1/16 and 1/32."""
+    """Backbone: a stem at 1/4 and four stages. The last three are at 1/8, prototypes of the last two at 1/16, 1/32."""
 
     def __init__(self, variant: Variant, drop_path: float | None = None) -> None:
         super().__init__()
@@ -258,11 +258,11 @@ def build(name: str, num_classes: int, drop_path: float | None = None) -> Parts:
 
 
 def _aliases(keys: Collection[str]) -> dict[str, list[str]]:
-    """Official key → further names: each transformer layer lists what it shares with its encoder once more."""
+    """Official key → other names: each transformer layer lists again what it shares with its encoder."""
     found = {}
     for key in keys:
-        for part, names in _SHARED.items():
-            before, shared, after = key.partition(part)
+        for pattern, names in _SHARED.items():
+            before, shared, after = key.partition(pattern)
             if shared:
                 layers = sum(
                     other.startswith(f"{before}mhca_blks.") and other.endswith(".norm1.bias") for other in keys
@@ -271,7 +271,7 @@ def _aliases(keys: Collection[str]) -> dict[str, list[str]]:
     return found
 
 
-# Part of an official key → the names that a layer, {}, has for it.
+# Part of an official key → names of the same module in a layer, {}.
 _SHARED = {
     "mhca_blks.0.cpe.": ("mhca_blks.0.MHCA_layers.{}.cpe.",),
     "mhca_blks.0.crpe.": ("mhca_blks.0.MHCA_layers.{}.crpe.", "mhca_blks.0.MHCA_layers.{}.factoratt_crpe.crpe."),
@@ -319,7 +319,7 @@ FAMILY = Family(
         *conv_norm("decoder.squeeze", "decode_head.squeeze", norm="gn"),
     ],
     mark="backbone.mhca_stages.",
-    left_out={"decode_head.align.*": "a layer that nothing calls"},
+    left_out={"decode_head.align.*": "a layer that is never called"},
     renamed=[(re.compile(r"\.MHCA_layers\.\d+\.(?:factoratt_crpe\.)?(cpe|crpe)\."), r".\1.")],
     aliases=_aliases,
 )

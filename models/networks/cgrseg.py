@@ -1,4 +1,4 @@
-"""CGRSeg: context from a pyramid, features rebuilt along rows and columns, and a prototype-guided plain classifier.
+"""CGRSeg: pyramid context, features reconstructed along rows and columns, and a classifier guided by prototypes.
 
 Source: "Context-Guided Spatial Feature Reconstruction for Efficient Semantic Segmentation" (Ni et al., ECCV 2024,
 arXiv 2405.06228), its configurations `local_configs/cgrseg/cgrseg-{t,b,l}_ade20k_160k.py`.
@@ -25,12 +25,12 @@ from ssaseg.models.rows import Row, conv_norm, rows_of
 
 MLP_RATIO = 2
 
-SCALE = 1e-6  # that residual branches start with
+SCALE = 1e-6  # of residual branches at the start
 
 
 @dataclass(frozen=True)
 class Variant:
-    """One size: backbone, channels of the decoder, blocks on the pyramid's context, length of the bands."""
+    """One size: backbone, channels of the decoder, number of context blocks, length of the band kernels."""
 
     backbone: str
     channels: int
@@ -47,7 +47,7 @@ VARIANTS = {
 
 
 class RectangularAttention(nn.Module):
-    """Rectangular self-calibration attention (section 3.2): a map of rows plus columns, shaped by two bands."""
+    """Rectangular self-calibration attention (section 3.2): row means plus column means, shaped by two band kernels."""
 
     def __init__(self, channels: int, band: int) -> None:
         super().__init__()
@@ -62,7 +62,7 @@ class RectangularAttention(nn.Module):
 
 
 class CalibrationBlock(nn.Module):
-    """Rectangular self-calibration module: that attention, a norm and an MLP; residual, with a learnt scale."""
+    """Rectangular self-calibration module: `RectangularAttention`, norm and MLP; residual, with a learnt scale."""
 
     def __init__(self, channels: int, band: int) -> None:
         super().__init__()
@@ -79,7 +79,7 @@ class CalibrationBlock(nn.Module):
 
 
 class Fusion(nn.Module):
-    """Gates local features by the context: local · up(hard-sigmoid(context)), the gate taken before the upsampling."""
+    """Gates local features by the context: local · upsample(hard-sigmoid(context))."""
 
     def __init__(self, inputs: int, outputs: int) -> None:
         super().__init__()
@@ -93,14 +93,14 @@ class Fusion(nn.Module):
 
 
 class Guided(NamedTuple):
-    """What the plain classifier of CGRSeg is given: the decoder's feature before and after its output layer."""
+    """Input of `GuidedClassifier`: the decoder's feature before and after its output layer."""
 
     raw: Tensor  # (N,C,H/8,W/8)
     fused: Tensor  # (N,C,H/8,W/8)
 
 
 class GuidedDecoder(Decoder):
-    """Decoder: context at 1/64 from all maps at once, then each map rebuilt under it, coarsest first."""
+    """Decoder: context at 1/64 from all maps together; then each map is reconstructed with it, the coarsest first."""
 
     def __init__(self, inputs: tuple[int, ...], variant: Variant) -> None:
         super().__init__()
@@ -109,10 +109,10 @@ class GuidedDecoder(Decoder):
         self.context = nn.Sequential(*(CalibrationBlock(total, variant.band) for _ in range(variant.context)))
         self.rebuild = nn.ModuleList(CalibrationBlock(width, variant.band) for width in inputs)
         self.fuse = nn.ModuleList(Fusion(width, self.channels) for width in inputs)
-        # From a coarser result down to the next finer map.
+        # From a coarser result to the next finer map.
         self.descend = nn.ModuleList(nn.Conv2d(self.channels, width, 1) for width in inputs[:-1])
         self.output = ConvNorm(self.channels, self.channels, groups=self.channels)
-        # mmcv initialises its own modules; the other convolutions keep torch's initialisation.
+        # mmcv initialises its own modules; other convolutions keep PyTorch's initialisation.
         init_conv_module(self.fuse)
         init_conv_module(self.output)
 
@@ -131,7 +131,7 @@ class GuidedDecoder(Decoder):
 
 
 class FusedDecoder(GuidedDecoder):
-    """The same decoder for a classifier of its own kind: it gives the feature alone."""
+    """The same decoder for other classifiers: it returns only the feature after the output layer."""
 
     def forward(self, maps: list[Tensor]) -> Tensor:  # type: ignore[override]
         """Maps, finest first → feature (N,channels,H/8,W/8)."""
@@ -141,8 +141,8 @@ class FusedDecoder(GuidedDecoder):
 class GuidedClassifier(LinearClassifier):
     """CGRSeg's own plain classifier, with its dynamic-prototype guidance (section 3.3).
 
-    A first prediction gathers a prototype per class from the image; together they weigh the feature's channels for the
-    second prediction, by the same 1×1 convolution. Only the second one is supervised, as officially.
+    A first prediction gives one prototype per class of the image. Together they weight the feature's channels for the
+    second prediction, which uses the same 1×1 convolution. Only the second one has a loss, as in the official code.
     """
 
     ROWS: ClassVar[Sequence[Row]] = (
@@ -169,15 +169,15 @@ class GuidedClassifier(LinearClassifier):
         """Features (N,C,h,w) → logits (N,K,h,w) of the second prediction."""
         raw = feature.raw
         prototypes = self.prototypes(super().forward(feature.fused), raw)
-        shares = self.weigh(prototypes).softmax(dim=2)  # (N,1,K,1)
-        summary = (prototypes * shares).sum(dim=2, keepdim=True)  # (N,C,1,1)
+        weights = self.weigh(prototypes).softmax(dim=2)  # (N,1,K,1)
+        summary = (prototypes * weights).sum(dim=2, keepdim=True)  # (N,C,1,1)
         gate = torch.sigmoid(self.leave(F.relu(self.norm(self.enter(summary)))))
         return super().forward(raw * gate + raw)
 
     def prototypes(self, logits: Tensor, feature: Tensor) -> Tensor:
-        """Logits (N,K,h,w), feature (N,C,h,w) → the feature's mean under each class (N,C,K,1)."""
+        """Logits (N,K,h,w), feature (N,C,h,w) → mean of the feature for each class (N,C,K,1)."""
         with torch.autocast(feature.device.type, enabled=False):
-            # Over thousands of pixels a softmax leaves numbers that half precision does not have.
+            # A softmax over thousands of pixels gives values that are too small for half precision.
             where = logits.float().flatten(2).softmax(dim=2)  # (N,K,P)
             means = where @ feature.float().flatten(2).mT
         return means.mT.unsqueeze(3).to(feature.dtype)
@@ -195,7 +195,7 @@ def build(name: str, num_classes: int, drop_path: float | None = None) -> Parts:
 
 
 def build_guided(name: str, num_classes: int, drop_path: float | None = None) -> Parts:
-    """The same for `GuidedClassifier`."""
+    """As `build`, but with the decoder for `GuidedClassifier`."""
     return _build(name, drop_path, GuidedDecoder)
 
 
@@ -224,9 +224,9 @@ FAMILY = Family(
     ],
     mark="backbone.network.",
     left_out={
-        "backbone.*.attention_biases": "ImageNet's biases, for a grid of 7×7",
-        "backbone.*.attention_bias_idxs": "indices into them",
-        "backbone.*.attention_bias_idxs_seg": "indices that follow from the geometry",
+        "backbone.*.attention_biases": "biases of the ImageNet network, for a grid of 7×7",
+        "backbone.*.attention_bias_idxs": "indices into these biases",
+        "backbone.*.attention_bias_idxs_seg": "indices that follow from the grid's size",
     },
     not_pretrained=("attention_biases_seg",),
     plain=GuidedClassifier,

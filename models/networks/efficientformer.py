@@ -1,14 +1,15 @@
-"""EfficientFormerV2: convolutional stages, then attention on at most a 16×16 grid; CGRSeg's backbone.
+"""EfficientFormerV2, the backbone of CGRSeg: convolutional stages, then attention on a grid of 1/32 of the image.
 
 Source: "Rethinking Vision Transformers for MobileNet Size and Speed" (Li et al., ICCV 2023, arXiv 2212.08059), as
 CGRSeg's `models/backbones/efficientformer_v2.py` builds it for segmentation.
 
-Different from there, on purpose:
-- Any height and width from 32 on. There the query grid is ⌊H/2⌋, which crashes where H/16 is odd; here it is the size
-  of the strided convolution's output, and attention is upsampled to its identity's own size. Equal at multiples of 32.
-- The relative bias is computed from its parameter in every pass. There `.eval()` caches it, so that weights loaded
-  afterwards are not used.
-- BatchNorm trains, as it does in the official distributed run; outside of that the official code freezes it.
+Differences from the official code, on purpose:
+- Any height and width of at least 32. Officially the query grid is ⌊H/2⌋, which crashes if H/16 is odd; here it has the
+  size of the strided convolution's output, and attention is upsampled to the size of its input. For multiples of 32 the
+  results are equal.
+- The relative bias is computed from its parameter in each pass. Officially `.eval()` caches it, and weights that are
+  loaded later are not used.
+- BatchNorm is trained, as in the official distributed run; in a run of one process the official code freezes it.
 
 Axes: N images, C channels, H×W pixels, h heads, D channels of a head, Q queries, P keys.
 """
@@ -25,14 +26,14 @@ from ssaseg.models.rows import Row, conv_norm
 
 HEADS = 8
 
-GRID = 16  # side of the attention's grid at 512 pixels, for which relative biases are stored
+GRID = 16  # side of the attention's grid for images of 512 pixels; relative biases are stored for it
 
-SCALE = 1e-5  # that residual branches start with
+SCALE = 1e-5  # of residual branches at the start
 
 
 @dataclass(frozen=True)
 class Variant:
-    """One size. `expansions[i]`: the MLP ratio of each block of stage i; the last `attention` of stages 2, 3 attend."""
+    """One size. `expansions[i]`: MLP ratios of stage i's blocks. The last `attention` blocks of stages 2, 3 attend."""
 
     widths: tuple[int, int, int, int]
     expansions: tuple[tuple[int, ...], ...]
@@ -74,10 +75,10 @@ VARIANTS = {
 
 
 class RelativeBias(nn.Module):
-    """What attention adds for a key's distance from a query: a learnt number per head and offset (|Δy|, |Δx|).
+    """Relative bias of attention: one learnt number per head and distance (|Δy|, |Δx|) between query and key.
 
-    Stored for a grid of 16×16 queries and `stride` times as many keys a side; for other grids the *flattened* matrix
-    of queries by keys is resized bicubically, as officially.
+    Stored for a grid of 16×16 queries and `stride` times as many keys per side. For other grids the *flattened* matrix
+    of queries by keys is resized bicubically, as in the official code.
     """
 
     distance: Tensor
@@ -87,13 +88,13 @@ class RelativeBias(nn.Module):
         keys = GRID * stride
         self.table = nn.Parameter(torch.zeros(HEADS, keys * keys))
         distance = (stride * torch.arange(GRID)[:, None] - torch.arange(keys)).abs()
-        self.register_buffer("distance", distance, persistent=False)  # (16, keys), the same along both axes
+        self.register_buffer("distance", distance, persistent=False)  # (16, keys), for both axes
 
     def forward(self, queries: int, keys: int) -> Tensor:
         """→ (h,Q,P)."""
         grid, side = self.distance.shape
         table = self.table.unflatten(1, (side, side))
-        # Axis by axis, since the second, large lookup then reads whole rows: (h,|Δy|,|Δx|) → (h,y,y',|Δx|) → (…,x,x').
+        # Axis by axis, so that the second, larger lookup reads whole rows: (h,|Δy|,|Δx|) → (h,y,y',|Δx|) → (…,x,x').
         offsets = table[:, self.distance.flatten()][:, :, self.distance.flatten()]
         offsets = offsets.view(HEADS, grid, side, grid, side)
         bias = offsets.transpose(2, 3).reshape(HEADS, grid * grid, side * side)
@@ -103,17 +104,17 @@ class RelativeBias(nn.Module):
 
 
 def split_heads(maps: Tensor) -> Tensor:
-    """(N,h·D,H,W) → (N,h,D,P): a head's channels lie together."""
+    """(N,h·D,H,W) → (N,h,D,P): the channels of a head are adjacent."""
     return maps.flatten(2).unflatten(1, (HEADS, -1))
 
 
 def merge_heads(tokens: Tensor, size: torch.Size) -> Tensor:
-    """(N,h,P,D) → (N,h·D,H,W), laid out channels last as convolutions here are."""
+    """(N,h,P,D) → (N,h·D,H,W), channels last in memory like the convolutions here."""
     return tokens.transpose(1, 2).flatten(2).mT.unflatten(2, size)
 
 
 class TalkingHeads(nn.Conv2d):
-    """1×1 convolution over heads, as a matrix product: attention's maps are not laid out channels last."""
+    """1×1 convolution over heads as a matrix product, because attention maps are not channels last in memory."""
 
     def __init__(self) -> None:
         super().__init__(HEADS, HEADS, 1)
@@ -125,9 +126,9 @@ class TalkingHeads(nn.Conv2d):
 
 
 class Attention(nn.Module):
-    """Attention whose heads talk before and after the softmax, with a depthwise convolution of the values beside it.
+    """Attention with mixing of heads before and after the softmax, plus a depthwise convolution of the values.
 
-    In stage 2 on a grid of half the resolution (`stride` 2), and back up afterwards.
+    In stage 2 (`stride` 2) the grid has half the resolution, and the result is upsampled.
     """
 
     def __init__(self, channels: int, stride: int, key_dim: int = 32) -> None:
@@ -159,7 +160,7 @@ class Attention(nn.Module):
 
 
 class AttentionDownsample(nn.Module):
-    """Halves the resolution: attention from a coarse grid's queries to the fine one's keys, beside a convolution."""
+    """Halves the resolution: attention from queries on a coarse grid to keys on the fine one, plus a convolution."""
 
     def __init__(self, inputs: int, outputs: int, key_dim: int = 16) -> None:
         super().__init__()
@@ -186,7 +187,7 @@ class AttentionDownsample(nn.Module):
 
 
 class ConvMLP(nn.Sequential):
-    """1×1 to more channels, depthwise 3×3, 1×1 back; each with a norm, GELU between."""
+    """1×1 to more channels, depthwise 3×3, 1×1 back to `channels`; each with a norm, GELU between them."""
 
     def __init__(self, channels: int, ratio: int) -> None:
         super().__init__()
@@ -202,7 +203,7 @@ class ConvMLP(nn.Sequential):
 
 
 class Residual(nn.Module):
-    """x + scale · branch(x), the scale a learnt vector."""
+    """x + scale · branch(x) with a learnt vector `scale`."""
 
     def __init__(self, branch: nn.Module, channels: int, drop_path: float) -> None:
         super().__init__()
@@ -218,7 +219,7 @@ class Residual(nn.Module):
 class EfficientFormerV2(nn.Module):
     """Backbone: a stem at 1/4 and four stages at strides 4, 8, 16, 32.
 
-    Convolutions keep torch's own initialisation, as officially; only the MLPs' 1×1 ones are drawn with deviation 0.02.
+    Convolutions keep PyTorch's initialisation, as in the official code; only 1×1 ones of MLPs have deviation 0.02.
     """
 
     def __init__(self, variant: Variant, drop_path: float | None = None) -> None:
@@ -237,10 +238,10 @@ class EfficientFormerV2(nn.Module):
             blocks = nn.Sequential()
             for block, ratio in enumerate(ratios):
                 rate = next(rates)
-                parts: dict[str, nn.Module] = {"mlp": ConvMLP(width, ratio)}
+                branches: dict[str, nn.Module] = {"mlp": ConvMLP(width, ratio)}
                 if block in attending:
-                    parts = {"attention": Attention(width, stride=2 if stage == 2 else 1), **parts}
-                residuals = {part: Residual(branch, width, rate) for part, branch in parts.items()}
+                    branches = {"attention": Attention(width, stride=2 if stage == 2 else 1), **branches}
+                residuals = {name: Residual(branch, width, rate) for name, branch in branches.items()}
                 blocks.append(nn.Sequential(OrderedDict[str, nn.Module](residuals)))
             self.stages.append(blocks)
         self.downsample = nn.ModuleList(
@@ -249,7 +250,7 @@ class EfficientFormerV2(nn.Module):
         self.channels = variant.widths[1:]
 
     def forward(self, images: Tensor) -> list[Tensor]:
-        """(N,3,H,W) → maps (N,C,⌈H/s⌉,⌈W/s⌉), finest first: s = 8, 16, 32. The map at 1/4 goes no further."""
+        """(N,3,H,W) → maps (N,C,⌈H/s⌉,⌈W/s⌉), finest first: s = 8, 16, 32. The map at 1/4 is not returned."""
         x = self.stages[0](self.stem(images))
         maps = []
         for downsample, stage in zip(self.downsample, self.stages[1:], strict=False):
@@ -259,7 +260,7 @@ class EfficientFormerV2(nn.Module):
 
 
 def _numbered(ours: str, theirs: str, conv: int = 0) -> tuple[Row, Row]:
-    """A `ConvNorm` that is two layers of a numbered sequence there."""
+    """Rows of a `ConvNorm` that is officially two layers of a numbered sequence."""
     return conv_norm(ours, theirs, conv=str(conv), norm=str(conv + 1))
 
 
@@ -282,7 +283,7 @@ _BLOCK_ROWS = (
     Row("attention.branch.talk_after", "token_mixer.talking_head2"),
     *_numbered("attention.branch.project", "token_mixer.proj", conv=1),
 )
-# Official keys, where stages and what lies between them are one numbered list.
+# Officially the stages and the downsampling layers between them are one numbered list.
 ROWS = (
     *_numbered("backbone.stem.0", "backbone.patch_embed"),
     *_numbered("backbone.stem.2", "backbone.patch_embed", conv=3),

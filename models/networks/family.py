@@ -1,4 +1,4 @@
-"""A family of networks in one row: its variants, what builds them, and what their tensors are called elsewhere."""
+"""A family of networks: its variants, the function that builds them, and official names of their tensors."""
 
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -14,7 +14,7 @@ from ssaseg.models.rows import Row
 
 
 class Parts(NamedTuple):
-    """What a network is assembled from, all but its classifier."""
+    """The parts of a network, except its classifier."""
 
     backbone: nn.Module
     decoder: Decoder
@@ -23,25 +23,26 @@ class Parts(NamedTuple):
 
 @dataclass(frozen=True)
 class Family:
-    """One row; it stands at the end of the network's file.
+    """All that the rest of the program knows of a family. It is at the end of the network's file.
 
-    Official names: those of SSA-Seg (commit e67fc2f) on mmsegmentation 0.30, which calls the network `backbone` and
-    everything behind it `decode_head`. A classifier brings rows of its own.
+    Official names are those of SSA-Seg (commit e67fc2f) on mmsegmentation 0.30: keys start with `backbone`, or with
+    `decode_head` for decoder and classifier. A classifier has its own rows.
     """
 
-    variants: Mapping[str, Any]  # name → its numbers
+    variants: Mapping[str, Any]  # name → its settings
     build: Callable[[str, int, float | None], Parts]  # (name, number of classes, drop path; None: the network's own)
     rows: Sequence[Row]  # of backbone, decoder and auxiliary decoders
-    mark: str  # what an official backbone key of this family begins with, and of no other
-    imagenet: Sequence[Row] | None = None  # of an ImageNet file, behind "backbone."; None: as `rows`
+    mark: str  # beginning of official backbone keys of this family, and of no other family
+    imagenet: Sequence[Row] | None = None  # of an ImageNet file, after "backbone."; None: as `rows`
     # Our prefix of each classifier → the official one.
     heads: Mapping[str, str] = field(default_factory=lambda: {"classifier": "decode_head"})
-    losses: Mapping[str, str] = field(default_factory=dict)  # of auxiliary heads and a first stage: name → meaning
-    left_out: Mapping[str, str] = field(default_factory=dict)  # official keys (`*`: any text) that ours lacks → why
-    not_pretrained: tuple[str, ...] = ()  # ends of official keys that no ImageNet file has
-    renamed: Sequence[tuple[re.Pattern[str], str]] = ()  # other names that files have for a tensor → the one in `rows`
-    # Of a network's official keys: key → further names under which the official code looks for the same tensor.
+    # Losses of auxiliary heads and a first stage: name → meaning.
+    losses: Mapping[str, str] = field(default_factory=dict)
+    left_out: Mapping[str, str] = field(default_factory=dict)  # unused official keys (`*`: any text) → why
+    not_pretrained: tuple[str, ...] = ()  # ends of official keys that ImageNet files do not have
+    renamed: Sequence[tuple[re.Pattern[str], str]] = ()  # other official names of a tensor → the name in `rows`
+    # From a network's official keys: key → other names under which the official code looks for the same tensor.
     aliases: Callable[[Collection[str]], dict[str, list[str]]] = lambda keys: {}
-    # The family's own plain classifier, which `linear` stands for, and the parts that go with it.
+    # The plain classifier of the family, which `linear` means, and the function that builds the parts for it.
     plain: type[Classifier] = LinearClassifier
     build_plain: Callable[[str, int, float | None], Parts] | None = None

@@ -17,7 +17,7 @@ from ssaseg.models.layers import ConvNorm, DropPath, init_conv_module, init_fan_
 from ssaseg.models.networks.family import Family, Parts
 from ssaseg.models.rows import Row, conv_norm
 
-POSITIONS = 16  # stored positions of an axial embedding; stretched to the axis's length
+POSITIONS = 16  # stored positions of an axial embedding; interpolated to the axis's length
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ VARIANTS = {
 
 
 class InvertedResidual(nn.Module):
-    """MobileNetV2 block: expand 1×1 (left out at expansion 1), depthwise k×k, project 1×1; ReLU between."""
+    """MobileNetV2 block: expand 1×1 (left out if expansion is 1), depthwise k×k, project 1×1; ReLU between them."""
 
     def __init__(self, inputs: int, kernel: int, expansion: int, outputs: int, stride: int) -> None:
         super().__init__()
@@ -105,7 +105,7 @@ class InvertedResidual(nn.Module):
 
 
 class AxialAttention(nn.Module):
-    """Attention along one squeezed axis: each row (or column) is a token, its channels averaged over the other axis."""
+    """Attention along one axis: each row (or column) is a token, whose channels are means over the other axis."""
 
     def __init__(self, key_dim: int, heads: int) -> None:
         super().__init__()
@@ -122,7 +122,7 @@ class AxialAttention(nn.Module):
         length = query.shape[-1]
         query = query + F.interpolate(self.query_position, length, mode="linear", align_corners=False)
         key = key + F.interpolate(self.key_position, length, mode="linear", align_corners=False)
-        # A head's channels lie together: channel = head · D + d.
+        # The channels of a head are adjacent: channel = head · D + d.
         query, key, value = (t.unflatten(1, (self.heads, -1)) for t in (query, key, value))  # (N,heads,D,L)
         weights = (query.transpose(-2, -1) @ key * self.scale).softmax(dim=-1)  # (N,heads,L,L)
         out = value @ weights.transpose(-2, -1)  # (N,heads,2D,L)
@@ -130,7 +130,7 @@ class AxialAttention(nn.Module):
 
 
 class SeaAttention(nn.Module):
-    """Squeeze-enhanced axial attention (section 3.2): axial attention gated onto a convolutional detail branch."""
+    """Squeeze-enhanced axial attention (section 3.2): axial attention gates a convolutional detail branch."""
 
     def __init__(self, channels: int, key_dim: int, heads: int) -> None:
         super().__init__()
@@ -162,7 +162,7 @@ class SeaBlock(nn.Module):
         hidden = channels * mlp_ratio
         self.attention = SeaAttention(channels, key_dim, heads)
         self.expand = ConvNorm(channels, hidden)
-        # The one convolution of the network with a bias and without a norm.
+        # The only convolution of the network with a bias and without a norm.
         self.depthwise = nn.Conv2d(hidden, hidden, 3, padding=1, groups=hidden)
         self.project = ConvNorm(hidden, channels)
         self.drop_path = DropPath(drop_path)
@@ -174,7 +174,7 @@ class SeaBlock(nn.Module):
 
 
 class SeaFormer(nn.Module):
-    """Backbone: five mobile stages; the last `len(depths)` are each followed by a transformer stage."""
+    """Backbone: five mobile stages; a transformer stage follows each of the last `len(depths)`."""
 
     def __init__(self, variant: Variant, drop_path: float | None = None) -> None:
         super().__init__()
@@ -187,7 +187,7 @@ class SeaFormer(nn.Module):
         widths = variant.widths[-len(variant.depths) :]
         self.sea = nn.ModuleList(
             nn.Sequential(
-                # The rate grows anew in each stage, not once over the whole network.
+                # The rate grows from 0 in each stage, not over the whole network.
                 *(SeaBlock(width, key_dim, variant.heads, ratio, rate * i / max(depth - 1, 1)) for i in range(depth))
             )
             for width, depth, key_dim, ratio in zip(
@@ -221,7 +221,7 @@ def _mobile_stage(inputs: int, blocks: tuple[tuple[int, int, int, int], ...]) ->
 
 
 class Fusion(nn.Module):
-    """Gates fine features by coarse ones: local · up(hard-sigmoid(global)), the gate taken before the upsampling."""
+    """Gates fine features by coarse ones: local · upsample(hard-sigmoid(coarse))."""
 
     def __init__(self, fine: int, coarse: int, outputs: int) -> None:
         super().__init__()
@@ -235,7 +235,7 @@ class Fusion(nn.Module):
 
 
 class LightHead(Decoder):
-    """Decoder: fuses the coarser maps into the 1/8 one, one after the other, then a depthwise 1×1 with ReLU."""
+    """Decoder: fuses the coarser maps one by one into the map at 1/8; then a depthwise 1×1 convolution and ReLU."""
 
     def __init__(self, inputs: tuple[int, ...], fuse: tuple[int, ...]) -> None:
         super().__init__()
@@ -256,8 +256,8 @@ class LightHead(Decoder):
 def build(name: str, num_classes: int, drop_path: float | None = None) -> Parts:
     """Backbone and decoder of a variant in `VARIANTS`, initialised as in the official distributed run.
 
-    There the norms of `project` keep the weight 0 of their construction, because the loop that refills norms
-    with 1 does not know SyncBatchNorm; so they do here.
+    The norms of `project` start with weight 0. In the official run they keep this value from their construction,
+    because the loop that sets weights of norms to 1 does not include SyncBatchNorm.
     """
     variant = VARIANTS[name]
     backbone = SeaFormer(variant, drop_path)

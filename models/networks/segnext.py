@@ -33,7 +33,7 @@ STRIPS = (7, 11, 21)  # lengths of the strip convolutions
 
 MLP_RATIOS = (8, 8, 4, 4)
 
-TRAINING_UPDATES, UPDATES = 6, 7  # of the factorisation, before its last half
+TRAINING_UPDATES, UPDATES = 6, 7  # of the factorisation, before the last update of the weights alone
 
 EPS = 1e-6
 
@@ -59,7 +59,7 @@ VARIANTS = {
 
 
 class StripGate(nn.Module):
-    """Weighs each feature by its surroundings at four scales: strips 1×k then k×1 stand for large kernels k×k."""
+    """Weights each feature by its surroundings at four scales. Strips 1×k and k×1 replace large kernels k×k."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -79,7 +79,7 @@ class StripGate(nn.Module):
 
 
 class Attention(nn.Module):
-    """The gate between two 1×1 convolutions, residual."""
+    """`StripGate` between two 1×1 convolutions; residual."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -93,9 +93,9 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention and a convolutional MLP, both residual, behind norms and scaled by learnt vectors that start at 0.01.
+    """Attention and a convolutional MLP, both residual, after norms, and scaled by learnt vectors that start at 0.01.
 
-    The attention has a residual of its own, and that one starts from the normalised input.
+    The attention has a second residual connection inside, which adds the normalised input.
     """
 
     def __init__(self, channels: int, mlp_ratio: int, drop_path: float) -> None:
@@ -119,7 +119,7 @@ class Block(nn.Module):
 
 
 class Stage(nn.Module):
-    """Halves the resolution (the first stage quarters it), then blocks, then LayerNorm over channels."""
+    """Lower resolution (a quarter in the first stage, then half), blocks, and LayerNorm over channels."""
 
     def __init__(self, embed: nn.Module, channels: int, mlp_ratio: int, rates: list[float]) -> None:
         super().__init__()
@@ -154,7 +154,7 @@ class MSCAN(nn.Module):
         init_fan_out(self)
 
     def forward(self, images: Tensor) -> list[Tensor]:
-        """(N,3,H,W) → maps (N,C,⌈H/s⌉,⌈W/s⌉), finest first: s = 8, 16, 32. The map at 1/4 goes no further."""
+        """(N,3,H,W) → maps (N,C,⌈H/s⌉,⌈W/s⌉), finest first: s = 8, 16, 32. The map at 1/4 is not returned."""
         maps = []
         x = images
         for stage in self.stages:
@@ -164,11 +164,11 @@ class MSCAN(nn.Module):
 
 
 class LightHam(Decoder):
-    """Decoder: all maps at 1/8, squeezed, and rebuilt from a few bases by non-negative matrix factorisation.
+    """Decoder: all maps at 1/8, squeezed, and reconstructed from a few bases by non-negative matrix factorisation.
 
-    The official code draws new random bases at every forward, so that two evaluations of one image differ. In
-    evaluation ours are fixed: drawn from the seed `bases_seed`, the same for each image of a batch. In training they
-    are drawn afresh for each image, as officially.
+    The official code draws new random bases in each forward pass, so two evaluations of an image differ. Here, in
+    evaluation, the bases are fixed: they come from the seed `bases_seed`, and all images have the same. In training
+    they are drawn for each image, as in the official code.
     """
 
     bases: Tensor
@@ -185,7 +185,7 @@ class LightHam(Decoder):
 
     @property
     def bases_seed(self) -> int:
-        """Seed of the bases in evaluation; setting it draws them."""
+        """Seed of the bases in evaluation; setting it draws new ones."""
         return self._bases_seed
 
     @bases_seed.setter
@@ -204,7 +204,7 @@ class LightHam(Decoder):
         return F.relu(self.align(x))
 
     def rebuild(self, x: Tensor) -> Tensor:
-        """Non-negative (N,C,H,W) → its approximation by R bases; float32 under autocast too, for the sake of EPS."""
+        """Non-negative (N,C,H,W) → its approximation by R bases; float32 under autocast too, because of EPS."""
         with torch.autocast(x.device.type, enabled=False):
             updates = TRAINING_UPDATES if self.training else UPDATES
             rebuilt = factorize(x.flatten(2).float(), self.draw(x), updates)
@@ -214,7 +214,7 @@ class LightHam(Decoder):
         """Initial bases (N,C,R), of unit length over channels, for x (N,C,H,W)."""
         if self.training:
             return F.normalize(torch.rand(len(x), self.channels, self.rank, device=x.device), dim=1)
-        return self.bases.float().expand(x.shape[0], -1, -1)  # not len(x), which would tie an export to its batch
+        return self.bases.float().expand(x.shape[0], -1, -1)  # not len(x): an export would fix the batch
 
 
 def factorize(x: Tensor, bases: Tensor, updates: int) -> Tensor:
@@ -274,6 +274,6 @@ FAMILY = Family(
         *conv_norm("decoder.align", "decode_head.align", norm="gn"),
     ],
     mark="backbone.block1.",
-    # mmsegmentation since 1.0 has no module around MSCAN's depthwise convolution, nor have its ImageNet files.
+    # mmsegmentation 1.x and its ImageNet files have no module around MSCAN's depthwise convolution.
     renamed=[(re.compile(r"^(backbone\.block\d+\.\d+\.mlp\.dwconv)\.(weight|bias)$"), r"\1.dwconv.\2")],
 )

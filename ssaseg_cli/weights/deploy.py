@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ssaseg.cli.errors import CommandError
 from ssaseg.models import Segmenter
-from ssaseg.models.checkpoint import lean_tensors, load_strict, save_lean
+from ssaseg.models.checkpoint import deploy_tensors, load_strict, save_deploy
 
 TOLERANCE = 0.02  # of logits, relative to the largest: float16 has 11 bits, and a network some fifty layers
 
@@ -28,7 +28,7 @@ def write_deploy(source: Path, destination: Path, network: Segmenter, metadata: 
     differ by more than TOLERANCE.
     """
     try:
-        tensors = lean_tensors(network)
+        tensors = deploy_tensors(network)
     except ValueError as error:
         raise CommandError(f"{source}: {error}\nleave out --deploy: float32 holds it", 3) from None
     lean = copy.deepcopy(network)
@@ -42,7 +42,7 @@ def write_deploy(source: Path, destination: Path, network: Segmenter, metadata: 
             f"allowed {TOLERANCE * largest:.1e}; keep the float32 file",
             3,
         )
-    save_lean(destination, network, metadata)
+    save_deploy(destination, network, metadata)
     before, after = (path.stat().st_size / 2**20 for path in (source, destination))
     lacking = len(network.state_dict()) - len(tensors)
     click.echo(f"{source}: {network.name}, {network.classifier_name}, {network.num_classes} classes, {before:.1f} MiB")

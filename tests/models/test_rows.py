@@ -28,9 +28,9 @@ def test_each_key_fits_one_row() -> None:
         ("stem.0.conv.weight",),
         ("stem.0.bn.bias",),
     ]
-    with pytest.raises(ValueError, match=r"stem\.other: 0 rows fit it"):
+    with pytest.raises(ValueError, match=r"stem\.other: 0 rows fit this key"):
         entries(rows, ["stem.other"])
-    with pytest.raises(ValueError, match=r"stem\.conv\.weight: 2 rows fit it"):
+    with pytest.raises(ValueError, match=r"stem\.conv\.weight: 2 rows fit this key"):
         entries([*rows, Row("stem", "trunk")], ["stem.conv.weight"])
 
 

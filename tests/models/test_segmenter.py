@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ssaseg.models import CheckpointError, LossOptions, build_model, facts, list_models, load_model, save_model
 from ssaseg.models.build import CLASSIFIERS, FAMILIES
-from ssaseg.models.checkpoint import save_lean
+from ssaseg.models.checkpoint import save_deploy
 from ssaseg.models.classifiers.base import Alone, Classifier
 from ssaseg.models.classifiers.linear import LinearClassifier
 from ssaseg.models.decoder import AuxiliaryHead, Decoder
@@ -162,7 +162,7 @@ def test_deploy_form_lacks_what_only_training_has_and_loads(name: str, classifie
     model(*batch())
     model.eval()
     save_model(tmp_path / "whole.safetensors", model, {})
-    save_lean(tmp_path / "small.safetensors", model, {"classes": ["a", "b", "c"]})
+    save_deploy(tmp_path / "small.safetensors", model, {"classes": ["a", "b", "c"]})
     whole, _ = load_model(tmp_path / "whole.safetensors")
     small, _ = load_model(tmp_path / "small.safetensors")
     assert whole.state_dict().keys() == model.state_dict().keys()

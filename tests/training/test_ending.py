@@ -137,7 +137,7 @@ def test_how_much_was_to_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr(os, "fsync", refuse)
     for size, words in ((1500, "1500 bytes"), (2**21, "2.0 MiB")):
-        with pytest.raises(OSError, match=rf"\({words} were to be written"):
+        with pytest.raises(OSError, match=rf"\({words} to write"):
             write_atomic(tmp_path / "file", bytes(size))
 
 

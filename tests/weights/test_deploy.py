@@ -14,7 +14,7 @@ from ssaseg.cli.main import cli
 from ssaseg.cli.weights.pretrained import load_pretrained
 from ssaseg.datasets.synthetic import SyntheticScenes
 from ssaseg.models import Segmenter, build_model, load_model, save_model
-from ssaseg.models.checkpoint import lean_tensors, save_lean
+from ssaseg.models.checkpoint import deploy_tensors, save_deploy
 from ssaseg.models.deploy import fold
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -90,7 +90,7 @@ def test_it_loads_as_float32_without_the_teacher(folder: Path) -> None:
 )
 def test_every_family_has_the_form(tmp_path: Path, name: str, classifier: str) -> None:
     model = network(name, classifier)
-    save_lean(tmp_path / "small.safetensors", model, {"classes": CLASSES})
+    save_deploy(tmp_path / "small.safetensors", model, {"classes": CLASSES})
     small, _ = load_model(tmp_path / "small.safetensors")
     images = torch.randn(1, 3, 64, 64)
     with torch.no_grad():
@@ -128,10 +128,10 @@ def test_what_float16_does_not_hold_is_refused(tmp_path: Path) -> None:
     with torch.no_grad():
         model.decoder.output.conv.weight[0, 0] = 1e5
     with pytest.raises(ValueError, match=r"decoder.output.conv.weight has values up to 1e\+05"):
-        lean_tensors(model)
+        deploy_tensors(model)
     save_model(tmp_path / "large.safetensors", model, {})
     result = run("convert", tmp_path / "large.safetensors", tmp_path / "small.safetensors", "--deploy")
-    assert (result.exit_code, "float16 ends at 65504" in result.stderr) == (3, True)
+    assert (result.exit_code, "the largest float16 is 65504" in result.stderr) == (3, True)
 
     model = network("seaformer_t", "linear")
     with torch.no_grad():
