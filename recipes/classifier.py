@@ -1,6 +1,7 @@
-"""What a recipe may say about its classifier: checked against facts that the caller has, as recipes know no classifier.
+"""Checks of the keys that depend on the classifier: names of losses and options, and sizes of micro-batches.
 
-The facts are those of `ssaseg.models.facts`: losses by name, options by name, and whether images form groups.
+Recipes do not import networks, so the caller passes the facts (`ssaseg.models.facts`): losses by name, options by name,
+and whether images form groups.
 """
 
 import difflib
@@ -17,56 +18,57 @@ class Loss(Protocol):
 
     @property
     def weight(self) -> float:
-        """The default."""
+        """Its default weight."""
 
 
 class Option(Protocol):
-    """An option of a classifier; the type of its default is its own."""
+    """An option of a classifier. Values must have the type of the default."""
 
     @property
     def default(self) -> Any:
-        """Its value where nothing is written."""
+        """The value if the recipe has none."""
 
     @property
     def meaning(self) -> str:
-        """In a few words."""
+        """A short description."""
 
     @property
     def least(self) -> float | None:
-        """Of a number; None: none."""
+        """Smallest number allowed; None: no limit."""
 
     @property
     def most(self) -> float | None:
-        """Of a number; None: none."""
+        """Largest number allowed; None: no limit."""
 
     @property
     def choices(self) -> tuple[Any, ...]:
-        """Of a word; empty: any."""
+        """Values allowed for a text; empty: any."""
 
 
 class Facts(Protocol):
-    """What is known of a network with its classifier."""
+    """Facts about a network with its classifier."""
 
     @property
     def losses(self) -> Mapping[str, Loss]:
-        """All of them, by name."""
+        """The losses by name."""
 
     @property
     def options(self) -> Mapping[str, Option]:
-        """Those of the classifier, by name."""
+        """The classifier's options by name."""
 
     @property
     def uses_groups(self) -> bool:
-        """Whether images form groups of `distill.group`, which a micro-batch may not cut."""
+        """Whether images form groups of `distill.group`, which a micro-batch must not split."""
 
 
-Known = Callable[[str, str], Facts]  # of a network's and a classifier's name; raises ValueError for unknown ones
+Known = Callable[[str, str], Facts]  # (network, classifier) → facts; raises ValueError for an unknown name
 
 
 def check_classifier(recipe: Recipe, known: Known | None, source: str, places: Mapping[Keys, str]) -> None:
-    """Raises RecipeError for losses and options that the classifier lacks, and a batch cut into other than whole parts.
+    """Checks names and values of losses and options, and that micro-batches divide the batch evenly.
 
-    known: the facts; with None only what needs none is checked. source and places: as `explain`.
+    known: finds the facts; None: only the checks that need no facts. source and places: as `explain`. Raises
+    RecipeError.
     """
 
     def wrong(keys: Keys, got: object, expected: str, fix: str) -> RecipeError:
@@ -74,14 +76,14 @@ def check_classifier(recipe: Recipe, known: Known | None, source: str, places: M
         return RecipeError(f"{place_of(keys, places, source)}: {what}\n{fix}")
 
     facts = None
-    # Asked for only where a key depends on them: finding them may take as long as importing PyTorch.
+    # Called only if a key depends on the facts: it may import PyTorch, which takes time.
     if known is not None and (recipe.loss.weights or recipe.model.options or isinstance(recipe.train.micro_batch, int)):
         try:
             facts = known(recipe.model.name, recipe.model.classifier)
         except ValueError as error:
             raise RecipeError(f"recipe {recipe.name}, model: {error}") from None
         _check_names(recipe, facts, wrong)
-    _check_parts(recipe, facts is not None and facts.uses_groups, wrong)
+    _check_micro_batch(recipe, facts is not None and facts.uses_groups, wrong)
 
 
 def _check_names(recipe: Recipe, facts: Facts, wrong: Callable[..., RecipeError]) -> None:
@@ -94,8 +96,8 @@ def _check_names(recipe: Recipe, facts: Facts, wrong: Callable[..., RecipeError]
         if unknown is not None:
             near = difflib.get_close_matches(unknown, list(names), n=1)
             fix = f"did you mean {dotted((*keys, near[0]))}?" if near else "remove the key"
-            listed = ", ".join(names) or "no key"
-            raise wrong((*keys, unknown), given[unknown], f"{listed} below it for {classifier}", fix)
+            known_names = f"one of {', '.join(names)}" if names else f"no key in {dotted(keys)}"
+            raise wrong((*keys, unknown), given[unknown], f"{known_names} for {classifier}", fix)
     if not any(recipe.loss.weights.get(name, loss.weight) for name, loss in facts.losses.items()):
         raise wrong(("loss", "weights", next(iter(facts.losses))), 0, "a loss with a weight above 0", "set it to 1")
     for name, value in recipe.model.options.items():
@@ -105,7 +107,7 @@ def _check_names(recipe: Recipe, facts: Facts, wrong: Callable[..., RecipeError]
 
 
 def _expected(value: object, option: Option) -> str:
-    """What the option's value should have been; "" where it is right."""
+    """The value that the option expects; "" if `value` is valid."""
     kind = type(option.default)
     right = isinstance(value, int | float if kind is float else kind) and isinstance(value, bool) == (kind is bool)
     if not right:
@@ -119,14 +121,14 @@ def _expected(value: object, option: Option) -> str:
     return ""
 
 
-def _check_parts(recipe: Recipe, grouped: bool, wrong: Callable[..., RecipeError]) -> None:
-    """A class mean over half a group would make the loss depend on how the step was cut."""
+def _check_micro_batch(recipe: Recipe, grouped: bool, wrong: Callable[..., RecipeError]) -> None:
+    """With split groups, the loss would depend on the size of the micro-batch."""
     batch, micro, group = recipe.train.batch, recipe.train.micro_batch, recipe.distill.group
     if not isinstance(micro, int) or micro == batch:
         return
     step = group if grouped else 1
-    fits = [str(part) for part in range(step, batch, step) if batch % part == 0]
-    fix = f"with this batch{' and group' * grouped}: {', '.join([*fits, 'null'])}"
+    fits = [str(size) for size in range(step, batch, step) if batch % size == 0]
+    fix = f"possible with this batch{' and group' * grouped}: {', '.join([*fits, 'null'])}"
     if not fits:
         fix = "use train.micro_batch=null" + (f", or distill.group={micro}" if batch % micro == 0 else "")
     if batch % micro:

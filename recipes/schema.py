@@ -1,8 +1,8 @@
-"""What a recipe may say: every key, its type, its default and its meaning.
+"""The keys of a recipe: types, defaults and descriptions.
 
-The descriptions are what users read (error messages quote them), so each says the unit and the order of the numbers.
-Checks that need one key sit on the field; checks across keys are the `model_validator`s. Names of networks,
-classifiers and data sets are plain text here: the command that runs the recipe looks them up.
+Users read the descriptions, on the page of keys and in error messages. Each says the unit and the order of the numbers.
+A check of one key is part of its field; checks across keys are the `model_validator`s. Names of networks, classifiers
+and data sets are plain text here: the command that runs the recipe looks them up.
 """
 
 from typing import Annotated, Any, Literal
@@ -28,29 +28,31 @@ class Model(Section):
     """The network and its classifier."""
 
     name: str = Field(description="network, for example seaformer_b")
-    classifier: str = Field(default="ssa", description="what turns the network's features into classes")
+    classifier: str = Field(default="ssa", description="computes classes from the network's features")
     options: dict[NonEmpty, Any] = Field(default={}, description="options of the classifier, by name")
     drop_path: Share | None = Field(
-        default=None, description="share of residual branches dropped; null: the network's own"
+        default=None, description="share of residual branches dropped in training; null: the network's default"
     )
     dropout: Share = Field(
         default=0.1, description="share of feature channels dropped before the classifier in training"
     )
     pretrained: NonEmpty | None = Field(
-        default=None, description="checkpoint whose weights the training starts from, or null"
+        default=None, description="checkpoint that the training starts from; null: random weights"
     )
 
 
 class Augment(Section):
-    """Training images: resized at random, cropped, flipped, colours distorted (mmsegmentation 0.x, step for step)."""
+    """Random changes of training images: resize, crop, flip, colours; the steps are those of mmsegmentation 0.x."""
 
-    scale: WidthHeight = Field(description="[width, height] the image is fitted into before the ratio [pixels]")
+    scale: WidthHeight = Field(
+        description="[width, height] that, multiplied by the ratio, the image is fitted into [pixels]"
+    )
     ratio: Annotated[tuple[float, float], Strict(False)] = Field(
         default=(0.5, 2.0), description="[lowest, highest] factor of scale, drawn uniformly for each image"
     )
     crop: HeightWidth = Field(description="[height, width] of the training crop [pixels], each at least 32")
     cat_max_ratio: float = Field(
-        default=0.75, gt=0, le=1, description="a crop is redrawn when one class has this share of it"
+        default=0.75, gt=0, le=1, description="another crop is drawn if one class has at least this share of it"
     )
     flip: float = Field(default=0.5, ge=0, le=1, description="probability of a horizontal flip")
     distortion: Switch = Field(default=True, description="random brightness, contrast, saturation and hue")
@@ -64,27 +66,28 @@ class Augment(Section):
 
 
 class Test(Section):
-    """The protocol of evaluation and prediction: what an image becomes before the network, and its logits after it."""
+    """The protocol of evaluation and prediction: preparation of the image, windows, scales and averaging."""
 
     scale: WidthHeight | None = Field(
-        default=None, description="[width, height] the image is fitted into; null: not resized"
+        default=None, description="[width, height] that the image is fitted into [pixels]; null: not resized"
     )
     multiple: Count | None = Field(
-        default=None, description="sides are then resized up to a multiple of this; null: left"
+        default=None, description="then each side is resized up to a multiple of this [pixels]; null: not resized"
     )
     mode: Literal["whole", "slide"] = Field(
-        default="whole", description="whole (the image at once) or slide (overlapping windows, logits averaged)"
+        default="whole", description="whole (one pass over the image) or slide (overlapping windows, logits averaged)"
     )
     crop: HeightWidth | None = Field(
         default=None, description="[height, width] of a window [pixels], each at least 32; only for mode slide"
     )
     stride: Annotated[tuple[Count, Count], Strict(False)] | None = Field(
-        default=None, description="[height, width] between windows [pixels], at most crop; only for mode slide"
+        default=None,
+        description="[height, width] from one window to the next [pixels], at most crop; only for mode slide",
     )
     ratios: Annotated[tuple[Positive, ...], Strict(False), Field(min_length=1)] = Field(
-        default=(1.0,), description="factors of scale; the probabilities of several are averaged"
+        default=(1.0,), description="factors of scale; the probabilities of all are averaged"
     )
-    flip: Switch = Field(default=False, description="average with the probabilities of the mirrored image")
+    flip: Switch = Field(default=False, description="whether to average with the probabilities of the mirrored image")
 
     @model_validator(mode="after")
     def _windows(self) -> "Test":
@@ -96,12 +99,12 @@ class Test(Section):
                 raise wrong(f"test.{key}", list(given), "null, as mode is whole", "add test.mode: slide")
         if self.crop and self.stride and (self.stride[0] > self.crop[0] or self.stride[1] > self.crop[1]):
             expected = f"at most test.crop, {list(self.crop)}"
-            raise wrong("test.stride", list(self.stride), expected, "wider ones leave pixels between the windows")
+            raise wrong("test.stride", list(self.stride), expected, "larger strides leave pixels between the windows")
         return self
 
 
 class Rule(Section):
-    """Factors for the parameters whose name contains the rule's key."""
+    """Factors for the parameters whose names contain the rule's key."""
 
     lr: NotNegative = Field(default=1.0, description="factor of the learning rate")
     decay: NotNegative = Field(default=1.0, description="factor of the weight decay")
@@ -110,45 +113,47 @@ class Rule(Section):
 class Optim(Section):
     """The optimiser and its schedule: base * (1 - step/steps)^power, times a linear warm-up (mmcv 1.x)."""
 
-    kind: Literal["adamw", "sgd"] = Field(default="adamw", description="adamw, or sgd with momentum")
-    lr: float = Field(gt=0, description="base learning rate, at the recipe's total batch")
+    kind: Literal["adamw", "sgd"] = Field(default="adamw", description="the optimiser: adamw, or sgd with momentum")
+    lr: float = Field(gt=0, description="base learning rate, for train.batch images per step")
     weight_decay: NotNegative = Field(
         default=0.01, description="weight decay: decoupled with adamw, added to the gradient with sgd"
     )
-    betas: Annotated[tuple[Share, Share], Strict(False)] = Field(default=(0.9, 0.999), description="the two of adamw")
+    betas: Annotated[tuple[Share, Share], Strict(False)] = Field(default=(0.9, 0.999), description="betas of adamw")
     momentum: Share = Field(default=0.9, description="momentum of sgd")
     decay_vectors: Switch = Field(
-        default=True, description="false: no weight decay for tensors of one dimension and for biases"
+        default=True, description="weight decay also for biases and tensors of one dimension; false: not for these"
     )
     layer_decay: float | None = Field(
         default=None,
         gt=0,
         lt=1,
-        description="factor of the learning rate from each numbered layer of a plain transformer to the one before it "
-        "(BEiT's rule); null: none",
+        description="factor of the learning rate from each numbered layer of a plain transformer to the one "
+        "before it (layer-wise decay, BEiT's rule); null: none",
     )
     rules: dict[NonEmpty, Rule] = Field(
         default={},
-        description="part of a parameter's name -> {lr, decay} factors; of several that match the longest decides",
+        description="part of a parameter's name -> {lr, decay} factors; if several match, the longest decides",
     )
     warmup: int = Field(
-        default=1500, ge=0, description="steps of linear warm-up, multiplied onto the decaying rate; 0: none"
+        default=1500, ge=0, description="steps of linear warm-up, which multiplies the decaying rate; 0: none"
     )
     warmup_ratio: float = Field(
         default=1e-6, ge=0, le=1, description="factor of the learning rate at the first warm-up step"
     )
     power: NotNegative = Field(default=1.0, description="exponent of the polynomial decay; 0: constant")
-    min_lr: NotNegative = Field(default=0.0, description="the learning rate never decays below this")
-    grad_clip: float | None = Field(default=None, gt=0, description="largest norm of the gradient; null: not clipped")
+    min_lr: NotNegative = Field(default=0.0, description="lowest value of the decaying learning rate")
+    grad_clip: float | None = Field(
+        default=None, gt=0, description="largest norm of the gradient, which is scaled down to it; null: not clipped"
+    )
     ema: float | None = Field(
         default=None,
         gt=0,
         lt=1,
-        description="decay of an average of the weights, which is then evaluated and kept as best; null: none",
+        description="decay of a moving average of the weights, which is evaluated and saved as best; null: none",
     )
     freeze: Annotated[tuple[Literal["backbone", "norm"], ...], Strict(False)] = Field(
         default=(),
-        description="what is not trained: backbone (all of it), norm (statistics and factors of every BatchNorm)",
+        description="what is not trained: backbone (all of it), norm (statistics, weights and biases of BatchNorms)",
     )
 
     @model_validator(mode="after")
@@ -156,7 +161,12 @@ class Optim(Section):
         for key, kind in {"betas": "adamw", "momentum": "sgd"}.items():
             value = getattr(self, key)
             if self.kind != kind and value != type(self).model_fields[key].default:
-                raise wrong(f"optim.{key}", value, f"no such key, as kind is {self.kind}", f"remove it, or use {kind}")
+                raise wrong(
+                    f"optim.{key}",
+                    value,
+                    f"no value, as optim.kind is {self.kind}",
+                    f"remove the key, or set optim.kind={kind}",
+                )
         return self
 
     @model_validator(mode="after")
@@ -167,15 +177,15 @@ class Optim(Section):
 
 
 class Train(Section):
-    """How long, how much at once, how often."""
+    """Steps, batch, precision and intervals."""
 
     steps: int = Field(ge=1, le=100_000_000, description="optimiser steps")
-    batch: Count = Field(default=16, description="images per step, whatever the memory: micro-batches add up to it")
+    batch: Count = Field(default=16, description="images per optimiser step, of all micro-batches and ranks together")
     micro_batch: Count | Literal["auto"] | None = Field(
         default=None,
-        description="images at once on one device (BatchNorm sees these): a divisor of its share of the batch, and "
-        "for a classifier that groups images, as ssa does, a multiple of distill.group; null: all of its share; "
-        "auto: as many as fit its memory, found at the start",
+        description="images in one pass on one device; BatchNorm takes its statistics over them. A divisor of the "
+        "rank's images per step; for classifiers that group images, such as ssa, also a multiple of distill.group. "
+        "null: all images of the rank; auto: as many as fit into memory, found at the start",
     )
     amp: Annotated[
         Literal["off", "bf16", "fp16"],
@@ -183,73 +193,81 @@ class Train(Section):
     ] = Field(default="off", description="arithmetic of the network: off (float32), bf16, or fp16 (CUDA only)")
     seed: int = Field(default=0, ge=0, lt=2**32, description="seed of initialisation, order and augmentation")
     workers: int = Field(
-        default=2, ge=0, description="processes that load and augment images; 0: none but the main one"
+        default=2, ge=0, description="processes that load and augment images; 0: the main process does it"
     )
     log_every: Count = Field(default=50, description="steps between lines of the log")
     eval_every: Count = Field(default=4000, description="steps between evaluations; the last step always evaluates")
     save_every: Count = Field(default=1000, description="steps between checkpoints; the last step always saves")
-    keep: Count = Field(default=2, description="training states kept, the newest ones; best.safetensors stays anyway")
+    keep: Count = Field(
+        default=2, description="number of newest training states to keep; best.safetensors is always kept"
+    )
     patience: Count | None = Field(
-        default=None, description="evaluations without a better mIoU after which training ends; null: all steps"
+        default=None, description="training ends after this number of evaluations without a better mIoU; null: never"
     )
     nonfinite: Literal["stop", "skip"] = Field(
         default="stop",
-        description="after a loss or gradient that is not finite: stop (before its update), or skip that update",
+        description="if a loss or gradient is not finite: stop before its update, or skip this update",
     )
-    max_skipped: Count = Field(default=10, description="updates that nonfinite: skip may leave out in one run")
+    max_skipped: Count = Field(default=10, description="most updates that one run may skip with nonfinite: skip")
     deterministic: Switch = Field(
-        default=False, description="only algorithms that give the same bits every time; slower on a GPU"
+        default=False, description="only algorithms that give the same bits in every run; slower on a GPU"
     )
     compile: Switch = Field(
-        default=False, description="torch.compile the network in training: minutes at the start, then faster steps"
+        default=False,
+        description="torch.compile for the network in training: takes minutes at the start, then steps are faster",
     )
     prefetch: Switch = Field(
-        default=True, description="copy and prepare the next batch on the GPU while the current one is computed"
+        default=True, description="copy and prepare the next batch on the GPU during the current step"
     )
 
 
 class Distill(Section):
-    """Online multi-domain distillation, for classifiers that distil over groups of images."""
+    """Online multi-domain distillation, for classifiers that use groups of images."""
 
     group: Count = Field(default=4, description="images over which the teacher's class means are taken")
 
 
 class Ohem(Section):
-    """Online hard example mining: only pixels whose own class is improbable count, as mmsegmentation samples them."""
+    """Online hard example mining, as in mmsegmentation: only pixels whose own class is improbable count."""
 
     threshold: float = Field(
-        default=0.7, gt=0, le=1, description="pixels whose own class is at least this probable are left out"
+        default=0.7, gt=0, le=1, description="pixels whose own class has at least this probability are left out"
     )
     min_kept: Count = Field(
-        default=100_000, description="pixels of an image kept at least, the least probable; of fewer, all but one"
+        default=100_000,
+        description="pixels kept per image at least, the least probable first; of fewer pixels, all but one",
     )
 
 
 class Loss(Section):
-    """The losses' weights, and changes of the cross entropies; the defaults are those of the published results."""
+    """Weights of the losses and changes of the cross entropies. The defaults are those of the published results."""
 
     weights: dict[NonEmpty, NotNegative] = Field(
-        default={}, description="name of a loss -> its weight, where not the default; 0 switches it off"
+        default={},
+        description="name of a loss -> its weight, if not the default; 0 switches the loss off",
     )
     class_weights: dict[NonEmpty, NotNegative] = Field(
         default={},
-        description="class name -> factor of its pixels in every cross entropy; classes not named have 1; "
-        "the main one is divided by the number of pixels (mmsegmentation 0.30), the others by their factors",
+        description="class name -> factor of its pixels in every cross entropy; other classes have 1. The main cross "
+        "entropy is divided by the number of pixels (mmsegmentation 0.30), the others by the sum of the factors",
     )
     label_smoothing: Share = Field(
         default=0.0, description="share of every cross entropy's target that is spread evenly over all classes"
     )
     ohem: Ohem | None = Field(
-        default=None, description="hard example mining in the main cross entropy, image by image; null: none"
+        default=None, description="hard example mining in the main cross entropy, for each image separately; null: none"
     )
 
 
 class Recipe(Section):
-    """One training, evaluation included: everything that decides its numbers but the code."""
+    """A training with its evaluation: everything that decides its numbers, except the code."""
 
-    name: str = Field(pattern=r"^[^./\\][^/\\]*$", description="name of the run's folder; the file's stem unless given")
+    name: str = Field(
+        pattern=r"^[^./\\][^/\\]*$",
+        description="name of the run's folder; default: the recipe file's name without suffix",
+    )
     model: Model = Field(description="the network and its classifier")
-    data: Data = Field(description="images, labels and what the label values mean")
+    data: Data = Field(description="images, labels and the meaning of label values")
     augment: Augment = Field(description="random changes of training images")
     test: Test = Field(default=Test(), description="preprocessing of evaluation and prediction")
     optim: Optim = Field(description="optimiser and schedule")

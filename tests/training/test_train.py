@@ -283,7 +283,7 @@ def test_linear_classifier_and_bf16_train(tmp_path: Path) -> None:
         ("train.seed=4294967296", "train.seed"),
         (f"loss.weights={{{', '.join(f'{name}: 0' for name in CLASSIFIERS['ssa'].LOSSES)}}}", "loss.weights.main_ce"),
         ("loss.weights.respones=0", "did you mean loss.weights.response?"),
-        ("model.options.memory=3", "no key below it for seaformer_t with ssa"),
+        ("model.options.memory=3", "no key in model.options for seaformer_t with ssa"),
     ],
 )
 def test_what_a_recipe_may_not_say(tmp_path: Path, override: str, word: str) -> None:
