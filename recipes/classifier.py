@@ -5,62 +5,17 @@ The facts are those of `ssaseg.models.facts`: losses by name, options by name, a
 
 import difflib
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from typing import Any
 
 from ssaseg.recipes.messages import dotted, place_of
 from ssaseg.recipes.reading import Keys, RecipeError, short
 from ssaseg.recipes.schema import Recipe
 
-
-class Loss(Protocol):
-    """A loss of a network with its classifier."""
-
-    @property
-    def weight(self) -> float:
-        """The default."""
-
-
-class Option(Protocol):
-    """An option of a classifier; the type of its default is its own."""
-
-    @property
-    def default(self) -> Any:
-        """Its value where nothing is written."""
-
-    @property
-    def meaning(self) -> str:
-        """In a few words."""
-
-    @property
-    def least(self) -> float | None:
-        """Of a number; None: none."""
-
-    @property
-    def most(self) -> float | None:
-        """Of a number; None: none."""
-
-    @property
-    def choices(self) -> tuple[Any, ...]:
-        """Of a word; empty: any."""
-
-
-class Facts(Protocol):
-    """What is known of a network with its classifier."""
-
-    @property
-    def losses(self) -> Mapping[str, Loss]:
-        """All of them, by name."""
-
-    @property
-    def options(self) -> Mapping[str, Option]:
-        """Those of the classifier, by name."""
-
-    @property
-    def uses_groups(self) -> bool:
-        """Whether images form groups of `distill.group`, which a micro-batch may not cut."""
-
-
-Known = Callable[[str, str], Facts]  # of a network's and a classifier's name; raises ValueError for unknown ones
+# Facts about a network with its classifier. `losses`: by name, each with its default `weight`. `options`: by name, each
+# with `default` (its type is the options), `meaning`, `least`, `most`, `choices`. `uses_groups`: whether images form
+# groups of `distill.group`, which a micro-batch may not cut.
+Facts = Any
+Known = Callable[[str, str], Facts]  # from a network's and a classifier's name; raises ValueError for unknown ones
 
 
 def check_classifier(recipe: Recipe, known: Known | None, source: str, places: Mapping[Keys, str]) -> None:
@@ -104,7 +59,7 @@ def _check_names(recipe: Recipe, facts: Facts, wrong: Callable[..., RecipeError]
             raise wrong(("model", "options", name), value, expected, f"{name}: {option.meaning}")
 
 
-def _expected(value: object, option: Option) -> str:
+def _expected(value: object, option: Any) -> str:
     """What the option's value should have been; "" where it is right."""
     kind = type(option.default)
     right = isinstance(value, int | float if kind is float else kind) and isinstance(value, bool) == (kind is bool)

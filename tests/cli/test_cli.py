@@ -207,6 +207,14 @@ def test_each_command_calls_its_verb_as_the_verb_is_written(
     assert len(bound) == 1
 
 
+def test_classifiers_of_the_options_are_those_of_the_models() -> None:
+    """They are written twice: the option must not import PyTorch for its help."""
+    from ssaseg.cli import options
+    from ssaseg.models import CLASSIFIERS
+
+    assert set(options.CLASSIFIERS.choices) == set(CLASSIFIERS)
+
+
 def test_print_config_is_a_recipe_that_loads_back_equal(tmp_path: Path) -> None:
     result = run("train", "camvid-seaformer_b-ssa", "optim.lr=1e-3", "--print-config")
     assert result.exit_code == 0
