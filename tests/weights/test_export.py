@@ -9,54 +9,30 @@ import onnxruntime
 import pytest
 import torch
 from click.testing import CliRunner, Result
+from networks import TINY, tiny_networks
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-import ssaseg.models.build as networks
 from ssaseg.cli.main import cli
 from ssaseg.cli.weights import export
 from ssaseg.cli.weights.export import DIFFERING, TOLERANCE, Difference, compare
 from ssaseg.datasets.exporting import export_scenes
-from ssaseg.models import Segmenter, build_model, load_model, save_model
+from ssaseg.models import Segmenter, build_model, list_models, load_model, save_model
 from ssaseg.models import deploy as deploy_module
 from ssaseg.models.checkpoint import write_tensors
 from ssaseg.models.deploy import Deployed, Normalize, PoolByProducts, fold, pool_by_products, trace
 from ssaseg.models.layers import ConvNorm
-from ssaseg.models.networks import afformer, cgrseg, efficientformer, seaformer, segnext
+from ssaseg.models.networks import seaformer, segnext
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 SMALLEST = ("afformer_t", "cgrseg_t", "seaformer_t", "segnext_t")  # of each family
 CLASSES = 5
 
-# A network of each family with every part and next to no blocks: an export's time goes with their number.
-TINY: dict[str, tuple[Any, Any]] = {
-    "afformer_x": (afformer, afformer.Variant(widths=(16, 16, 24, 24), depths=(1, 1, 1, 1), channels=32)),
-    "cgrseg_x": (cgrseg, cgrseg.Variant(backbone="x", channels=32, context=1, band=3)),
-    "seaformer_x": (
-        seaformer,
-        seaformer.Variant(
-            stem=8,
-            mobile=tuple(((3, 1, width, 2),) for width in (8, 16, 24, 32, 40)),
-            depths=(1,),
-            key_dims=(8,),
-            heads=2,
-            mlp_ratios=(2,),
-            fuse=(24,),
-        ),
-    ),
-    "segnext_x": (segnext, segnext.Variant(widths=(8, 8, 16, 16), depths=(0, 0, 0, 1), channels=32, bases=4)),
-}
-
 
 @pytest.fixture(scope="module", autouse=True)
 def tiny() -> Iterator[None]:
-    """Makes `build_model` know the names of `TINY`."""
-    with pytest.MonkeyPatch.context() as patch:
-        for name, (module, variant) in TINY.items():
-            patch.setitem(module.VARIANTS, name, variant)
-        grid = efficientformer.Variant(widths=(8, 8, 16, 16), expansions=((), (), (2,), ()), attention=1, drop_path=0.0)
-        patch.setitem(efficientformer.VARIANTS, "x", grid)
+    with tiny_networks():
         yield
 
 
@@ -101,7 +77,7 @@ RUN: dict[str, Callable[[Path, Tensor], Tensor]] = {".onnx": run_onnx, ".pt2": r
 
 
 def test_every_family_is_there() -> None:
-    families = {name.rpartition("_")[0] for name in networks.list_models()}
+    families = {name.rpartition("_")[0] for name in list_models()}
     assert {name.rpartition("_")[0] for name in SMALLEST} == {name.rpartition("_")[0] for name in TINY} == families
 
 
@@ -184,6 +160,14 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory, tiny: None) -> Path:
     path = tmp_path_factory.mktemp("deploy") / "model.safetensors"
     classes = ["sky", "road", "tree", "car", "wall"]
     save_model(path, network("seaformer_x"), {"classes": classes, "palette": [[k, k, k] for k in range(5)]})
+    return path
+
+
+@pytest.fixture(scope="module")
+def light(tmp_path_factory: pytest.TempPathFactory, tiny: None) -> Path:
+    """A checkpoint for what depends on no network."""
+    path = tmp_path_factory.mktemp("light") / "model.safetensors"
+    save_model(path, network("seaformer_y", "linear"), {})
     return path
 
 
@@ -295,9 +279,7 @@ def assert_refused(result: Result, folder: Path, code: int, *parts: str) -> None
 
 
 @pytest.mark.parametrize("output", ["logits", "labels"])
-def test_wrong_graph_is_not_written(
-    checkpoint: Path, tmp_path: Path, output: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_wrong_graph_is_not_written(light: Path, tmp_path: Path, output: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def damaged(model: Segmenter) -> Segmenter:
         lean = fold(model)
         with torch.no_grad():
@@ -305,14 +287,12 @@ def test_wrong_graph_is_not_written(
         return lean
 
     monkeypatch.setattr(export, "fold", damaged)
-    result = convert(checkpoint, tmp_path / "made.pt2", "--size", 64, 64, "--output", output)
+    result = convert(light, tmp_path / "made.pt2", "--size", 64, 64, "--output", output)
     assert_refused(result, tmp_path, 3, "made.pt2: not written", "random 1x3x64x64", "allowed")
     assert "apart" in result.stdout
 
 
-def test_graph_that_does_not_run_is_not_written(
-    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_graph_that_does_not_run_is_not_written(light: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fails(content: bytes) -> Callable[[Tensor], Tensor]:
         def run(images: Tensor) -> Tensor:
             raise AssertionError("Guard failed\nmore")
@@ -320,7 +300,7 @@ def test_graph_that_does_not_run_is_not_written(
         return run
 
     monkeypatch.setattr(export, "pt2_runner", fails)
-    result = convert(checkpoint, tmp_path / "made.pt2", "--size", 64, 64)
+    result = convert(light, tmp_path / "made.pt2", "--size", 64, 64)
     assert_refused(result, tmp_path, 3, "does not run on random 1x3x64x64", "Guard failed")
 
 
