@@ -290,11 +290,11 @@ def connect(device: torch.device) -> Ranks:
         return Ranks(device)
     backend = "gloo"
     if device.type == "cuda":
-        device, shared = own_gpu(
+        device, several = own_gpu(
             int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("LOCAL_WORLD_SIZE", str(size)))
         )
         torch.cuda.set_device(device)
-        backend = "gloo" if shared else "cpu:gloo,cuda:nccl"
+        backend = "gloo" if several else "cpu:gloo,cuda:nccl"
     try:
         store, rank, size = meet(PATIENCE)
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=PATIENCE)

@@ -80,7 +80,9 @@ def test_a_checkpoint_brings_its_classifier_and_classes(capsys: pytest.CaptureFi
         profiled(capsys, str(path), classes=20)
 
 
-@pytest.mark.parametrize(("target", "said"), [("seaformer_bb", "did you mean seaformer_b"), ("x.safetensors", "existing")])
+@pytest.mark.parametrize(
+    ("target", "said"), [("seaformer_bb", "did you mean seaformer_b"), ("x.safetensors", "existing")]
+)
 def test_an_unknown_target_is_named(target: str, said: str) -> None:
     with pytest.raises(CommandError, match=said):
         run_profile(target, None, 150, (64, 64), None, "cpu", 1)

@@ -270,7 +270,9 @@ def test_a_recipe_needs_only_the_name(name: str, tmp_path: Path) -> None:
     ],
 )
 def test_what_the_data_set_brings_cannot_be_said_otherwise(key: str, value: Any) -> None:
-    with pytest.raises(RecipeError, match=rf"data\.{key}: expected no value, since dataset is ade20k, got .*\n.*folder|coco"):
+    with pytest.raises(
+        RecipeError, match=rf"data\.{key}: expected no value, since dataset is ade20k, got .*\n.*folder|coco"
+    ):
         parse_recipe({**REST, "data": {"dataset": "ade20k", key: value}}, "my.yaml")
 
 
