@@ -154,8 +154,7 @@ class Ranks:
         PyTorch's SyncBatchNorm reads back which ranks had images. So in a training step, at each norm, the host waits
         for its GPU and thus for the other ranks: steps on several GPUs are not queued ahead as steps on one GPU are.
 
-        unused: some parameters get no gradient; PyTorch then searches for them in each step. With one rank: returns
-        the model itself.
+        unused: some parameters get no gradient; PyTorch searches for them in each step. One rank: the model itself.
         """
         if self.size == 1:
             return model
@@ -314,10 +313,7 @@ def connect(device: torch.device) -> Ranks:
 
 
 def own_gpu(local_rank: int, here: int) -> tuple[torch.device, bool]:
-    """The GPU of one of `here` ranks on this machine, and whether other ranks use it, too.
-
-    Raises CommandError if there are fewer GPUs than ranks.
-    """
+    """The GPU of one of `here` ranks on this machine; whether others use it, too. CommandError if there are too few."""
     count = torch.cuda.device_count()
     if here <= count:
         return torch.device("cuda", local_rank), False
