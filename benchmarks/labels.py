@@ -5,14 +5,15 @@
     python benchmarks/labels.py --smoke                                  # small and quick, writes nothing
 
 One bilinear step from 64×64 to 512×512, and a second one to 683×512 (the network's input and an image of another size),
-150 classes, with 1 and 2 threads; on a GPU as well where there is one. All sides run in turn and must agree: where
-labels differ, the two classes' logits must be as close as float32 rounds. A model of 150 classes with trained weights
-does not come with the project, so that their logits are made, the way `trained_like` says, and their figures (margins,
-roughness, candidates) are printed beside those of the checkpoint's. The second input is white noise, the worst case.
+150 classes, with 1 and 2 threads; also on a GPU if there is one. All sides run in turn and must agree: where labels
+differ, the logits of the two classes may differ only by float32 rounding. The project has no model of 150 classes with
+trained weights, so its logits are generated as `trained_like` says. Their figures (margins, roughness, candidates) are
+printed beside those of the checkpoint. The second input is white noise, the worst case.
 
-Roofline: bytes that must move and operations that must be done at least, over what one copy and one matrix product of
-this process reach. The plain way's maps do not fit into a cache, those of the others do. Ours stays far above its least
-time: with so little to do, what is left is some hundred small operations, each of which PyTorch has to start.
+Roofline: the bytes that must be moved and the operations that must be done, divided by the speed of a copy and of a
+matrix product in this process. The maps of the plain side do not fit into a cache; those of the other sides do. Ours
+takes much longer than its least time: it has so little to compute that most of its time goes into starting some hundred
+small operations in PyTorch.
 """
 
 import argparse
@@ -40,14 +41,14 @@ from ssaseg.models import load_model
 from ssaseg.models.labelling import cut_axis, find_candidates, label_map, running_maximum
 
 RESULTS = Path(__file__).parent / "results" / "labels.json"
-CLOSE = 1e-5  # of the largest logit: what float32 may mistake
+CLOSE = 1e-5  # of the largest logit: a difference that float32 rounding can cause
 CPU = torch.device("cpu")
 Size = tuple[int, int]
 
 
 @dataclass(frozen=True)
 class Case:
-    """What is measured: from some images' logits by way of the network's input, `middle`, to the image's `size`."""
+    """What is measured: resizing of logits to the size of the network's input, `middle`, and to the image's `size`."""
 
     logits: str
     middle: Size
@@ -61,10 +62,10 @@ class Case:
 
 
 def trained_like(classes: int, side: int, seed: int) -> Tensor:
-    """Smooth regions with clear winners, (1,K,side,side), about as a trained network's.
+    """Logits (1,K,side,side) with smooth regions and clear winners, similar to those of a trained network.
 
-    Each class is a Gaussian field (deviation 3) on an 8×8 grid, bicubically enlarged; where it is the highest, it gains
-    4, smoothed by a 3×3 mean; white noise of deviation 0.3 roughens all.
+    Each class is a Gaussian field (deviation 3) on an 8×8 grid, enlarged bicubically. Where it is the highest class, 4
+    is added, smoothed by a 3×3 mean. White noise of deviation 0.3 is added to all.
     """
     generator = torch.Generator().manual_seed(seed)
     field = 3 * F.interpolate(torch.randn(1, classes, 8, 8, generator=generator), (side, side), mode="bicubic")
@@ -78,7 +79,7 @@ def white_noise(classes: int, side: int, seed: int) -> Tensor:
 
 
 def model_logits(checkpoint: Path, folder: Path, count: int) -> tuple[list[Tensor], Size]:
-    """Logits of `count` images spread over a folder, and the size of the network's input; images of one size."""
+    """Logits of `count` images, spread over a folder, and the size of the network's input; all images have one size."""
     model, metadata = load_model(checkpoint)
     model.eval()
     files = sorted(file for file in folder.iterdir() if file.suffix in {".jpg", ".jpeg", ".png"})
@@ -95,7 +96,7 @@ def model_logits(checkpoint: Path, folder: Path, count: int) -> tuple[list[Tenso
 
 
 def describe(logits: Tensor) -> dict[str, float]:
-    """How like a trained network's: spread, the winners' margins, roughness (deviation of second differences)."""
+    """Figures of logits: their deviation, the winners' margins, the roughness (deviation of second differences)."""
     first, second = logits[0].flatten(1).topk(2, dim=0).values
     rough = (logits[..., 2:] - 2 * logits[..., 1:-1] + logits[..., :-2]).std()
     margins = (first - second).quantile(torch.tensor([0.1, 0.5, 0.9])).tolist()
@@ -108,14 +109,14 @@ def describe(logits: Tensor) -> dict[str, float]:
 
 
 def plain_maps(logits: Tensor, middle: Size, size: Size) -> Tensor:
-    """(1,K,h,w) → (1,K,H,W); a second step only where it changes the size."""
+    """(1,K,h,w) → (1,K,H,W). The second step is left out if it does not change the size."""
     for length in dict.fromkeys((middle, size)):
         logits = F.interpolate(logits, length, mode="bilinear", align_corners=False)
     return logits
 
 
 def plain(logits: Tensor, middle: Size, size: Size) -> Tensor:
-    """The official code's way, less its softmax."""
+    """As in the official code, but without its softmax."""
     return plain_maps(logits, middle, size).argmax(dim=1)[0]
 
 
@@ -132,17 +133,17 @@ def wait(tensor: Tensor) -> None:
 
 
 def peak(side: str, logits: Tensor, case: Case) -> int:
-    """Bytes of all tensors alive at once, beside the logits."""
+    """Largest number of bytes of all live tensors, without the logits."""
     live = LiveTensors([logits])
     with live:
         SIDES[side](logits, case.middle, case.size)
     return live.peak
 
 
-def compare(logits: list[Tensor], case: Case) -> dict[str, dict[str, float]]:
-    """Per side but the plain one: share of pixels whose label differs, and how far those classes lie apart.
+def differences(logits: list[Tensor], case: Case) -> dict[str, dict[str, float]]:
+    """For each side except plain: the share of pixels whose label differs, and the largest difference of their logits.
 
-    The latter relative to the largest logit.
+    The latter is relative to the largest logit.
     """
     found = {}
     for side in ("running", "ours"):
@@ -162,7 +163,7 @@ def compare(logits: list[Tensor], case: Case) -> dict[str, dict[str, float]]:
 
 @lru_cache
 def speeds(device: str, threads: int) -> dict[str, float]:
-    """What this process reaches: a copy out of any cache [bytes/s, read + written], a matrix product [operations/s]."""
+    """Speeds of this process: a copy that fits no cache [bytes/s, read + written], a matrix product [operations/s]."""
     torch.set_num_threads(threads)
     big, square = torch.ones(2**26, device=device), torch.ones(2048, 2048, device=device)
     target = torch.empty_like(big)
@@ -184,10 +185,10 @@ def speeds(device: str, threads: int) -> dict[str, float]:
 
 
 def roofline(logits: list[Tensor], case: Case, reached: dict[str, float]) -> dict[str, Any]:
-    """Bytes and operations of one label map, the least time they take [ms]; also candidates per window.
+    """Bytes and operations of one label map, and the least time they take [ms]; also candidates per window.
 
-    Bytes: the plain way writes and reads each full-size map; ours and the running maximum read logits and write labels,
-    for what lies between stays in a cache. Operations: 7 for a bilinear pixel of a class, 1 for a comparison.
+    Bytes: the plain side writes and reads each full-size map. Ours and the running maximum read logits and write
+    labels; their intermediate values stay in a cache. Operations: 7 per bilinear pixel of a class, 1 per comparison.
     """
     (_, K, h, w), (H, W) = logits[0].shape, case.size
     one_step = case.middle == case.size
@@ -205,7 +206,7 @@ def roofline(logits: list[Tensor], case: Case, reached: dict[str, float]) -> dic
         candidates = statistics.mean(len(pairs[1]) for pairs in found if pairs)
         per_window = candidates / windows
         search = K * h * w * (2 * (T + U - 2) + 2)
-        # A window with one candidate needs no pixel interpolated.
+        # In a window with one candidate no pixel is interpolated.
         numbers = [pairs[0].bincount() for pairs in found if pairs]
         contested = statistics.mean(float(number[number > 1].sum()) for number in numbers)
         work["ours"] = (4 * K * h * w + H * W, round(search + contested * (2 * Q * T * U + 2 * P * Q * T + P * Q)))
@@ -226,7 +227,7 @@ def roofline(logits: list[Tensor], case: Case, reached: dict[str, float]) -> dic
 
 
 def measure(logits: list[Tensor], case: Case) -> dict[str, Any]:
-    """All sides in turn: times of a label map, peaks, ratios, how far labels are apart, and the least times."""
+    """Runs all sides in turn: times of a label map, memory peaks, ratios, differences of labels, and least times."""
     torch.set_num_threads(case.threads)
     times: dict[str, list[float]] = {side: [] for side in SIDES}
     for turn in range(-1, case.rounds):  # the first warms up
@@ -257,13 +258,13 @@ def measure(logits: list[Tensor], case: Case) -> dict[str, Any]:
             for side in SIDES
         },
         "plain_over": {side: medians["plain"] / medians[side] for side in ("running", "ours")},
-        "against_plain": compare(logits, case),
+        "against_plain": differences(logits, case),
         "reached": reached,
     }
 
 
 def inputs(options: argparse.Namespace) -> list[tuple[str, list[Tensor], Size, Size]]:
-    """Name, logits, network's input and image, one and two steps each."""
+    """Name, logits, size of the network's input, size of the image; each with one and with two steps."""
     classes, side = (19, 16) if options.smoke else (150, 64)
     made = [("trained-like", trained_like), ("white noise", white_noise)]
     found = [(name, [make(classes, side, 0)], (8 * side, 8 * side)) for name, make in made]
@@ -283,7 +284,7 @@ def show(result: dict[str, Any]) -> None:
     found = result["candidates_per_window"]
     print(
         f"{case['device']} {case['logits']}, {steps}, {case['threads']} threads: "
-        + ("too many candidates, every class taken" if found is None else f"{found:.2f} candidates a window")
+        + ("too many candidates, all classes used" if found is None else f"{found:.2f} candidates a window")
         + f"; ours differs at {100 * share['share_of_pixels']:.4f} % of the pixels, by {share['logits_apart']:.1e}"
     )
     print("  logits: " + ", ".join(f"{key} {value:.2f}" for key, value in result["like"].items()))
@@ -296,19 +297,19 @@ def show(result: dict[str, Any]) -> None:
 
 
 def main() -> int:
-    """Measures, prints, writes; 1 where the sides disagree."""
+    """Measures, prints, writes; returns 1 if the sides disagree."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--smoke", action="store_true", help="small and quick; writes nothing")
-    parser.add_argument("--checkpoint", type=Path, help="a trained model of ssaseg's")
+    parser.add_argument("--checkpoint", type=Path, help="a model trained with ssaseg")
     parser.add_argument("--images", type=Path, help="folder of images of one size for --checkpoint")
     options = parser.parse_args()
     if (options.checkpoint is None) != (options.images is None):
-        parser.error("--checkpoint and --images go together")
+        parser.error("give both --checkpoint and --images, or neither")
     command = "python benchmarks/labels.py"
     if options.checkpoint:
         command += f" --checkpoint {options.checkpoint.name} --images {options.images.name}"
     versions = {"python": platform.python_version(), "torch": torch.__version__}
-    # A machine without a GPU keeps the figures that one with a GPU has left.
+    # On a machine without a GPU, the figures from a machine with a GPU are kept.
     results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     agree = True
     for device in ["cpu"] + ["cuda"] * torch.cuda.is_available():

@@ -1,12 +1,12 @@
-"""SSA's training losses against the plain formulation: peak memory and time of forward + backward on a feature.
+"""SSA's training losses against their plain formulation: peak memory and time of forward + backward on a feature.
 
     python benchmarks/losses.py            # writes benchmarks/results/losses.json
     python benchmarks/losses.py --smoke    # small and quick, writes nothing
 
-150 classes, images of 512×512, feature 160×64×64; batch 4 on a CPU with 2 threads, batch 16 on a GPU where there is
-one. The plain side is written here the way the official code works: every image's full-resolution logits at once,
+150 classes, images of 512×512, feature 160×64×64; batch 4 on a CPU with 2 threads; also batch 16 on a GPU if there is
+one. The plain side, in this file, works as the official code does: the full-resolution logits of all images together,
 `F.interpolate` and `F.cross_entropy`, loops over the classes present, OpenCV's edges on the CPU. Both sides run in turn
-and must agree, in every loss and in the gradient. On a CPU the peak is that of a fresh process for each side.
+and must agree in every loss and in the gradient. On a CPU, the peak of each side is that of a new process.
 """
 
 import argparse
@@ -50,7 +50,7 @@ class Case:
     rounds: int = 5
 
     def inputs(self) -> tuple[SSAClassifier, Tensor, Tensor]:
-        """Classifier, feature that takes a gradient, labels of 64 patches and 12 classes an image, 5 % ignored."""
+        """Classifier, feature that takes a gradient, labels with 64 patches of 12 classes per image, 5 % ignored."""
         torch.manual_seed(0)
         classifier = SSAClassifier(self.channels, self.classes, 0.0, group=GROUP)
         torch.nn.init.normal_(classifier.conv_seg.weight, 0.0, 0.1)
@@ -146,7 +146,7 @@ def relations(student: Tensor, teacher: Tensor) -> Tensor:
 
 
 def response(logits: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
-    """Class by class: entropy-weighted means over boundary and interior; the boundary comes from the CPU."""
+    """For each class, entropy-weighted means over boundary and interior; the boundary is computed on the CPU."""
     valid = labels != IGNORE
     one_hot = F.one_hot(torch.where(valid, labels, 0), logits.shape[1]).movedim(3, 1)
     probability = teacher.softmax(1)
@@ -171,7 +171,7 @@ def edge(label: np.ndarray) -> Tensor:
 
 
 def our_losses(classifier: SSAClassifier, feature: Tensor, labels: Tensor) -> dict[str, Tensor]:
-    """The product's."""
+    """The losses of the package."""
     return classifier.training_step(feature, labels).losses
 
 
@@ -202,7 +202,7 @@ def wait(tensor: Tensor) -> None:
 
 
 def peak_here(side: str, case: Case) -> float:
-    """Memory that one run adds to what its inputs take [MiB]; on a CPU meant for a fresh process."""
+    """Memory [MiB] that one run needs in addition to its inputs. On a CPU, call it in a new process."""
     inputs = case.inputs()
     if case.device == "cuda":
         run(side, inputs)
@@ -210,7 +210,7 @@ def peak_here(side: str, case: Case) -> float:
         before = torch.cuda.memory_allocated()
         run(side, inputs)
         return (torch.cuda.max_memory_allocated() - before) / MIB
-    # Threads and kernels are set up on a small case first, so that they do not count.
+    # A small case first sets up threads and kernels, so that they do not count.
     run(side, Case("cpu", 1, 12, 8, 64, 16).inputs())
     before = resident("VmRSS")
     run(side, inputs)
@@ -218,16 +218,16 @@ def peak_here(side: str, case: Case) -> float:
 
 
 def resident(key: str) -> float:
-    """Resident memory of this process now (VmRSS) or at most so far (VmHWM) [MiB].
+    """Resident memory of this process [MiB]: now (VmRSS), or the largest so far (VmHWM).
 
-    From Linux's /proc: `getrusage` counts the peak of the process that started this one as well.
+    From Linux's /proc, since `getrusage` also counts the peak of the parent process.
     """
     line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key))
     return int(line.split()[1]) / 1024
 
 
 def peak(side: str, case: Case) -> float:
-    """`peak_here`, on a CPU in a process of its own."""
+    """`peak_here`; on a CPU, in a new process."""
     if case.device == "cuda":
         return peak_here(side, case)
     words = [sys.executable, __file__, "--peak-of", side, "--case", json.dumps(asdict(case))]
@@ -235,7 +235,7 @@ def peak(side: str, case: Case) -> float:
 
 
 def measure(case: Case) -> dict[str, Any]:
-    """Both sides in turn: times, peaks, their ratios, and how far results are apart."""
+    """Runs both sides in turn: times, peaks, their ratios, and the differences of the results."""
     inputs = case.inputs()
     seconds: dict[str, list[float]] = {side: [] for side in SIDES}
     losses, gradients = {}, {}
@@ -267,7 +267,7 @@ def measure(case: Case) -> dict[str, Any]:
 
 
 def main() -> int:
-    """Measures, prints, writes; 1 where the sides disagree."""
+    """Measures, prints, writes; returns 1 if the sides disagree."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--smoke", action="store_true", help="small and quick; writes nothing")
     parser.add_argument("--peak-of", choices=SIDES, help=argparse.SUPPRESS)
@@ -280,7 +280,7 @@ def main() -> int:
         print(peak_here(options.peak_of, Case(**options.case)))
         return 0
     versions = {"python": platform.python_version(), "torch": torch.__version__, "opencv": cv2.__version__}
-    # A machine without a GPU keeps the figures that one with a GPU has left.
+    # On a machine without a GPU, the figures from a machine with a GPU are kept.
     results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     agree = True
     for case in cases:

@@ -1,8 +1,9 @@
-"""Roofline arithmetic of networks.py: what a pass must do, and the least time in which this machine does it.
+"""Roofline arithmetic of networks.py: the work of a pass, and the least time that this machine needs for it.
 
-Each operation of the eager network takes at least its multiply-accumulates over the speed of a matrix product, or its
-bytes (weights and activations, read and written once) over that of a copy inside the cache. "products" are
-convolutions and matrix products alone, into which all else could be fused: what a compiler may reach at best.
+Each operation of the eager network takes at least its multiply-accumulates divided by the speed of a matrix product,
+and at least its bytes (weights and activations, read and written once) divided by the speed of a copy inside the cache.
+"products" counts only convolutions and matrix products. All else could be fused into them, so this is the best that a
+compiler may reach.
 """
 
 from collections import defaultdict
@@ -17,7 +18,7 @@ from torch.utils.flop_counter import flop_registry
 
 
 class Work(TorchDispatchMode):
-    """Collects multiply-accumulates and bytes of each operation that computes, rather than only looks anew."""
+    """Collects multiply-accumulates and bytes of each operation that computes; views are not counted."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -49,19 +50,19 @@ def tensors(value: Any) -> Iterator[Tensor]:
 
 
 def size_of(tensor: Tensor) -> int:
-    """Bytes, those of an expanded tensor once."""
+    """Bytes of a tensor; elements that an expanded tensor repeats count once."""
     return min(tensor.nbytes, tensor.untyped_storage().nbytes())
 
 
 def reached() -> dict[str, float]:
-    """What this process reaches: matrix products [operations/s], copies inside and outside the cache [bytes/s]."""
+    """Speeds of this process: matrix products [operations/s], copies inside and outside the cache [bytes/s]."""
 
     def best(work: Callable[[], object], times: int) -> float:
         return min(seconds(lambda: [work() for _ in range(times)])[0] / times for _ in range(20))
 
     def product(dtype: torch.dtype) -> float:
         square = torch.randn(1024, 1024).to(dtype)
-        # Which operand is transposed makes a difference to bfloat16, and not always the same one.
+        # In bfloat16 the speed depends on which operand is transposed, and the faster one is not always the same.
         return 2 * 1024**3 / min(best(lambda: square @ square, 3), best(lambda: square @ square.T, 3))
 
     def copy(count: int, times: int) -> float:
@@ -79,7 +80,7 @@ def reached() -> dict[str, float]:
 
 @torch.no_grad()
 def roofline(case: Case, speed: dict[str, float]) -> dict[str, Any]:
-    """Work of one eager pass, and the least time that it takes [ms]: of all operations, and of products alone."""
+    """Work of one eager pass, and its least time [ms]: for all operations, and for products only."""
     model, images, work = our_network(case), case.images(), Work()
     with work:
         model(images)

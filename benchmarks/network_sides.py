@@ -1,6 +1,6 @@
-"""The sides of networks.py, each in a process of its own: answers one question a line, `python network_sides.py SIDE`.
+"""The sides of networks.py, each in its own process: `python network_sides.py SIDE` answers one question per line.
 
-`ours` and `plain` differ in the package that they import; `mmseg` runs in the interpreter that has mmsegmentation.
+`ours` and `plain` differ in the package that they import. `mmseg` runs in the interpreter that has mmsegmentation.
 """
 
 import json
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 SIDES = ("ours", "plain", "mmseg")
 THREADS = 2
-PASSES = 3  # of a side before the next one's turn
+PASSES = 3  # passes of a side before the next side's turn
 
 
 @dataclass(frozen=True)
@@ -35,9 +35,10 @@ class Case:
 
 @torch.no_grad()
 def our_network(case: Case) -> nn.Module:
-    """Weights from a seed. Norms weigh at random, since fresh ones silence whole branches, and know two images.
+    """A network with random weights from a seed. The statistics of its norms are those of two images.
 
-    Statistics that fit nothing would let activations grow until float32 sides differ by their rounding alone.
+    The weights of the norms are random, too: as initialised they would set whole branches to zero. With statistics that
+    do not fit, activations would grow until rounding alone makes the float32 sides differ.
     """
     from ssaseg.models import build_model
 
@@ -65,7 +66,7 @@ def in_form(model: Any, form: str) -> nn.Module:
 
 
 def mmseg_network(case: Case) -> nn.Module:
-    """mmsegmentation's SegNeXt from the configuration in its package; one process has no use for SyncBN."""
+    """mmsegmentation's SegNeXt, from the configuration in its package; without SyncBN, since there is one process."""
     sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "fixtures"))
     from make_mmseg_stub import stub_mmcv_ops
 
@@ -91,7 +92,7 @@ class Chain(nn.Sequential):
 
 @torch.no_grad()
 def serve(side: str) -> None:
-    """What to build, how long its passes take, how its labels agree: each answer a line of JSON."""
+    """Reads questions: what to build, how long its passes take, how its labels agree. Each answer is a line of JSON."""
     torch.set_num_threads(THREADS)
     networks: dict[str, nn.Module] = {}
     images = torch.empty(0)
@@ -112,7 +113,7 @@ def serve(side: str) -> None:
             answer = [1e3 * once(given["form"])[0] for _ in range(PASSES)]
         elif question == "forget":
             networks.clear()
-            torch.compiler.reset()  # which recompiles only so often, and then no more
+            torch.compiler.reset()  # the compiler stops compiling after a number of recompilations
         elif question == "agree":
             torch.compiler.reset()
             answer = agreement(Path(given["checkpoint"]), Path(given["images"]), given["count"], given["compiled"])
@@ -138,9 +139,9 @@ def about(side: str) -> dict[str, str]:
 
 
 def agreement(checkpoint: Path, folder: Path, count: int, compiled: bool | None) -> dict[str, Any]:
-    """Share of pixels that get the same label from the eager network and from the fast path, at the images' own size.
+    """Share of pixels with the same label from the eager network and from the fast path, at the size of the images.
 
-    Over `count` images spread over a folder.
+    Measured on `count` images, spread over a folder.
     """
     import cv2
 

@@ -1,19 +1,19 @@
-"""Networks: ours against mmsegmentation 1.2.2 and against their own plain first version, eager and on the fast path.
+"""Networks: ours against mmsegmentation 1.2.2 and against our own first version, plain and on the fast path.
 
     python benchmarks/networks.py --mmseg-python PATH_TO_PYTHON          # writes benchmarks/results/networks.json
-    python benchmarks/networks.py --checkpoint X.safetensors --images DIR  # labels of the fast path as well
+    python benchmarks/networks.py --checkpoint X.safetensors --images DIR  # also the labels of the fast path
     python benchmarks/networks.py --device cuda [--model NAME ...]       # latencies on a GPU instead
     python benchmarks/networks.py --smoke                                # small and quick, writes nothing
 
-Protocol: 2 threads, one image of 512×512, 150 classes, float32 unless said. Each side is a process of its own: `ours`,
-`plain` (this repository at the commit --plain, which git takes out), `mmseg` (the environment that
-tests/fixtures/make_mmseg_metrics.py describes, in eager float32). They run in turn, so that all see the same machine;
-a time is the median of its rounds, a ratio the median of the rounds' ratios. Ours in several forms: `eager` as built;
-`folded`; `bf16`, the fast path without its compiler; `compiled`, the fast path in float32; `fast`, all of
-`accelerate`. Our sides have the same weights and must agree where they compute in float32.
+Protocol: 2 threads, one image of 512×512, 150 classes, float32 unless stated. Each side has its own process: `ours`,
+`plain` (this repository at the commit --plain, exported by git), `mmseg` (the environment that
+tests/fixtures/make_mmseg_metrics.py describes, in eager float32). The sides run in turn, so that the machine's load is
+the same for all. A time is the median of its rounds; a ratio is the median of the rounds' ratios. Ours has several
+forms: `eager`, as built; `folded`; `bf16`, the fast path without its compiler; `compiled`, the fast path in float32;
+`fast`, the full `accelerate`. Our sides have the same weights and must agree if they compute in float32.
 
-Roofline: network_roofline.py says what the bounds are; "measured/bound" is the eager network over all its operations,
-and the compiled ones over products alone.
+Roofline: network_roofline.py explains the bounds. "measured/bound" relates the eager network to all its operations, and
+the compiled networks to the products only.
 """
 
 import argparse
@@ -40,12 +40,12 @@ from network_sides import THREADS, Case, in_form, our_network, seconds
 ROOT = Path(__file__).parents[1]
 SIDES = Path(__file__).with_name("network_sides.py")
 RESULTS = Path(__file__).parent / "results" / "networks.json"
-PLAIN = "59d4974"  # "plainly written": the commit before any of the networks was made fast
+PLAIN = "59d4974"  # the commit before any network was optimised for speed
 TOLERANCE = 1e-3  # of the largest logit, between float32 sides
 GOALS = {"mmseg/eager": 1.0, "plain/eager": 1.0, "mmseg/fast": 3.0, "plain/fast": 2.0, "labels": 0.995}
 FORMS = ("eager", "folded", "bf16", "compiled", "fast")
 
-# The linear classifier for mmsegmentation, which has no other.
+# The linear classifier, because mmsegmentation has only this one.
 CASES = [Case("segnext_t", "linear")] + [
     Case(name, "ssa") for name in ("segnext_t", "afformer_b", "cgrseg_b", "seaformer_b")
 ]
@@ -55,15 +55,15 @@ CASES = [Case("segnext_t", "linear")] + [
 
 
 class Worker:
-    """network_sides.py in another process, perhaps of another interpreter."""
+    """network_sides.py in another process, possibly with another Python interpreter."""
 
     def __init__(self, side: str, python: Path | str, folder: Path, path: Path | None = None) -> None:
         self.side, self.folder = side, folder
         environment = {
             **os.environ,
             "OMP_NUM_THREADS": str(THREADS),
-            "GOMP_SPINCOUNT": "1000",  # a side that waits for its turn shall not spin
-            "TORCHINDUCTOR_CACHE_DIR": str(folder / "compiled"),  # no kernels of an earlier run
+            "GOMP_SPINCOUNT": "1000",  # a side must not spin while it waits for its turn
+            "TORCHINDUCTOR_CACHE_DIR": str(folder / "compiled"),  # no compiled kernels from an earlier run
         }
         if path:
             environment["PYTHONPATH"] = str(path)
@@ -90,7 +90,7 @@ class Worker:
 
 
 def plain_package(revision: str, folder: Path) -> Path | None:
-    """The package at an earlier commit, below `folder`; None where git does not have it."""
+    """The folder of the package at an earlier commit, below `folder`; None if git does not have this commit."""
     names = {"cli": "ssaseg_cli", "models": "models", "datasets": "datasets", "recipes": "recipes"}
     archive, source = folder / "plain.tar", folder / "plain"
     command = ["git", "-C", str(ROOT), "archive", "--output", str(archive), revision, *names.values()]
@@ -108,7 +108,7 @@ def plain_package(revision: str, folder: Path) -> Path | None:
 
 @contextmanager
 def workers(mmseg_python: Path | None, revision: str, smoke: bool) -> Iterator[dict[str, Worker]]:
-    """The sides that this machine has, by name."""
+    """The sides that can run on this machine, by name."""
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         found = {"ours": Worker("ours", sys.executable, folder)}
@@ -119,7 +119,7 @@ def workers(mmseg_python: Path | None, revision: str, smoke: bool) -> Iterator[d
         for worker in found.values():
             stack.callback(worker.close)
         if plain and not found["plain"].ask("about")["from"].startswith(str(plain)):
-            raise SystemExit("the plain side imports another package than its own")
+            raise SystemExit("the plain side imports the wrong package, not the one from its commit")
         yield found
 
 
@@ -127,7 +127,7 @@ def workers(mmseg_python: Path | None, revision: str, smoke: bool) -> Iterator[d
 
 
 def measure(case: Case, sides: dict[str, Worker], forms: tuple[str, ...], rounds: int) -> dict[str, Any]:
-    """All sides and forms in turn: first pass, median, ratios, and how far results are apart."""
+    """Runs all sides and forms in turn: first pass, median, ratios, and the differences of the results."""
     turns = {form: (sides["ours"], form) for form in forms}
     if "plain" in sides:
         turns["plain"] = (sides["plain"], "eager")
@@ -162,7 +162,7 @@ def measure(case: Case, sides: dict[str, Worker], forms: tuple[str, ...], rounds
         "apart, of the largest logit": {
             name: ((found - base).abs().max() / base.abs().max()).item()
             for name, found in logits.items()
-            if name != "mmseg"  # weights of its own
+            if name != "mmseg"  # it has other weights
         },
     }
 
@@ -172,7 +172,7 @@ def progress(text: str) -> None:
 
 
 def show(result: dict[str, Any]) -> None:
-    """A line per side and form, with the ratios that have goals."""
+    """Prints a line per side and form, with the ratios that have goals."""
     case, median = result["case"], result["median [ms]"]
     print(f"{case['model']} {case['classifier']}, {case['side']}×{case['side']}")
     for name, spent in median.items():
@@ -207,7 +207,7 @@ def on_cpu(options: argparse.Namespace, cases: list[Case]) -> dict[str, Any]:
         about = sides["mmseg"].ask("about") if "mmseg" in sides else {}
         speed: dict[str, float] = {}
         for case in cases:
-            # The best of all: a bound taken while another program ran would be none.
+            # The best of all measurements: while another program runs, the speed is too low for a bound.
             speed = {name: max(value, speed.get(name, 0.0)) for name, value in reached().items()}
             measured.append(measure(case, sides, forms, options.rounds))
             show(measured[-1])
@@ -234,7 +234,7 @@ def on_cpu(options: argparse.Namespace, cases: list[Case]) -> dict[str, Any]:
 
 @torch.no_grad()
 def on_cuda(options: argparse.Namespace, cases: list[Case]) -> dict[str, Any]:
-    """Medians [ms] at batch 1 and 16: eager, and `accelerate` without and with the compiler and its CUDA graphs."""
+    """Medians [ms] at batch 1 and 16: eager, and `accelerate` with and without the compiler and its CUDA graphs."""
     found = {}
     for case in cases:
         for form in ("eager", "bf16", "fast"):
@@ -255,16 +255,16 @@ def on_cuda(options: argparse.Namespace, cases: list[Case]) -> dict[str, Any]:
 
 
 def main() -> int:
-    """Measures, prints, writes; 1 where sides that compute in float32 disagree."""
+    """Measures, prints, writes; returns 1 if sides that compute in float32 disagree."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--mmseg-python", type=Path, help="interpreter that has mmsegmentation 1.2.2")
+    parser.add_argument("--mmseg-python", type=Path, help="Python interpreter with mmsegmentation 1.2.2")
     parser.add_argument(
-        "--plain", default=PLAIN, metavar="COMMIT", help="the plain first version (default %(default)s)"
+        "--plain", default=PLAIN, metavar="COMMIT", help="commit of the plain first version (default %(default)s)"
     )
     parser.add_argument("--checkpoint", type=Path, action="append", default=[], help="trained with ssaseg; repeatable")
     parser.add_argument("--images", type=Path, help="folder of images for --checkpoint")
-    parser.add_argument("--count", type=int, default=30, help="of these images (default %(default)s)")
-    parser.add_argument("--model", action="append", help="only these; repeatable")
+    parser.add_argument("--count", type=int, default=30, help="number of these images (default %(default)s)")
+    parser.add_argument("--model", action="append", help="only these networks; repeatable")
     parser.add_argument("--rounds", type=int, default=11)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--smoke", action="store_true", help="small and quick; writes nothing")
@@ -274,7 +274,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         cases = CASES
         if options.smoke:
-            GOALS.clear()  # which are for trained weights and whole images
+            GOALS.clear()  # they are for trained weights and large images
             cases = [Case("seaformer_t", "ssa", 5, 64), Case("afformer_t", "linear", 5, 64)]
             options.rounds, options.count = 1, 2
             options.checkpoint, options.images = [tiny_checkpoint(Path(folder), cases[0])], Path(folder)
@@ -297,7 +297,7 @@ def main() -> int:
 
 
 def tiny_checkpoint(folder: Path, case: Case) -> Path:
-    """An untrained model's, and two images beside it."""
+    """The checkpoint of an untrained model; also writes two images beside it."""
     import cv2
     import numpy as np
 
@@ -310,7 +310,7 @@ def tiny_checkpoint(folder: Path, case: Case) -> Path:
 
 
 def write(options: argparse.Namespace, found: dict[str, Any]) -> None:
-    """A machine without a GPU keeps the figures that one with a GPU has left; there models may come one by one."""
+    """Writes the results; keeps those of the other device. On a GPU, networks may be measured one by one."""
     results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     command = f"python benchmarks/networks.py --device {options.device} --rounds {options.rounds}"
     if options.mmseg_python:
@@ -322,7 +322,7 @@ def write(options: argparse.Namespace, found: dict[str, Any]) -> None:
     head = {"command": command, "plain": options.plain, "versions": versions, "on": processor(options.device)}
     if options.device == "cuda" and results.get("cuda", {}).get("versions") == versions:
         found["median [ms]"] = results["cuda"]["median [ms]"] | found["median [ms]"]
-    # Above the number of cores: other programs ran beside.
+    # A load average above the number of cores: other programs ran at the same time.
     results[options.device] = {**head, "load average": os.getloadavg()[0], **rounded(found)}
     RESULTS.parent.mkdir(exist_ok=True)
     RESULTS.write_text(json.dumps(results, indent=1) + "\n")
@@ -338,7 +338,7 @@ def processor(device: str) -> str:
 
 
 def rounded(value: Any) -> Any:
-    """Four significant digits."""
+    """The value with all numbers rounded to four significant digits."""
     if isinstance(value, dict):
         return {key: rounded(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

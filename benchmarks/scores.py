@@ -1,12 +1,12 @@
-"""What scoring an image costs beside the network: counting, boundary IoU, and the interval of the mIoU in the end.
+"""What scoring costs, without the network: counting and boundary IoU per image, and the mIoU's interval at the end.
 
     OMP_NUM_THREADS=1 python benchmarks/scores.py    # writes benchmarks/results/scores.json
     python benchmarks/scores.py --smoke              # small and quick, writes nothing
 
-150 classes. Counting: a label map and a prediction of 512×683. Boundary IoU: the same, against the plain way, which is
-the authors' for one mask: OpenCV's erosion by 3×3, repeated, for each class present. Interval: 1,000 resamples of 2,000
-images, against the plain way of scoring each resample anew from its images' counts. Both sides run in turn and must
-agree. One thread, as evaluation has next to its readers.
+150 classes. Counting: a label map and a prediction of 512×683. Boundary IoU: the same maps, against a plain side, which
+is the authors' code for one mask: repeated erosion by 3×3 with OpenCV, for each class present. Interval: 1,000
+resamples of 2,000 images, against a plain side that scores each resample from the counts of its images. Both sides run
+in turn and must agree. One thread, as in an evaluation whose other cores decode images.
 """
 
 import argparse
@@ -30,7 +30,7 @@ RESULTS = Path(__file__).parent / "results" / "scores.json"
 
 
 def scene(rng: np.random.Generator, size: tuple[int, int], present: np.ndarray) -> np.ndarray:
-    """Patches of some 50 pixels and speckles, uint8 (H,W)."""
+    """A label map uint8 (H,W): patches of about 50 pixels, and single pixels of other classes."""
     patches = rng.choice(present, (size[0] // 50 + 1, size[1] // 50 + 1)).astype(np.uint8)
     labels = cv2.resize(patches, size[::-1], interpolation=cv2.INTER_NEAREST)
     speckled = rng.random(size) < 0.01
@@ -39,7 +39,7 @@ def scene(rng: np.random.Generator, size: tuple[int, int], present: np.ndarray) 
 
 
 def plain_boundaries(label: np.ndarray, prediction: np.ndarray, classes: int) -> np.ndarray:
-    """Pixels in both bands, in the label's and in the prediction's: int (3,K)."""
+    """Number of pixels in both bands, in the label's band, in the prediction's band: int (3,K)."""
     counts = np.zeros((3, classes), np.int64)
     d = reach(label.shape)
     for k in np.union1d(label, prediction):
@@ -94,7 +94,7 @@ def per_image(classes: int, size: tuple[int, int], rounds: int) -> dict[str, Any
 
 
 def interval(classes: int, images: int, resamples: int, rounds: int) -> dict[str, Any]:
-    """The interval of a whole set, given each image's counts."""
+    """The interval of a data set, given the counts of each image."""
     rng = np.random.default_rng(0)
     union = rng.integers(1, 40000, (images, classes)) * (rng.random((images, classes)) < 0.08)
     rows = np.stack([(union * rng.random(union.shape)).astype(np.int64), union], axis=1).astype(np.int32)
@@ -117,7 +117,7 @@ def interval(classes: int, images: int, resamples: int, rounds: int) -> dict[str
 
 
 def main() -> int:
-    """Measures, prints, writes; 1 where the sides disagree."""
+    """Measures, prints, writes; returns 1 if the sides disagree."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--smoke", action="store_true", help="small and quick; writes nothing")
     options = parser.parse_args()

@@ -1,18 +1,18 @@
 """One training step of SeaFormer-B with ssa: against linear, and against the plain formulation of the same losses.
 
     python benchmarks/step.py              # writes benchmarks/results/step.json
-    python benchmarks/step.py --profile    # what the step spends its time on, and what bounds it, as well
+    python benchmarks/step.py --profile    # also what the step spends its time on, and what bounds it
     python benchmarks/step.py --smoke      # small and quick, writes nothing
 
-Batch 16 in bfloat16 on a GPU where there is one, else batch 4 in float32 on a CPU with 2 threads; images of 512×512,
-150 classes and 11. A step is forward, losses, backward and a fused AdamW's update, without what `ssaseg train` does
-beside (preparing the batch, but in two sides; the gradient's norm, the guard, averages); the sides: step_sides.py. They
-run in turn, a time is the median of the rounds, a ratio the median of the rounds' ratios; "processor" is the time that
-all threads worked, which other programs lengthen less. First ssa and plain must agree in float32, in every loss and in
-the gradient of all parameters, to 1e-4.
+Batch 16 in bfloat16 on a GPU if there is one, else batch 4 in float32 on a CPU with 2 threads; images of 512×512, with
+150 and with 11 classes. A step is forward, losses, backward and the update of a fused AdamW. It does not include what
+else `ssaseg train` does: preparing the batch (only two sides do), the gradient's norm, the guard, averages. The sides
+are in step_sides.py. They run in turn; a time is the median of the rounds, a ratio the median of the rounds' ratios.
+"processor" is the working time of all threads, which depends less on other programs. Before that, ssa and plain must
+agree to 1e-4 in float32, in every loss and in the gradient of all parameters.
 
-The peak is that of a process of its own for each side: on a GPU PyTorch's `max_memory_allocated`, network and optimiser
-included; on a CPU what the step adds to the resident memory of a process that has made a small step before.
+The peak of each side is that of a new process. On a GPU it is PyTorch's `max_memory_allocated`, with network and
+optimiser; on a CPU, the resident memory that the step adds in a process that has already done a small step.
 """
 
 import argparse
@@ -49,18 +49,18 @@ MIB = 1 << 20
 
 
 def apart(case: Case) -> dict[str, float]:
-    """How far ssa and plain are apart, relative, in float32: the worst loss, and the gradient of all parameters."""
+    """Relative differences of ssa and plain in float32: the largest of a loss, and that of the whole gradient."""
     found = {}
     for name in ("ssa", "plain"):
         side = Side(name, replace(case, amp="off", batch=min(case.batch, 8)))
-        torch.manual_seed(1)  # the same channels and branches are dropped
+        torch.manual_seed(1)  # so that the same channels and branches are dropped
         losses = side.losses(side.images, side.labels)
         torch.stack(list(losses.values())).sum().backward()
         gradient = torch.cat([p.grad.flatten() for p in side.model.parameters() if p.grad is not None])
         found[name] = {key: value.item() for key, value in losses.items()}, gradient
     (ours, ours_gradient), (plain, plain_gradient) = found.values()
     if ours.keys() != plain.keys() or ours_gradient.shape != plain_gradient.shape:
-        raise SystemExit(f"the sides have other losses or parameters: {sorted(ours)}, {sorted(plain)}")
+        raise SystemExit(f"the sides have different losses or parameters: {sorted(ours)}, {sorted(plain)}")
     return {
         "loss": max(abs(ours[name] / value - 1) for name, value in plain.items()),
         "gradient": ((ours_gradient - plain_gradient).norm() / plain_gradient.norm()).item(),
@@ -71,7 +71,7 @@ def apart(case: Case) -> dict[str, float]:
 
 
 def peak_here(name: str, case: Case) -> float:
-    """Peak of a step [MiB], see the module's docstring; meant for a fresh process."""
+    """Peak of a step [MiB], see the module's docstring. Call it in a new process."""
     if case.device == "cuda":
         side = Side(name, case)
         for _ in range(3):
@@ -79,20 +79,20 @@ def peak_here(name: str, case: Case) -> float:
         side.wait()
         return torch.cuda.max_memory_allocated() / MIB
     side = Side(name, case)
-    # Threads, kernels and the optimiser's state are set up on a small batch, so that they do not count.
+    # A small batch first sets up threads, kernels and the optimiser's state, so that they do not count.
     whole, small = (side.images, side.labels), Side(name, replace(case, image=64, batch=2))
     side.feed = lambda: (small.images, small.labels)
     side.step()
     side.optimizer.zero_grad(set_to_none=True)
     side.feed = lambda: whole
-    Path("/proc/self/clear_refs").write_text("5")  # the peak so far is forgotten
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     before = resident("VmRSS")
     side.step()
     return resident("VmHWM") - before
 
 
 def in_own_process(name: str, case: Case) -> tuple[float | None, str]:
-    """The peak [MiB], and why there is none."""
+    """The peak [MiB] and ""; or None and the reason for the failure."""
     words = [sys.executable, __file__, "--peak-of", name, "--case", json.dumps(asdict(case))]
     result = subprocess.run(words, capture_output=True, text=True)
     if result.returncode == 0:
@@ -104,7 +104,7 @@ def in_own_process(name: str, case: Case) -> tuple[float | None, str]:
 
 
 def measure(case: Case, names: tuple[str, ...]) -> dict[str, Any]:
-    """All sides in turn: times, peaks, their ratios. A side that fails is told with its reason."""
+    """Runs all sides in turn: times, peaks, their ratios. A side that fails is listed with the reason."""
     peaks: dict[str, float] = {}
     missing: dict[str, str] = {}
     for name in names:
@@ -116,7 +116,7 @@ def measure(case: Case, names: tuple[str, ...]) -> dict[str, Any]:
     sides = {name: Side(name, case) for name in peaks}
     seconds: dict[str, list[float]] = defaultdict(list)
     processor: dict[str, list[float]] = defaultdict(list)
-    for turn in range(-2 if case.device == "cuda" else -1, case.rounds):  # the first tune, compile and warm up
+    for turn in range(-2 if case.device == "cuda" else -1, case.rounds):  # the first turns tune, compile and warm up
         for name, side in sides.items():
             side.wait()
             start, worked = time.perf_counter(), time.process_time()
@@ -142,7 +142,7 @@ def measure(case: Case, names: tuple[str, ...]) -> dict[str, Any]:
 
 
 def pairs_of(names: Any) -> list[tuple[str, str]]:
-    """ssa over linear in each form, plain and eager ssa over each form of ssa."""
+    """Pairs whose ratio is shown: ssa and linear in each form; plain, and eager ssa, with each form of ssa."""
     ours = [name for name in names if name.startswith("ssa")]
     found = [(name, name.replace("ssa", "linear")) for name in ours if name.replace("ssa", "linear") in names]
     found += [("plain", name) for name in ours if "plain" in names]
@@ -180,17 +180,21 @@ def verdict(what: str, ratio: float) -> str:
 
 
 def main() -> int:
-    """Measures, prints, writes; 1 where the sides disagree."""
+    """Measures, prints, writes; returns 1 if the sides disagree."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--smoke", action="store_true", help="small and quick; writes nothing")
-    parser.add_argument("--profile", action="store_true", help="shares of the parts, and what bounds the step")
-    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: a GPU where there is one")
+    parser.add_argument(
+        "--profile", action="store_true", help="also what the step spends its time on, and what bounds it"
+    )
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: a GPU if there is one")
     parser.add_argument("--amp", choices=("off", "bf16"), help="default: bf16 on a GPU, off on a CPU")
-    parser.add_argument("--model", default="seaformer_b", help="whose decoder gives one feature (default %(default)s)")
+    parser.add_argument(
+        "--model", default="seaformer_b", help="a network whose decoder returns one feature (default %(default)s)"
+    )
     parser.add_argument("--batch", type=int, help="default: 16 on a GPU, 4 on a CPU")
     parser.add_argument("--classes", type=int, action="append", help=f"repeatable (default {CLASSES})")
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--threads", type=int, default=2, help="of a CPU (default %(default)s)")
+    parser.add_argument("--threads", type=int, default=2, help="threads on a CPU (default %(default)s)")
     parser.add_argument("--sides", action="append", help="only these of step_sides.py; repeatable")
     parser.add_argument("--peak-of", help=argparse.SUPPRESS)
     parser.add_argument("--case", type=json.loads, help=argparse.SUPPRESS)
@@ -210,7 +214,7 @@ def main() -> int:
         difference = apart(this)
         agree &= max(difference.values()) < TOLERANCE
         print(f"{classes} classes, ssa and plain apart: " + ", ".join(f"{k} {v:.1e}" for k, v in difference.items()))
-        # Forms that compile take minutes, and the number of classes changes nothing in what they do.
+        # Forms that compile take minutes, and their results do not depend on the number of classes.
         forms = device == "cuda" and (options.smoke or classes == CLASSES[0])
         sides = tuple(options.sides or (CUDA_SIDES if forms else CPU_SIDES))
         sides = tuple(side for side in sides if not (options.smoke and "compiled" in side))
@@ -228,9 +232,9 @@ def main() -> int:
 
 
 def case_of(options: argparse.Namespace, device: str) -> Case:
-    """From the options; the classes are set later."""
+    """The case that the options describe; the number of classes is set later."""
     if options.smoke:
-        GOALS.clear()  # which are for whole images
+        GOALS.clear()  # they are for large images
         return Case(device, 4, 11, 64, "seaformer_t", options.amp or "off", 1, 2)
     batch, amp, steps = (16, "bf16", 10) if device == "cuda" else (4, "off", 1)
     return Case(
@@ -245,13 +249,13 @@ def case_of(options: argparse.Namespace, device: str) -> Case:
 
 
 def write(device: str, results: list[dict[str, Any]]) -> None:
-    """A machine without a GPU keeps the figures that one with a GPU has left."""
+    """Writes the results of `device`; keeps those of the other device."""
     stored = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     stored[device] = {
         "command": "python benchmarks/step.py " + " ".join(sys.argv[1:]),
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
         "on": processor(device),
-        "load average": os.getloadavg()[0],  # above the number of cores: other programs ran beside
+        "load average": os.getloadavg()[0],  # above the number of cores: other programs ran, too
         "cases": results,
     }
     RESULTS.parent.mkdir(exist_ok=True)

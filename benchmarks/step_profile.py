@@ -1,9 +1,9 @@
 """What a training step spends its time on, and what bounds it: for step.py --profile.
 
-Parts are timed with a wait after each, which a step by itself does not have. "products" are convolutions and matrix
-products. Estimates: the step's multiply-accumulates over the speed of a large product here, and the bytes of every
-operation over that of a large copy. They are no bounds: caches save bytes, and a machine's speed is not steady. On a
-GPU a step is bound by launches where the GPU is idle for more than a tenth of it.
+The stages of a step are timed with a wait after each; a normal step has no such waits. "products" are convolutions and
+matrix products. Estimates: the step's multiply-accumulates divided by the speed of a large product on this machine, and
+the bytes of all operations divided by the speed of a large copy. They are not bounds: caches save bytes, and the speed
+of a machine varies. On a GPU, a step is bound by launches if the GPU is idle for more than a tenth of it.
 """
 
 import time
@@ -22,14 +22,14 @@ PRODUCTS = ("gemm", "conv", "cutlass", "xmma", "nvjet", "addmm", "bmm", "::mm", 
 
 
 def profile_of(side: Side) -> dict[str, Any]:
-    """Shares, operators and bounds of one side."""
+    """Times of the stages and operators of one side, and what bounds it."""
     for _ in range(2):
         side.step()
     kinds, top, busy, launched = operators(side)
     host, whole = times(side)
     found: dict[str, Any] = {
         "step [ms]": whole,
-        "parts [ms]": parts(side),
+        "parts [ms]": stages(side),
         "kinds [ms]": kinds,
         "top [ms]": top,
     }
@@ -41,8 +41,8 @@ def profile_of(side: Side) -> dict[str, Any]:
     return found
 
 
-def parts(side: Side) -> dict[str, float]:
-    """Median [ms] of each part: the step taken apart at the classifier's feature."""
+def stages(side: Side) -> dict[str, float]:
+    """Median [ms] of each stage; the step is split at the classifier's feature."""
     spent: dict[str, list[float]] = defaultdict(list)
     images, labels = side.feed()
     for turn in range(-1, ROUNDS):
@@ -71,7 +71,7 @@ def clock(side: Side) -> float:
 
 
 def times(side: Side) -> tuple[float, float]:
-    """[ms] until the program has queued a step, and until the step is done."""
+    """Time [ms] until the program has queued a step, and until the step is done."""
     queued, done = [], []
     for _ in range(ROUNDS):
         start = clock(side)
@@ -82,7 +82,7 @@ def times(side: Side) -> tuple[float, float]:
 
 
 def operators(side: Side) -> tuple[dict[str, float], dict[str, float], float, int]:
-    """Of a step: [ms] of products and others, of the ten dearest operators or kernels, of all; and their number."""
+    """Of a step: time [ms] of products and others, of the ten slowest operators or kernels, and of all; the number."""
     cuda = side.device.type == "cuda"
     with profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]) as found:
         side.step()
@@ -104,7 +104,7 @@ def operators(side: Side) -> tuple[dict[str, float], dict[str, float], float, in
 
 
 def estimates(side: Side) -> dict[str, float]:
-    """Time of a step's arithmetic and of its bytes [ms], by the speeds of a large product and a large copy here."""
+    """Time [ms] of a step's arithmetic and of its bytes, at the speeds of a large product and a large copy."""
     work = Work()
     with work:
         side.step()
@@ -127,7 +127,7 @@ def estimates(side: Side) -> dict[str, float]:
 
 
 def best(side: Side, work: Any) -> float:
-    """Seconds of the quickest of ten."""
+    """Seconds of the fastest of ten calls."""
     found = []
     for _ in range(10):
         start = clock(side)
@@ -137,7 +137,7 @@ def best(side: Side, work: Any) -> float:
 
 
 def bound_by(found: dict[str, Any]) -> str:
-    """In words."""
+    """What bounds the step, as text."""
     if "GPU busy [ms]" in found and found["GPU busy [ms]"] < 0.9 * found["step [ms]"]:
         idle = 1 - found["GPU busy [ms]"] / found["step [ms]"]
         return f"launches: the GPU is idle for {idle:.0%} of the step"
@@ -149,23 +149,24 @@ def bound_by(found: dict[str, Any]) -> str:
 
 
 def show_profile(found: dict[str, dict[str, Any]]) -> None:
-    """A paragraph a side."""
-    for name, told in found.items():
-        whole = sum(told["parts [ms]"].values())
-        shares = ", ".join(f"{part} {value / whole:.0%}" for part, value in told["parts [ms]"].items())
-        print(f"  profile of {name}: {told['step [ms]']:.1f} ms; {shares}")
-        if "estimates [ms]" in told:
-            guess = told["estimates [ms]"]
+    """Prints a paragraph per side."""
+    for name, result in found.items():
+        whole = sum(result["parts [ms]"].values())
+        shares = ", ".join(f"{part} {value / whole:.0%}" for part, value in result["parts [ms]"].items())
+        print(f"  profile of {name}: {result['step [ms]']:.1f} ms; {shares}")
+        if "estimates [ms]" in result:
+            guess = result["estimates [ms]"]
             print(
                 f"    estimates: arithmetic {guess['arithmetic']:.1f} ms ({guess['GMAC']:.0f} GMAC), "
                 f"bytes {guess['bytes']:.1f} ms ({guess['GB']:.1f} GB in {guess['operations']} operations)"
             )
-        if "kernels" in told:
+        if "kernels" in result:
             print(
-                f"    {told['kernels']} kernels, GPU busy {told['GPU busy [ms]']:.1f} ms, queued after "
-                f"{told['queued after [ms]']:.1f} ms"
+                f"    {result['kernels']} kernels, GPU busy {result['GPU busy [ms]']:.1f} ms, queued after "
+                f"{result['queued after [ms]']:.1f} ms"
             )
-        print(f"    bound by {told['bound by']}")
+        print(f"    bound by {result['bound by']}")
         print(
-            "    dearest: " + "; ".join(f"{key[:40]} {value:.1f}" for key, value in list(told["top [ms]"].items())[:6])
+            "    slowest: "
+            + "; ".join(f"{key[:40]} {value:.1f}" for key, value in list(result["top [ms]"].items())[:6])
         )

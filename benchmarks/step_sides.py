@@ -1,10 +1,10 @@
 """The sides of step.py: a training step of the same network under one classifier's losses, in several forms.
 
-`linear` and `ssa` are the product's forward, losses, backward and optimiser; the rest of its step, such as the guard
-and the gradient's norm, is left out of all sides. `plain` is ssa with its losses as losses.py writes them, the way the
-official code works: full-resolution logits of all images at once, Python loops over the classes present, OpenCV's edges
-on the CPU. Forms of the product's, all on a GPU: `compiled` (as train.compile), `graph` (the whole step replayed as one
-CUDA graph), `fed` (the batch is copied and prepared for each step), `prefetched` (the same on a stream of its own).
+`linear` and `ssa` are the package's forward, losses, backward and optimiser. No side has the rest of a training step,
+such as the guard and the gradient's norm. `plain` is ssa with the losses of losses.py, which work as the official code
+does: full-resolution logits of all images together, Python loops over the classes present, OpenCV's edges on the CPU.
+Forms of the first two, all on a GPU: `compiled` (as train.compile), `graph` (the whole step is replayed as one CUDA
+graph), `fed` (the batch is copied and prepared for each step), `prefetched` (the same on a separate stream).
 """
 
 from collections.abc import Callable
@@ -22,7 +22,7 @@ from ssaseg.models import build_model
 from ssaseg.models.classifiers.losses import IGNORE
 
 MEAN, STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
-PRESENT, PATCHES = 12, 8  # classes of an image at most; patches of one class along a side
+PRESENT, PATCHES = 12, 8  # largest number of classes in an image; number of one-class patches along a side
 CPU_SIDES = ("ssa", "linear", "plain")
 CUDA_SIDES = (
     *CPU_SIDES,
@@ -49,11 +49,11 @@ class Case:
     amp: str = "off"  # or bf16
     threads: int = 2
     rounds: int = 5
-    steps: int = 1  # of a side's turn; on a GPU they are queued without waiting in between
+    steps: int = 1  # steps in a side's turn; on a GPU they are queued without waits between them
 
 
 def make_batch(case: Case) -> Batch:
-    """Pixels at random, and labels of 8×8 patches of up to 12 classes an image, 5 % of the pixels ignored."""
+    """Random pixels, and labels with 8×8 patches of up to 12 classes per image; 5 % of the pixels are ignored."""
     torch.manual_seed(0)
     size = (case.batch, case.image, case.image)
     present = min(PRESENT, case.classes)
@@ -63,7 +63,7 @@ def make_batch(case: Case) -> Batch:
     labels = patches.repeat_interleave(side, 1).repeat_interleave(side, 2)
     labels[torch.rand(labels.shape) < 0.05] = IGNORE
     images = torch.randint(0, 256, (*size, 3), dtype=torch.uint8)
-    # Brightness, contrast, saturation and hue, as half of the images have each.
+    # Brightness, contrast, saturation and hue, for half of the images.
     draws = torch.tensor([20.0, 1.2, 1.1, 5.0, torch.nan][:DRAWS]).repeat(case.batch, 1)
     draws[::2] = torch.nan
     sizes = torch.tensor([[case.image, case.image]] * case.batch)
@@ -71,7 +71,7 @@ def make_batch(case: Case) -> Batch:
 
 
 class Side:
-    """A network, its optimiser and a batch on the device; `step()` is one training step, which waits for nothing."""
+    """A network, its optimiser and a batch on the device; `step()` is one training step, without waits."""
 
     def __init__(self, name: str, case: Case) -> None:
         self.name, self.case = name, case
@@ -79,7 +79,7 @@ class Side:
         self.device = torch.device(case.device)
         torch.manual_seed(0)
         self.model = build_model(case.model, case.classes, "linear" if kind == "linear" else "ssa", group=GROUP)
-        # Fresh rows are so alike that some losses would be next to nothing.
+        # With the usual initialisation the rows are so similar that some losses would be almost zero.
         torch.nn.init.normal_(self.model.classifier.conv_seg.weight, 0.0, 0.1)
         self.model.to(self.device)
         if "compiled" in forms:  # as train.compile does
@@ -106,19 +106,19 @@ class Side:
         return self.losses_of(self.feature(images), labels)
 
     def feature(self, images: Tensor) -> Tensor:
-        """What the classifier is given."""
+        """The feature that the classifier takes."""
         with self.autocast():
             return self.model.feature(images)
 
     def losses_of(self, feature: Tensor, labels: Tensor) -> dict[str, Tensor]:
-        """From a feature; both formulations compute in float32 whatever the network does."""
+        """Losses of a feature. Both formulations compute in float32, also if the network does not."""
         if self.plain:
             return plain_losses(self.model.classifier, feature.float(), labels)  # type: ignore[arg-type]
         with self.autocast():
             return self.model.classifier.training_step(feature, labels).losses
 
     def autocast(self) -> torch.autocast:
-        # A graph may hold no tensor that the cache of casts would free.
+        # A graph must not use a tensor that the cache of casts would free.
         enabled = self.case.amp != "off"
         return torch.autocast(self.device.type, torch.bfloat16, enabled=enabled, cache_enabled=not self.captured)
 
@@ -134,7 +134,7 @@ class Side:
         """The step as one CUDA graph."""
         aside = torch.cuda.Stream()
         aside.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(aside):  # tunes and compiles, and makes the optimiser's state, outside the graph
+        with torch.cuda.stream(aside):  # tuning, compiling and the optimiser's state are outside the graph
             for _ in range(3):
                 Side.step(self)
         torch.cuda.current_stream().wait_stream(aside)
@@ -149,6 +149,6 @@ class Side:
         return replay
 
     def wait(self) -> None:
-        """Until everything queued is done."""
+        """Waits until everything in the queue is done."""
         if self.device.type == "cuda":
             torch.cuda.synchronize()

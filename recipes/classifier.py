@@ -6,61 +6,16 @@ and whether images form groups.
 
 import difflib
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from typing import Any
 
 from ssaseg.recipes.messages import dotted, place_of
 from ssaseg.recipes.reading import Keys, RecipeError, short
 from ssaseg.recipes.schema import Recipe
 
-
-class Loss(Protocol):
-    """A loss of a network with its classifier."""
-
-    @property
-    def weight(self) -> float:
-        """Its default weight."""
-
-
-class Option(Protocol):
-    """An option of a classifier. Values must have the type of the default."""
-
-    @property
-    def default(self) -> Any:
-        """The value if the recipe has none."""
-
-    @property
-    def meaning(self) -> str:
-        """A short description."""
-
-    @property
-    def least(self) -> float | None:
-        """Smallest number allowed; None: no limit."""
-
-    @property
-    def most(self) -> float | None:
-        """Largest number allowed; None: no limit."""
-
-    @property
-    def choices(self) -> tuple[Any, ...]:
-        """Values allowed for a text; empty: any."""
-
-
-class Facts(Protocol):
-    """Facts about a network with its classifier."""
-
-    @property
-    def losses(self) -> Mapping[str, Loss]:
-        """The losses by name."""
-
-    @property
-    def options(self) -> Mapping[str, Option]:
-        """The classifier's options by name."""
-
-    @property
-    def uses_groups(self) -> bool:
-        """Whether images form groups of `distill.group`, which a micro-batch must not split."""
-
-
+# Facts about a network with its classifier. `losses`: by name, each with its default `weight`. `options`: by name, each
+# with `default` (values must have its type), `meaning`, `least`, `most` and `choices`. `uses_groups`: whether images
+# form groups of `distill.group`, which a micro-batch must not split.
+Facts = Any
 Known = Callable[[str, str], Facts]  # (network, classifier) → facts; raises ValueError for an unknown name
 
 
@@ -106,7 +61,7 @@ def _check_names(recipe: Recipe, facts: Facts, wrong: Callable[..., RecipeError]
             raise wrong(("model", "options", name), value, expected, f"{name}: {option.meaning}")
 
 
-def _expected(value: object, option: Option) -> str:
+def _expected(value: object, option: Any) -> str:
     """The value that the option expects; "" if `value` is valid."""
     kind = type(option.default)
     right = isinstance(value, int | float if kind is float else kind) and isinstance(value, bool) == (kind is bool)

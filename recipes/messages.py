@@ -79,9 +79,9 @@ def _did_you_mean(loc: Keys) -> str:
     near = difflib.get_close_matches(name, siblings, n=1)
     if near:
         return f"did you mean {'.'.join([*above, near[0]])}?"
-    elsewhere = [key for key in _all_keys(Recipe) if difflib.get_close_matches(name, [key.rpartition(".")[2]], n=1)]
-    if elsewhere:
-        return f"did you mean {' or '.join(elsewhere[:2])}?"
+    others = [key for key in _all_keys(Recipe) if difflib.get_close_matches(name, [key.rpartition(".")[2]], n=1)]
+    if others:
+        return f"did you mean {' or '.join(others[:2])}?"
     return f"known keys {'of ' + '.'.join(above) if above else 'at the top'}: {', '.join(siblings)}"
 
 

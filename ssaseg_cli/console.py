@@ -75,7 +75,7 @@ def write_json(json_out: str | None, report: Mapping[str, Any]) -> None:
 def progress_bar(total: int, verb: str) -> Iterator[Callable[[int], object]]:
     """Yields a function to call with the number of images just done.
 
-    It updates a bar on a terminal; elsewhere it prints a line, at most every ten seconds.
+    It updates a bar on a terminal. Without a terminal it prints a line, at most every ten seconds.
     """
     if sys.stderr.isatty():
         from tqdm import tqdm

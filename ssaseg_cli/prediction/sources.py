@@ -76,17 +76,17 @@ def _name(found: Sequence[tuple[Path, str]]) -> list[Source]:
         groups: dict[str, list[int]] = {}
         for index, name in enumerate(names):
             groups.setdefault(name, []).append(index)
-        shared = [index for group in groups.values() if len(group) > 1 for index in group]
+        equal = [index for group in groups.values() if len(group) > 1 for index in group]
         # Repeated, since a name with its suffix may be equal to another name.
-        short = [index for index in shared if names[index] != found[index][1]]
+        short = [index for index in equal if names[index] != found[index][1]]
         if not short:
             break
         for index in short:
             names[index] = found[index][1]
-    if shared:
-        first, second = (found[index][0] for index in shared[:2])
+    if equal:
+        first, second = (found[index][0] for index in equal[:2])
         raise CommandError(
-            f"{first} and {second}: their results would have the same name, {names[shared[0]]}\n"
+            f"{first} and {second}: their results would have the same name, {names[equal[0]]}\n"
             "give the folder that holds both inputs, or run the command once for each, with another --out"
         )
     return [Source(path, relative, name) for (path, relative), name in zip(found, names, strict=True)]

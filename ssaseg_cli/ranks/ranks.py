@@ -288,11 +288,11 @@ def connect(device: torch.device) -> Ranks:
         return Ranks(device)
     backend = "gloo"
     if device.type == "cuda":
-        device, shared = own_gpu(
+        device, several = own_gpu(
             int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("LOCAL_WORLD_SIZE", str(size)))
         )
         torch.cuda.set_device(device)
-        backend = "gloo" if shared else "cpu:gloo,cuda:nccl"
+        backend = "gloo" if several else "cpu:gloo,cuda:nccl"
     try:
         store, rank, size = meet(PATIENCE)
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=PATIENCE)
@@ -312,10 +312,7 @@ def connect(device: torch.device) -> Ranks:
 
 
 def own_gpu(local_rank: int, here: int) -> tuple[torch.device, bool]:
-    """The GPU of one of `here` ranks on this machine, and whether other ranks use it, too.
-
-    Raises CommandError if there are fewer GPUs than ranks.
-    """
+    """The GPU of one of `here` ranks on this machine; whether others use it, too. CommandError if there are too few."""
     count = torch.cuda.device_count()
     if here <= count:
         return torch.device("cuda", local_rank), False

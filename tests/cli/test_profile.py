@@ -122,21 +122,28 @@ def test_live_tensors_follow_what_is_freed() -> None:
 
 
 def test_paper_table(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every published row within 1 % in parameters and 3 % in multiply-accumulates; the printed cells are the rows'."""
+    """Rows within 1 % in parameters and 3 % in multiply-accumulates; the printed cells are the rows'.
+
+    Every published row's figures are looked at in models/test_networks.py.
+    """
+    assert sum(map(len, papertable.PAPER.values())) == 12
+    some = {"afformer_b": "linear", "seaformer_b": "ssa", "cgrseg_l": "linear"}
+    paper = {name: {kind: papertable.PAPER[name][kind]} for name, kind in some.items()}
+    monkeypatch.setattr(papertable, "PAPER", paper)
     monkeypatch.setattr(papertable, "measure_latency", lambda models, image, runs: [TIMINGS] * len(models))
     assert papertable.run_paper_table("-", "cpu", 1) == 0
     report = json.loads(capsys.readouterr().out)
     assert [(row["model"], row["classifier"]) for row in report["rows"]] == [
         (name, kind) for name, kinds in papertable.PAPER.items() for kind in kinds
     ]
-    assert len(report["rows"]) == 12
+    assert len(report["rows"]) == 3
     for row in report["rows"]:
         assert abs(row["parameters"] / row["paper"]["parameters"] - 1) < 0.01, row
         assert abs(row["gmacs"][MODULES_ONLY] / row["paper"]["gmacs"] - 1) < 0.03, row
         assert row["gmacs"][EVERY_OPERATION] > 0.9 * row["paper"]["gmacs"]
     papertable.print_paper_table(report)
     table = capsys.readouterr().out
-    for cell in ("3.004 (+0.1 %)", "8.734 (-0.8 %)", "14.899 (-0.0 %)", "66,048", "36.0"):
+    for cell in ("3.004 (+0.1 %)", "8.734 (-0.8 %)", "14.899 (-0.0 %)", "66,048", "43.3"):
         assert cell in table
 
 

@@ -226,7 +226,7 @@ def test_train_looks_at_a_sample_or_at_all(
 ) -> None:
     make_pairs(tmp_path, count=6)
     monkeypatch.setattr(check, "SMALL", 0)
-    monkeypatch.setattr("ssaseg.datasets.check.DECODED", 0)
+    monkeypatch.setattr(check, "DECODED", 0)
     dataset = PairDataset(tmp_path / "images/train", tmp_path / "masks/train", ["sky", "road", "tree"])
     noise = np.random.RandomState(0).randint(0, 255, (40, 50, 3), np.uint8)
     Image.fromarray(noise).save(dataset.image_files[5])

@@ -14,6 +14,7 @@ import pytest
 from calling import call, put
 from PIL import Image
 
+from ssaseg.cli.data import init
 from ssaseg.cli.data.recipe_text import sizes
 from ssaseg.datasets import DataError, build_dataset
 from ssaseg.datasets.exporting import export_scenes
@@ -253,7 +254,7 @@ def test_a_full_disk_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPa
             raise OSError(errno.ENOSPC, "No space left on device", str(file))
         file.write_bytes(content)
 
-    monkeypatch.setattr("ssaseg.cli.data.init.write_atomic", write)
+    monkeypatch.setattr(init, "write_atomic", write)
     result = call("data", "init", tmp_path / "data", "--out", tmp_path / "x.yaml")
     assert result.exit_code == 2
     assert "No space left on device" in result.stderr

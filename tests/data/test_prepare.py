@@ -6,15 +6,17 @@ import dataclasses
 import errno
 import os
 import signal
-import subprocess
 import sys
-import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from changes import command as run_command
+from changes import slow_masks
 from click.testing import CliRunner, Result
+from forked import Forked
 from PIL import Image
 from scipy.io import savemat
 
@@ -233,26 +235,13 @@ def test_stopped_anywhere_it_goes_on(tmp_path: Path, number: int, code: int) -> 
     source, root = tmp_path / "source", tmp_path / "root"
     names = tuple(f"{index:03}" for index in range(40))
     make_stuff10k(source, names[:-1], names[-1:])
-    slow = """
-import dataclasses, time
-from ssaseg.cli.main import cli
-from ssaseg.datasets.prepare import DOWNLOADS
-download = DOWNLOADS["coco_stuff10k"]
-slow = lambda file: (time.sleep(0.03), download.read(file))[1]
-DOWNLOADS["coco_stuff10k"] = dataclasses.replace(download, read=slow)
-"""
     words = ["data", "prepare", "coco_stuff10k", "--source", str(source), "--root", str(root), "--workers", "1"]
-    program = [sys.executable, "-c", f"{slow}\ncli({words})"]
-    with subprocess.Popen(program, stderr=subprocess.PIPE, text=True) as process:
-        masks = root / "annotations/train2014"
-        deadline = time.monotonic() + 60
-        while not (masks.is_dir() and len(list(masks.glob("*_labelTrainIds.png"))) >= 3):
-            assert time.monotonic() < deadline
-            assert process.poll() is None
-            time.sleep(0.01)
-        process.send_signal(number)
-        error = process.communicate()[1]
-    assert process.returncode == code, error
+    process = Forked(run_command, words, partial(slow_masks, "coco_stuff10k", 0.03), errors=tmp_path / "errors")
+    masks = root / "annotations/train2014"
+    process.wait_until(lambda: masks.is_dir() and len(list(masks.glob("*_labelTrainIds.png"))) >= 3)
+    process.send_signal(number)
+    ended, error = process.finish()
+    assert ended == code, error
     made = list(masks.glob("*.png"))
     assert 3 <= len(made) < 40
     assert all(ids_of(file).shape == (12, 16) for file in made)

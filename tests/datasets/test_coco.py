@@ -400,7 +400,7 @@ def test_a_recipe_names_folder_and_files(tmp_path: Path) -> None:
         build_dataset("coco_json", "train", root=tmp_path, options={"train": None})
     for wrong, message in (
         ({"val": {"images": "images", "masks": "masks"}}, r"data\.val: expected a key annotations"),
-        ({"val": {"images": "i", "annotations": "0.json", "masks": "m"}}, r"data\.val\.masks: expected none"),
+        ({"val": {"images": "i", "annotations": "0.json", "masks": "m"}}, r"data\.val\.masks: expected no value"),
         ({"ignore_index": 7}, r"data\.ignore_index: expected no value, since dataset is coco_json"),
         ({"val": None}, r"data\.val: expected the folders of the split, since dataset is coco_json"),
     ):

@@ -5,15 +5,14 @@ import os
 import signal
 import subprocess
 import sys
-import textwrap
 import time
 import weakref
-from pathlib import Path
 
 import numpy as np
 import psutil
 import pytest
 import torch
+from places import HELPERS
 
 from ssaseg.datasets import DataError
 from ssaseg.datasets.loader import Batch, eval_loader, train_loader
@@ -198,30 +197,11 @@ def test_workers_live_through_all_epochs_and_keep_nothing() -> None:
 
 @pytest.mark.skipif(not hasattr(os, "killpg"), reason="needs process groups")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_signals_to_the_group_reach_only_the_command(number: signal.Signals, tmp_path: Path) -> None:
+def test_signals_to_the_group_reach_only_the_command(number: signal.Signals) -> None:
     """The command catches the signal, still reads ten batches, and ends without a word from the workers."""
-    script = tmp_path / "command.py"
-    script.write_text(
-        textwrap.dedent(f"""
-        import signal, sys, time
-        sys.path.insert(0, {str(Path(__file__).parent)!r})
-        from test_loader import Fake, TRANSFORM
-        from ssaseg.datasets.loader import train_loader
-        caught = []
-        signal.signal({int(number)}, lambda *_: caught.append(1))
-        stream = train_loader(Fake(10), TRANSFORM, 0, 4, 2)
-        next(stream), next(stream)  # one from each worker: both have started
-        print("ready", flush=True)
-        while not caught:
-            time.sleep(0.01)
-        for _ in range(10):
-            next(stream)
-        stream.close()
-        print("saved", flush=True)
-        """)
-    )
+    command = [sys.executable, str(HELPERS / "reading.py"), str(int(number))]
     process = subprocess.Popen(
-        [sys.executable, str(script)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
     )
     assert process.stdout is not None
     assert process.stdout.readline() == "ready\n"

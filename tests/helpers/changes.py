@@ -1,5 +1,6 @@
 """What commands meet in tests: changes of the process they run in, each a function that is called before them."""
 
+import dataclasses
 import itertools
 import os
 import signal
@@ -14,11 +15,21 @@ import torch
 
 from ssaseg.cli.main import cli
 from ssaseg.cli.training import build, loop
+from ssaseg.cli.training.folder import open_run
 from ssaseg.datasets import DataError
 from ssaseg.datasets.loader import TrainWork
+from ssaseg.datasets.prepare import DOWNLOADS
 from ssaseg.datasets.synthetic import SyntheticScenes
+from ssaseg.recipes import load_recipe
 
 Change = Callable[[], None]
+
+
+def hold_run(out: Path, held: Path) -> None:
+    """A run that goes on and on; makes the file `held` once it has the folder."""
+    with open_run(out, load_recipe("demo"), False):
+        held.touch()
+        time.sleep(60)
 
 
 def command(words: list[str], *changes: Change) -> None:
@@ -122,6 +133,17 @@ def unreadable_at(position: int) -> None:
         return load(self, samples)
 
     TrainWork.__getitem__ = failing  # type: ignore[method-assign]
+
+
+def slow_masks(dataset: str, seconds: float) -> None:
+    """`data prepare` takes its time with each."""
+    download = DOWNLOADS[dataset]
+
+    def read(file: Any) -> Any:
+        time.sleep(seconds)
+        return download.read(file)
+
+    DOWNLOADS[dataset] = dataclasses.replace(download, read=read)
 
 
 def killed_at(fault: str, times: int) -> None:

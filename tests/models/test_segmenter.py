@@ -1,5 +1,6 @@
 """Networks with auxiliary heads and a first stage, and classifiers with state of their own: the contract's corners."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from ssaseg.cli.weights.pretrained import load_pretrained
 from ssaseg.models import CheckpointError, LossOptions, build_model, facts, list_models, load_model, save_model
 from ssaseg.models.build import CLASSIFIERS, FAMILIES
 from ssaseg.models.checkpoint import save_deploy
@@ -16,7 +18,7 @@ from ssaseg.models.classifiers.linear import LinearClassifier
 from ssaseg.models.decoder import AuxiliaryHead, Decoder
 from ssaseg.models.deploy import fold
 from ssaseg.models.networks.family import Family, Parts
-from ssaseg.models.official import official_keys
+from ssaseg.models.official import official_entries, official_keys
 from ssaseg.models.rows import Row
 
 CLASSES = 3
@@ -183,6 +185,36 @@ def test_a_deploy_form_is_not_taken_for_a_whole_one(tmp_path: Path) -> None:
     save_model(tmp_path / "odd.safetensors", fold(build_model("fake_plain", CLASSES, "bank")), {})
     with pytest.raises(CheckpointError, match="3 keys missing"):
         load_model(tmp_path / "odd.safetensors")
+
+
+def test_an_imagenet_file_may_have_names_and_layouts_of_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`Family.imagenet`: here its convolutions are called otherwise, and one is a matrix."""
+    rows = (
+        Row("backbone.fine", "backbone.patch.proj", lambda *v: tuple(v), lambda *v: tuple(v)),
+        Row(
+            "backbone.coarse.0.weight",
+            "backbone.merge.matrix",
+            lambda matrix: (matrix.view(8, 6, 2, 2),),
+            lambda weight: (weight.reshape(8, 24),),
+        ),
+        Row("backbone.coarse.0.bias", "backbone.merge.bias"),
+        Row("backbone.coarse.1", "backbone.merge.norm"),
+    )
+    family = replace(fake("fake_plain", {}), imagenet=rows)
+    monkeypatch.setitem(FAMILIES, "fake_plain", family)  # type: ignore[index]
+    torch.manual_seed(1)
+    source, start = (build_model("fake_plain", CLASSES) for _ in range(2))
+    state: dict[str, Tensor] = {}
+    for entry in official_entries(source, imagenet=True):
+        state |= entry.give(source.state_dict())
+    torch.save({key.removeprefix("backbone."): value for key, value in state.items()}, tmp_path / "imagenet.pth")
+    assert "merge.matrix" in torch.load(tmp_path / "imagenet.pth", weights_only=True)
+    found = load_pretrained(start, tmp_path / "imagenet.pth")
+    assert found.complete
+    for key, value in source.backbone.state_dict().items():
+        assert torch.equal(value, start.backbone.state_dict()[key]), key
 
 
 def test_options_are_handed_to_the_classifier() -> None:

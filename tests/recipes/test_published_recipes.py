@@ -249,7 +249,7 @@ def test_what_is_ours_is_what_the_header_says(name: str) -> None:
     assert ("no published score" in header) == (not figures)
     config = CONFIGS.get(name, CONFIGS[name.replace(recipe.data.dataset, "ade20k")])
     assert f"configs/{config}" in header
-    assert ("derived, as there is no official configuration" in header) == (name in DERIVED)
+    assert ("derived, since there is no official configuration" in header) == (name in DERIVED)
     assert all(part in header for part in OFFICIAL["broken"].get(config, {}).values())
 
 

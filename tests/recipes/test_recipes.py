@@ -315,3 +315,15 @@ def test_every_key_says_what_it_means() -> None:
     fields = [(f"{kind.__name__}.{name}", field) for kind in kinds for name, field in kind.model_fields.items()]
     assert len(fields) > 60
     assert [name for name, field in fields if not field.description] == []
+
+
+def test_a_stored_recipe_may_have_the_weights_of_losses_in_distill() -> None:
+    """As checkpoints have it that were written before they moved to `loss`."""
+    stored = load_recipe("demo").model_dump(mode="json")
+    stored["distill"] = {"group": 2, "weights": {"main_ce": 1.0, "semantic": 10.0}}
+    del stored["loss"]["weights"]
+    recipe = parse_recipe(stored, "old.safetensors")
+    assert (recipe.distill.group, recipe.loss.weights) == (2, {"main_ce": 1.0, "semantic": 10.0})
+    assert recipe.loss.label_smoothing == 0
+    with pytest.raises(RecipeError, match=r"unknown key distill\.weights"):
+        load_recipe("demo", ["distill.weights.semantic=0"])

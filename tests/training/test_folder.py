@@ -4,8 +4,6 @@ import errno
 import json
 import os
 import resource
-import subprocess
-import sys
 from importlib import metadata
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,6 +11,8 @@ from typing import Any
 
 import pytest
 import torch
+from changes import hold_run
+from forked import Forked
 
 from ssaseg.cli.errors import CommandError
 from ssaseg.cli.ranks.ranks import Ranks
@@ -216,29 +216,20 @@ def test_a_micro_batch_that_was_found_stays_where_it_fits(tmp_path: Path, found:
 
 # ---- one run at a time ---------------------------------------------------------------------------------------------
 
-HOLD = """
-import sys, time
-from pathlib import Path
-from ssaseg.cli.training.folder import open_run
-from ssaseg.recipes import load_recipe
-with open_run(Path(sys.argv[1]), load_recipe("demo"), False):
-    print("held", flush=True)
-    time.sleep(60)
-"""
-
 
 def test_two_runs_in_one_folder(tmp_path: Path) -> None:
     out = tmp_path / "run"
-    with subprocess.Popen([sys.executable, "-c", HOLD, str(out)], stdout=subprocess.PIPE, text=True) as other:
-        assert other.stdout is not None
-        assert other.stdout.readline() == "held\n"
-        try:
-            with pytest.raises(CommandError) as caught, open_run(out, RECIPE, False):
-                pass
-            assert f"process {other.pid} on " in str(caught.value)
-            assert len(str(caught.value).splitlines()) == 2
-        finally:
-            other.kill()
+    held = tmp_path / "held"
+    other = Forked(hold_run, out, held, errors=tmp_path / "errors")
+    try:
+        other.wait_until(held.exists)
+        with pytest.raises(CommandError) as caught, open_run(out, RECIPE, False):
+            pass
+        assert f"process {other.pid} on " in str(caught.value)
+        assert len(str(caught.value).splitlines()) == 2
+    finally:
+        other.kill()
+        other.wait()
     assert names(out) == [".lock"], "a killed run leaves the name of its lock"
     with open_run(out, RECIPE, False) as run:  # which locks nothing any more, and is no content
         assert run.stored is None

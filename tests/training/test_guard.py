@@ -16,6 +16,7 @@ from torch import Tensor
 from ssaseg.cli.errors import print_error
 from ssaseg.cli.ranks.ranks import Ranks
 from ssaseg.cli.training import loop as train
+from ssaseg.cli.training import state as state_module
 from ssaseg.cli.training.faults import advice
 from ssaseg.cli.training.guard import Guard
 from ssaseg.cli.training.job import Job
@@ -200,7 +201,7 @@ def test_a_full_disk_hides_no_bad_step(
     def refuse(path: Path, *_: Any, **__: Any) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
 
-    monkeypatch.setattr("ssaseg.cli.training.state.write_atomic", refuse)
+    monkeypatch.setattr(state_module, "write_atomic", refuse)
     with pytest.raises(FloatingPointError) as caught:
         run(job)
     assert print_error(caught.value) == 3

@@ -17,6 +17,7 @@ from ssaseg.cli.errors import CommandError
 from ssaseg.cli.training import build as jobs
 from ssaseg.cli.training import faults
 from ssaseg.cli.training import loop as train
+from ssaseg.cli.training import state as state_module
 from ssaseg.cli.training import window as watch
 from ssaseg.cli.training.average import Average
 from ssaseg.cli.training.job import Job
@@ -321,7 +322,7 @@ def test_a_full_disk_does_not_hide_why_a_run_ends(
     def refuse(path: Path, *_: Any, **__: Any) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
 
-    monkeypatch.setattr("ssaseg.cli.training.state.write_atomic", refuse)
+    monkeypatch.setattr(state_module, "write_atomic", refuse)
     with pytest.raises(CommandError, match=r"memory is used up by 4 .*\n.*\n.*begins anew: no state was saved yet"):
         run(job)
     told = [line for line in capsys.readouterr().err.splitlines() if "could not be saved" in line]

@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from ssaseg.cli.drawing import bars, curves, panels
 from ssaseg.cli.drawing.panels import LINE, RIGHTED, STILL_WRONG, WIDTH, WORSENED, Panel
 from ssaseg.cli.main import cli
-from ssaseg.cli.scoring import confused
+from ssaseg.cli.scoring import confused, inference
 from ssaseg.cli.scoring.metrics import Confusion
 from ssaseg.cli.training import pictures
 from ssaseg.cli.training.log import MetricsLog, read_metrics
@@ -116,7 +116,7 @@ def test_no_training_ends_for_a_picture(
         "warning: iou.png could not be written (ValueError: no such font)",
     ]
     assert (tmp_path / "predictions.png").exists()
-    monkeypatch.setattr("ssaseg.cli.scoring.inference.predict_labels", broken)
+    monkeypatch.setattr(inference, "predict_labels", broken)
     pictures.after_evaluation(job, confusion)
     assert "warning: predictions could not be written" in capsys.readouterr().err
     assert job.model.training, "as before"

@@ -9,54 +9,30 @@ import onnxruntime
 import pytest
 import torch
 from click.testing import CliRunner, Result
+from networks import TINY, tiny_networks
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-import ssaseg.models.build as networks
 from ssaseg.cli.main import cli
 from ssaseg.cli.weights import export
 from ssaseg.cli.weights.export import DIFFERING, TOLERANCE, Difference, compare
 from ssaseg.datasets.exporting import export_scenes
-from ssaseg.models import Segmenter, build_model, load_model, save_model
+from ssaseg.models import Segmenter, build_model, list_models, load_model, save_model
 from ssaseg.models import deploy as deploy_module
 from ssaseg.models.checkpoint import write_tensors
 from ssaseg.models.deploy import Deployed, Normalize, PoolByProducts, fold, pool_by_products, trace
 from ssaseg.models.layers import ConvNorm
-from ssaseg.models.networks import afformer, cgrseg, efficientformer, seaformer, segnext
+from ssaseg.models.networks import seaformer, segnext
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 SMALLEST = ("afformer_t", "cgrseg_t", "seaformer_t", "segnext_t")  # of each family
 CLASSES = 5
 
-# A network of each family with every part and next to no blocks: an export's time goes with their number.
-TINY: dict[str, tuple[Any, Any]] = {
-    "afformer_x": (afformer, afformer.Variant(widths=(16, 16, 24, 24), depths=(1, 1, 1, 1), channels=32)),
-    "cgrseg_x": (cgrseg, cgrseg.Variant(backbone="x", channels=32, context=1, band=3)),
-    "seaformer_x": (
-        seaformer,
-        seaformer.Variant(
-            stem=8,
-            mobile=tuple(((3, 1, width, 2),) for width in (8, 16, 24, 32, 40)),
-            depths=(1,),
-            key_dims=(8,),
-            heads=2,
-            mlp_ratios=(2,),
-            fuse=(24,),
-        ),
-    ),
-    "segnext_x": (segnext, segnext.Variant(widths=(8, 8, 16, 16), depths=(0, 0, 0, 1), channels=32, bases=4)),
-}
-
 
 @pytest.fixture(scope="module", autouse=True)
 def tiny() -> Iterator[None]:
-    """Makes `build_model` know the names of `TINY`."""
-    with pytest.MonkeyPatch.context() as patch:
-        for name, (module, variant) in TINY.items():
-            patch.setitem(module.VARIANTS, name, variant)
-        grid = efficientformer.Variant(widths=(8, 8, 16, 16), expansions=((), (), (2,), ()), attention=1, drop_path=0.0)
-        patch.setitem(efficientformer.VARIANTS, "x", grid)
+    with tiny_networks():
         yield
 
 
@@ -101,7 +77,7 @@ RUN: dict[str, Callable[[Path, Tensor], Tensor]] = {".onnx": run_onnx, ".pt2": r
 
 
 def test_every_family_is_there() -> None:
-    families = {name.rpartition("_")[0] for name in networks.list_models()}
+    families = {name.rpartition("_")[0] for name in list_models()}
     assert {name.rpartition("_")[0] for name in SMALLEST} == {name.rpartition("_")[0] for name in TINY} == families
 
 
@@ -111,18 +87,18 @@ def test_every_family_is_there() -> None:
 def test_folded_network_gives_the_same_logits(name: str, classifier: str) -> None:
     model = network(name, classifier)
     before = {key: value.clone() for key, value in model.state_dict().items()}
-    lean = fold(model.train())
+    folded = fold(model.train())
     assert model.training
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
     model.eval()
-    assert not lean.training
-    assert not any(isinstance(layer, ConvNorm) for layer in lean.modules())
-    assert not any(key.startswith("classifier.teacher.") for key in lean.state_dict())
+    assert not folded.training
+    assert not any(isinstance(layer, ConvNorm) for layer in folded.modules())
+    assert not any(key.startswith("classifier.teacher.") for key in folded.state_dict())
     for size in ((64, 96), (75, 101)):
         pixels = images(2, *size)
         expected = model(pixels)
         assert expected.std() > 1e-3
-        torch.testing.assert_close(lean(pixels), expected, rtol=0, atol=1e-5 * max(1.0, expected.abs().max().item()))
+        torch.testing.assert_close(folded(pixels), expected, rtol=0, atol=1e-5 * max(1.0, expected.abs().max().item()))
 
 
 @pytest.mark.parametrize("name", SMALLEST)
@@ -131,8 +107,8 @@ def test_folding_is_exact_but_for_rounding(name: str) -> None:
     """In double precision nothing is left of the difference; the norms' part in the result is not small."""
     model = network(name, "linear").backbone.double()
     whole = network(name, "linear")
-    lean = fold(whole.double()).backbone
-    found, expected = (each(images(1, 64, 64).double()) for each in (lean, model))
+    folded = fold(whole.double()).backbone
+    found, expected = (each(images(1, 64, 64).double()) for each in (folded, model))
     pairs = [(found, expected)] if isinstance(found, Tensor) else list(zip(found, expected, strict=True))
     for mine, theirs in pairs:
         torch.testing.assert_close(mine, theirs, rtol=1e-9, atol=1e-9)
@@ -140,8 +116,8 @@ def test_folding_is_exact_but_for_rounding(name: str) -> None:
 
 def test_fold_keeps_norms_that_follow_no_convolution() -> None:
     """MSCAN's are read by an attention and by the shortcut around it."""
-    lean = fold(network("segnext_t"))
-    kept = [key for key, layer in lean.named_modules() if isinstance(layer, nn.BatchNorm2d)]
+    folded = fold(network("segnext_t"))
+    kept = [key for key, layer in folded.named_modules() if isinstance(layer, nn.BatchNorm2d)]
     assert len(kept) == 2 * sum(segnext.VARIANTS["segnext_t"].depths)
     assert all(key.endswith(("attention_norm", "mlp_norm")) for key in kept)
 
@@ -184,6 +160,14 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory, tiny: None) -> Path:
     path = tmp_path_factory.mktemp("deploy") / "model.safetensors"
     classes = ["sky", "road", "tree", "car", "wall"]
     save_model(path, network("seaformer_x"), {"classes": classes, "palette": [[k, k, k] for k in range(5)]})
+    return path
+
+
+@pytest.fixture(scope="module")
+def light(tmp_path_factory: pytest.TempPathFactory, tiny: None) -> Path:
+    """A checkpoint for what depends on no network."""
+    path = tmp_path_factory.mktemp("light") / "model.safetensors"
+    save_model(path, network("seaformer_y", "linear"), {})
     return path
 
 
@@ -295,24 +279,20 @@ def assert_refused(result: Result, folder: Path, code: int, *parts: str) -> None
 
 
 @pytest.mark.parametrize("output", ["logits", "labels"])
-def test_wrong_graph_is_not_written(
-    checkpoint: Path, tmp_path: Path, output: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_wrong_graph_is_not_written(light: Path, tmp_path: Path, output: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def damaged(model: Segmenter) -> Segmenter:
-        lean = fold(model)
+        folded = fold(model)
         with torch.no_grad():
-            lean.classifier.conv_seg.weight.copy_(lean.classifier.conv_seg.weight.flip(0))
-        return lean
+            folded.classifier.conv_seg.weight.copy_(folded.classifier.conv_seg.weight.flip(0))
+        return folded
 
     monkeypatch.setattr(export, "fold", damaged)
-    result = convert(checkpoint, tmp_path / "made.pt2", "--size", 64, 64, "--output", output)
+    result = convert(light, tmp_path / "made.pt2", "--size", 64, 64, "--output", output)
     assert_refused(result, tmp_path, 3, "made.pt2: not written", "random 1x3x64x64", "allowed")
     assert "apart" in result.stdout
 
 
-def test_graph_that_does_not_run_is_not_written(
-    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_graph_that_does_not_run_is_not_written(light: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fails(content: bytes) -> Callable[[Tensor], Tensor]:
         def run(images: Tensor) -> Tensor:
             raise AssertionError("Guard failed\nmore")
@@ -320,7 +300,7 @@ def test_graph_that_does_not_run_is_not_written(
         return run
 
     monkeypatch.setattr(export, "pt2_runner", fails)
-    result = convert(checkpoint, tmp_path / "made.pt2", "--size", 64, 64)
+    result = convert(light, tmp_path / "made.pt2", "--size", 64, 64)
     assert_refused(result, tmp_path, 3, "does not run on random 1x3x64x64", "Guard failed")
 
 
