@@ -1,4 +1,4 @@
-"""An exponential moving average of a network's weights: often better than the weights of any one step."""
+"""An exponential moving average of a network's weights: it often scores better than the weights of any one step."""
 
 import contextlib
 from collections.abc import Iterator, Mapping
@@ -10,12 +10,13 @@ from ssaseg.models.layers import norm_statistics
 
 
 class Average:
-    """Averages of a network's parameters, and of the norms' statistics with them.
+    """Averages of a network's parameters and of its norms' statistics.
 
-    Not of a classifier's own state, such as a memory bank: that is an average already, or no number to average.
+    A classifier's own state, such as a memory bank, is left out: it is an average already, or cannot be averaged.
 
-    average += (1 - d) * (value - average) after each step, d = min(decay, (1 + step) / (10 + step)), so that random
-    first weights are soon forgotten. Source: TensorFlow's `tf.train.ExponentialMovingAverage` with `num_updates`.
+    After each step: average += (1 - d) * (value - average), with d = min(decay, (1 + step) / (10 + step)). So the
+    random first weights soon lose their influence. Source: TensorFlow's `tf.train.ExponentialMovingAverage` with
+    `num_updates`.
     """
 
     def __init__(self, model: torch.nn.Module, decay: float) -> None:
@@ -28,7 +29,7 @@ class Average:
         self.values = [value.clone() for value in self.live]
 
     def update(self, step: int, held: Tensor) -> None:
-        """Takes in the weights after step number `step` (from 1); nothing where `held` () on the device is 1."""
+        """Adds the weights after step number `step` (from 1). Changes nothing if `held` () on the device is 1."""
         share = (1 - min(self.decay, (1 + step) / (10 + step))) * (1 - held)
         difference = torch._foreach_sub(self.live, self.values)
         torch._foreach_mul_(difference, share)
@@ -36,7 +37,7 @@ class Average:
 
     @contextlib.contextmanager
     def in_place(self) -> Iterator[None]:
-        """Inside, the model has the averages for weights, and the averages are the weights."""
+        """Inside this context the model has the averages as its weights, and `values` holds the weights."""
         self._exchange()
         try:
             yield
@@ -44,15 +45,15 @@ class Average:
             self._exchange()
 
     def _exchange(self) -> None:
-        kept = [value.clone() for value in self.live]
+        weights = [value.clone() for value in self.live]
         torch._foreach_copy_(self.live, self.values)
-        torch._foreach_copy_(self.values, kept)
+        torch._foreach_copy_(self.values, weights)
 
     def state_dict(self) -> dict[str, Tensor]:
         """The averages by name."""
         return dict(zip(self.names, self.values, strict=True))
 
     def load_state_dict(self, stored: Mapping[str, Tensor]) -> None:
-        """Goes on from stored averages. Raises KeyError where one is missing."""
+        """Continues from stored averages. Raises KeyError if one is missing."""
         for name, value in zip(self.names, self.values, strict=True):
             value.copy_(stored[name])

@@ -1,4 +1,4 @@
-"""A training run's parts: built, checked and described before its first step."""
+"""Builds and checks everything that a training run needs, before its first step."""
 
 import difflib
 from collections.abc import Iterator, Sequence
@@ -30,33 +30,31 @@ COMPILER = "inductor"
 def build_job(
     recipe: Recipe, out: Path, ranks: Ranks, stored: dict[str, Any] | None = None, check: str = "sample"
 ) -> Job:
-    """Data, model, optimiser and loader, with the stored state in them; labels are checked first: `check_labels`."""
+    """Data, model, optimiser and loader, with the stored state loaded. Checks labels first, see `check_labels`."""
     device, train = ranks.device, recipe.train
+    start = recipe.model.pretrained if stored is None else None
     train_set, val_set = load_data(recipe)
     prints = fingerprints(train_set, val_set)
     if stored is not None:
         require_same_data(stored.get("extra", {}).get("data"), prints, out)
-    if recipe.model.pretrained and stored is None:
-        require_start(Path(recipe.model.pretrained))
-    if ranks.main:  # an error on it ends the others
+    if start:
+        require_start(Path(start))
+    if ranks.main:  # an error on this rank ends the others
         check_labels({"training": train_set, "validation": val_set}, check)
     ranks.barrier()
     torch.manual_seed(train.seed)
     model = build_network(recipe, train_set.classes)
-    share = images_per_rank(train.batch, model.classifier.group, ranks.size)
-    if recipe.model.pretrained and stored is None:
-        load_start(model, recipe.model.pretrained, train_set.classes, ranks.main)
+    rank_batch = images_per_rank(train.batch, model.classifier.group, ranks.size)
+    if start:
+        load_start(model, start, train_set.classes, ranks.main)
     freeze(model, recipe.optim.freeze)
     model.to(device)
-    require_trainable(model, recipe, share, device)
+    require_trainable(model, recipe, rank_batch, device)
     optimizer = make_optimiser(model, recipe.optim)
     scaler = torch.amp.GradScaler(device.type, enabled=train.amp == "fp16")
     progress = Progress()
     if stored is not None:
-        load_strict(model, stored["model"], f"{out}: the state")
-        optimizer.load_state_dict(stored["optimizer"])
-        scaler.load_state_dict(stored["scaler"])
-        progress = Progress(**stored["progress"])
+        progress = load_stored(stored, out, model, optimizer, scaler)
     if device.type == "cuda":
         torch.backends.cudnn.benchmark = not train.deterministic
     prepare = Preparer(recipe.data.mean, recipe.data.std, device, train.prefetch)
@@ -67,12 +65,26 @@ def build_job(
         average.load_state_dict(stored["extra"]["ema"])
     job = Job(
         recipe, out, ranks, model, optimizer, scaler, train_set, val_set, progress, model, guard, prepare, average,
-        micro_batch=share, batches=iter(()), fingerprints=prints, saved=progress.step,
+        micro_batch=rank_batch, batches=iter(()), fingerprints=prints, saved=progress.step,
     )  # fmt: skip
-    choose_micro_batch(job, share)
+    choose_micro_batch(job, rank_batch)
     assemble(job)
     job.batches = open_loader(job, progress.step, train.workers, ranks.rank)
     return job
+
+
+def load_stored(
+    stored: dict[str, Any],
+    out: Path,
+    model: Segmenter,
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
+) -> Progress:
+    """Loads the state `stored`, from the run folder `out`, into a new run. Returns the progress in it."""
+    load_strict(model, stored["model"], f"{out}: the state")
+    optimizer.load_state_dict(stored["optimizer"])
+    scaler.load_state_dict(stored["scaler"])
+    return Progress(**stored["progress"])
 
 
 def load_data(recipe: Recipe) -> tuple[Any, Any]:
@@ -86,7 +98,7 @@ def load_data(recipe: Recipe) -> tuple[Any, Any]:
 
 
 def build_network(recipe: Recipe, classes: Sequence[str]) -> Segmenter:
-    """The recipe's network for `classes`, with fresh weights. Raises CommandError for names that are not known."""
+    """The recipe's network for `classes`, with new weights. Raises CommandError for names that are not known."""
     from ssaseg.models import LossOptions, build_model
 
     loss, weights = recipe.loss, recipe.loss.class_weights
@@ -120,34 +132,37 @@ def build_network(recipe: Recipe, classes: Sequence[str]) -> Segmenter:
         raise CommandError(f"recipe {recipe.name}, model: {error}") from None
 
 
-def choose_micro_batch(job: Job, share: int) -> None:
-    """Sets `job.micro_batch`, of the rank's `share` of the batch; what `auto` finds goes into the run's recipe."""
-    wished = job.recipe.train.micro_batch
-    if wished == "auto":
+def choose_micro_batch(job: Job, rank_batch: int) -> None:
+    """Sets `job.micro_batch`; `rank_batch`: images per step on this rank. What `auto` finds goes into the run's recipe.
+
+    Raises CommandError if it does not divide `rank_batch`.
+    """
+    requested = job.recipe.train.micro_batch
+    if requested == "auto":
         from ssaseg.cli.training.memory import fit_micro_batch
 
-        wished = fit_micro_batch(job)
-        train = job.recipe.train.model_copy(update={"micro_batch": wished})
+        requested = fit_micro_batch(job)
+        train = job.recipe.train.model_copy(update={"micro_batch": requested})
         job.recipe = job.recipe.model_copy(update={"train": train})
-    job.micro_batch = min(wished or share, share)
-    if share % job.micro_batch:
+    job.micro_batch = min(requested or rank_batch, rank_batch)
+    if rank_batch % job.micro_batch:
         raise CommandError(
-            f"train.micro_batch: {job.micro_batch} images at once do not add up to a rank's {share} of train.batch\n"
-            f"expected a divisor of {share}; use train.micro_batch=auto, or null for all at once"
+            f"train.micro_batch: {job.micro_batch} does not divide {rank_batch}, each rank's images of train.batch\n"
+            f"expected a divisor of {rank_batch}\nuse train.micro_batch=auto, or null for all {rank_batch} in one pass"
         )
 
 
 def assemble(job: Job) -> None:
-    """Sets `job.network`: the model compiled if the recipe wants it, and made one of several ranks."""
+    """Sets `job.network`: the model, compiled if the recipe requests it, and connected to the other ranks."""
     if job.recipe.train.compile:
-        # In place, so that names in checkpoints stay. The classifier's losses, loops over bands, stay as they are.
-        for part in (job.model.backbone, job.model.decoder):
-            part.compile(backend=COMPILER, dynamic=False)
+        # In place, so that names in checkpoints stay. The classifier's losses, loops over bands, are not compiled.
+        for module in (job.model.backbone, job.model.decoder):
+            module.compile(backend=COMPILER, dynamic=False)
     job.network = job.ranks.wrap(job.model)
 
 
 def open_loader(job: Job, step: int, workers: int, rank: int) -> Iterator[Any]:
-    """A rank's micro-batches from the position in the data that `step` finished steps have reached."""
+    """The micro-batches of a rank, from the position in the data after `step` finished steps."""
     from ssaseg.datasets.loader import train_loader
     from ssaseg.datasets.transforms import TrainTransform
 
@@ -166,10 +181,10 @@ def open_loader(job: Job, step: int, workers: int, rank: int) -> Iterator[Any]:
     )
 
 
-def load_start(model: Segmenter, path: str, classes: Sequence[str], tell: bool) -> None:
-    """Loads `model.pretrained`, prints the matched share and holds it to at least 95 % of the backbone."""
+def load_start(model: Segmenter, path: str, classes: Sequence[str], print_match: bool) -> None:
+    """Loads `model.pretrained`; prints what matched if `print_match`. At least 95 % of the backbone must match."""
     from ssaseg.cli.weights.pretrained import load_pretrained
 
     matched = load_pretrained(model, Path(path), classes=classes)
-    if tell:
+    if print_match:
         click.echo(str(matched), err=True)

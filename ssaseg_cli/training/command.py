@@ -1,4 +1,4 @@
-"""`ssaseg train`: its arguments and help. PyTorch is imported inside the function, so that `--help` is quick."""
+"""`ssaseg train`: its arguments and help. PyTorch is imported inside the function, so that `--help` is fast."""
 
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,7 @@ from ssaseg.cli.ranks.launcher import needs_ranks, run_launch
 
 
 def _facts(name: str, classifier: str) -> Any:
-    """`ssaseg.models.facts`, imported only for a recipe whose keys depend on them."""
+    """`ssaseg.models.facts`, imported only for a recipe whose keys depend on it."""
     from ssaseg.models import facts
 
     return facts(name, classifier)
@@ -37,9 +37,9 @@ def _facts(name: str, classifier: str) -> Any:
     help="Save and stop after H hours, with exit code 1 (0 under torchrun).",
 )
 @click.option(
-    "--track", type=click.Choice(["tensorboard", "wandb"]), multiple=True, help="Log to this tracker, too; repeatable."
+    "--track", type=click.Choice(["tensorboard", "wandb"]), multiple=True, help="Also log to this tracker; repeatable."
 )
-@click.option("--dry-run", is_flag=True, help="Build everything, run one step, print memory and time; write no file.")
+@click.option("--dry-run", is_flag=True, help="Build everything, run one step, print memory and time; write no files.")
 @click.option("--print-config", is_flag=True, help="Print the recipe with all its keys, and exit.")
 def train(
     recipe: str,
@@ -56,7 +56,7 @@ def train(
 ) -> int:
     """Train the network of a recipe.
 
-    RECIPE is the name of a shipped recipe (`ssaseg recipes list`) or a YAML file. KEY=VALUE changes one of its keys.
+    RECIPE is the name of a recipe of ssaseg (`ssaseg recipes list`) or a YAML file. KEY=VALUE changes one of its keys.
 
     \b
     Example:

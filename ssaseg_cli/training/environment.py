@@ -1,4 +1,4 @@
-"""What a run remembers of its surroundings: versions, machine and command, and a fingerprint of its data."""
+"""What a run records about its environment: versions, machine, command, and a fingerprint of its data."""
 
 import contextlib
 import json
@@ -18,16 +18,16 @@ if TYPE_CHECKING:
     from ssaseg.cli.training.job import Job
 
 
-# What decides how sums are rounded: where one of these has changed, a resumed run is no longer equal bit for bit.
+# What decides how sums are rounded. If one of these has changed, a resumed run is no longer equal bit for bit.
 ROUNDING = ("torch", "cuda", "cudnn", "device", "gpu", "cpu", "threads", "ranks")
 
 
 def environment(job: "Job") -> dict[str, Any]:
-    """Where, with what, and on which data a run is computed, as JSON values."""
+    """The machine, the versions and the data of a run, as JSON values."""
     on_gpu = job.device.type == "cuda"
     installed = {found.metadata["Name"]: found.version for found in metadata.distributions()}
     return {
-        "command": ["ssaseg", *sys.argv[1:]],  # as it was typed, its program's path left out
+        "command": ["ssaseg", *sys.argv[1:]],  # as it was typed, without the path of the program
         "python": platform.python_version(),
         "platform": platform.platform(),
         "host": platform.node(),
@@ -47,9 +47,9 @@ def environment(job: "Job") -> dict[str, Any]:
 
 
 def write_environment(path: Path, now: dict[str, Any], step: int) -> None:
-    """`env.json`: `now` where the run begins; where it goes on after `step`, what differs since is added to `resumed`.
+    """Writes `env.json`: `now` for a new run. If the run resumes after `step`, adds what has changed to `resumed`.
 
-    What decides rounding is also told in a line. Where the file is lost or damaged, the new one begins after `step`.
+    A change of what decides rounding is also printed. If the file is missing or damaged, a new one starts at `step`.
     """
     time = datetime.now(timezone.utc).isoformat(timespec="seconds")
     first = _first(path) if step else {}
@@ -60,16 +60,16 @@ def write_environment(path: Path, now: dict[str, Any], step: int) -> None:
         content = {**first, "resumed": [*first.get("resumed", []), {"time": time, "step": step, **other}]}
         changed = [f"{key} {first[key]} → {other[key]}" for key in ROUNDING if key in other]
         if changed:
-            effect = "equal to rounding, not bit for bit"
+            effect = "results are equal except for rounding, not bit for bit"
             if "ranks" in other:
                 effect = "BatchNorm sees other groups of images"
-            click.echo(f"note: since this run was begun: {', '.join(changed)}; from here on {effect}", err=True)
+            click.echo(f"note: since this run was started: {', '.join(changed)}; from here on {effect}", err=True)
     write_atomic(path, (json.dumps(content, indent=2) + "\n").encode())
 
 
 def _first(path: Path) -> dict[str, Any]:
-    """What `env.json` says of the run's beginning; {} where it cannot be read: of the files of a run the least, a lost
-    one does not stop it. It is set aside.
+    """What `env.json` says about the start of the run; {} if it cannot be read. It is then renamed: the run does not
+    need this file.
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -79,15 +79,15 @@ def _first(path: Path) -> dict[str, Any]:
         return {}
     except (OSError, ValueError):
         pass
-    aside = path.with_name(f"{path.name}.unreadable")
+    renamed = path.with_name(f"{path.name}.unreadable")
     with contextlib.suppress(OSError):
-        path.rename(aside)
-    click.echo(f"warning: {path}: cannot be read, kept as {aside.name}; the new one begins here", err=True)
+        path.rename(renamed)
+    click.echo(f"warning: {path}: cannot be read, kept as {renamed.name}; a new one starts at this step", err=True)
     return {}
 
 
 def resumptions(folder: Path) -> list[int]:
-    """Steps that the run in `folder` was resumed after, as its env.json has them."""
+    """The steps after which the run in `folder` was resumed, from its env.json."""
     try:
         return [entry["step"] for entry in json.loads((folder / "env.json").read_text(encoding="utf-8"))["resumed"]]
     except (OSError, ValueError, KeyError, TypeError):

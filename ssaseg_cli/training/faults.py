@@ -1,4 +1,4 @@
-"""What a step may die of that a recipe's key mends, told by that key."""
+"""Errors of a training step that a recipe's key fixes: the message names that key."""
 
 import contextlib
 from collections.abc import Iterator
@@ -14,26 +14,26 @@ if TYPE_CHECKING:
 
 
 def advice(job: "Job", skippable: bool = True) -> str:
-    """What to do after a number that is not finite: going on with the same recipe would end the same way.
+    """What to do after a number that is not finite. To continue with the same recipe would end the same way.
 
-    skippable: leaving out updates would help.
+    skippable: whether it would help to skip updates.
     """
     weights, limit = job.folder / "last.safetensors", job.guard.limit
     start, skip = "", ""
     if weights.exists():
-        # Not these: they are finite, and may have diverged all the same. Before a first evaluation little is lost.
+        # Not the last weights: they are finite, but may have diverged. Before a first evaluation little is lost.
         best = job.folder / "best.safetensors"
         start = f"model.pretrained={best}, " if best.exists() else ""
-        more = f"train.max_skipped above {limit} leaves more" if limit else "train.nonfinite=skip leaves"
-        skip = f"--resume with {more} such updates out; else " if skippable else ""
+        option = f"train.max_skipped above {limit}" if limit else "train.nonfinite=skip"
+        skip = f"--resume with {option} skips {'more ' * bool(limit)}such updates; otherwise " if skippable else ""
     return f"{skip}start a new run with {start}a lower optim.lr, optim.grad_clip=1 or train.amp=off"
 
 
 @contextlib.contextmanager
-def told(job: "Job", evaluation: bool = False) -> Iterator[None]:
-    """Around a step, or an evaluation: turns what PyTorch raises into a CommandError that names the key.
+def explained(job: "Job", evaluation: bool = False) -> Iterator[None]:
+    """Around a step, or an evaluation: turns what PyTorch raises into a CommandError that names the recipe's key.
 
-    Raises Interrupted where a signal to stop has ended the compiler, too: a terminal sends Ctrl-C to all its processes.
+    Raises Interrupted if a signal to stop has also ended the compiler: a terminal sends Ctrl-C to all its processes.
     """
     try:
         yield
@@ -43,12 +43,12 @@ def told(job: "Job", evaluation: bool = False) -> Iterator[None]:
         if not evaluation:
             raise explain(job, error) from None
         raise CommandError(
-            f"{job.device}: its memory is used up by a validation image in the evaluation after step "
-            f"{job.progress.step}, whose state is saved\nexpected room for each image at its test.scale\n"
+            f"{job.device}: out of memory for a validation image, in the evaluation after step {job.progress.step}; "
+            "the state is saved\nexpected memory for each image at test.scale\n"
             "start a new run with test.mode=slide, test.crop and test.stride, or a smaller test.scale"
         ) from None
     except FileNotFoundError as error:
-        raise mendable(error) from None
+        raise explain_file_error(error) from None
     except RuntimeError as error:
         text = str(error)
         if job.recipe.train.compile and job.stop.requested:
@@ -58,26 +58,26 @@ def told(job: "Job", evaluation: bool = False) -> Iterator[None]:
             raise CommandError(
                 f"train.deterministic: on this device PyTorch has no deterministic form of {what}\n"
                 "expected one for every operation of the network\n"
-                "use train.deterministic=false (same seeds, equal to rounding), or a CPU"
+                "use train.deterministic=false (same seeds, results equal except for rounding), or a CPU"
             ) from None
         if job.recipe.train.compile and type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
             what = " ".join(text.split())[:200]
             raise CommandError(
                 f"train.compile: torch.compile failed ({type(error).__name__}: {what})\n"
-                "expected a compiler that works here: Triton on a GPU, a C++ compiler on a CPU\n"
+                "expected a compiler that works on this machine: Triton for a GPU, a C++ compiler for a CPU\n"
                 "use train.compile=false"
             ) from None
         raise
 
 
-def mendable(error: Exception) -> Exception:
-    """For a file of the data that was there when the run began, and cannot be read now, an error that says what to do;
-    any other as it is.
+def explain_file_error(error: Exception) -> Exception:
+    """If a file of the data can no longer be read, an error that says what to do. Any other error is returned
+    unchanged.
     """
     if not isinstance(error, OSError) or error.filename is None:
         return error
     return CommandError(
         f"{error.filename}: {error.strerror}\n"
-        "expected a file that can be read as long as the run lasts: it was there at its beginning\n"
-        "restore it, or the disk that it is on, then go on with --resume"
+        "expected a file that can be read until the run ends: it existed when the run started\n"
+        "restore it, or the disk that it is on, then continue with --resume"
     )

@@ -1,4 +1,4 @@
-"""The run folder: who may write into it, the state that a run goes on from, and the files that say what was run."""
+"""The run folder: its lock, the state that a run resumes from, and the files that record what was run."""
 
 import contextlib
 import errno
@@ -30,68 +30,69 @@ class RunFolder:
     """A folder that no other run writes into."""
 
     path: Path
-    recipe: Recipe  # as it was given; a micro-batch that a run has found by itself stays
-    stored: dict[str, Any] | None  # the state to go on from; None: from the start
+    recipe: Recipe  # as it was given, but with the micro-batch that train.micro_batch=auto has found before
+    stored: dict[str, Any] | None  # the state to resume from; None: from the start
 
 
 @contextlib.contextmanager
 def open_run(out: Path, recipe: Recipe, resume: bool, restarted: bool = False, ranks: int = 1) -> Iterator[RunFolder]:
-    """Holds the run folder `out`, made if need be, while the context lasts; `ranks`: how many compute the run.
+    """Locks the run folder `out`, created if necessary, for the duration of the context.
 
-    restarted: by a supervisor, after a failure: resumed, also where nothing was saved yet, if that run was its own.
-    Raises CommandError where `out` does not fit the wish, cannot be written, or another run writes into it.
+    `ranks`: how many ranks compute the run. `restarted`: a supervisor has started this process again after a failure:
+    it resumes the run, even if nothing was saved yet, but only if that run was its own. Raises CommandError if `out`
+    does not fit what was requested or cannot be written, or if another run writes into it.
     """
     if resume and not restarted and not is_run(out):
         taken = out.is_dir() and any(path.name != LOCK for path in out.iterdir())
-        mend = "name the run's folder with --out" if taken else "start one without --resume"
-        raise CommandError(f"{out}: no run to resume here (neither config.yaml nor state-*.pt)\n{mend}")
+        fix = "name the run's folder with --out" if taken else "start a run without --resume"
+        raise CommandError(f"{out}: no run to resume in this folder (neither config.yaml nor state-*.pt)\n{fix}")
     made = not out.exists()
-    # A lock's name that is there before us was left by a run that failed. One that was refused leaves none: its
-    # restart would else go on with the run that it found here.
+    # A lock file that already exists was left by a run that failed. A run that was refused leaves none: otherwise its
+    # restart would continue the run that it found here.
     failed = (out / LOCK).exists()
-    file, begun = _lock(out), False
+    file, failing = _lock(out), False
     try:
-        run = _resumed(out, recipe, ranks) if resume or (restarted and failed) else _begun(out, recipe)
-        begun = True
+        run = _resumed_run(out, recipe, ranks) if resume or (restarted and failed) else _new_run(out, recipe)
+        failing = True  # until the context ends without an error
         yield run
-        begun = False
+        failing = False
     finally:
-        if not begun or not (out / "config.yaml").exists():
+        if not failing or not (out / "config.yaml").exists():
             with contextlib.suppress(OSError):
                 (out / LOCK).unlink()
                 if made:
-                    out.rmdir()  # with anything in it the system refuses
+                    out.rmdir()  # fails if the folder is not empty
         os.close(file)
 
 
 def is_run(out: Path) -> bool:
-    """Whether a run was begun in the folder. A state alone suffices to go on, as the recipe is in it."""
+    """Whether a run was started in the folder. A state alone is enough to resume: it holds the recipe."""
     return (out / "config.yaml").exists() or bool(state_files(out))
 
 
-def _begun(out: Path, recipe: Recipe) -> RunFolder:
+def _new_run(out: Path, recipe: Recipe) -> RunFolder:
     if any(path.name != LOCK for path in out.iterdir()):
-        mend = "go on in it with --resume, or choose another --out" if is_run(out) else "choose another --out"
-        raise CommandError(f"{out}: the run folder is not empty\n{mend}")
+        fix = "continue its run with --resume, or choose another --out" if is_run(out) else "choose another --out"
+        raise CommandError(f"{out}: the run folder is not empty\n{fix}")
     return RunFolder(out, recipe, None)
 
 
-def _resumed(out: Path, recipe: Recipe, ranks: int) -> RunFolder:
+def _resumed_run(out: Path, recipe: Recipe, ranks: int) -> RunFolder:
     stored = load_state(out)
     if stored is None:
         if (out / "last.safetensors").exists():
             raise CommandError(
-                f"{out}: no state-*.pt beside last.safetensors, so the run cannot go on\n"
-                f"start a new one with --out and model.pretrained={out / 'last.safetensors'}"
+                f"{out}: last.safetensors exists, but no state-*.pt, so the run cannot be resumed\n"
+                f"start a new run with --out and model.pretrained={out / 'last.safetensors'}"
             )
         return RunFolder(out, recipe, None)
-    # Parsed, so that keys which came after the run was begun have the default that it went by.
+    # Parsed, so that keys which are newer than the run have their defaults: the run was computed with these values.
     before = parse_recipe(stored["recipe"], str(out))
     if not (out / "config.yaml").exists():
-        click.echo(f"note: {out / 'config.yaml'}: was missing, written anew from the state", err=True)
+        click.echo(f"note: {out / 'config.yaml'}: was missing; it was written again from the state", err=True)
         write_atomic(out / "config.yaml", dump_recipe(before).encode())
     found = before.train.micro_batch
-    # What does not cut a rank's share, now that there are more or fewer ranks, is to be found anew.
+    # With another number of ranks, a micro-batch that does not divide a rank's images must be found again.
     if recipe.train.micro_batch == "auto" and isinstance(found, int) and recipe.train.batch // ranks % found == 0:
         recipe = recipe.model_copy(update={"train": recipe.train.model_copy(update={"micro_batch": found})})
     refuse_changes(before.model_dump(mode="json"), recipe.model_dump(mode="json"), out)
@@ -99,37 +100,43 @@ def _resumed(out: Path, recipe: Recipe, ranks: int) -> RunFolder:
 
 
 def _lock(out: Path) -> int:
-    """A descriptor of `out/.lock`, locked. The system lets go of it when the process ends, however it ends."""
+    """A descriptor of `out/.lock`, locked. The system releases the lock when the process ends, for any reason."""
     try:
         out.mkdir(parents=True, exist_ok=True)
         return _locked_file(out / LOCK)
     except OSError as error:
-        mend = "choose another with --out"
+        fix = "choose another with --out"
         if (out / "config.yaml").exists():
-            mend = "make it writable, or copy it and go on in the copy: --out COPY --resume"
-        raise CommandError(f"{out}: the run folder cannot be written ({error.strerror})\n{mend}") from None
+            fix = "make it writable, or copy it and resume in the copy: --out COPY --resume"
+        raise CommandError(f"{out}: the run folder cannot be written ({error.strerror})\n{fix}") from None
 
 
 def _locked_file(path: Path) -> int:
-    """A descriptor of the lock file, locked. Not to be opened again in this process: closing it would unlock it."""
+    """A descriptor of the lock file, locked. Do not open the file again in this process: to close it would unlock it.
+
+    Raises CommandError if another run holds the lock.
+    """
     while True:
         file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
         try:
-            # A lock of the process: unlike flock's, workers that outlive a killed run for a moment do not inherit it.
+            # This lock belongs to the process. Workers that live a moment longer than a killed run do not inherit it,
+            # as they would inherit flock's.
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             if error.errno in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
-                click.echo(f"note: {path.parent}: no locks on this file system; begin no second run in it", err=True)
+                click.echo(
+                    f"note: {path.parent}: this file system has no locks; do not start a second run in it", err=True
+                )
                 return file
             owner = os.read(file, 200).decode(errors="replace").strip()
             os.close(file)
             if error.errno not in (errno.EACCES, errno.EAGAIN):
                 raise
             raise CommandError(
-                f"{path.parent}: another run writes into this folder ({owner or 'it just began'})\n"
-                "wait for its end, stop it (SIGTERM makes it save first), or choose another --out"
+                f"{path.parent}: another run writes into this folder ({owner or 'it has just started'})\n"
+                "wait until it ends, stop it (with SIGTERM it saves first), or choose another --out"
             ) from None
-        # The run that held it before takes its name away as it ends: then what we have locked is no file any more.
+        # The run that held the lock before deletes the file when it ends. Then the locked file no longer has a name.
         with contextlib.suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(file), os.stat(path)):
                 os.truncate(file, 0)
@@ -139,8 +146,6 @@ def _locked_file(path: Path) -> int:
 
 
 def write_start(job: "Job") -> None:
-    """`config.yaml`, the recipe as it is run, and `env.json`: once for the run's beginning, an entry more each time
-    that it goes on.
-    """
+    """Writes `config.yaml`, the recipe as it is run, and `env.json`, which gets one more entry at each resume."""
     write_atomic(job.folder / "config.yaml", dump_recipe(job.recipe).encode())
     records.write_environment(job.folder / "env.json", records.environment(job), job.progress.step)

@@ -1,4 +1,4 @@
-"""A training run's parts. This file imports nothing of the training, so that every part of it can name a `Job`."""
+"""What a training run is made of. This file imports no other file of `training`, so that each of them can use `Job`."""
 
 import contextlib
 from collections.abc import Iterator
@@ -18,32 +18,32 @@ from ssaseg.recipes import Recipe
 
 @dataclass
 class Progress:
-    """Where a run stands. `step` counts finished optimiser steps; positions in the data follow from it."""
+    """How far a run is. `step` counts finished optimiser steps; the position in the data follows from it."""
 
     step: int = 0
     evaluated: int = 0
     best_miou: float = -1.0
     scores: dict[str, Any] = field(default_factory=dict)
     stale: int = 0  # evaluations since the best one
-    skipped: int = 0  # updates left out because something was not finite
+    skipped: int = 0  # updates that were skipped because something was not finite
 
 
 class StepRecord(NamedTuple):
-    """A step as the log needs it; tensors on the device, unread."""
+    """What the log needs of a step. The tensors are on the device."""
 
     number: int  # counted from 1
     images: list[str]
-    losses: Tensor  # (T,), one a term
+    losses: Tensor  # (T,), one per term
     norm: Tensor  # () norm of the gradient, before clipping
-    bad: Tensor  # () 1 where something was not finite, else 0
-    totals: Tensor | None  # what `Classifier.training_step` was given of the whole step
+    bad: Tensor  # () 1 if something was not finite, else 0
+    totals: Tensor | None  # what `Classifier.training_step` got about the whole step
 
 
 @dataclass
 class Job:
-    """Everything that a run is made of, built and on its device."""
+    """Everything that a run is made of, on its device."""
 
-    recipe: Recipe  # train.micro_batch: the number that was found, where the recipe said auto
+    recipe: Recipe  # train.micro_batch: if the recipe said auto, the number that was found
     folder: Path
     ranks: Ranks
     model: Segmenter
@@ -52,14 +52,14 @@ class Job:
     train_set: Any
     val_set: Any
     progress: Progress
-    network: nn.Module  # the model, or what averages its gradients over ranks
+    network: nn.Module  # the model, or the wrapper that averages its gradients over ranks
     guard: Any  # `training.guard.Guard`
     prepare: Preparer
     average: Any  # `training.average.Average`, or None
-    micro_batch: int  # images at once on one rank
-    batches: Iterator[Any]  # micro-batches, from where the progress is
+    micro_batch: int  # images in one pass on one rank
+    batches: Iterator[Any]  # micro-batches, from the position that the progress has reached
     fingerprints: dict[str, Any] = field(default_factory=dict)
-    saved: int = 0  # the step of the newest state on the disk; 0: none
+    saved: int = 0  # the step of the newest state on the disk; 0: no state
     log: Any = None  # `training.log.MetricsLog`, on rank 0
     stop: StopSignal = field(default_factory=StopSignal)
     deadline: float | None = None  # of `time.monotonic()` [s], for --max-hours
@@ -75,5 +75,5 @@ class Job:
         return self.recipe.train.batch // self.ranks.size // self.micro_batch
 
     def averaged(self) -> contextlib.AbstractContextManager[None]:
-        """Inside, the model has the weights that are scored and kept as best: their average, where there is one."""
+        """Inside this context the model has the weights that are scored and kept: the average, if there is one."""
         return self.average.in_place() if self.average else contextlib.nullcontext()

@@ -1,4 +1,4 @@
-"""What a training run writes down as it goes: `metrics.jsonl`."""
+"""The log of a training run: `metrics.jsonl`."""
 
 import json
 import sys
@@ -17,19 +17,21 @@ if TYPE_CHECKING:
 class MetricsLog:
     """`metrics.jsonl`: a line per log interval (mean losses) and per evaluation (`mIoU` in percent).
 
-    The first line after a resume is the mean of fewer steps: those since the state, as the ones before it went with the
-    process. `trackers` are told what is written here; the file has it whatever becomes of them. A line that cannot be
-    written, as on a full disk, is told once and left out: whether the run goes on is for its state to decide.
+    The first line after a resume is the mean of fewer steps, only those since the state: the losses of earlier steps
+    were lost with the process. `trackers` get the same records; if they fail, the file is still complete. If a line
+    cannot be written, for example because the disk is full, a warning is printed once and the line is left out. This
+    does not stop the run; a state that cannot be saved does.
     """
 
     def __init__(self, path: Path, step: int, evaluated: int, trackers: "Sequence[Tracker]" = ()) -> None:
-        """Goes on after `step`, last evaluated at `evaluated`: what a killed run wrote beyond its state is dropped."""
+        """Continues after `step`, last evaluated at `evaluated`: drops what a killed run wrote after its last state."""
         self.path, self.trackers = path, trackers
-        self.told = self.cut = False  # of what could not be written: whether it was said; whether a part is in the file
+        self.warned = False  # whether it was printed that a line could not be written
+        self.cut = False  # whether the file ends with a part of a line
         before, damaged = read_log(path) if path.exists() else ([], 0)
         if damaged:
-            _warn(f"{path}: {damaged} line{'s' * (damaged > 1)} in it cannot be read and will be missing")
-        # An evaluation counts once the state after it is on the disk; until then it is done again, and written again.
+            _warn(f"{path}: {damaged} line{'s' * (damaged > 1)} cannot be read and will be removed from the file")
+        # An evaluation counts as done when the state after it is on the disk. Before that it is done and logged again.
         kept = [record for record in before if record["step"] <= (evaluated if "mIoU" in record else step)]
         write_atomic(path, "".join(json.dumps(record) + "\n" for record in kept).encode())
         for tracker in trackers:
@@ -43,27 +45,27 @@ class MetricsLog:
             self.cut = False
         except OSError as error:
             self.cut = True
-            if not self.told:
-                self.told = True
+            if not self.warned:
+                self.warned = True
                 why = error.strerror or error
-                _warn(f"{self.path}: {why}; lines of the log are left out while that lasts, training goes on")
+                _warn(f"{self.path}: {why}; until this is fixed, lines of the log are lost; training continues")
         for tracker in self.trackers:
             tracker.log(record)
 
     def picture(self, name: str, path: Path, step: int) -> None:
-        """Hands a picture that was written for `step` to the trackers."""
+        """Passes a picture that was written for `step` to the trackers."""
         for tracker in self.trackers:
             tracker.picture(name, path, step)
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The records of a `metrics.jsonl`; a line cut short by a crash, and any that is no record, is left out."""
+    """The records of a `metrics.jsonl`. Leaves out lines that are not a record, such as one cut short by a crash."""
     return read_log(path)[0]
 
 
 def read_log(path: Path) -> tuple[list[dict[str, Any]], int]:
-    """`read_metrics`, and how many lines are damaged. A last one without its end is not: it is only being written, or
-    was when the run was killed.
+    """`read_metrics`, and how many lines are damaged. A last line without its end does not count as damaged: a run is
+    writing it now, or was killed while it wrote it.
     """
     records: list[dict[str, Any]] = []
     damaged = 0

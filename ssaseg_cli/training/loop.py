@@ -33,7 +33,7 @@ from ssaseg.datasets import DataError
 from ssaseg.datasets.loader import WorkerError
 from ssaseg.recipes import Recipe
 
-# Where reading a verdict makes nobody wait, it is read after every step.
+# Device types on which to read a verdict costs no waiting time: there it is read after every step.
 READY = {"cpu"}
 
 
@@ -47,17 +47,15 @@ def run_train(
     max_hours: float | None = None,
     track: Sequence[str] = (),
 ) -> int:
-    """Trains `recipe` in the folder `out`. Returns the exit code: 0 done, or, with the state saved, 1 after `max_hours`
-    and 130 / 143 after a signal. Under torchrun it is 0 after `max_hours`: for any other it would begin them anew.
+    """Trains `recipe` in the folder `out`. Returns the exit code: 0 if training is done; with the state saved, 1 after
+    `max_hours` and 130 / 143 after a signal. Under torchrun 0 after `max_hours`: after any other code torchrun would
+    start the run again.
 
-    Raises CommandError for what the user can mend, FloatingPointError where a loss or a weight is not finite.
+    Raises CommandError for what the user can fix, FloatingPointError if a loss or a weight is not finite.
     """
     deadline = None if max_hours is None else time.monotonic() + max_hours * 3600
     chosen = select_device(device)
-    if recipe.train.amp == "fp16" and chosen.type == "cpu":
-        raise CommandError("train.amp: fp16 needs a GPU\nexpected off or bf16 on a CPU; use train.amp=bf16")
-    if dry_run and resume:
-        raise CommandError("--dry-run writes nothing and goes on with nothing\nleave out --resume")
+    require_possible(recipe, chosen, resume, dry_run)
     with contextlib.ExitStack() as stack:
         stack.enter_context(deterministic(recipe.train.deterministic))
         ranks = stack.enter_context(distributed.connect(chosen))
@@ -73,7 +71,7 @@ def run_train(
         if ranks.main:
             describe(job)
         if dry_run:
-            return rehearse(job)
+            return try_one_step(job)
         job.deadline = deadline
         if ranks.main:
             write_start(job)
@@ -89,15 +87,23 @@ def run_train(
                     job.stop.ignore_signals()
 
 
+def require_possible(recipe: Recipe, device: torch.device, resume: bool, dry_run: bool) -> None:
+    """Raises CommandError if the arguments contradict each other or the device."""
+    if recipe.train.amp == "fp16" and device.type == "cpu":
+        raise CommandError("train.amp: fp16 needs a GPU\nexpected off or bf16 on a CPU; use train.amp=bf16")
+    if dry_run and resume:
+        raise CommandError("--dry-run uses no run folder, so it has nothing to resume\nleave out --resume")
+
+
 def open_log(job: Job, trackers: Sequence[Tracker]) -> None:
-    """`metrics.jsonl`, and a picture of the first batch."""
+    """Opens `metrics.jsonl`, and draws the first batch."""
     job.log = MetricsLog(job.folder / "metrics.jsonl", job.progress.step, job.progress.evaluated, trackers)
     if not (job.folder / "batch.png").exists():
         write_batch(job)
 
 
 def close_all(trackers: Sequence[Tracker]) -> None:
-    """Lets trackers hand over what they still hold."""
+    """Lets trackers write or send what they still hold."""
     for tracker in trackers:
         tracker.close()
 
@@ -106,10 +112,10 @@ def train(job: Job, window: Window) -> int:
     """The loop. Returns the exit code."""
     recipe, progress = job.recipe, job.progress
     while True:
-        # What a resumed run finds already done is not done again.
-        fresh = progress.evaluated < progress.step
-        if fresh and due(progress.step, recipe.train.eval_every, recipe.train.steps):
-            with window.aside():
+        # A resumed run does not repeat an evaluation that was already done.
+        pending = progress.evaluated < progress.step
+        if pending and due(progress.step, recipe.train.eval_every, recipe.train.steps):
+            with window.paused():
                 finished = evaluate(job)
             if not finished:
                 return job.stop.exit_code
@@ -129,7 +135,7 @@ def train(job: Job, window: Window) -> int:
         )
         stop = job.ranks.agree(job.stop)
         late = job.deadline is not None and job.ranks.any(time.monotonic() > job.deadline)
-        # Reading a verdict makes a GPU wait, so that is left to the log and to what builds on it; a CPU need not wait.
+        # To read a verdict makes a GPU wait. So it is read only to log, and before what depends on it.
         if log or save_now or evaluate_next or stop or late or job.device.type in READY:
             bad = window.check()
             if bad is not None:
@@ -137,50 +143,54 @@ def train(job: Job, window: Window) -> int:
         if log:
             window.write(rate)
         if save_now or evaluate_next or stop or late:
-            with window.aside():
+            with window.paused():
                 save(job)
         if stop or (late and progress.step < recipe.train.steps):
             job.stop.saved = True
-            why = "" if stop else " as --max-hours is over"
-            say(job, f"stopped after step {progress.step}{why}; state saved, go on with --resume")
+            why = "" if stop else " because --max-hours is over"
+            say(job, f"stopped after step {progress.step}{why}; state saved, continue with --resume")
             return job.stop.exit_code if stop else int(not distributed.under_torchrun())
 
 
 def read_batches(job: Job, window: Window) -> list[Any]:
-    """The next step's micro-batches. Where a rank cannot have them, what was learnt is saved before the error."""
+    """The micro-batches of the next step. If a rank cannot load them, the finished steps are saved before the error."""
     failed: Exception | None = None
     batches: list[Any] = []
     window.start_waiting()
     try:
         batches = [next(job.batches) for _ in range(job.micro_batches)]
     except (DataError, WorkerError, OSError) as error:
-        failed = faults.mendable(error)
+        failed = faults.explain_file_error(error)
     window.stop_waiting()
     if not job.ranks.any(failed is not None):
         return batches
-    rescue(job, window)
+    save_finished_steps(job, window)
     raise failed or distributed.PeerFailed
 
 
 def take_step(job: Job, window: Window, batches: list[Any]) -> tuple[StepRecord, list[str]]:
-    """`train_step`. Where it cannot be done, what was learnt before is saved, and the error names the recipe's key."""
+    """`train_step`. If it fails, the finished steps are saved, and the error names the recipe's key."""
     try:
-        with faults.told(job):
+        with faults.explained(job):
             return train_step(job, batches)
     except (CommandError, Interrupted) as error:
-        # Other ranks would wait for this one in their step; weights of which some are updated are those of no step.
+        # Not with several ranks: the others would wait for this one in their step. Not during an update: weights of
+        # which only some are updated belong to no step.
         if job.ranks.size == 1 and not job.guard.updated:
             job.guard.undo()
-            rescue(job, window)
-        onward = f"goes on from state-{job.saved}.pt" if job.saved else "begins anew: no state was saved yet"
+            save_finished_steps(job, window)
+        saved = f"continues from state-{job.saved}.pt" if job.saved else "starts again: no state was saved yet"
         if isinstance(error, Interrupted):
-            say(job, f"stopped while step {job.progress.step + 1} was compiled; --resume {onward}")
+            say(job, f"stopped while step {job.progress.step + 1} was compiled; --resume {saved}")
             sys.exit(job.stop.exit_code)
-        raise CommandError(f"{error}; --resume {onward}", error.exit_code) from None
+        raise CommandError(f"{error}; --resume {saved}", error.exit_code) from None
 
 
-def rescue(job: Job, window: Window) -> None:
-    """Saves before an error goes on. Every rank calls it."""
+def save_finished_steps(job: Job, window: Window) -> None:
+    """Saves the state before an error ends the run, and prints that. Every rank calls it.
+
+    Raises FloatingPointError if one of the steps since the last look at the verdicts was bad.
+    """
     if job.progress.step == 0:
         return
     bad = window.check()
@@ -191,17 +201,17 @@ def rescue(job: Job, window: Window) -> None:
     except (CommandError, OSError) as error:  # the first error matters more
         say(job, f"the state after step {job.progress.step} could not be saved: " + str(error).partition("\n")[0])
         return
-    mended = "" if job.stop.requested else " once this is mended:"
-    say(job, f"stopped after step {job.progress.step}; state saved, go on with --resume{mended}")
+    when = "" if job.stop.requested else " once this is fixed:"
+    say(job, f"stopped after step {job.progress.step}; state saved, continue with --resume{when}")
 
 
 def due(step: int, every: int, steps: int) -> bool:
-    """Whether something done `every` steps, and after the last, is due after `step`; never at step 0."""
+    """Whether something that is done `every` steps, and after the last step, is due after `step`; never at step 0."""
     return step > 0 and (step % every == 0 or step == steps)
 
 
 def out_of_patience(job: Job) -> bool:
-    """Whether train.patience ends the run here; says so."""
+    """Whether train.patience ends the run at this step. If so, prints it."""
     patience = job.recipe.train.patience
     if patience is None or job.progress.stale < patience:
         return False
@@ -210,27 +220,28 @@ def out_of_patience(job: Job) -> bool:
 
 
 def say(job: Job, text: str) -> None:
-    """A line on stderr, above a progress bar; of several ranks one says it."""
+    """Prints a line on stderr, above a progress bar. Of several ranks only rank 0 prints it."""
     if job.ranks.main:
         tqdm.write(text, file=sys.stderr)
 
 
 # ---- evaluating --------------------------------------------------------------------------------------------------
 def evaluate(job: Job) -> bool:
-    """Evaluates in float32, logs, keeps the best weights, draws pictures. False where a signal broke it off.
+    """Evaluates in float32, logs, keeps the best weights, draws pictures. False if a signal interrupted it.
 
-    The weights were saved, and so found finite, before; the state that says "evaluated" comes last.
+    The weights were saved before this, so it is known that they are finite. The state that says "evaluated" is saved
+    last.
     """
     from ssaseg.cli.scoring.evaluate import evaluate_model, state_protocol
 
     recipe, progress = job.recipe, job.progress
     started = time.perf_counter()
     job.stop.saved = True
-    # Validation images come in many sizes; each would be tuned, and compiled, for.
+    # Validation images have many sizes: cuDNN would be tuned, and the network compiled, for each of them.
     tuned, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, False
     stance = torch.compiler.set_stance("force_eager") if recipe.train.compile else contextlib.nullcontext()
     try:
-        with job.averaged(), stance, faults.told(job, evaluation=True):
+        with job.averaged(), stance, faults.explained(job, evaluation=True):
             job.ranks.same_statistics(job.model)
             confusion = evaluate_model(
                 job.model,
@@ -245,7 +256,7 @@ def evaluate(job: Job) -> bool:
             )
             take_score(job, confusion, state_protocol(recipe.test, "val", len(job.val_set), len(job.val_set)), started)
     except Interrupted:
-        say(job, f"stopped while evaluating step {progress.step}; state saved, go on with --resume")
+        say(job, f"stopped while evaluating step {progress.step}; state saved, continue with --resume")
         return False
     finally:
         job.stop.saved = False
@@ -255,9 +266,9 @@ def evaluate(job: Job) -> bool:
 
 
 def take_score(job: Job, confusion: Any, statement: str, started: float) -> None:
-    """Logs an evaluation begun at `started`, keeps its weights if they are the best so far, and draws it."""
+    """Logs an evaluation that began at `started` [s], keeps its weights if they are the best so far, draws pictures."""
     progress, scores = job.progress, confusion.scores()
-    # JSON has no NaN; it stands here for "nothing was labelled".
+    # NaN means that nothing was labelled. JSON has no NaN: it becomes null.
     figures = {key: None if isnan(scores[key]) else scores[key] for key in ("mIoU", "aAcc", "mAcc")}
     progress.evaluated, progress.scores = progress.step, {**figures, "statement": statement}
     seconds = time.perf_counter() - started
@@ -276,12 +287,12 @@ def take_score(job: Job, confusion: Any, statement: str, started: float) -> None
         after_evaluation(job, confusion)
 
 
-def rehearse(job: Job) -> int:
-    """`--dry-run`: one step of everything, then memory and time to expect. Writes nothing."""
+def try_one_step(job: Job) -> int:
+    """`--dry-run`: computes one step, then prints the memory and time to expect. Writes nothing. Returns 0."""
     started = time.perf_counter()
     set_learning_rate(job, 0)
     batches = [next(job.batches) for _ in range(job.micro_batches)]
-    with faults.told(job):
+    with faults.explained(job):
         record, names = train_step(job, batches)
     if bool(record.bad):
         values = ", ".join(f"{name} {value:g}" for name, value in zip(names, record.losses.tolist(), strict=True))
@@ -293,7 +304,7 @@ def rehearse(job: Job) -> int:
     else:
         import resource
 
-        unit = 2**20 if sys.platform == "darwin" else 2**10  # ru_maxrss is bytes there, KiB elsewhere
+        unit = 2**20 if sys.platform == "darwin" else 2**10  # ru_maxrss is in bytes on macOS, otherwise in KiB
         memory = f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit:.0f} MiB of resident memory"
     total = int(seconds * job.recipe.train.steps)
     clock = f"{total // 3600} h {total % 3600 // 60} min {total % 60} s"

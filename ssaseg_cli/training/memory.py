@@ -1,4 +1,4 @@
-"""GPU memory: how many images at once fit, found by trying."""
+"""GPU memory: how many images fit in one pass, found by trying."""
 
 import copy
 import gc
@@ -15,72 +15,76 @@ if TYPE_CHECKING:
     from ssaseg.cli.training.job import Job
 
 
-# Share of a GPU's memory that a micro-batch which was tried must leave free: a run also evaluates, and in days its
-# memory falls into pieces.
+# Share of a GPU's memory that must stay free when a micro-batch is tried: a run also evaluates, and over days its
+# memory gets fragmented.
 SPARE = 0.05
 
 
 def fit_micro_batch(job: "Job") -> int:
-    """For train.micro_batch=auto: the largest part of a rank's share of the batch that all ranks have the memory for.
+    """For train.micro_batch=auto: the largest micro-batch that fits into the memory of all ranks.
 
-    Tries a step of each size from the largest down; leaves no trace, see `fits`. Raises CommandError where not even the
-    smallest part fits.
+    Tries a step of each size, the largest first, and changes nothing, see `fits`. Raises CommandError if not even the
+    smallest fits.
     """
-    for images in parts(job):
+    for images in micro_batch_sizes(job):
         if not job.ranks.any(not fits(job, images)):
             if job.ranks.main:
-                click.echo(f"train.micro_batch=auto: {images} images at once fit, of {share(job)}", err=True)
+                click.echo(
+                    f"train.micro_batch=auto: {images} images fit in one pass; a rank has {rank_batch(job)} per step",
+                    err=True,
+                )
             return images
     raise _nothing_fits(job)
 
 
 def explain(job: "Job", error: torch.OutOfMemoryError) -> CommandError:
-    """The message for a step that took more memory than there is: which micro-batch fits, tried, or that none does.
+    """The error for a step that ran out of memory: says which micro-batch fits, found by trying, or that none does.
 
-    The run is at its end: gradients of the broken step and what the error's traceback holds are let go.
+    Ends the run: frees the gradients of the failed step and what the error's traceback holds.
     """
-    traceback.clear_frames(error.__traceback__)  # else the broken step's activations stay, and nothing fits
+    traceback.clear_frames(error.__traceback__)  # otherwise the failed step's activations stay, and nothing fits
     job.optimizer.zero_grad(set_to_none=True)
     job.model.memories = []
     used = job.recipe.train.micro_batch
-    now = used if isinstance(used, int) else share(job)
-    found = next((images for images in parts(job) if images < now and fits(job, images)), None)
+    now = used if isinstance(used, int) else rank_batch(job)
+    found = next((images for images in micro_batch_sizes(job) if images < now and fits(job, images)), None)
     if found is None:
         return _nothing_fits(job)
     return CommandError(
-        f"{job.device}: its memory is used up by {now} images at once at augment.crop={_crop(job)}\n"
-        f"expected at most {found}, which fitted when tried; a step's batch stays {job.recipe.train.batch}\n"
+        f"{job.device}: out of memory with {now} images in one pass at augment.crop={_crop(job)}\n"
+        f"expected at most {found} (these fit in a trial); a step still has all {job.recipe.train.batch} images\n"
         f"use train.micro_batch={found}"
     )
 
 
 def _nothing_fits(job: "Job") -> CommandError:
-    least = parts(job)[-1]
+    least = micro_batch_sizes(job)[-1]
     return CommandError(
-        f"{job.device}: not even {least} image{'s' * (least > 1)} at once fit into its memory, and can be trained, at "
-        f"augment.crop={_crop(job)}\nexpected room for one training step of them; BatchNorm needs 2 values a channel\n"
-        "use a smaller augment.crop, train.amp=bf16, a smaller distill.group, or end what else runs on this GPU"
+        f"{job.device}: cannot train on {least} image{'s' * (least > 1)} in one pass at augment.crop={_crop(job)}: "
+        "out of memory, or too few values for BatchNorm\n"
+        "expected memory for one training step, and 2 values per channel for BatchNorm\n"
+        "use a smaller augment.crop, train.amp=bf16 or a smaller distill.group, or end other programs on this GPU"
     )
 
 
-def share(job: "Job") -> int:
+def rank_batch(job: "Job") -> int:
     """Images of a step that one rank computes."""
     return job.recipe.train.batch // job.ranks.size
 
 
-def parts(job: "Job") -> list[int]:
-    """The micro-batches that a rank's share can be cut into, the largest first."""
-    whole = share(job)
-    # A class mean over half a group would make the loss depend on how the step was cut.
+def micro_batch_sizes(job: "Job") -> list[int]:
+    """The possible micro-batches: divisors of a rank's images of a step, in whole groups; the largest first."""
+    whole = rank_batch(job)
+    # A class mean over half a group would make the loss depend on the size of the micro-batch.
     group = job.model.classifier.group
     return [size for size in range(whole, 0, -1) if whole % size == 0 and (size % group == 0 or size == whole)]
 
 
 def fits(job: "Job", images: int) -> bool:
-    """Whether a forward and backward of so many random images at the crop's size finds the memory it needs, and
-    BatchNorm the values: an image alone has no variance where a feature map is one pixel.
+    """Whether a forward and backward pass with `images` random images of the crop's size fits into memory, and gives
+    BatchNorm enough values: a single image has no variance if a feature map is one pixel.
 
-    Done on a copy: the run's weights, buffers, gradients and memories are not touched, its generators are put back.
+    Uses a copy: the run's weights, buffers, gradients and memories do not change. Restores the random generators.
     """
     devices = [job.device] if job.device.type == "cuda" else []
     with torch.random.fork_rng(devices):
@@ -108,9 +112,9 @@ def _trial(job: "Job", images: int) -> None:
     model = copy.deepcopy(job.model).train()
     for module in model.modules():
         if isinstance(module, torch.nn.SyncBatchNorm):
-            module.eval()  # each rank tries by itself: its statistics would wait for the others
-    held = []  # what a real step finds in memory beside its own
-    if not job.optimizer.state:  # two moments a parameter come with the first update
+            module.eval()  # each rank tries alone: in training mode the statistics would wait for the other ranks
+    held = []  # what is in memory during a real step, in addition to the step's own tensors
+    if not job.optimizer.state:  # the first update adds two moments per parameter
         held += [torch.empty_like(weight) for weight in model.parameters() if weight.requires_grad for _ in range(2)]
     pixels = torch.randn(images, 3, *size, device=device)
     labels = torch.randint(model.num_classes, (images, *size), device=device)

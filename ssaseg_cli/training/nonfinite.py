@@ -1,4 +1,4 @@
-"""What happens at a loss or gradient that is not finite: the run stops, and the step can be run again."""
+"""What happens if a loss or gradient is not finite: the run stops, and the step can be computed again."""
 
 import contextlib
 from math import isfinite
@@ -16,83 +16,86 @@ if TYPE_CHECKING:
     from ssaseg.cli.training.job import Job
 
 
-# Below it fp16's loss scale no longer helps: gradients of the loss itself overflow.
+# Below this value fp16's loss scale no longer helps: gradients of the loss itself overflow.
 LOW_SCALE = 1.0
 
-# 40 halvings from 65536: not even an all but vanished loss has a gradient that fp16 can hold.
+# 65536 after 40 halvings: even the gradient of a loss that is almost 0 does not fit into fp16.
 NO_SCALE = 2.0**-24
 
 
 def low_scale(job: "Job") -> float | None:
-    """fp16's loss scale where it has fallen so low that something is wrong, else None. Waits for the device.
+    """fp16's loss scale if it is so low that something is wrong, otherwise None. Waits for the device.
 
-    Raises FloatingPointError, with the state saved, where no scale is left: then no step has been made for long.
+    Saves the state and raises FloatingPointError below `NO_SCALE`: then no step has changed a weight for a long time.
     """
     scale = job.scaler.get_scale()
     if job.scaler.is_enabled() and scale < NO_SCALE:
-        kept = save_before_error(job, "the state")
+        saved = try_to_save(job, "the state")
         raise FloatingPointError(
-            f"step {job.progress.step}: in fp16 the gradient is not finite at any loss scale (now {scale:g}); {kept}\n"
+            f"step {job.progress.step}: in fp16 the gradient is not finite at any loss scale (now {scale:g}); {saved}\n"
             + advice(job, skippable=False)
         )
     return scale if job.scaler.is_enabled() and scale < LOW_SCALE else None
 
 
 def stop_before(job: "Job", step: StepRecord, names: list[str]) -> FloatingPointError:
-    """Ends a run at a bad step: saves the state from before it, writes what reproduces it, returns the error.
+    """Ends a run at a bad step: saves the state from before this step, writes a file that reproduces the step, and
+    returns the error.
 
-    Every rank calls it; `names` of the losses. Waits for the device.
+    Every rank calls it. `names`: names of the losses. Waits for the device.
     """
     job.progress.step = step.number - 1
     own = torch.cat([step.losses, step.norm.view(1)]).float()
     table = own.new_zeros(job.ranks.size, len(own))
     table[job.ranks.rank] = own
     rows = job.ranks.total(table).tolist()
-    # The gradient is the same everywhere: a loss tells which rank it came from.
+    # The gradient is the same on every rank. A loss shows which rank the fault came from.
     rank = next((rank for rank, row in enumerate(rows) if not all(map(isfinite, row[:-1]))), 0)
     losses, norm = dict(zip(names, rows[rank][:-1], strict=True)), rows[rank][-1]
     what = broken_terms(losses, norm)
     path = job.folder / f"nonfinite-step-{step.number}.pt"
-    kept = save_before_error(job, "the state before it")
+    saved = try_to_save(job, "the state from before this step")
     content = reproducer(job, rank, step.totals, losses, norm)
     if job.ranks.main:
-        with contextlib.suppress(OSError):  # a full disk: the message matters more
+        with contextlib.suppress(OSError):  # for example a full disk: the error of the step matters more
             torch.save(content, path)
-    allowed = f" (after {job.guard.limit} that train.nonfinite=skip left out)" if job.guard.limit else ""
-    kept, written = job.ranks.broadcast((kept, path.exists()))  # whichever rank tells it
+    limit = job.guard.limit
+    skipped = f" (after {limit} step{'s' * (limit > 1)} skipped by train.nonfinite=skip)" if limit else ""
+    saved, written = job.ranks.broadcast((saved, path.exists()))  # any rank may be the one that prints the error
     where = f"; batch and weights: {path.name}" if written else ""
     return FloatingPointError(
-        f"step {step.number}{allowed}: {what}; {kept}\nimages: {', '.join(content['names'])}{where}\n" + advice(job)
+        f"step {step.number}{skipped}: {what}; {saved}\nimages: {', '.join(content['names'])}{where}\n" + advice(job)
     )
 
 
 def broken_terms(losses: dict[str, float], norm: float) -> str:
-    """What is not finite of a bad step, in a few words: at most three losses by name; the reproducer has all."""
+    """What is not finite in a bad step, in a few words. Names at most three losses; the reproducer has all of them."""
     wrong = {name: value for name, value in losses.items() if not isfinite(value)}
     if not wrong:
         return "a norm's statistic is not finite" if isfinite(norm) else f"the gradient is not finite (norm {norm:g})"
-    told = [f"{name} {value:g}" for name, value in wrong.items()][:3]
+    shown = [f"{name} {value:g}" for name, value in wrong.items()][:3]
     what = "every loss" if len(wrong) > 1 and len(wrong) == len(losses) else f"loss {', '.join(list(wrong)[:3])}"
     more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
-    return f"{what}{more if what != 'every loss' else ''} is not finite ({', '.join(told)}{more})"
+    return f"{what}{more if what != 'every loss' else ''} is not finite ({', '.join(shown)}{more})"
 
 
-def save_before_error(job: "Job", what: str) -> str:
-    """Saves, and says whether that went well, as a part of the error that follows: it matters more than this one."""
+def try_to_save(job: "Job", what: str) -> str:
+    """Saves the state, called `what`. Returns whether that worked, as text for the error that the caller raises."""
     from ssaseg.cli.training.saving import save
 
     try:
         save(job)
     except (FloatingPointError, CommandError, OSError) as error:
         return f"{what} could not be saved: " + str(error).partition("\n")[0]
-    return f"{what} is saved"
+    return f"{what} was saved"
 
 
 def reproducer(job: "Job", rank: int, totals: Tensor | None, losses: dict[str, float], norm: float) -> dict[str, Any]:
-    """What `replay` takes: step, seed, recipe, classes, weights before the step, and `rank`'s images as the network saw
-    them: float32 (N,3,H,W) normalised RGB, labels uint8 (N,H,W); `totals` and the figures that came out.
+    """What `replay` needs: step, seed, recipe, classes, the weights from before the step, `totals`, the resulting
+    losses and norm, and `rank`'s images as the network saw them: float32 (N,3,H,W) normalised RGB, labels uint8
+    (N,H,W).
 
-    The batch is loaded again, as it is decided by seed and position alone.
+    The batch is loaded again: it depends only on the seed and the position in the data.
     """
     from ssaseg.cli.training.build import open_loader
     from ssaseg.cli.training.step import step_seed
@@ -100,15 +103,15 @@ def reproducer(job: "Job", rank: int, totals: Tensor | None, losses: dict[str, f
     recipe = job.recipe
     loader = open_loader(job, job.progress.step, workers=0, rank=rank)
     batches = [next(loader) for _ in range(job.micro_batches)]
-    parts = [job.prepare(batch) for batch in batches]
+    prepared = [job.prepare(batch) for batch in batches]
     return {
         "step": job.progress.step + 1,
         "seed": step_seed(recipe.train.seed, job.progress.step, rank),
         "recipe": recipe.model_dump(mode="json"),
         "classes": list(job.train_set.classes),
         "names": [name for batch in batches for name in batch.names],
-        "images": torch.cat([images for images, _ in parts]).cpu(),
-        "labels": torch.cat([labels for _, labels in parts]).byte().cpu(),
+        "images": torch.cat([images for images, _ in prepared]).cpu(),
+        "labels": torch.cat([labels for _, labels in prepared]).byte().cpu(),
         "micro_batch": job.micro_batch,
         "totals": None if totals is None else totals.cpu(),
         "losses": losses,
@@ -118,11 +121,11 @@ def reproducer(job: "Job", rank: int, totals: Tensor | None, losses: dict[str, f
 
 
 def replay(path: Path | str, device: str = "cpu") -> tuple[dict[str, float], float]:
-    """Takes the step in a `nonfinite-step-N.pt` again, with a fresh network: its losses by name, and the norm of its
-    gradient before clipping. Raises FileNotFoundError where there is no such file.
+    """Computes the step in a `nonfinite-step-N.pt` again, with a new network. Returns its losses by name, and the norm
+    of its gradient before clipping. Raises FileNotFoundError if there is no such file.
 
-    On the kind of device that the file came from, as dropout draws other numbers on another. Without fp16's loss scale:
-    a gradient that vanishes or overflows there alone may differ.
+    Use the kind of device that the file came from: dropout draws other numbers on another kind. fp16's loss scale is
+    not used: a gradient that is 0 or overflows only with it may differ.
 
     >>> losses, norm = replay("runs/demo/nonfinite-step-7.pt")
     """
@@ -139,12 +142,12 @@ def replay(path: Path | str, device: str = "cpu") -> tuple[dict[str, float], flo
     freeze(model, recipe.optim.freeze)
     set_mode(model, recipe.optim.freeze)
     torch.manual_seed(content["seed"])
-    parts = list(zip(*(content[key].split(content["micro_batch"]) for key in ("images", "labels")), strict=True))
+    batches = list(zip(*(content[key].split(content["micro_batch"]) for key in ("images", "labels")), strict=True))
     totals: dict[str, float] = {}
-    for images, labels in parts:
+    for images, labels in batches:
         with autocast(torch.device(device), recipe.train.amp):
             losses = model(images, labels.long(), content["totals"])
-        (torch.stack(list(losses.values())).sum() / len(parts)).backward()
+        (torch.stack(list(losses.values())).sum() / len(batches)).backward()
         for name, loss in losses.items():
-            totals[name] = totals.get(name, 0.0) + loss.item() / len(parts)
+            totals[name] = totals.get(name, 0.0) + loss.item() / len(batches)
     return totals, gradient_norm(model).item()

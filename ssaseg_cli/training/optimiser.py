@@ -1,4 +1,4 @@
-"""The optimiser: its schedule and parameter groups by mmsegmentation 0.x's rules, and what is not trained."""
+"""The optimiser, its schedule and parameter groups by the rules of mmsegmentation 0.x, and what is frozen."""
 
 import re
 from collections.abc import Collection, Iterator, Mapping
@@ -16,8 +16,9 @@ from ssaseg.models.official import official_keys
 def learning_rate(base: float, step: int, steps: int, optim: Any) -> float:
     """The rate of a group with base rate `base` at `step` (counted from 0) of `steps`; `optim`: the recipe's section.
 
-    (base − min_lr) · (1 − step/steps)^power + min_lr; in the first `warmup` steps that decaying value is multiplied by
-    a line from `warmup_ratio` to 1. Source: mmcv 1.7, `PolyLrUpdaterHook`; mmseg 1.x begins to decay at `warmup`.
+    (base − min_lr) · (1 − step/steps)^power + min_lr. In the first `warmup` steps this decaying value is multiplied by
+    a factor that rises linearly from `warmup_ratio` to 1. Source: mmcv 1.7, `PolyLrUpdaterHook`; in mmseg 1.x the decay
+    starts only at step `warmup`.
     """
     rate = (base - optim.min_lr) * (1 - step / steps) ** optim.power + optim.min_lr
     if step < optim.warmup:
@@ -26,26 +27,29 @@ def learning_rate(base: float, step: int, steps: int, optim: Any) -> float:
 
 
 def make_optimiser(model: Segmenter, optim: Any) -> torch.optim.Optimizer:
-    """AdamW, or SGD with momentum, over `param_groups`. Fused: the guard holds an update back inside its kernel."""
+    """AdamW, or SGD with momentum, over `param_groups`. Fused: the guard suppresses an update inside its kernel."""
     groups = param_groups(model, optim)
     if optim.kind == "adamw":
         return torch.optim.AdamW(groups, betas=optim.betas, fused=True)
     optimizer = torch.optim.SGD(groups, momentum=optim.momentum, fused=True)
     for group in groups if optim.momentum else ():
         for parameter in group["params"]:
-            # A first step that is held back would leave PyTorch's own buffer as memory that nobody has written.
+            # PyTorch makes its own buffer in the first step. If that step is suppressed, the buffer's values stay
+            # undefined.
             optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
     return optimizer
 
 
 def param_groups(model: Segmenter, optim: Any) -> list[dict[str, Any]]:
-    """Groups of parameters of one rate and one decay. `base_lr` is what the schedule starts from; `lr_factor` and
-    `decay_factor` are its share of the recipe's numbers. `optim`: the recipe's section. What is frozen is in no group.
+    """Groups of parameters with the same rate and decay. `base_lr`: the rate that the schedule starts from; `lr_factor`
+    and `decay_factor`: factors of the recipe's rate and decay. `optim`: the recipe's section. Frozen parameters are in
+    no group.
 
-    `rules`: a key is looked for in a parameter's *official* name, so `head` means everything behind the backbone and
-    `norm` the official spelling; keys are tried in alphabetical order, longer ones first, and the first that is found
-    counts. A rule has `lr` and `decay`, factors. Source: mmcv 1.7, `DefaultOptimizerConstructor`. `decay_vectors` and
-    `layer_decay` come on top. Raises CommandError for `layer_decay` of a network without numbered layers.
+    `rules`: a key is searched in a parameter's *official* name. So `head` means everything behind the backbone, and
+    `norm` is the official spelling. Longer keys are tried first, keys of the same length in alphabetical order; the
+    first key that is found applies. A rule has the factors `lr` and `decay`. Source: mmcv 1.7,
+    `DefaultOptimizerConstructor`. `decay_vectors` and `layer_decay` apply in addition. Raises CommandError for
+    `layer_decay` if the network has no numbered layers.
     """
     keys = sorted(sorted(optim.rules), key=len, reverse=True)
     official = official_keys(model)
@@ -69,11 +73,11 @@ def param_groups(model: Segmenter, optim: Any) -> list[dict[str, Any]]:
 
 
 def layer_factors(model: Segmenter, official: Mapping[str, str], decay: float | None) -> dict[str, float]:
-    """Factor of the learning rate of each parameter under layer-wise decay; {} where `decay` is None.
+    """Factor of the learning rate of each parameter under layer-wise decay; {} if `decay` is None.
 
-    Layers count from 0, the patch and position embeddings; block i is layer i + 1, all else the one behind the last
-    block. A layer's factor is decay^(layers behind it). Source: BEiT's `LayerDecayOptimizerConstructor`, as ViT-Adapter
-    has it in `mmcv_custom`.
+    The patch and position embeddings are layer 0, block i is layer i + 1, and everything else is one layer behind the
+    last block. A layer's factor is decay^(number of layers behind it). Source: BEiT's `LayerDecayOptimizerConstructor`,
+    as in ViT-Adapter's `mmcv_custom`.
     """
     if decay is None:
         return {}
@@ -82,17 +86,17 @@ def layer_factors(model: Segmenter, official: Mapping[str, str], decay: float | 
     if not blocks:
         raise CommandError(
             f"optim.layer_decay: {decay:g}: {model.name} has no numbered layers (backbone.blocks.N)\n"
-            "expected a plain transformer\nuse optim.layer_decay=null; optim.rules gives parts rates of their own"
+            "expected a plain transformer\nuse optim.layer_decay=null; in optim.rules, modules can have their own rates"
         )
     last = max(blocks.values()) + 2
-    first = tuple(f"backbone.{part}" for part in ("patch_embed", "pos_embed", "cls_token", "mask_token"))
+    first = tuple(f"backbone.{name}" for name in ("patch_embed", "pos_embed", "cls_token", "mask_token"))
     layers = {name: 0 if key.startswith(first) else last for name, key in official.items()}
     layers |= {name: number + 1 for name, number in blocks.items()}
     return {name: decay ** (last - layer) for name, layer in layers.items()}
 
 
 def describe_groups(optimizer: torch.optim.Optimizer) -> list[str]:
-    """A line for each group: how many tensors and parameters, and the factors of rate and decay."""
+    """A line for each group: its numbers of tensors and parameters, its rate and decay, and their factors."""
     return [
         f"{len(group['params'])} tensors, {sum(each.numel() for each in group['params']) / 1e6:.2f} M parameters: "
         f"lr {group['base_lr']:.3g} (factor {group['lr_factor']:g}), "
@@ -110,13 +114,13 @@ def frozen(model: Segmenter, what: Collection[str]) -> Iterator[nn.Module]:
 
 
 def freeze(model: Segmenter, what: Collection[str]) -> None:
-    """Takes the gradient from what is not trained; the optimiser and `set_mode` then leave it as it is."""
+    """Turns off gradients for what is frozen; the optimiser then leaves it out."""
     for module in frozen(model, what):
         module.requires_grad_(False)
 
 
 def set_mode(model: Segmenter, what: Collection[str] = ()) -> None:
-    """Training mode, but for what is frozen: its statistics stay, and nothing of it is dropped at random."""
+    """Sets training mode, except for what is frozen: there statistics do not change, and dropout is off."""
     model.train()
     for module in frozen(model, what):
         module.eval()

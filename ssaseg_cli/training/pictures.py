@@ -1,4 +1,4 @@
-"""The pictures that a run draws of itself: augmented batches, predictions of the same images, curves and class bars."""
+"""The pictures of a run: an augmented batch, predictions of the same images, curves, and bars per class."""
 
 import contextlib
 import json
@@ -25,11 +25,11 @@ if TYPE_CHECKING:
     from ssaseg.cli.training.job import Job
 
 
-IMAGES = 4  # validation images, the same ones each time
+IMAGES = 4  # validation images, the same each time
 
 
 def write_batch(job: "Job", images: int = 8) -> None:
-    """`batch.png`: the first augmented training images, colours as the network gets them, beside their labels."""
+    """`batch.png`: the first augmented training images, in the colours that the network gets, next to their labels."""
     from ssaseg.datasets.colour import prepare_batch
     from ssaseg.datasets.loader import train_loader
     from ssaseg.datasets.transforms import TrainTransform
@@ -52,17 +52,18 @@ def write_batch(job: "Job", images: int = 8) -> None:
 
 
 def after_evaluation(job: "Job", confusion: "Confusion") -> None:
-    """Draws everything anew: curves.png, iou.png, confused.png and .json, predictions; says which pairs lead.
+    """Draws all pictures again: curves.png, iou.png, confused.png (with .json), predictions. Prints the most confused
+    pairs of classes.
 
-    Called once the evaluation is in the log, with the weights that were evaluated in `job.model`. A picture that cannot
-    be drawn is told and left out: training goes on.
+    Called after the evaluation is logged, while `job.model` has the weights that were evaluated. For a picture that
+    cannot be drawn a warning is printed; training continues.
     """
     folder, step, classes = job.folder, job.progress.step, job.val_set.classes
     matrix, scores = confusion.matrix, confusion.scores()
     pairs = confused.confused_pairs(matrix, classes)
     tqdm.write(confused.most_confused(pairs), file=sys.stderr)
     title = f"{job.recipe.name}, step {step}: mIoU {scores['mIoU']:.2f} %"
-    # Each by itself: one that fails takes no other with it.
+    # Each one separately: if one fails, the others are still written.
     with drawing("confused.json"):
         write_atomic(
             folder / "confused.json", json.dumps({"step": step, "pairs": pairs}, indent=1).encode(), sync=False
@@ -77,8 +78,12 @@ def after_evaluation(job: "Job", confusion: "Confusion") -> None:
     with drawing("predictions"):
         write_predictions(job)
     if job.log is not None:
-        kept = folder / "predictions" / f"step-{step:06d}.jpg"
-        for name, path in {"iou": folder / "iou.png", "confused": folder / "confused.png", "predictions": kept}.items():
+        drawn = {
+            "iou": folder / "iou.png",
+            "confused": folder / "confused.png",
+            "predictions": folder / "predictions" / f"step-{step:06d}.jpg",
+        }
+        for name, path in drawn.items():
             if path.exists():
                 job.log.picture(name, path, step)
 
@@ -90,7 +95,7 @@ def draw_log(folder: Path, title: str = "") -> None:
 
 @contextlib.contextmanager
 def drawing(what: str) -> Iterator[None]:
-    """Turns whatever goes wrong inside into a line on stderr: nobody's training ends for a picture."""
+    """Turns any error inside this context into a warning on stderr: a picture does not end the training."""
     try:
         yield
     except Exception as error:
@@ -99,8 +104,9 @@ def drawing(what: str) -> Iterator[None]:
 
 
 def write_predictions(job: "Job", images: int = IMAGES) -> None:
-    """predictions/step-000500.jpg, and the same as `predictions.png`: image, label, coarse labels, adapted labels, and
-    what adaptation changed, for the same validation images each time. A plain classifier has one prediction.
+    """predictions/step-000500.jpg, and the same picture as `predictions.png`. For each image: the image, its label, the
+    coarse labels, the adapted labels, and what adaptation has changed. The validation images are the same each time. A
+    plain classifier has only one prediction.
     """
     from ssaseg.cli.scoring.inference import predict_labels
 
@@ -109,7 +115,7 @@ def write_predictions(job: "Job", images: int = IMAGES) -> None:
     job.model.eval()
     rows, maps = [], []
     try:
-        # Spread over the split: neighbours in it are often frames of one video.
+        # Spread over the split: images next to each other are often frames of one video.
         for index in np.unique(np.linspace(0, len(data) - 1, images).round().astype(int)).tolist():
             image, labels = data.load(index)
             protocol, mean, std = recipe.test.model_dump(), recipe.data.mean, recipe.data.std
@@ -119,8 +125,8 @@ def write_predictions(job: "Job", images: int = IMAGES) -> None:
             if coarse is not None:
                 maps.append(coarse)
                 row.append(Panel(f"coarse: {right(coarse, labels)}", panels.coloured(image, coarse, palette)))
-            word = "predicted" if coarse is None else "adapted"
-            row.append(Panel(f"{word}: {right(final, labels)}", panels.coloured(image, final, palette)))
+            title = "predicted" if coarse is None else "adapted"
+            row.append(Panel(f"{title}: {right(final, labels)}", panels.coloured(image, final, palette)))
             if coarse is not None:
                 row.append(panels.changes(image, labels, coarse, final))
             rows.append(row)
@@ -134,6 +140,6 @@ def write_predictions(job: "Job", images: int = IMAGES) -> None:
 
 
 def right(prediction: np.ndarray, labels: np.ndarray) -> str:
-    """The share of the labelled pixels that are predicted rightly, in words."""
+    """The share of the labelled pixels that are predicted correctly, as text."""
     known = labels != IGNORED
-    return f"{(prediction == labels)[known].mean() * 100:.1f} % right" if known.any() else "nothing labelled"
+    return f"{(prediction == labels)[known].mean() * 100:.1f} % correct" if known.any() else "nothing labelled"

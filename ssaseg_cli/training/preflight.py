@@ -17,21 +17,23 @@ from ssaseg.recipes import Recipe
 
 
 def require_start(path: Path) -> None:
-    """Raises CommandError where `model.pretrained` is no file: before the labels are looked at, which may take long."""
+    """Raises CommandError if `model.pretrained` is not a file. Called before the slower check of the labels."""
     if not path.is_file():
         raise CommandError(
             f"model.pretrained={path}: no such checkpoint\n"
-            "put it there (`ssaseg recipes show` says where it is from) or name it: model.pretrained=FILE\n"
-            "model.pretrained=null starts from random weights instead, and ends with a lower mIoU"
+            "download it to this path (`ssaseg recipes show` prints the source), or use model.pretrained=FILE\n"
+            "model.pretrained=null starts from random weights instead; the final mIoU is then lower"
         )
 
 
-def require_trainable(model: Segmenter, recipe: Recipe, share: int, device: torch.device) -> None:
-    """Raises CommandError where a norm would have one value of each channel, which has no variance: an image alone,
-    of which a feature map is a single pixel. Tried on a copy, as networks differ in how far they go down.
+def require_trainable(model: Segmenter, recipe: Recipe, rank_batch: int, device: torch.device) -> None:
+    """Raises CommandError if a norm would get only one value per channel, which has no variance. This happens for a
+    single image if a feature map is one pixel. Tried on a copy of the network, because networks have different strides.
+
+    `rank_batch`: images of a step that one rank computes.
     """
-    wished = recipe.train.micro_batch
-    if (share if wished in (None, "auto") else int(wished)) > 1:
+    requested = recipe.train.micro_batch
+    if (rank_batch if requested in (None, "auto") else int(requested)) > 1:
         return
     size = recipe.augment.crop
     trial = copy.deepcopy(model).train()
@@ -41,18 +43,18 @@ def require_trainable(model: Segmenter, recipe: Recipe, share: int, device: torc
     except ValueError as error:
         if "more than 1 value per channel" not in str(error):
             raise
-        key = "train.batch" if wished in (None, "auto", recipe.train.batch) else "train.micro_batch"
+        key = "train.batch" if requested in (None, "auto", recipe.train.batch) else "train.micro_batch"
         raise CommandError(
-            f"{key}: 1 image at once, with augment.crop={list(size)}, leaves BatchNorm one value a channel\n"
+            f"{key}: 1 image in one pass, with augment.crop={list(size)}, gives BatchNorm only one value per channel\n"
             f"expected 2 images or more, or a larger crop\nuse {key}=2, or larger sides in augment.crop"
         ) from None
 
 
 def check_labels(splits: dict[str, Any], check: str = "sample") -> None:
-    """Looks through each split before the first step: at up to 512 pairs of it ("sample"; the loader checks the others
-    as it reads them), or at every pixel of all ("all").
+    """Checks each split before the first step: up to 512 pairs ("sample"; the loader checks the others when it reads
+    them), or every pixel of all pairs ("all").
 
-    Raises CommandError for the first error; prints warnings where there is none.
+    Raises CommandError for the first error. If there is no error, prints the warnings.
     """
     from ssaseg.cli.data.reading import read_through
     from ssaseg.datasets.check import Problem, check_dataset
@@ -63,14 +65,14 @@ def check_labels(splits: dict[str, Any], check: str = "sample") -> None:
         problems += [(name, problem) for problem in found]
     errors = [problem.text for _, problem in problems if problem.severity == "error"]
     if errors:
-        several = " (the first of several problems: `ssaseg data check` tells all)" if len(errors) > 1 else ""
+        several = " (the first of several problems: `ssaseg data check` prints all)" if len(errors) > 1 else ""
         raise CommandError(errors[0] + several)
     for name, problem in problems:
         click.echo(f"warning, {name} split: {problem.text}", err=True)
 
 
 def describe(job: Job) -> None:
-    """Says what is about to be trained."""
+    """Prints what will be trained."""
     recipe, train, ranks = job.recipe, job.recipe.train, job.ranks.size
     size = sum(parameter.numel() for parameter in job.model.parameters()) / 1e6
     where = f"{ranks} ranks on {job.device.type}" if ranks > 1 else str(job.device)
@@ -82,8 +84,8 @@ def describe(job: Job) -> None:
     )
     if train.compile and ranks > 1 and job.device.type == "cuda":
         click.echo(
-            "note: train.compile on several GPUs was never measured; SyncBatchNorm breaks the compiled graphs at each "
-            "norm, which is likely slower than train.compile=false",
+            "note: train.compile was never measured on several GPUs; SyncBatchNorm splits the compiled graph at each "
+            "norm, so it is probably slower than train.compile=false",
             err=True,
         )
     if recipe.optim.freeze:
@@ -101,15 +103,17 @@ def describe(job: Job) -> None:
 
 
 @contextlib.contextmanager
-def deterministic(wished: bool) -> Iterator[None]:
-    """`train.deterministic`: inside, PyTorch refuses algorithms whose result depends on the order of threads."""
-    if not wished:
+def deterministic(requested: bool) -> Iterator[None]:
+    """`train.deterministic`: inside this context PyTorch refuses algorithms whose result depends on the order of
+    threads.
+    """
+    if not requested:
         yield
         return
-    # Read when cuBLAS first starts, so before anything is computed on a GPU.
+    # cuBLAS reads this when it first starts, so it must be set before anything is computed on a GPU.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True)
-    # PyTorch would also fill new memory with NaN: for finding bugs, and it costs time.
+    # PyTorch would also fill new memory with NaN. That helps to find bugs, but costs time.
     filling: Any = torch.utils.deterministic
     before, filling.fill_uninitialized_memory = filling.fill_uninitialized_memory, False
     try:

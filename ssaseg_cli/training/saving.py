@@ -1,4 +1,4 @@
-"""What a run saves: its state, to go on from, and checkpoints that describe themselves."""
+"""What a run saves: its state, to resume from, and checkpoints that describe themselves."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +14,10 @@ if TYPE_CHECKING:
 
 
 def save(job: "Job") -> None:
-    """Writes the training state, then its weights; never weights that are not finite over good ones. On every rank."""
+    """Writes the training state, then its weights. Every rank calls it.
+
+    Raises FloatingPointError, before anything is written, if a weight is not finite.
+    """
     job.ranks.same_statistics(job.model)
     require_finite(job)
     if not job.ranks.main:
@@ -26,32 +29,32 @@ def save(job: "Job") -> None:
     recipe = job.recipe.model_dump(mode="json")
     save_state(job.folder, job.progress, job.model, job.optimizer, job.scaler, recipe, extra)
     job.saved = job.progress.step
-    # The weights as they are trained; scores belong to their average, where there is one.
+    # The trained weights. If there is an average of them, the scores belong to the average, not to these.
     save_model(job.folder / "last.safetensors", job.model, metadata(job, scored=job.average is None))
 
 
 def complete(job: "Job") -> None:
-    """On resuming: writes the `last.safetensors` of the state, where a kill came between the two."""
+    """Called when a run resumes: writes `last.safetensors` from the state, if the run was killed between the two."""
     path, header = job.folder / "last.safetensors", metadata(job, scored=job.average is None)
     try:
         _, found = read_checkpoint(path)
     except (FileNotFoundError, CheckpointError):
         found = {"step": 0}
-    # A later one stays: its state could not be read, and the steps to it come again.
+    # A later file stays: its state could not be read, and the run will reach its step again.
     older, other = found["step"] <= header["step"], any(found.get(key) != header[key] for key in ("step", "scores"))
     if older and other:
         save_model(path, job.model, header)
 
 
 def save_best(job: "Job") -> None:
-    """`best.safetensors`: the weights that were just scored. Called inside `job.averaged()`."""
+    """Writes `best.safetensors`: the weights that were just scored. Called inside `job.averaged()`."""
     require_finite(job)
     if job.ranks.main:
         save_model(job.folder / "best.safetensors", job.model, metadata(job))
 
 
 def require_finite(job: "Job") -> None:
-    """Raises FloatingPointError where a weight or a statistic is not finite. Waits for the device."""
+    """Raises FloatingPointError if a weight or a statistic is not finite. Waits for the device."""
     values = [value for value in job.model.state_dict().values() if value.is_floating_point()]
     if not torch.stack([value.isfinite().all() for value in values]).all():
         raise FloatingPointError(
@@ -61,7 +64,7 @@ def require_finite(job: "Job") -> None:
 
 
 def metadata(job: "Job", scored: bool = True) -> dict[str, Any]:
-    """The header of the run's checkpoints; `scored`: whether the progress's scores are of these weights."""
+    """The header of the run's checkpoints; `scored`: whether the scores in the progress belong to these weights."""
     data, progress = job.recipe.data, job.progress
     return {
         "classes": list(job.val_set.classes),

@@ -1,4 +1,4 @@
-"""The training state: everything that a resumed run needs to go on as if it had never stopped, a file a save."""
+"""The training state: all that a run needs to resume as if it had never stopped. Each save writes one file."""
 
 import contextlib
 import errno
@@ -17,25 +17,25 @@ from ssaseg.cli.errors import CommandError
 from ssaseg.cli.training.job import Progress
 from ssaseg.models.checkpoint import write_atomic
 
-# Recipe keys that a resumed run may change, each with what becomes of the numbers; all others are refused.
+# Recipe keys that a resumed run may change, each with how this changes the results. All other changes are refused.
 FREE_KEYS = {
     "name": "",  # a label
-    "data.root": "",  # where the data lie: their names and sizes are held by their fingerprint
+    "data.root": "",  # where the data are: the fingerprint checks their names and sizes
     "data.cache": "",  # the same pixels, from memory
-    "train.workers": "",  # a sample is a function of the seed and its position alone
+    "train.workers": "",  # a sample depends only on the seed and its position
     "train.prefetch": "",  # the same batches, earlier on the device
     "train.log_every": "",
     "train.save_every": "",
     "train.keep": "",
-    "train.eval_every": "",  # evaluating draws nothing and writes no buffer; other weights may become the best
-    "train.patience": "",  # decides when to end, not what is learnt until then
-    # What to do in a case that stops a run otherwise: who resumes after it must be able to choose.
+    "train.eval_every": "",  # evaluation draws no random number and writes no buffer; other weights may become the best
+    "train.patience": "",  # decides when training ends, not what is learnt before
+    # What to do if something is not finite. This may have stopped the run: then the user must be able to choose.
     "train.nonfinite": "",
     "train.max_skipped": "",
-    # Other kernels for the same arithmetic.
-    "train.compile": "the same to rounding",
-    "train.deterministic": "the same to rounding",
-    # Not harmless, but a long run must be able to go on with less memory: the step's batch and losses stay.
+    # Other kernels that compute the same.
+    "train.compile": "equal except for rounding",
+    "train.deterministic": "equal except for rounding",
+    # This changes results, but a long run must be able to continue with less memory. A step's batch and losses stay.
     "train.micro_batch": "BatchNorm sees other groups of images from here on",
 }
 
@@ -49,11 +49,11 @@ def save_state(
     recipe: dict[str, Any],
     extra: dict[str, Any] | None = None,
 ) -> None:
-    """Writes `state-<step>.pt` atomically, then drops all but the newest `train.keep`.
+    """Writes `state-<step>.pt` atomically, then deletes all states except the newest `train.keep`.
 
-    Random draws are functions of seed and step, so no generator needs to be stored. `extra`: what else the run goes on
-    with, plain values and tensors; `load_state` gives it back under that key. Raises CommandError where the disk
-    refuses, naming the state that the run can go on from.
+    Random draws are functions of seed and step, so no generator needs to be stored. `extra`: what else the run needs to
+    resume, plain values and tensors; `load_state` returns it under that key. Raises CommandError if the file cannot be
+    written; the message names the state that the run can resume from.
     """
     buffer = io.BytesIO()
     content = {
@@ -69,18 +69,18 @@ def save_state(
     try:
         write_atomic(path, buffer.getvalue())
     except OSError as error:
-        kept = next(iter(state_files(folder)), None)
-        last = f"{kept.name} stays the last good state" if kept else "no state was saved before"
+        newest = next(iter(state_files(folder)), None)
+        last = f"{newest.name} is still the last good state" if newest else "no state was saved before"
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        mend = "make room (train.keep=1 needs least)" if full else "make the folder writable again"
-        raise CommandError(f"{path}: {error.strerror}\n{last}\n{mend}, then go on with --resume") from None
-    _drop_old(folder, path, recipe["train"]["keep"])
+        fix = "free some disk space (train.keep=1 needs least)" if full else "make the folder writable again"
+        raise CommandError(f"{path}: {error.strerror}\n{last}\n{fix}, then continue with --resume") from None
+    _delete_old(folder, path, recipe["train"]["keep"])
 
 
-def _drop_old(folder: Path, written: Path, keep: int) -> None:
-    """Removes states older than the newest `keep`, and what a killed run left half written."""
-    with contextlib.suppress(OSError):  # not every file system can; then the order is its own
-        # A power cut must not find the old states gone and the new one's name not yet on the disk.
+def _delete_old(folder: Path, written: Path, keep: int) -> None:
+    """Deletes states older than the newest `keep`, and incomplete files of a killed run."""
+    with contextlib.suppress(OSError):  # some file systems cannot do this; then they decide the order
+        # After a power cut, the old states must not be gone while the new one's name is not yet on the disk.
         descriptor = os.open(folder, os.O_RDONLY)
         try:
             os.fsync(descriptor)
@@ -89,7 +89,7 @@ def _drop_old(folder: Path, written: Path, keep: int) -> None:
     states = state_files(folder)
     old = states[states.index(written) + keep :]
     for path in [*old, *folder.glob(".state*.partial")]:
-        with contextlib.suppress(OSError):  # a file too many is no reason to stop
+        with contextlib.suppress(OSError):  # an old file that stays is not a reason to stop
             os.unlink(path)
 
 
@@ -100,16 +100,16 @@ def state_files(folder: Path) -> list[Path]:
 
 
 def load_state(folder: Path) -> dict[str, Any] | None:
-    """The newest state in `folder` that can be read, on the CPU; None where a run was stopped before its first save.
+    """The newest state in `folder` that can be read, on the CPU; None if the run was stopped before its first save.
 
-    One that cannot be read is told in a line and set aside as `*.unreadable`. Raises CommandError where none can.
+    Prints which states cannot be read, and renames them to `*.unreadable`. Raises CommandError if none can be read.
     """
     broken: list[Path] = []
     reasons: list[str] = []
     for path in state_files(folder):
         try:
             state = _read(path)
-        except MemoryError:  # says nothing about the file
+        except MemoryError:  # this does not mean that the file is damaged
             raise
         except Exception as error:
             broken.append(path)
@@ -117,7 +117,7 @@ def load_state(folder: Path) -> dict[str, Any] | None:
             continue
         if broken:
             names = ", ".join(bad.name for bad in broken)
-            text = f"{folder}: {names} cannot be read ({reasons[0]}); going on from the last good state, {path.name}"
+            text = f"{folder}: {names} cannot be read ({reasons[0]}); continuing from the last good state, {path.name}"
             click.echo(f"warning: {text}", err=True)
         for bad in broken:
             with contextlib.suppress(OSError):
@@ -126,13 +126,16 @@ def load_state(folder: Path) -> dict[str, Any] | None:
     if not broken:
         return None
     raise CommandError(
-        f"{broken[0]}: the training state cannot be read ({reasons[0]}), and there is no older one that can\n"
-        f"the weights in {folder / 'last.safetensors'} can start a new run: model.pretrained"
+        f"{broken[0]}: the training state cannot be read ({reasons[0]}), and no older state can be read either\n"
+        f"start a new run from the last weights: model.pretrained={folder / 'last.safetensors'}"
     )
 
 
 def _read(path: Path) -> dict[str, Any]:
-    """A state, whole. PyTorch notices a file that was cut short, but not bytes that changed; the sums in it do."""
+    """Reads a state. PyTorch notices a file that was cut short, but not changed bytes: the checksums in it show these.
+
+    Raises ValueError for a wrong checksum and for missing entries.
+    """
     with zipfile.ZipFile(path) as archive:
         damaged = archive.testzip()
     if damaged is not None:
@@ -140,14 +143,14 @@ def _read(path: Path) -> dict[str, Any]:
     state = torch.load(path, map_location="cpu", weights_only=True)
     missing = {"progress", "model", "optimizer", "scaler", "recipe"} - state.keys()
     if missing:
-        raise ValueError(f"no {', '.join(sorted(missing))} in it")
+        raise ValueError(f"it has no {', '.join(sorted(missing))}")
     return state
 
 
 def refuse_changes(stored: dict[str, Any], given: dict[str, Any], folder: Path) -> None:
-    """Raises CommandError where the recipe of a resumed run differs in what would change its results.
+    """Raises CommandError if the recipe of a resumed run has changes that would change its results.
 
-    Other differences are told in one line.
+    Other changes are printed in one line.
     """
     old, new = flat(stored), flat(given)
     changed = {
@@ -162,19 +165,19 @@ def refuse_changes(stored: dict[str, Any], given: dict[str, Any], folder: Path) 
                      if (folder / f"{name}.safetensors").exists()), None)  # fmt: skip
         new_run = "or start a new run with another --out"
         if "train.steps" in changed and best is not None:
-            # Learning rates follow from the number of steps: those that were made are of another schedule.
-            new_run += f"; longer than it was planned: that and model.pretrained={shlex.quote(str(best))}"
+            # Learning rates depend on the number of steps: the finished steps belong to another schedule.
+            new_run += f"; to train longer, start it with model.pretrained={shlex.quote(str(best))}"
         raise CommandError(
             f"{folder}: the recipe is not the one this run was started with: {shown}{' …' if refused[3:] else ''}\n"
-            f"resume it by: ssaseg train {shlex.quote(str(folder / 'config.yaml'))} --out {own} --resume\n{new_run}"
+            f"resume it with: ssaseg train {shlex.quote(str(folder / 'config.yaml'))} --out {own} --resume\n{new_run}"
         )
     if changed:
         notes = [text + (f" ({FREE_KEYS[key]})" if FREE_KEYS[key] else "") for key, text in changed.items()]
-        click.echo(f"{folder}: goes on with {', '.join(notes)}", err=True)
+        click.echo(f"{folder}: continues with {', '.join(notes)}", err=True)
 
 
 def _difference(key: str, old: Any, new: Any) -> str:
-    """A changed value, in a few words: of lists, such as the classes, the first entry that differs."""
+    """A changed value, as short text. For lists, such as the classes: the first entry that differs."""
     if isinstance(old, list) and isinstance(new, list) and max(len(old), len(new)) > 4:
         at = next((k for k, (a, b) in enumerate(zip(old, new, strict=False)) if a != b), None)
         return f"{key}: {len(old)} → {len(new)} entries" if at is None else f"{key}[{at}] {old[at]} → {new[at]}"
@@ -182,9 +185,9 @@ def _difference(key: str, old: Any, new: Any) -> str:
 
 
 def flat(tree: Any, prefix: str = "") -> dict[str, Any]:
-    """Leaves of nested mappings by dotted key."""
+    """The values of nested mappings, by dotted key."""
     if not isinstance(tree, dict) or not tree:
         return {prefix: list(tree) if isinstance(tree, tuple) else tree}
     return {
-        key: leaf for name, part in tree.items() for key, leaf in flat(part, f"{prefix}.{name}".lstrip(".")).items()
+        key: leaf for name, inner in tree.items() for key, leaf in flat(inner, f"{prefix}.{name}".lstrip(".")).items()
     }

@@ -1,4 +1,4 @@
-"""One optimiser step: micro-batches forward and backward, the verdict, the update."""
+"""One optimiser step: forward and backward passes over its micro-batches, the verdict, the update."""
 
 import contextlib
 from typing import Any
@@ -17,7 +17,8 @@ AMP_TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 def train_step(job: Job, batches: list[Any]) -> tuple[StepRecord, list[str]]:
     """One optimiser step over its micro-batches. Returns what the log needs, on the device, and the losses' names.
 
-    Every random number of step i comes from (seed, i): a resumed run draws what the undisturbed one would have drawn.
+    Every random number of step i comes from (seed, i). So a resumed run draws the same numbers as one that never
+    stopped.
     """
     recipe, model, optimizer, scaler, guard = job.recipe, job.model, job.optimizer, job.scaler, job.guard
     torch.manual_seed(step_seed(recipe.train.seed, job.progress.step, job.ranks.rank))
@@ -50,8 +51,9 @@ def train_step(job: Job, batches: list[Any]) -> tuple[StepRecord, list[str]]:
 
 
 def step_totals(job: Job, batches: list[Any]) -> Tensor | None:
-    """What a loss must know of the whole step before its first micro-batch: the mean of the classifier's `step_totals`
-    over micro-batches and ranks. None where the only micro-batch is the step, and for a classifier without such a loss.
+    """What a loss must know about the whole step before its first micro-batch: the mean of the classifier's
+    `step_totals` over micro-batches and ranks. None if the only micro-batch is the whole step, or if the classifier has
+    no such loss.
     """
     if not job.model.classifier.needs_totals or (len(batches) == 1 and job.ranks.size == 1):
         return None
@@ -61,21 +63,21 @@ def step_totals(job: Job, batches: list[Any]) -> Tensor | None:
 
 
 def gradient_norm(model: nn.Module, clip: float | None = None) -> Tensor:
-    """Norm of all gradients together, () on the device; they are then scaled down to the norm `clip` where given."""
+    """Norm of all gradients together, () on the device. If `clip` is given, scales them down to at most that norm."""
     if clip:
         return nn.utils.clip_grad_norm_(model.parameters(), clip)
     return nn.utils.get_total_norm([each.grad for each in model.parameters() if each.grad is not None])
 
 
 def step_seed(seed: int, step: int, rank: int = 0) -> int:
-    """A seed for each step of each run and rank: a 64-bit mix, so that neighbours share nothing."""
+    """A seed for each step of each seed and rank: 64 mixed bits, so that the seeds of adjacent steps are unrelated."""
     mixed = (seed * 0x9E3779B97F4A7C15 + step + 1 + rank * 0xD1B54A32D192ED03) & 0xFFFFFFFFFFFFFFFF
     mixed = ((mixed ^ (mixed >> 30)) * 0xBF58476D1CE4E5B9) & 0xFFFFFFFFFFFFFFFF
     return (mixed ^ (mixed >> 27)) & 0x7FFFFFFFFFFFFFFF
 
 
 def set_learning_rate(job: Job, step: int) -> float:
-    """Sets every group's rate for `step`; returns the base rate's value, for the log."""
+    """Sets the learning rate of every group for `step`; returns the rate of a group with factor 1, for the log."""
     optim, steps = job.recipe.optim, job.recipe.train.steps
     for group in job.optimizer.param_groups:
         group["lr"] = learning_rate(group["base_lr"], step, steps, optim)
@@ -83,5 +85,5 @@ def set_learning_rate(job: Job, step: int) -> float:
 
 
 def autocast(device: torch.device, amp: str) -> contextlib.AbstractContextManager[Any]:
-    """Mixed precision of a recipe's `train.amp` on `device`."""
+    """The mixed precision that a recipe's `train.amp` requests, on `device`."""
     return torch.autocast(device.type, dtype=AMP_TYPES.get(amp, torch.bfloat16), enabled=amp != "off")

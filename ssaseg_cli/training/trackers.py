@@ -1,7 +1,7 @@
-"""Other places for a run's figures and pictures: TensorBoard and Weights & Biases, which nobody must have installed.
+"""Copies of a run's metrics and pictures for TensorBoard and Weights & Biases. Both packages are optional.
 
-`metrics.jsonl` is the record; a tracker has a copy. One that fails, at the start or in mid-run, says so once and is
-left alone from then on: training goes on.
+`metrics.jsonl` is the complete log; a tracker gets a copy. If a tracker fails, at the start or later, one warning is
+printed and the tracker gets nothing more. Training continues.
 """
 
 import os
@@ -21,25 +21,24 @@ from ssaseg.recipes import Recipe, dump_recipe
 
 
 def open_trackers(names: Iterable[str], folder: Path, recipe: Recipe) -> "list[Tracker]":
-    """Trackers by name (tensorboard, wandb) for the run in `folder`. Nothing is written, and no connection made, before
-    `MetricsLog` starts them.
+    """Trackers by name (tensorboard, wandb) for the run in `folder`. They write nothing until `MetricsLog` starts them.
 
-    Raises CommandError where a package is missing, or a new run of Weights & Biases would have no account to go to.
+    Raises CommandError if a package is missing, or if a new run of Weights & Biases has no account to log in to.
     """
     kinds: dict[str, type[Tracker]] = {"tensorboard": TensorBoard, "wandb": WandB}
     names = list(dict.fromkeys(names))
     for name in names:
         found = find_spec(name)
-        if found is None or found.origin is None:  # without origin: a folder of that name, as both make them
+        if found is None or found.origin is None:  # no origin: a folder of that name; both packages make such folders
             raise CommandError(
                 f"--track {name}: the package {name} is not installed\n"
-                f"install it with: pip install 'ssaseg[{name}]', or leave --track out; metrics.jsonl is always written"
+                f"install it with: pip install 'ssaseg[{name}]', or leave out --track; metrics.jsonl is always written"
             )
     return [kinds[name](folder, recipe) for name in names]
 
 
 class Tracker(ABC):
-    """A place for figures and pictures. What its library raises goes no further than a line on stderr."""
+    """Receives metrics and pictures. What its library raises becomes a warning on stderr."""
 
     name: str
 
@@ -48,20 +47,20 @@ class Tracker(ABC):
         self.working = False
 
     def start(self, step: int) -> None:
-        """Opens it for a run that goes on after `step` (0: a new one)."""
+        """Opens it for a run that continues after `step` (0: a new run)."""
         self.working = True
         self._try(lambda: self._start(step))
 
     def log(self, record: dict[str, Any]) -> None:
-        """Takes a record of `metrics.jsonl`."""
+        """Logs a record of `metrics.jsonl`."""
         self._try(lambda: self._log(named(record), record["step"]))
 
     def picture(self, name: str, path: Path, step: int) -> None:
-        """Takes a picture file."""
+        """Logs a picture file that was written for `step`."""
         self._try(lambda: self._picture(name, path, step))
 
     def close(self) -> None:
-        """Hands over what is waiting; nothing happens where it was closed before or has failed."""
+        """Writes or sends what is waiting. Does nothing if the tracker was closed before or has failed."""
         self._try(self._close)
         self.working = False
 
@@ -70,10 +69,10 @@ class Tracker(ABC):
             return
         try:
             action()
-        except Exception as error:  # whatever such a library may raise: a week of training does not end for a copy
+        except Exception as error:  # such a library may raise anything; this must not end the training
             self.working = False
             text = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-            tqdm.write(f"warning: {self.name} failed and is left out from here on ({text})", file=sys.stderr)
+            tqdm.write(f"warning: {self.name} failed and is not used any more ({text})", file=sys.stderr)
 
     @abstractmethod
     def _start(self, step: int) -> None: ...
@@ -89,15 +88,15 @@ class Tracker(ABC):
 
 
 def named(record: dict[str, Any]) -> dict[str, float]:
-    """A record's numbers under `train/` or `val/`, its class scores under `val/IoU/`; what is no number left out."""
-    part = "val" if "mIoU" in record else "train"
-    values = {f"{part}/{key}": value for key, value in record.items() if key not in ("step", "IoU")}
+    """A record's numbers as `train/…` or `val/…`, its class scores as `val/IoU/…`. Leaves out what is not a number."""
+    split = "val" if "mIoU" in record else "train"
+    values = {f"{split}/{key}": value for key, value in record.items() if key not in ("step", "IoU")}
     values |= {f"val/IoU/{key}": value for key, value in record.get("IoU", {}).items()}
     return {key: value for key, value in values.items() if isinstance(value, int | float)}
 
 
 class TensorBoard(Tracker):
-    """Event files in RUN/tensorboard: `tensorboard --logdir RUN`, or of the folder with all runs."""
+    """Event files in RUN/tensorboard. Show them with `tensorboard --logdir RUN`, or give the folder with all runs."""
 
     name = "tensorboard"
 
@@ -105,7 +104,7 @@ class TensorBoard(Tracker):
         from torch.utils import tensorboard
 
         writer: Any = tensorboard.SummaryWriter
-        # What a killed run wrote beyond its state is taken back: the resumed one writes those steps again.
+        # Removes what a killed run wrote after its last state: the resumed run writes those steps again.
         folder = str(self.folder / "tensorboard")
         self.writer = writer(folder, purge_step=step + 1)
         if step == 0:
@@ -123,7 +122,7 @@ class TensorBoard(Tracker):
 
         with Image.open(path) as image:
             width, height = image.size
-        # The file as it is: `add_image` would make a PNG of it, five times as large as a JPEG.
+        # The file unchanged: `add_image` would convert it to PNG, five times as large as a JPEG.
         picture = Summary.Image(height=height, width=width, colorspace=3, encoded_image_string=path.read_bytes())
         value = Summary.Value(tag=name, image=picture)
         self.writer.file_writer.add_summary(Summary(value=[value]), step)
@@ -133,9 +132,9 @@ class TensorBoard(Tracker):
 
 
 class WandB(Tracker):
-    """A run of Weights & Biases; its id stays in RUN/wandb-id, so that a resumed training goes on in the same one.
+    """A run of Weights & Biases. Its id is kept in RUN/wandb-id, so that a resumed training continues the same run.
 
-    WANDB_PROJECT, WANDB_ENTITY and WANDB_MODE=offline (then `wandb sync`) do what they always do.
+    WANDB_PROJECT, WANDB_ENTITY and WANDB_MODE=offline (then `wandb sync`) have their usual effect.
     """
 
     name = "wandb"
@@ -145,7 +144,7 @@ class WandB(Tracker):
         self.wandb: Any = import_module("wandb")
         self.id_file = folder / "wandb-id"
         offline = os.environ.get("WANDB_MODE") in ("offline", "disabled", "dryrun")
-        # A run that goes on, perhaps restarted by a machine at night, does without rather than not at all.
+        # A resumed run, perhaps restarted by a machine at night, should rather continue without W&B than fail.
         if not offline and not self.id_file.exists():
             self._log_in()
 
@@ -154,8 +153,8 @@ class WandB(Tracker):
             self.wandb.login()
         except Exception as error:
             reason = " ".join(str(error).split())[:150]
-            mend = "run `wandb login`, or set WANDB_MODE=offline and send the run later with `wandb sync`"
-            raise CommandError(f"--track wandb: {reason}\n{mend}") from None
+            fix = "run `wandb login`, or set WANDB_MODE=offline and send the run later with `wandb sync`"
+            raise CommandError(f"--track wandb: {reason}\n{fix}") from None
 
     def _start(self, step: int) -> None:
         if not self.id_file.exists():
@@ -167,9 +166,9 @@ class WandB(Tracker):
             name=self.folder.resolve().name,
             resume="allow",
             config=self.recipe.model_dump(mode="json"),
-            settings={"console": "off"},  # what is printed stays ours
+            settings={"console": "off"},  # W&B must not capture what ssaseg prints
         )
-        # Its own step only goes up, and would refuse the steps that a resumed run does again.
+        # W&B's own step can only increase: it would refuse the steps that a resumed run computes again.
         self.run.define_metric("step", hidden=True)
         self.run.define_metric("*", step_metric="step")
 

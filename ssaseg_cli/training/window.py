@@ -19,43 +19,43 @@ if TYPE_CHECKING:
     from ssaseg.recipes import Recipe
 
 
-# Waiting for data is told from this share of the time on, over at least so many steps.
+# A warning is printed if training waits for data for more than this share of the time, over at least this many steps.
 BOUND, STEPS = 0.2, 20
 
 
 class Window:
-    """The steps since the last log line: their losses, still on the device, and the images they came from."""
+    """The steps since the last log line: their losses, still on the device, and the names of their images."""
 
     def __init__(self, job: "Job", bar: bool = True) -> None:
         self.job = job
         self.steps: list[StepRecord] = []
-        self.bad: list[bool] = []  # of the steps whose verdict was read
+        self.bad: list[bool] = []  # whether each step was bad; only for the steps whose verdict was read
         self.names: list[str] = []
         self.waited = 0.0
-        self.warm = self.told = self.told_scale = False
-        self.block = [0.0, 0.0, 0.0]  # waited [s], in all [s], steps: since waiting was last looked at
+        self.warm = self.warned = self.warned_scale = False
+        self.block = [0.0, 0.0, 0.0]  # since waiting was last checked: time waited [s], total time [s], steps
         self.started = time.perf_counter()
         total, done = job.recipe.train.steps, job.progress.step
         shown = bar and job.ranks.main and sys.stderr.isatty()
         self.bar = tqdm(total=total, initial=done, disable=not shown, unit="step", dynamic_ncols=True)
 
     def start_waiting(self) -> None:
-        """Before asking the loader for data."""
+        """Called before the loader is asked for data."""
         self.wait_started = time.perf_counter()
 
     def stop_waiting(self) -> None:
-        """After the loader has given it."""
+        """Called when the loader has returned it."""
         self.waited += time.perf_counter() - self.wait_started
 
     def add(self, record: StepRecord, names: list[str]) -> None:
-        """Keeps a step, its losses named `names`, without reading them."""
+        """Adds a step; `names` are the names of its losses. Does not wait for the device."""
         self.names = names
         self.steps.append(record)
         self.bar.update()
 
     def check(self) -> StepRecord | None:
-        """Reads the verdicts on the steps since the last look; waits for the device. Returns the step that ends the
-        run, None where it goes on.
+        """Reads the verdicts on the steps since the last call; waits for the device. Returns the step that ends the
+        run, or None if the run continues.
         """
         fresh = self.steps[len(self.bad) :]
         if not fresh:
@@ -69,7 +69,7 @@ class Window:
         return None
 
     def write(self, rate: float) -> None:
-        """One line for people, one for machines: the means since the last one. Every rank calls it, after `check`."""
+        """Prints and logs the means since the last log line. Every rank calls it, after `check`."""
         job, count = self.job, len(self.steps)
         step = self.steps[-1].number
         kept = [record for record, bad in zip(self.steps, self.bad, strict=True) if not bad]
@@ -81,16 +81,16 @@ class Window:
         seconds = time.perf_counter() - self.started
         waiting = self.waited / seconds
         if job.ranks.main and kept:
-            self._tell(step, rate, losses, [norm for norm in norms if isfinite(norm)], count / seconds, waiting)
+            self._print_losses(step, rate, losses, [norm for norm in norms if isfinite(norm)], count / seconds, waiting)
         if job.ranks.main:
-            self._tell_faults(scale)
-            self._tell_waiting(seconds)
+            self._print_faults(scale)
+            self._print_waiting(seconds)
         self.steps, self.bad, self.waited, self.started = [], [], 0.0, time.perf_counter()
 
-    def _tell(
+    def _print_losses(
         self, step: int, rate: float, losses: dict[str, float], norms: list[float], pace: float, waiting: float
     ) -> None:
-        """pace: steps a second; waiting: share of the time."""
+        """Prints a line and logs it. `pace`: steps per second; `waiting`: share of the time spent waiting for data."""
         train = self.job.recipe.train
         loss, norm, speed = sum(losses.values()), sum(norms) / max(len(norms), 1), pace * train.batch
         record = {"step": step, "lr": rate, "loss": loss, **losses}
@@ -104,38 +104,38 @@ class Window:
         tqdm.write(f"step {step}/{train.steps} {line}, ETA {clock}", file=sys.stderr)  # above a bar
         self.bar.set_postfix_str(f"loss {loss:.3f}")
 
-    def _tell_faults(self, scale: float | None) -> None:
-        """What is wrong, though training goes on: updates left out, fp16 without room."""
+    def _print_faults(self, scale: float | None) -> None:
+        """Prints what is wrong although training continues: skipped updates, a loss scale of fp16 that is too low."""
         job = self.job
-        left_out = [record for record, bad in zip(self.steps, self.bad, strict=True) if bad]
-        for record in left_out:
+        skipped = [record for record, bad in zip(self.steps, self.bad, strict=True) if bad]
+        for record in skipped:
             values = zip(self.names, record.losses.tolist(), strict=True)
             terms = ", ".join(f"{name} {value:g}" for name, value in values)
             images = ", ".join(record.images)
-            tqdm.write(f"step {record.number}: not finite, left out ({terms}); images: {images}", file=sys.stderr)
-        if left_out:
-            allowed = f"{job.progress.skipped} updates left out, of at most {job.guard.limit} (train.max_skipped)"
-            tqdm.write(f"warning: {allowed}", file=sys.stderr)
-        if scale is not None and not self.told_scale:
-            self.told_scale = True
+            tqdm.write(f"step {record.number}: not finite, update skipped ({terms}); images: {images}", file=sys.stderr)
+        if skipped:
+            count = f"{job.progress.skipped} updates skipped, of at most {job.guard.limit} (train.max_skipped)"
+            tqdm.write(f"warning: {count}", file=sys.stderr)
+        if scale is not None and not self.warned_scale:
+            self.warned_scale = True
             text = f"warning: fp16's loss scale has fallen to {scale:g}: gradients overflow; use train.amp=bf16"
             tqdm.write(text, file=sys.stderr)
 
-    def _tell_waiting(self, seconds: float) -> None:
-        """Says once that training waits for its data. The first window does not count: workers start in it."""
+    def _print_waiting(self, seconds: float) -> None:
+        """Warns once if training waits for its data. The first window does not count: the workers start in it."""
         if self.warm:
             self.block = [sum(pair) for pair in zip(self.block, (self.waited, seconds, len(self.steps)), strict=True)]
         self.warm = True
-        waited, in_all, steps = self.block
+        waited, total, steps = self.block
         if steps >= STEPS:
             self.block = [0.0, 0.0, 0.0]
-            if waited / in_all > BOUND and not self.told:
-                self.told = True
-                tqdm.write(remedy(self.job.recipe, waited / in_all), file=sys.stderr)
+            if waited / total > BOUND and not self.warned:
+                self.warned = True
+                tqdm.write(waiting_warning(self.job.recipe, waited / total), file=sys.stderr)
 
     @contextlib.contextmanager
-    def aside(self) -> Iterator[None]:
-        """What is done inside does not count as training time."""
+    def paused(self) -> Iterator[None]:
+        """The time inside this context does not count as training time."""
         began = time.perf_counter()
         yield
         self.started += time.perf_counter() - began
@@ -145,15 +145,15 @@ class Window:
         self.bar.close()
 
 
-def remedy(recipe: "Recipe", waiting: float) -> str:
-    """What to do where training waits for its data for `waiting` (a share) of the time."""
+def waiting_warning(recipe: "Recipe", waiting: float) -> str:
+    """The warning that training waits for its data for `waiting` (a share) of the time, with the fix."""
     cores = count_cores()
     workers = recipe.train.workers
-    mends = [f"train.workers={min(2 * workers or 1, cores)}"] if workers < cores else []
+    fixes = [f"train.workers={min(2 * workers or 1, cores)}"] if workers < cores else []
     if not recipe.data.cache and recipe.data.dataset != "synthetic":
-        mends.append("data.cache=true if memory allows")
-    mends = mends or ["smaller images on the disk, or more cores"]
+        fixes.append("data.cache=true if there is enough memory")
+    fixes = fixes or ["smaller images on the disk, or more cores"]
     return (
         f"warning: training waits for data {waiting:.0%} of the time ({workers} workers, {cores} cores); "
-        f"use {' and '.join(mends)}"
+        f"use {' and '.join(fixes)}"
     )

@@ -334,7 +334,7 @@ def test_a_signal_saves_once_and_one_rank_can_go_on(
     assert train(monkeypatch, out, change=partial(changes.slow_steps, 0.3)) == 143
     thread.join()
     told = capfd.readouterr().err
-    assert told.count("state saved, go on with --resume") == 1
+    assert told.count("state saved, continue with --resume") == 1
     assert "Traceback" not in told
     result = CliRunner().invoke(cli, ["train", "demo", *KEYS, "--device", "cpu", "--out", str(out), "--resume"])
     assert result.exit_code == 0, result.output

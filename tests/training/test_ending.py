@@ -21,7 +21,7 @@ from ssaseg.cli.main import cli
 from ssaseg.cli.signals import StopSignal
 from ssaseg.cli.training import build as jobs
 from ssaseg.cli.training import loop as train
-from ssaseg.cli.training.faults import mendable
+from ssaseg.cli.training.faults import explain_file_error
 from ssaseg.cli.training.job import Job
 from ssaseg.cli.training.log import MetricsLog, read_log
 from ssaseg.cli.training.window import Window
@@ -63,7 +63,7 @@ def test_further_ctrl_c_after_saving_prints_no_traceback(tmp_path: Path) -> None
     command = [*script, "train", "demo", *TINY, "--device", "cpu", "--out", str(out)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 130, done.stderr
-    assert done.stderr.splitlines()[-1] == "stopped after step 2; state saved, go on with --resume"
+    assert done.stderr.splitlines()[-1] == "stopped after step 2; state saved, continue with --resume"
     assert (out / "state-2.pt").exists()
 
 
@@ -108,13 +108,13 @@ def test_a_full_disk_costs_lines_of_the_log_alone(
     assert run(job) == 0
     told = [line for line in capsys.readouterr().err.splitlines() if "No space left" in line]
     assert told == [
-        f"warning: {path}: No space left on device; lines of the log are left out while that lasts, training goes on"
+        f"warning: {path}: No space left on device; until this is fixed, lines of the log are lost; training continues"
     ]
     records, damaged = read_log(path)
     assert [record["step"] for record in records if "loss" in record] == [1, 4]
     assert damaged == 1
     MetricsLog(path, 4, 4)
-    assert capsys.readouterr().err == f"warning: {path}: 1 line in it cannot be read and will be missing\n"
+    assert capsys.readouterr().err == f"warning: {path}: 1 line cannot be read and will be removed from the file\n"
 
 
 def test_a_disk_that_is_full_at_the_start_is_told_with_a_mend(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -145,13 +145,15 @@ def test_a_start_that_is_missing_is_told_before_labels_are_looked_at(
     tmp_path: Path, make_job: MakeJob, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(jobs, "check_labels", lambda *_: pytest.fail("looked at labels"))
-    with pytest.raises(CommandError, match=r"model.pretrained=none.pth: no such checkpoint\nput it there"):
+    with pytest.raises(CommandError, match=r"model.pretrained=none.pth: no such checkpoint\ndownload it to this path"):
         make_job(tmp_path, "model.pretrained=none.pth")
 
 
 def test_an_image_that_has_vanished_is_told_with_a_mend() -> None:
-    told = str(mendable(FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), "images/7.png"))).splitlines()
+    told = str(
+        explain_file_error(FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), "images/7.png"))
+    ).splitlines()
     assert told[0] == "images/7.png: No such file or directory"
-    assert told[2] == "restore it, or the disk that it is on, then go on with --resume"
+    assert told[2] == "restore it, or the disk that it is on, then continue with --resume"
     other = ValueError("damaged")
-    assert mendable(other) is other
+    assert explain_file_error(other) is other

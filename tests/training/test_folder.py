@@ -87,7 +87,7 @@ def test_a_state_that_cannot_be_read(tmp_path: Path, spoil: Any, capsys: pytest.
     told = capsys.readouterr().err
     assert len(told.splitlines()) == 1
     assert "state-9.pt cannot be read" in told
-    assert "going on from the last good state, state-8.pt" in told
+    assert "continuing from the last good state, state-8.pt" in told
     # It takes no good state's place among those that are kept.
     save(tmp_path, 10, keep=2)
     assert names(tmp_path) == ["state-10.pt", "state-8.pt", "state-9.pt.unreadable"]
@@ -99,14 +99,14 @@ def test_no_state_can_be_read(tmp_path: Path) -> None:
     for step in (8, 9):
         save(tmp_path, step)
         (tmp_path / f"state-{step}.pt").write_bytes(b"")
-    with pytest.raises(CommandError, match=r"state-9\.pt: the training state cannot be read.*no older one"):
+    with pytest.raises(CommandError, match=r"state-9\.pt: the training state cannot be read.*no older state"):
         load_state(tmp_path)
     assert names(tmp_path) == ["state-8.pt", "state-9.pt"]
 
 
 def test_a_file_that_is_no_state(tmp_path: Path) -> None:
     torch.save({"model": {}}, tmp_path / "state-3.pt")
-    with pytest.raises(CommandError, match="no optimizer, progress, recipe, scaler in it"):
+    with pytest.raises(CommandError, match="it has no optimizer, progress, recipe, scaler"):
         load_state(tmp_path)
 
 
@@ -124,7 +124,7 @@ def test_a_disk_that_refuses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, nu
             save(tmp_path, 3, keep=1)
     lines = str(caught.value).splitlines()
     assert os.strerror(number) in lines[0]
-    assert lines[1] == "state-2.pt stays the last good state"
+    assert lines[1] == "state-2.pt is still the last good state"
     assert len(lines) == 3
     assert names(tmp_path) == ["state-1.pt", "state-2.pt"]
     assert step_of(load_state(tmp_path)) == 2
@@ -136,7 +136,7 @@ def test_a_limit_of_the_system(tmp_path: Path) -> None:
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
     try:
-        with pytest.raises(CommandError, match=r"state-1\.pt stays the last good state"):
+        with pytest.raises(CommandError, match=r"state-1\.pt is still the last good state"):
             save(tmp_path, 2)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
@@ -188,7 +188,7 @@ def test_the_way_back_is_a_whole_command(tmp_path: Path) -> None:
         refuse_changes(changed(), changed("train.steps=5"), folder)
     lines = str(caught.value).splitlines()
     assert len(lines) == 3
-    assert lines[1] == f"resume it by: ssaseg train '{folder}/config.yaml' --out '{folder}' --resume"
+    assert lines[1] == f"resume it with: ssaseg train '{folder}/config.yaml' --out '{folder}' --resume"
     assert f"model.pretrained='{folder}/best.safetensors'" in lines[2]
     with pytest.raises(CommandError) as caught:
         refuse_changes(changed(), changed("train.seed=5"), folder)
@@ -253,11 +253,11 @@ def test_what_does_not_fit_the_folder(tmp_path: Path) -> None:
 
 def test_a_state_alone_suffices_to_go_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     save(tmp_path, 3)
-    with pytest.raises(CommandError, match="go on in it with --resume"), open_run(tmp_path, RECIPE, False):
+    with pytest.raises(CommandError, match="continue its run with --resume"), open_run(tmp_path, RECIPE, False):
         pass
     with open_run(tmp_path, RECIPE, True) as run:
         assert step_of(run.stored) == 3
-    assert "config.yaml: was missing, written anew from the state" in capsys.readouterr().err
+    assert "config.yaml: was missing; it was written again from the state" in capsys.readouterr().err
     assert load_recipe(str(tmp_path / "config.yaml")).model_dump() == RECIPE.model_dump()
 
 
@@ -374,7 +374,7 @@ def test_a_fingerprint_tells_data_apart(tmp_path: Path) -> None:
     assert "the val split is not" in told[0]
     assert "1 images now, 2 when" in told[0]
     assert "other names" in told[1]
-    assert "other sizes" in told[2]
+    assert "other file sizes" in told[2]
     with pytest.raises(CommandError, match="class 1 is c, was b"):
         fingerprint.require_same_data({"val": base}, {"val": base | {"classes": ["a", "c"]}}, tmp_path)
     fingerprint.require_same_data({"val": base}, {"val": dict(base)}, tmp_path)

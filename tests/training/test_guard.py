@@ -130,7 +130,7 @@ def test_a_run_stops_with_the_state_before_the_bad_step(
     lines = str(caught.value).splitlines()
     assert len(lines) == 3
     assert lines[0].startswith(f"step 3: {named}")
-    assert lines[0].endswith("the state before it is saved")
+    assert lines[0].endswith("the state from before this step was saved")
     assert "safetensors" not in lines[2], "nothing was evaluated: no weights are known to be good"
     assert lines[1].startswith("images: ")
     assert "nonfinite-step-3.pt" in lines[1]
@@ -207,7 +207,7 @@ def test_a_full_disk_hides_no_bad_step(
     assert print_error(caught.value) == 3
     told = capsys.readouterr().err.splitlines()[-3:]
     assert told[0].startswith("error: step 3: loss coarse_ce is not finite (coarse_ce nan); ")
-    assert "the state before it could not be saved: " in told[0]
+    assert "the state from before this step could not be saved: " in told[0]
     assert "No space left on device" in told[0]
     assert told[1].startswith("images: ")
 
@@ -226,9 +226,9 @@ def test_skip_leaves_out_one_update(
     walk(undisturbed, 6, leave_out={2, 4})
     assert_same(state, undisturbed)
     told = capsys.readouterr().err
-    assert "step 2: not finite, left out" in told
+    assert "step 2: not finite, update skipped" in told
     assert "coarse_ce nan" in told
-    assert "2 updates left out, of at most 2" in told
+    assert "2 updates skipped, of at most 2" in told
     records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert all(torch.tensor(record["loss"]).isfinite() for record in records)
 
@@ -237,9 +237,9 @@ def test_more_than_max_skipped_ends_the_run(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr(train, "READY", set())
     job = make_job(tmp_path / "run", EMA, "train.nonfinite=skip", "train.max_skipped=1")
     job.network = Spoiled(job.model, spoil_gradient, {2, 4})
-    with pytest.raises(FloatingPointError, match=r"step 4 \(after 1 that train.nonfinite=skip left out\)") as caught:
+    with pytest.raises(FloatingPointError, match=r"step 4 \(after 1 step skipped by train.nonfinite=skip\)") as caught:
         run(job)
-    assert "--resume with train.max_skipped above 1 leaves more such updates out" in str(caught.value)
+    assert "--resume with train.max_skipped above 1 skips more such updates" in str(caught.value)
     state = torch.load(tmp_path / "run" / "state-3.pt", weights_only=True)
     assert (state["progress"]["step"], state["progress"]["skipped"]) == (3, 1)
     undisturbed = make_job(tmp_path / "other", EMA)
@@ -314,7 +314,7 @@ def test_a_loss_scale_that_collapses_ends_the_run_with_its_state(tmp_path: Path,
     job = make_scaled_job(tmp_path, make_job)
     walk(job, 1)
     job.scaler.update(2.0**-25)
-    with pytest.raises(FloatingPointError, match=r"step 1: in fp16 .*; the state is saved") as caught:
+    with pytest.raises(FloatingPointError, match=r"step 1: in fp16 .*; the state was saved") as caught:
         low_scale(job)
     assert "nonfinite=skip" not in str(caught.value), "no update was made that could be left out"
     state = torch.load(tmp_path / "state-1.pt", weights_only=True)

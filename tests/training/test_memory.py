@@ -15,7 +15,7 @@ from ssaseg.cli.errors import CommandError
 from ssaseg.cli.main import cli
 from ssaseg.cli.ranks.ranks import Ranks
 from ssaseg.cli.training import loop
-from ssaseg.cli.training.memory import explain, fit_micro_batch, fits, parts
+from ssaseg.cli.training.memory import explain, fit_micro_batch, fits, micro_batch_sizes
 from ssaseg.models import CLASSIFIERS, Segmenter
 from ssaseg.recipes import load_recipe
 
@@ -31,7 +31,8 @@ class Small(Segmenter):
     def forward(self, images: torch.Tensor, labels: Any = None, totals: Any = None) -> Any:
         tried.append(len(images))
         if len(images) > self.room:
-            self.classifier.step_totals(labels)
+            if self.classifier.needs_totals:
+                self.classifier.step_totals(labels)
             raise torch.OutOfMemoryError("no room")
         return super().forward(images, labels, totals)
 
@@ -61,20 +62,20 @@ def test_the_largest_part_that_fits(room: int, found: int) -> None:
 
 def test_parts_are_whole_groups_and_divide_a_ranks_share() -> None:
     job = make_job(0)
-    assert parts(job) == [12, 6, 4, 2]
+    assert micro_batch_sizes(job) == [12, 6, 4, 2]
     job.ranks.size = 3
-    assert parts(job) == [4, 2]
+    assert micro_batch_sizes(job) == [4, 2]
     job.ranks.size = 1
-    assert parts(make_job(0, classifier="linear")) == [12, 6, 4, 3, 2, 1]
+    assert micro_batch_sizes(make_job(0, classifier="linear")) == [12, 6, 4, 3, 2, 1]
     # The whole share may be less than a group, or no multiple of it.
-    assert parts(make_job(0, "distill.group=5")) == [12]
+    assert micro_batch_sizes(make_job(0, "distill.group=5")) == [12]
 
 
 def test_nothing_fits() -> None:
     with pytest.raises(CommandError) as caught:
         fit_micro_batch(make_job(1))
     lines = str(caught.value).splitlines()
-    assert "not even 2 images at once fit into its memory, and can be trained, at augment.crop=[64, 64]" in lines[0]
+    assert "cannot train on 2 images in one pass at augment.crop=[64, 64]" in lines[0]
     assert len(lines) == 3
 
 
@@ -91,8 +92,8 @@ def test_one_image_without_a_variance_does_not_fit() -> None:
     with pytest.raises(CommandError) as caught:
         fit_micro_batch(job)
     assert tried == [2, 1]
-    assert "not even 1 image at once fit" in str(caught.value)
-    assert "not even 1 image at once fit" in str(explain(job, torch.OutOfMemoryError("no room")))
+    assert "cannot train on 1 image in one pass" in str(caught.value)
+    assert "cannot train on 1 image in one pass" in str(explain(job, torch.OutOfMemoryError("no room")))
 
 
 def test_a_trial_leaves_no_trace() -> None:
@@ -135,15 +136,15 @@ def test_the_message_says_what_would_fit() -> None:
         gc.collect()
         assert kept[0]() is None, "what the broken step held was still held while others were tried"
     assert tried == [12, 4], "what is not smaller need not be tried"
-    assert "used up by 6 images at once at augment.crop=[64, 64]" in message
-    assert "batch stays 12" in message
+    assert "out of memory with 6 images in one pass at augment.crop=[64, 64]" in message
+    assert "a step still has all 12 images" in message
     assert message.endswith("use train.micro_batch=4"), "a dry run has no folder to go on in"
     assert len(message.splitlines()) == 3
 
 
 def test_the_message_where_nothing_smaller_fits() -> None:
     message = str(explain(make_job(1, "train.micro_batch=null"), torch.OutOfMemoryError("no room")))
-    assert "not even 2 images at once fit" in message
+    assert "cannot train on 2 images in one pass" in message
     assert "smaller augment.crop" in message
 
 
@@ -167,12 +168,12 @@ def test_a_run_that_finds_its_micro_batch_and_one_that_is_told(
              "--out", str(tmp_path / "run")]  # fmt: skip
     told = CliRunner().invoke(cli, words)
     assert told.exit_code == 2
-    assert "cpu: its memory is used up by 8 images at once" in told.stderr
-    assert told.stderr.endswith("use train.micro_batch=4; --resume goes on from state-2.pt\n")
+    assert "cpu: out of memory with 8 images in one pass" in told.stderr
+    assert told.stderr.endswith("use train.micro_batch=4; --resume continues from state-2.pt\n")
     assert torch.load(tmp_path / "run" / "state-2.pt", weights_only=True)["recipe"]["train"]["micro_batch"] is None
     found = CliRunner().invoke(cli, [*words, "--resume", "train.micro_batch=auto"])
     assert found.exit_code == 0, found.stderr
-    assert "4 images at once fit, of 8" in found.stderr
+    assert "4 images fit in one pass; a rank has 8 per step" in found.stderr
     assert load_recipe(str(tmp_path / "run" / "config.yaml")).train.micro_batch == 4
     state = torch.load(tmp_path / "run" / "state-4.pt", weights_only=True)
     assert state["recipe"]["train"]["micro_batch"] == 4

@@ -104,7 +104,7 @@ def test_a_newest_state_that_cannot_be_read_costs_its_steps_alone(undisturbed: P
     assert attempt(out, "--resume") == 0
     told = [line for line in (tmp_path / "errors").read_text().splitlines() if "cannot be read" in line]
     assert len(told) == 1
-    assert "going on from the last good state, state-17.pt" in told[0]
+    assert "continuing from the last good state, state-17.pt" in told[0]
     assert (out / "state-18.pt.unreadable").exists()
     assert equal(load_file(out / "last.safetensors"), load_file(undisturbed / "last.safetensors"))
     assert log(out) == log(undisturbed)

@@ -15,10 +15,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ssaseg.cli.errors import CommandError
 from ssaseg.cli.training import build as jobs
-from ssaseg.cli.training import faults
+from ssaseg.cli.training import faults, window
 from ssaseg.cli.training import loop as train
 from ssaseg.cli.training import state as state_module
-from ssaseg.cli.training import window as watch
 from ssaseg.cli.training.average import Average
 from ssaseg.cli.training.job import Job
 from ssaseg.cli.training.preflight import describe, deterministic
@@ -97,7 +96,7 @@ def test_out_of_time_and_resumed(
         job = make_job(tmp_path, *AVERAGED, stored=load_state(tmp_path))
         job.deadline = time.monotonic() - 1  # it is over after each step
         assert run(job) == 1
-        assert f"stopped after step {steps} as --max-hours is over; state saved, go on with --resume" in (
+        assert f"stopped after step {steps} because --max-hours is over; state saved, continue with --resume" in (
             capsys.readouterr().err
         )
     job = make_job(tmp_path, *AVERAGED, stored=load_state(tmp_path))
@@ -220,7 +219,7 @@ def test_a_signal_that_ends_the_compiler_too_is_no_broken_compiler(
             run(job)
         assert stopped.value.code == 130
         told = capsys.readouterr().err
-        assert "stopped while step 1 was compiled; --resume begins anew: no state was saved yet" in told
+        assert "stopped while step 1 was compiled; --resume starts again: no state was saved yet" in told
     else:
         with pytest.raises(CommandError, match=r"train.compile: torch.compile failed \(BackendCompilerFailed"):
             run(job)
@@ -237,7 +236,7 @@ def test_deterministic_mode_ends_with_the_run() -> None:
 
 def test_an_operation_without_deterministic_form_is_named(tmp_path: Path, make_job: MakeJob) -> None:
     job = make_job(tmp_path, "train.deterministic=true")
-    with deterministic(True), pytest.raises(CommandError) as caught, faults.told(job):
+    with deterministic(True), pytest.raises(CommandError) as caught, faults.explained(job):
         torch.nn.functional.max_unpool2d(torch.ones(1, 1, 1, 1), torch.zeros(1, 1, 1, 1, dtype=torch.long), 2)
     message = str(caught.value)
     assert message.startswith("train.deterministic: on this device PyTorch has no deterministic form of max_unpool")
@@ -286,7 +285,7 @@ def test_memory_that_does_not_suffice_is_told_after_saving(
                 start()
 
         monkeypatch.setattr(job.guard, "start", without_memory)
-    with pytest.raises(CommandError, match=r"train.micro_batch=2; --resume goes on from state-2.pt"):
+    with pytest.raises(CommandError, match=r"train.micro_batch=2; --resume continues from state-2.pt"):
         run(job)
     state: Any = load_state(tmp_path)
     assert state["progress"]["step"] == 2
@@ -303,7 +302,7 @@ def test_weights_that_are_no_steps_are_not_saved(
     owner, name = (job.optimizer, "step") if where == "update" else (job.average, "update")
     function = getattr(owner, name)
     monkeypatch.setattr(owner, name, Full(job, function))
-    onward = "goes on from state-2.pt" if saved else "begins anew: no state was saved yet"
+    onward = "continues from state-2.pt" if saved else "starts again: no state was saved yet"
     with pytest.raises(CommandError, match=f"train.micro_batch=2; --resume {onward}"):
         run(job)
     assert sorted(path.name for path in tmp_path.glob("state-*")) == ["state-1.pt", "state-2.pt"][: 2 * saved]
@@ -323,7 +322,7 @@ def test_a_full_disk_does_not_hide_why_a_run_ends(
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
 
     monkeypatch.setattr(state_module, "write_atomic", refuse)
-    with pytest.raises(CommandError, match=r"memory is used up by 4 .*\n.*\n.*begins anew: no state was saved yet"):
+    with pytest.raises(CommandError, match=r"out of memory with 4 .*\n.*\n.*starts again: no state was saved yet"):
         run(job)
     told = [line for line in capsys.readouterr().err.splitlines() if "could not be saved" in line]
     assert len(told) == 1
@@ -337,7 +336,7 @@ def test_a_full_disk_does_not_hide_why_a_run_ends(
 def test_waiting_for_data_is_said_once(
     tmp_path: Path, make_job: MakeJob, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(watch, "STEPS", 2)
+    monkeypatch.setattr(window, "STEPS", 2)
     job = make_job(tmp_path, "train.log_every=1")
     slow = job.batches
 
@@ -366,6 +365,6 @@ def test_the_remedy_fits_the_machine(monkeypatch: pytest.MonkeyPatch, cores: int
     from ssaseg.recipes import load_recipe
 
     monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(cores)))
-    text = watch.remedy(load_recipe("demo", words), 0.4)
+    text = window.waiting_warning(load_recipe("demo", words), 0.4)
     assert "40% of the time (2 workers" in text
     assert text.endswith(mend)

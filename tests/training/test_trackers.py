@@ -198,7 +198,7 @@ def test_a_tracker_that_fails_is_told_once_and_left_alone(
     log.trackers[0].close()
     errors = capsys.readouterr().err
     assert errors.splitlines() == [
-        "warning: wandb failed and is left out from here on (ConnectionError: the network is gone)"
+        "warning: wandb failed and is not used any more (ConnectionError: the network is gone)"
     ]
     assert [values["step"] for values in wandb.runs[0].logged] == [5]
     lines = (tmp_path / "metrics.jsonl").read_text().splitlines()

@@ -161,7 +161,7 @@ def test_disk_full_leaves_the_previous_state(tmp_path: Path, monkeypatch: pytest
     state = torch.load(out / "state-2.pt", weights_only=True)
     assert state["progress"]["step"] == 2
     assert not list(out.glob(".state*"))
-    assert "state-2.pt stays the last good state" in result.stderr
+    assert "state-2.pt is still the last good state" in result.stderr
 
 
 def test_a_norm_that_is_not_finite_reaches_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -255,7 +255,7 @@ def test_a_time_limit_saves_and_says_how_to_go_on(
         monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
     result = run("train.workers=0", "--max-hours", "1e-9", "--out", str(tmp_path / "run"))
     assert result.exit_code == (0 if torchrun else 1)  # which torchrun would begin anew
-    assert "stopped after step 1 as --max-hours is over; state saved, go on with --resume" in result.stderr
+    assert "stopped after step 1 because --max-hours is over; state saved, continue with --resume" in result.stderr
     assert (tmp_path / "run" / "state-1.pt").exists()
 
 
@@ -305,7 +305,7 @@ def test_one_image_too_small_for_the_norms(tmp_path: Path, words: list[str], key
     assert result.exit_code == 2, result.output
     error = result.stderr[result.stderr.index("error: ") :]
     assert len(error.splitlines()) <= 3
-    assert f"{key}: 1 image at once, with augment.crop=[64, 64]" in error
+    assert f"{key}: 1 image in one pass, with augment.crop=[64, 64]" in error
     assert not (tmp_path / "run").exists()
 
 
