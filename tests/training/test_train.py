@@ -268,7 +268,8 @@ def test_only_a_dice_makes_a_step_look_at_its_labels_first(make_job: Callable[..
 
 
 def test_linear_classifier_and_bf16_train(tmp_path: Path) -> None:
-    result = run("model.classifier=linear", "train.amp=bf16", "train.workers=0", "--out", str(tmp_path / "run"))
+    words = ("model.classifier=linear", "train.amp=bf16", "train.workers=0", "train.steps=2")
+    result = run(*words, "--out", str(tmp_path / "run"))
     assert result.exit_code == 0, result.stderr
     records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert records[0]["loss"] == pytest.approx(records[0]["main_ce"])
