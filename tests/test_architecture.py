@@ -1,6 +1,7 @@
 """The house rules that a machine can hold: who imports whom, how long a file or function may be, what the wheel has."""
 
 import ast
+import re
 import shutil
 import subprocess
 import sys
@@ -120,6 +121,15 @@ def test_files_and_functions_stay_readable() -> None:
                 if node.end_lineno - node.lineno + 1 > LONGEST_FUNCTION:
                     too_long.append(f"{file.parent.name}/{file.name}:{node.lineno} {node.name}")
     assert too_long == []
+
+
+def test_the_file_map_is_current() -> None:
+    """CONTRIBUTING.md has one line for each Python file, except empty `__init__.py` files."""
+    text = (PROJECT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    listed = re.findall(r"^- `([\w/]+\.py)`: .", text.partition("## File map")[2], flags=re.MULTILINE)
+    files = [file for part in FOLDERS for file in files_of(part)]
+    existing = [str(file.relative_to(PROJECT)) for file in files if file.name != "__init__.py" or file.stat().st_size]
+    assert sorted(listed) == sorted(existing)
 
 
 def test_the_wheel_holds_every_file(tmp_path: Path) -> None:

@@ -149,7 +149,7 @@ def test_a_write_that_stops_half_way_leaves_the_old_file(tmp_path: Path) -> None
 
 @pytest.mark.parametrize("function", ["fsync", "replace"])
 def test_disk_full_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, function: str) -> None:
-    """The old checkpoint bit for bit, and nothing beside it, whichever of the writer's steps the disk refuses."""
+    """The old checkpoint stays bit for bit, without a partial file, if any step of the writer fails."""
     path = tmp_path / "model.safetensors"
     save_model(path, network(), METADATA)
     before = path.read_bytes()

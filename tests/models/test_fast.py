@@ -1,4 +1,4 @@
-"""The fast path gives what the network gives and leaves it as it is. benchmarks/networks.py measures its speed."""
+"""The fast path gives the results of the network, and does not change it. benchmarks/networks.py measures its speed."""
 
 import pytest
 import torch

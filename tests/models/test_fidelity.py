@@ -30,14 +30,14 @@ FILES = {
 FIGURES: dict[str, dict[str, Any]] = {
     name: json.loads((GOLDEN / f"{file}.json").read_text()) for name, file in FILES.items()
 }
-SIZES = {"t": "tiny", "s": "small", "b": "base", "l": "large"}  # as the official files spell them, but for CGRSeg's
+SIZES = {"t": "tiny", "s": "small", "b": "base", "l": "large"}  # as the official files spell them, except CGRSeg's
 INPUTS = {
     "logits_512": (1234, 1.0, (512, 512)),
     "logits_480x640": (1235, 1.0, (480, 640)),
     "logits_512_amp80": (1236, 80.0, (512, 512)),
 }
 SMALL_INPUTS = {"128": (1234, 1.0, (128, 128)), "96x160": (1235, 1.0, (96, 160)), "128_amp80": (1236, 80.0, (128, 128))}
-# Official keys that ours lacks: layers that are never called, second names of shared ones, and buffers that are
+# Official keys that ours does not have: layers that are never called, second names of shared ones, and buffers that are
 # derived from the geometry, of another task's geometry, or never read.
 NOT_OURS = {
     "afformer": r"decode_head\.align\.|\.MHCA_layers\.\d+\.(factoratt_crpe\.)?cr?pe\.",
@@ -157,7 +157,7 @@ def test_losses_and_gradients(model: Segmenter, size: int, monkeypatch: pytest.M
         relu = partial(F.threshold, threshold=-6e-6, value=0.0)
         monkeypatch.setattr(model.decoder, "forward", lambda x: relu(model.decoder.squeeze(x)))
     for module in model.modules():
-        # As the figures were made: training mode, but for BatchNorm; nothing dropped.
+        # As for the reference numbers: training mode, except BatchNorm; nothing is dropped.
         module.training = not isinstance(module, nn.BatchNorm2d | nn.Dropout2d | DropPath)
     model.zero_grad()
     losses = model(images, labels)

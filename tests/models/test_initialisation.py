@@ -162,6 +162,6 @@ def blocks_of(model: Segmenter) -> list[nn.Module]:
 
 @pytest.mark.parametrize(("name", "depth", "stages"), [("seaformer_b", 4, 2), ("seaformer_l", 3, 3)])
 def test_seaformer_drop_path_rates(name: str, depth: int, stages: int) -> None:
-    """Growing anew in each stage."""
+    """The rate grows from 0 in each stage."""
     rates = [m.rate for m in build_model(name, 5).modules() if isinstance(m, DropPath)]
     assert rates == pytest.approx([0.1 * i / (depth - 1) for i in range(depth)] * stages)

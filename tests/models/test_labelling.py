@@ -55,7 +55,7 @@ def full_size(logits: Tensor, middle: Sequence[int], size: Sequence[int]) -> Ten
 
 
 def assert_same_labels(labels: Tensor, maps: Tensor, classes: int) -> None:
-    """`labels` win in `maps` (K,H,W) wherever float32 can tell, and nearly everywhere to the letter."""
+    """`labels` win in `maps` (K,H,W) wherever float32 can decide, and are equal nearly everywhere."""
     assert labels.dtype == torch.uint8
     assert labels.shape == maps.shape[1:]
     assert int(labels.max()) < classes
@@ -88,7 +88,7 @@ def test_labels_are_those_of_the_full_size_logits(
     given = logits(19, *source)
     maps = full_size(given, middle, size)
     assert_same_labels(label_map(given, middle, size), maps, 19)
-    # The candidates' way is right where it is not the faster one, too.
+    # The way by candidates is also correct where it is not faster.
     monkeypatch.setattr(labelling, "affordable", lambda *_: float("inf"))
     assert_same_labels(label_map(given, middle, size), maps, 19)
     assert paths[-1] == "label_blocks"

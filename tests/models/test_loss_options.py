@@ -61,7 +61,7 @@ def upsampled(logits: Tensor, labels: Tensor, align_corners: bool) -> Tensor:
 
 
 def plain_pixels(large: Tensor, labels: Tensor, options: LossOptions) -> Tensor:
-    """Cross entropy of each pixel (N,H,W), 0 where it is ignored or no hard example; logits at the labels' size."""
+    """Cross entropy of each pixel (N,H,W), 0 if it is ignored or not a hard example; logits at the labels' size."""
     pixels = F.cross_entropy(
         large,
         labels,
@@ -95,11 +95,11 @@ def weighing(options: LossOptions) -> Weighing:
 # ---- one cross entropy -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("band", [7 * 61 * 5, 1 << 30])  # elements: five rows, all at once
+@pytest.mark.parametrize("band", [7 * 61 * 5, 1 << 30])  # elements: five rows, or all together
 @pytest.mark.parametrize("align_corners", [True, False])
 @pytest.mark.parametrize("kind", OPTIONS)
 def test_values_and_gradients(monkeypatch: pytest.MonkeyPatch, kind: str, align_corners: bool, band: int) -> None:
-    """Equal to the plain formulation in double precision, to 1e-6; the dice beside it is that of no options at all."""
+    """Equal to the plain formulation in double precision, to 1e-6; the dice equals that without options."""
     monkeypatch.setattr(losses, "BAND_ELEMENTS", band)
     monkeypatch.setattr(losses, "BAND_ROWS", band)
     options = OPTIONS[kind]
@@ -161,7 +161,7 @@ def test_hard_examples_are_mmsegmentations(min_kept: int, threshold: float) -> N
 
 @pytest.mark.parametrize("kind", OPTIONS)
 def test_linear(kind: str) -> None:
-    """The mean over all pixels, whatever they weigh, as mmsegmentation's CrossEntropyLoss."""
+    """The mean over all pixels, independent of their weights, as mmsegmentation's CrossEntropyLoss."""
     options = OPTIONS[kind]
     classifier = build("linear", options)
     feature, labels = batch()
@@ -213,7 +213,7 @@ def teacher_logits(classifier: Any, feature: Tensor, labels: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("name", ["ssa", "linear"])
 def test_a_step_cut_into_micro_batches_is_the_same(name: str) -> None:
-    """Eight images at once or in two halves: losses and gradients to rounding, hard examples among them."""
+    """Eight images together or in two halves: losses and gradients to rounding, hard examples among them."""
     classifier = build(name, OPTIONS["all"], group=2)
     feature, labels = batch(images=8)
     pairs = None
@@ -292,24 +292,24 @@ def test_weights_that_make_no_sense(weights: tuple[float, ...]) -> None:
         build_model("cgrseg_t", CLASSES, "linear", loss=LossOptions(class_weights=weights))
 
 
-def recipe_network(*words: str) -> Any:
-    recipe = load_recipe("demo", ["model.name=seaformer_t", *words])
+def recipe_network(*arguments: str) -> Any:
+    recipe = load_recipe("demo", ["model.name=seaformer_t", *arguments])
     return build_network(recipe, ("sky", "road", "Car"))
 
 
 def test_recipe_keys_become_options() -> None:
     """By class name, in the order of the data's classes."""
     assert recipe_network().classifier.loss == LossOptions()
-    words = ["loss.class_weights.Car=2", "loss.class_weights.sky=0.5", "loss.label_smoothing=0.1"]
-    found = recipe_network(*words, "loss.ohem.threshold=0.6", "loss.ohem.min_kept=9").classifier
+    arguments = ["loss.class_weights.Car=2", "loss.class_weights.sky=0.5", "loss.label_smoothing=0.1"]
+    found = recipe_network(*arguments, "loss.ohem.threshold=0.6", "loss.ohem.min_kept=9").classifier
     assert found.loss == LossOptions({}, (0.5, 1.0, 2.0), 0.1, 0.6, 9)
     assert found.class_weights.tolist() == [0.5, 1.0, 2.0]
 
 
-@pytest.mark.parametrize(("name", "mend"), [("car", "did you mean Car?"), ("umbrella", "correct the name")])
-def test_a_weight_for_a_class_that_is_not_there(name: str, mend: str) -> None:
+@pytest.mark.parametrize(("name", "fix"), [("car", "did you mean Car?"), ("umbrella", "correct the name")])
+def test_a_weight_for_a_class_that_is_not_there(name: str, fix: str) -> None:
     with pytest.raises(CommandError) as error:
         recipe_network(f"loss.class_weights.{name}=2")
     lines = str(error.value).split("\n")
     assert lines[:2] == [f"loss.class_weights.{name}: no such class", "expected names of sky, road, Car"]
-    assert lines[2].startswith(mend)
+    assert lines[2].startswith(fix)

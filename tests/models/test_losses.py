@@ -107,7 +107,7 @@ def test_small_maps_have_no_boundary(size: tuple[int, int]) -> None:
 
 
 def plain_terms(logits: Tensor, labels: Tensor, align_corners: bool) -> tuple[Tensor, Tensor]:
-    """Summed cross entropy and dice per image, on all upsampled logits at once; loops over images and classes."""
+    """Summed cross entropy and dice per image, on all upsampled logits together; loops over images and classes."""
     large = F.interpolate(logits, labels.shape[1:], mode="bilinear", align_corners=align_corners)
     entropy = F.cross_entropy(large, labels, ignore_index=losses.IGNORE, reduction="none").sum(dim=(1, 2))
     dices = []
@@ -121,7 +121,7 @@ def plain_terms(logits: Tensor, labels: Tensor, align_corners: bool) -> tuple[Te
     return entropy, torch.stack(dices)
 
 
-@pytest.mark.parametrize("band", [1, 7 * 61 * 5, 1 << 30])  # elements: a row at a time, five rows, all at once
+@pytest.mark.parametrize("band", [1, 7 * 61 * 5, 1 << 30])  # elements: one row, five rows, or all together
 @pytest.mark.parametrize("align_corners", [True, False])
 @pytest.mark.parametrize("size", [(53, 61), (16, 16), (9, 11)])  # odd; as large as the logits; smaller
 def test_full_resolution_terms(

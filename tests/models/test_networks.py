@@ -22,7 +22,7 @@ from ssaseg.models.networks.efficientformer import RelativeBias
 
 SMALLEST = ("afformer_t", "cgrseg_t", "seaformer_t", "segnext_t")
 OFFICIAL: dict[str, Any] = json.loads((GOLDEN / "variants.json").read_text())
-SIZES = {"t": "tiny", "s": "small", "b": "base", "l": "large"}  # in the official names, but for CGRSeg's
+SIZES = {"t": "tiny", "s": "small", "b": "base", "l": "large"}  # in the official names, except CGRSeg's
 NEVER_USED = {"afformer": 66048}  # parameters that only the official network builds: its head's layer `align`
 
 # Parameters [M] and GMACs at 512×512 with 150 classes, as their authors publish them, and the counting that gives them.
@@ -231,7 +231,7 @@ def test_an_image_does_not_see_its_batch(name: str, classifier: str) -> None:
     with torch.no_grad():
         together = model(images)
         alone = torch.cat([model(image[None]) for image in images])
-    assert together.std(dim=0).max() > 1e-2, "images that differ too little to tell"
+    assert together.std(dim=0).max() > 1e-2, "the images differ too little for this test"
     assert torch.allclose(together, alone, rtol=0, atol=1e-5 * float(together.abs().max()))
 
 

@@ -158,7 +158,7 @@ def test_official_names_of_stages_and_heads() -> None:
 
 @pytest.mark.parametrize("name", ["fake_auxiliary", "fake_cascade", "fake_plain"])
 @pytest.mark.parametrize("classifier", ["linear", "ssa", "bank"])
-def test_deploy_form_lacks_what_only_training_has_and_loads(name: str, classifier: str, tmp_path: Path) -> None:
+def test_deploy_form_has_nothing_of_training_alone_and_loads(name: str, classifier: str, tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = build_model(name, CLASSES, classifier)
     model(*batch())

@@ -43,7 +43,7 @@ GOLDEN = {
     "segnext_t": "segnext_tiny",
 }
 
-# What tells the network of an official configuration: its backbone, and the classifier's input, which has its size.
+# What identifies the network of an official configuration: its backbone, and the classifier's input (its size).
 NETWORKS = {
     ("afformer_base", 256): "afformer_b",
     ("SeaFormer", 160): "seaformer_b",
@@ -67,7 +67,7 @@ NOT_IN_A_RECIPE = {
     "lrcfg.warmup": "the schedule has this one alone",
     "lrcfg.by_epoch": "the schedule has this one alone",
     "ev.metric": "all metrics are computed",
-    "ev.pre_eval": "how memory is saved there",
+    "ev.pre_eval": "how memory is saved in the official code",
 }
 # Values compared of one recipe. GroupNorm has groups, AFFormer has no rules, SegNeXt's decoder has bases.
 COMPARED = {"afformer": 37, "cgrseg": 42, "seaformer": 42, "segnext": 44}
@@ -85,7 +85,7 @@ def values_of(config: str) -> dict[str, Any]:
 
 
 def recipe_of(config: str) -> str:
-    """The recipe for an official configuration, told by the values in it."""
+    """The recipe for an official configuration, found by the values in it."""
     values = values_of(config)
     classifier = "ssa" if values["head"].endswith("_ssa") else "linear"
     return f"{DATA_SETS[values['ncls']]}-{NETWORKS[values['backbone'], values['channels']]}-{classifier}"
@@ -107,7 +107,7 @@ def flat(values: dict[str, Any], above: str = "") -> dict[str, Any]:
 
 
 def wanted(name: str) -> dict[str, Any]:
-    """What the recipe `name` must say, in the official words; of a derived one, the network's and the data set's."""
+    """The expected values of recipe `name`, with official keys; if derived: those of network and data set."""
     data, network, classifier = name.split("-")
     if name in CONFIGS:
         values = values_of(CONFIGS[name])
@@ -127,7 +127,7 @@ def wanted(name: str) -> dict[str, Any]:
     return {key: value for key, value in flat(values).items() if key not in NOT_IN_A_RECIPE}
 
 
-# ---- what there is -----------------------------------------------------------------------------------------------
+# ---- the values of our recipes -------------------------------------------------------------------------------------
 
 
 @cache
@@ -147,8 +147,8 @@ def built(name: str) -> tuple[Recipe, Segmenter]:
     return recipe, model
 
 
-def told(name: str) -> dict[str, Any]:
-    """What the recipe `name` and the network that it builds say, in the official words."""
+def values_of_recipe(name: str) -> dict[str, Any]:
+    """The values of the recipe `name` and its network, with official keys."""
     recipe, model = built(name)
     layout, network = LAYOUTS[recipe.data.dataset], recipe.model.name
     (backbone, channels), *_ = [mark for mark, ours in NETWORKS.items() if ours == network]
@@ -215,9 +215,9 @@ def test_every_official_configuration_has_its_recipe() -> None:
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_recipe_has_the_official_values(name: str) -> None:
-    there = told(name)
-    assert there == wanted(name)
-    assert len(there) == COMPARED[family_name(name.split("-")[1])]
+    found = values_of_recipe(name)
+    assert found == wanted(name)
+    assert len(found) == COMPARED[family_name(name.split("-")[1])]
 
 
 def test_how_many_values_were_compared() -> None:

@@ -24,8 +24,8 @@ train: {steps: 1}
 """
 
 
-def keys(*words: str) -> Result:
-    return CliRunner().invoke(cli, ["recipes", "keys", *words])
+def keys(*arguments: str) -> Result:
+    return CliRunner().invoke(cli, ["recipes", "keys", *arguments])
 
 
 def flat(values: dict[str, Any], above: str = "") -> dict[str, Any]:
@@ -43,13 +43,13 @@ def test_the_page_is_current() -> None:
 
 
 def test_every_key_of_a_recipe_is_told_once() -> None:
-    told = re.findall(r"^- `([^`]+)`: ", recipe_page(), flags=re.MULTILINE)
-    assert len(told) == len(set(told))
+    listed = re.findall(r"^- `([^`]+)`: ", recipe_page(), flags=re.MULTILINE)
+    assert len(listed) == len(set(listed))
     for name in ("demo", "camvid-seaformer_b-ssa", "coco_stuff10k-cgrseg_b-linear"):
         held = {re.sub(r"^(optim\.rules)\.[^.]+", r"\1.NAME", key) for key in flat(load_recipe(name).model_dump())}
-        held = {re.sub(r"^data\.val\.", "data.train.", key) for key in held}  # told once for both
-        assert held <= set(told), name
-    assert {"loss.ohem.threshold", "data.train.annotations", "optim.rules.NAME.decay", "data.synthetic"} <= set(told)
+        held = {re.sub(r"^data\.val\.", "data.train.", key) for key in held}  # listed once for both
+        assert held <= set(listed), name
+    assert {"loss.ohem.threshold", "data.train.annotations", "optim.rules.NAME.decay", "data.synthetic"} <= set(listed)
 
 
 def test_the_defaults_are_those_that_a_recipe_gets(tmp_path: Path) -> None:

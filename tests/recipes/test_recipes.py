@@ -110,8 +110,8 @@ def test_an_override_is_read_as_a_person_means_it(word: str, value: object) -> N
 
 
 def test_overrides_create_sections_and_the_last_one_wins() -> None:
-    words = ["loss.weights.spatial=0", "optim.rules.head.lr=5", "train.seed=1", "train.seed=2"]
-    recipe = load_recipe("camvid-seaformer_b-ssa", words)
+    arguments = ["loss.weights.spatial=0", "optim.rules.head.lr=5", "train.seed=1", "train.seed=2"]
+    recipe = load_recipe("camvid-seaformer_b-ssa", arguments)
     assert recipe.loss.weights == {"spatial": 0}
     assert (recipe.optim.rules["head"].lr, recipe.optim.rules["norm"].decay, recipe.train.seed) == (5, 0, 2)
 
@@ -133,7 +133,7 @@ def test_extends_merges_sections_and_replaces_lists(tmp_path: Path) -> None:
 COCO = "dataset: coco_json, train: {images: i, annotations: a.json}, val: {images: i, annotations: b.json}"
 
 
-def test_another_data_set_starts_the_data_section_anew(tmp_path: Path) -> None:
+def test_another_data_set_replaces_the_data_section(tmp_path: Path) -> None:
     base = write(
         tmp_path, "base.yaml", OWN.replace("root: pictures", "root: pictures\n  mean: [1, 2, 3]\n  cache: true")
     )
@@ -146,11 +146,11 @@ def test_another_data_set_starts_the_data_section_anew(tmp_path: Path) -> None:
     assert coco.optim == load_recipe("camvid-seaformer_b-ssa").optim
     again = load_recipe(write(tmp_path, "again.yaml", f"extends: {base}\ndata: {{dataset: folder, root: x}}\n")).data
     assert (again.root, again.classes) == ("x", ("cat", "dog", "1e3")), "the base's data set is folder, though unsaid"
-    words = load_recipe("camvid-seaformer_b-ssa", ["data.root=ade", "data.dataset=ade20k"]).data
-    assert (words.dataset, words.root, words.classes) == ("ade20k", "ade", ())
+    data = load_recipe("camvid-seaformer_b-ssa", ["data.root=ade", "data.dataset=ade20k"]).data
+    assert (data.dataset, data.root, data.classes) == ("ade20k", "ade", ())
 
 
-def test_what_another_data_set_lacks_is_told_of_the_users_own_file(tmp_path: Path) -> None:
+def test_keys_missing_for_another_data_set_are_reported_in_the_users_file(tmp_path: Path) -> None:
     own = write(tmp_path, "own.yaml", "extends: camvid-seaformer_b-ssa\ndata: {dataset: coco_json}\n")
     message = refusal(own)
     assert message.startswith(f"{own}:2: data.train: expected the folders of the split")
@@ -161,12 +161,12 @@ def test_other_classes_drop_a_palette_of_another_length(tmp_path: Path) -> None:
     own = load_recipe(write(tmp_path, "own.yaml", "extends: camvid-seaformer_b-ssa\ndata: {classes: [a, b]}\n")).data
     assert (own.classes, own.palette, own.train) == (("a", "b"), None, camvid.train)
     renamed = [f"c{number}" for number in range(11)]
-    words = load_recipe("camvid-seaformer_b-ssa", [f"data.classes=[{','.join(renamed)}]"]).data
-    assert (list(words.classes), words.palette) == (renamed, camvid.palette)
+    data = load_recipe("camvid-seaformer_b-ssa", [f"data.classes=[{','.join(renamed)}]"]).data
+    assert (list(data.classes), data.palette) == (renamed, camvid.palette)
     assert "expected 2 colours" in refusal("camvid-seaformer_b-ssa", "data.classes=[a,b]", "data.palette=[[0,0,0]]")
 
 
-def test_a_default_that_the_data_set_would_not_heed_is_refused_but_stored_recipes_load(tmp_path: Path) -> None:
+def test_a_default_that_the_data_set_does_not_use_is_refused_but_stored_recipes_load(tmp_path: Path) -> None:
     message = refusal("ade20k-seaformer_b-ssa", "data.reduce_zero_label=false")
     assert "data.reduce_zero_label: expected no value, since dataset is ade20k" in message
     recipe = load_recipe("ade20k-seaformer_b-ssa")
