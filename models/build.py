@@ -1,6 +1,7 @@
 """Families and classifiers by name, and the networks built from them."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 from ssaseg.models.classifiers.base import Classifier, Loss, LossOptions, Option
@@ -72,6 +73,11 @@ def build_model(
     wrong = next((term for term in weights if term not in known), None)
     if wrong is not None:
         raise ValueError(f"{name} with {classifier} has no loss {wrong!r}\nknown: {_listed(known)}")
+    for part in (parts.decoder, *parts.auxiliary.values()) if loss else ():
+        for module in part.modules():
+            if isinstance(module, Classifier):
+                # Their weights are applied by the network; hard examples are mined in the main loss only.
+                module.use_loss(replace(loss, weights={}, ohem_threshold=None))
     return Segmenter(*parts[:2], head, parts.auxiliary, name=name, classifier_name=classifier, weights=weights)
 
 

@@ -126,11 +126,15 @@ class Classifier(nn.Module):
         super().__init__()
         self.channels, self.num_classes = channels, num_classes
         self.group = group if self.uses_groups else 1
-        self.loss = loss or LossOptions()
-        self.weights = {name: self.loss.weights.get(name, each.weight) for name, each in self.LOSSES.items()}
-        # A buffer, to be on the model's device; not persistent, so that it is in no checkpoint.
-        self.register_buffer("class_weights", self.loss.factors(num_classes), persistent=False)
+        self.use_loss(loss or LossOptions())
         self.dropout = nn.Dropout2d(dropout)
+
+    def use_loss(self, loss: LossOptions) -> None:
+        """Takes these options from now on. Raises ValueError for class weights that do not fit."""
+        self.loss = loss
+        self.weights = {name: loss.weights.get(name, each.weight) for name, each in self.LOSSES.items()}
+        # A buffer, to be on the model's device; not persistent, so that it is in no checkpoint.
+        self.register_buffer("class_weights", loss.factors(self.num_classes), persistent=False)
 
     def stages(self, feature: Tensor) -> tuple[Tensor, Tensor | None]:
         """(N,C,h,w) → logits (N,K,h,w), and the logits before adaptation if `has_coarse`, else None."""

@@ -124,6 +124,18 @@ def test_further_losses_train_with_their_weights(name: str, loss: str, classifie
         build_model(name, CLASSES, classifier, loss=LossOptions(weights={"other_ce": 1.0}))
 
 
+@pytest.mark.parametrize(("name", "loss"), [("fake_auxiliary", "auxiliary_ce"), ("fake_cascade", "first_ce")])
+def test_class_weights_and_smoothing_apply_to_further_losses_too(name: str, loss: str) -> None:
+    found = []
+    for options in (None, LossOptions(class_weights=(0.0, 2.0, 5.0)), LossOptions(label_smoothing=0.5)):
+        torch.manual_seed(0)
+        model = build_model(name, CLASSES, "linear", dropout=0.0, loss=options)
+        for key in model.class_rows():  # fresh logits are all alike, and smoothing changes nothing
+            nn.init.normal_(model.get_parameter(key))
+        found.append(model(*batch())[loss].item())
+    assert len({round(value, 4) for value in found}) == 3
+
+
 def test_every_network_says_its_losses() -> None:
     for name in list_models():
         if name.endswith(("_t", "fake_plain")):
