@@ -73,11 +73,13 @@ def build_model(
     wrong = next((term for term in weights if term not in known), None)
     if wrong is not None:
         raise ValueError(f"{name} with {classifier} has no loss {wrong!r}\nknown: {_listed(known)}")
-    for part in (parts.decoder, *parts.auxiliary.values()) if loss else ():
-        for module in part.modules():
-            if isinstance(module, Classifier):
-                # Their weights are applied by the network; hard examples are mined in the main loss only.
-                module.use_loss(replace(loss, weights={}, ohem_threshold=None))
+    if loss is not None:
+        # The network applies the weights of these losses; hard examples are mined in the main loss only.
+        further = replace(loss, weights={}, ohem_threshold=None)
+        for module in (parts.decoder, *parts.auxiliary.values()):
+            for each in module.modules():
+                if isinstance(each, Classifier):
+                    each.use_loss(further)
     return Segmenter(*parts[:2], head, parts.auxiliary, name=name, classifier_name=classifier, weights=weights)
 
 

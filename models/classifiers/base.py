@@ -130,7 +130,7 @@ class Classifier(nn.Module):
         self.dropout = nn.Dropout2d(dropout)
 
     def use_loss(self, loss: LossOptions) -> None:
-        """Takes these options from now on. Raises ValueError for class weights that do not fit."""
+        """Uses these options from now on. Raises ValueError for class weights that do not fit."""
         self.loss = loss
         self.weights = {name: loss.weights.get(name, each.weight) for name, each in self.LOSSES.items()}
         # A buffer, to be on the model's device; not persistent, so that it is in no checkpoint.
