@@ -1,4 +1,4 @@
-"""Classes of a checkpoint: what they are called, and how a classifier's rows follow the names elsewhere."""
+"""The classes of a checkpoint: their names, and how to move a classifier's rows to other classes by name."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -18,14 +18,15 @@ from ssaseg.models.checkpoint import numbered
 
 SEPARATORS = re.compile("[;,]")  # between the synonyms of one class: "car;auto", "building, edifice"
 
-OF_ITS_RUN = ("recipe", "step", "scores")  # metadata that is not true of other classes
+RUN_METADATA = ("recipe", "step", "scores")  # metadata of the training run, which is wrong for other classes
 
 
 # ---- names -------------------------------------------------------------------------------------------------------
 def own_classes(source: Path, dataset: str | None, meta: Mapping[str, Any], classes: int) -> dict[str, Any]:
-    """Metadata of an official file's classes: by `--dataset`, the file itself, or the count of ADE20K.
+    """Metadata of an official file's classes: from `--dataset`, from the file itself, or ADE20K's if there are 150.
 
-    Empty where none of them names the classes, which are then numbered. Raises CommandError for another count.
+    Empty if none of these applies; the classes are then numbered. Raises CommandError if `--dataset` has another number
+    of classes.
     """
     stated, palette = _stated(meta)
     if dataset is None and isinstance(stated, list | tuple) and len(stated) == classes:
@@ -34,26 +35,26 @@ def own_classes(source: Path, dataset: str | None, meta: Mapping[str, Any], clas
             return {"classes": [str(c) for c in stated], "palette": _palette(palette, classes)}
         dataset = same[0]
     if dataset is None and isinstance(stated, list | tuple):
-        click.echo(f"  classes      the file names {len(stated)}, its head has {classes}: names not taken")
+        click.echo(f"  classes      the file names {len(stated)}, but its head has {classes}: the names are not used")
     if dataset is None and classes == len(label_space("ade20k").classes):
         dataset = "ade20k"
     if dataset is None:
-        click.echo(f"  classes      {classes} without names, so numbered; --dataset would name them")
+        click.echo(f"  classes      {classes} without names: they are numbered; give their names with --dataset")
         return {}
     metadata = dataset_metadata(dataset)
     if len(metadata["classes"]) != classes:
         raise CommandError(
             f"--dataset {dataset} has {len(metadata['classes'])} classes, {source} has {classes}\n"
-            f"expected one with as many; known: {', '.join(list_label_spaces())}, or a recipe"
+            f"expected a data set with {classes}; one of: {', '.join(list_label_spaces())}, or a recipe"
         )
     click.echo(f"  classes      of {dataset}")
     return metadata
 
 
 def names_in(header: Mapping[str, Any] | None, meta: Mapping[str, Any], classes: int) -> list[str] | None:
-    """The names of a checkpoint's classes, None where it has none: by our header or an official file's meta.
+    """The names of a checkpoint's classes, from our header or an official file's meta; None if there are no names.
 
-    150 classes without names are ADE20K's, as `ssaseg convert` takes them.
+    150 classes without names are ADE20K's, as in `ssaseg convert`.
     """
     stated = _stated(meta)[0] if header is None else header.get("classes")
     if isinstance(stated, list | tuple) and len(stated) == classes:
@@ -64,7 +65,7 @@ def names_in(header: Mapping[str, Any] | None, meta: Mapping[str, Any], classes:
 
 
 def _stated(meta: Mapping[str, Any]) -> tuple[Any, Any]:
-    """Classes and palette that a file states: mmsegmentation 1.x puts them one level lower than 0.x."""
+    """Classes and palette that a file states. In mmsegmentation 1.x they are one level deeper than in 0.x."""
     inner = meta.get("dataset_meta")
     if isinstance(inner, Mapping):
         return inner.get("classes"), inner.get("palette")
@@ -72,7 +73,7 @@ def _stated(meta: Mapping[str, Any]) -> tuple[Any, Any]:
 
 
 def _palette(palette: Any, classes: int) -> list[list[int]] | None:
-    """A foreign file's palette as our metadata has it; None where it is not one RGB triple in 0..255 per class."""
+    """An official file's palette, in the form of our metadata; None unless it is one RGB triple in 0..255 per class."""
     try:
         colours = [[int(value) for value in colour] for colour in palette]
     except (TypeError, ValueError):
@@ -84,7 +85,7 @@ def _palette(palette: Any, classes: int) -> list[list[int]] | None:
 def dataset_metadata(name: str, option: str = "--dataset") -> dict[str, Any]:
     """Checkpoint metadata (classes, palette, protocol, ...) of a published data set, or of a recipe's data.
 
-    Raises CommandError, naming the option, where there is neither.
+    Raises CommandError, which names the option, if `name` is neither.
     """
     labels = LAYOUTS[name].labels if name in LAYOUTS else name
     if labels in list_label_spaces():
@@ -101,7 +102,7 @@ def dataset_metadata(name: str, option: str = "--dataset") -> dict[str, Any]:
     classes, palette = stated_classes(data.dataset, data.model_dump())
     if not classes:
         raise CommandError(
-            f"{option} {name}: the classes are in its annotation files\nstate data.classes in the recipe"
+            f"{option} {name}: its class names are only in its annotation files\nadd data.classes to the recipe"
         )
     return {
         "classes": classes,
@@ -113,45 +114,49 @@ def dataset_metadata(name: str, option: str = "--dataset") -> dict[str, Any]:
 
 
 def requested_classes(value: str) -> dict[str, Any]:
-    """Metadata of `--classes`: a published data set's, a recipe's, or of names with commas between.
+    """Metadata of `--classes`: of a published data set, of a recipe, or of names separated by commas.
 
-    Raises CommandError where there is no such data set, or the names are no two to 255 different ones.
+    Raises CommandError if there is no such data set, or if there are not 2 to 255 different names.
     """
     if "," not in value:
         return dataset_metadata(value, "--classes")
     names = [name.strip() for name in value.split(",")]
     distinct = {name.casefold() for name in names}
     if "" in distinct or len(distinct) < len(names) or len(names) > 255:
-        raise CommandError(f"--classes {value}: a name is empty or there twice\nexpected 2 to 255 names: sky,road,car")
+        raise CommandError(
+            f"--classes {value}: a name is empty or given twice, or there are more than 255\n"
+            "expected 2 to 255 different names, as in sky,road,car"
+        )
     return {"classes": names, "palette": None}
 
 
 # ---- rows --------------------------------------------------------------------------------------------------------
 def rows_by_name(source: Sequence[str], wanted: Sequence[str]) -> list[int | None]:
-    """For each wanted class the index of its namesake in `source`, or None.
+    """For each wanted class the index of the class with the same name in `source`, or None.
 
-    Upper and lower case are one. Where no whole name is the same, a synonym may be: the only class of `source` that
-    shares one is taken, and none where several do.
+    Upper and lower case are equal. If no whole name is the same, synonyms are used: the class of `source` that has a
+    synonym in common, if there is exactly one such class.
     """
 
-    def namesake(name: str) -> int | None:
+    def same_name(name: str) -> int | None:
         same = [k for k, other in enumerate(source) if other.strip().casefold() == name.strip().casefold()]
         same = same or [k for k, other in enumerate(source) if _synonyms(other) & _synonyms(name)]
         return same[0] if len(same) == 1 else None
 
-    return [namesake(name) for name in wanted]
+    return [same_name(name) for name in wanted]
 
 
 def _synonyms(name: str) -> set[str]:
-    return {part.strip().casefold() for part in SEPARATORS.split(name)} - {""}
+    return {synonym.strip().casefold() for synonym in SEPARATORS.split(name)} - {""}
 
 
 def keep_rows(
     model: Segmenter, tensors: Mapping[str, Tensor], names: Mapping[str, str], rows: Sequence[int | None]
 ) -> dict[str, Tensor]:
-    """A checkpoint's tensors with its class rows as `model` is to have them: row k from its row rows[k], None: model's.
+    """A checkpoint's tensors, with class rows for `model`: row k is the checkpoint's row rows[k], or, if that is None,
+    the model's own.
 
-    `names`: our key → the checkpoint's. A tensor that is not there, or of other channels, is left as it is.
+    `names`: our key → the checkpoint's key. A tensor that is missing, or has other channels, stays unchanged.
     """
     kept = [k for k, row in enumerate(rows) if row is not None]
     taken = [row for row in rows if row is not None]
@@ -166,7 +171,7 @@ def keep_rows(
 
 
 def take_rows(network: Segmenter, rows: Sequence[int | None], fresh: Segmenter) -> None:
-    """Fills `fresh`, which has len(rows) classes, from `network`: class k from class rows[k], None leaving it fresh."""
+    """Fills `fresh`, which has len(rows) classes, from `network`: class k from class rows[k]; None: unchanged."""
     kept = [k for k, row in enumerate(rows) if row is not None]
     taken = [row for row in rows if row is not None]
     state, by_class = fresh.state_dict(), fresh.class_rows()
@@ -181,21 +186,24 @@ def take_rows(network: Segmenter, rows: Sequence[int | None], fresh: Segmenter) 
 def follow_names(
     network: Segmenter, metadata: Mapping[str, Any], requested: Mapping[str, Any], fresh: Segmenter
 ) -> tuple[dict[str, Any], bool]:
-    """Fills `fresh`, of the classes `requested`, from `network` by name; prints which. (its metadata, any kept?)."""
+    """Fills `fresh`, a network for `requested` classes, from `network`, by class name. Prints which rows are kept.
+
+    Returns the metadata of `fresh`, and whether any row was kept.
+    """
     rows = rows_by_name(metadata["classes"], requested["classes"])
     take_rows(network, rows, fresh)
     for line in describe_rows(metadata["classes"], requested["classes"], rows):
         click.echo(line)
     known = any(row is not None for row in rows)
-    return {**{key: value for key, value in metadata.items() if key not in OF_ITS_RUN}, **requested}, known
+    return {**{key: value for key, value in metadata.items() if key not in RUN_METADATA}, **requested}, known
 
 
 def describe_rows(source: Sequence[str], wanted: Sequence[str], rows: Sequence[int | None]) -> list[str]:
-    """Lines that say which rows of `wanted` come from `source`, by what name there, and which are fresh."""
+    """Lines that say which rows of `wanted` come from `source`, with the name in `source`, and which are new."""
     pairs = list(zip(wanted, rows, strict=True))
     kept = [name if source[row] == name else f"{name} ({source[row]})" for name, row in pairs if row is not None]
     new = [name for name, row in pairs if row is None]
     return [
-        f"  rows kept    {len(kept)}: {', '.join(kept) or 'no class has a namesake'}",
-        f"  rows fresh   {len(new)}: {', '.join(new) or 'none'}",
+        f"  rows kept    {len(kept)}: {', '.join(kept) or 'no class has the same name'}",
+        f"  rows new     {len(new)}: {', '.join(new) or 'none'}",
     ]

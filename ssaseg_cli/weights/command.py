@@ -1,4 +1,4 @@
-"""`ssaseg convert`: its arguments and help. PyTorch is imported inside the function, so that `--help` is quick."""
+"""`ssaseg convert`: its arguments and help. PyTorch is imported inside the function, so that `--help` is fast."""
 
 from pathlib import Path
 from typing import Any
@@ -11,11 +11,13 @@ from ssaseg.cli.options import CLASSIFIERS, existing_file
 @click.command()
 @click.argument("source", type=existing_file)
 @click.argument("destination", type=click.Path(dir_okay=False, path_type=Path))
-@click.option("--model", metavar="NAME", help="Network of the weights. Our own checkpoints name it.")
-@click.option("--classifier", type=CLASSIFIERS, help="Classifier of the weights. Our own checkpoints name it.")
-@click.option("--dataset", metavar="NAME", help="Data set that names the classes.  [default with 150 classes: ade20k]")
+@click.option("--model", metavar="NAME", help="Network of official weights; checkpoints of ssaseg name it.")
+@click.option("--classifier", type=CLASSIFIERS, help="Classifier of official weights; checkpoints of ssaseg name it.")
+@click.option(
+    "--dataset", metavar="NAME", help="Data set with the names of the classes.  [default for 150 classes: ade20k]"
+)
 @click.option("--classes", metavar="NAME|A,B,...", help="New classes; weights of classes with the same name are kept.")
-@click.option("--allow-partial", is_flag=True, help="Accept keys that are missing, unexpected or of another shape.")
+@click.option("--allow-partial", is_flag=True, help="Accept missing and unexpected keys, and tensors of another shape.")
 @click.option("--deploy", is_flag=True, help="Write a small .safetensors: float16, no training-only weights.")
 @click.option("--output", type=click.Choice(["logits", "logits-full", "labels"]), help="What .onnx and .pt2 return.")
 @click.option("--input", type=click.Choice(["normalized", "rgb"]), help="What .onnx and .pt2 take as input.")
@@ -32,12 +34,12 @@ def convert(
     deploy: bool,
     **form: Any,
 ) -> int:
-    """Convert official weights to ours, or back, or export a model.
+    """Convert official weights to ssaseg's format, or back, or export a model.
 
-    The suffix of DESTINATION decides the format: .safetensors (ours), .pth (official names), .onnx or .pt2
-    (torch.export). Prints which keys matched, were missing, unexpected or of another shape. An .onnx or .pt2 file is
-    for other programs: it has no training-only weights and takes any batch and size. It is verified against PyTorch
-    before it is written.
+    The suffix of DESTINATION decides the format: .safetensors (ssaseg's), .pth (official names), .onnx or .pt2
+    (torch.export). Prints which keys matched, were missing, were unexpected or had another shape. An .onnx or .pt2 file
+    is for other programs: it has no training-only weights, and accepts any batch size and image size. It is compared
+    with PyTorch before it is written.
 
     \b
     --input   normalized  float32 (N,3,H,W), (RGB - mean) / std    --output  logits       (N,K,h,w), the default

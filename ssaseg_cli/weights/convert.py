@@ -1,10 +1,10 @@
-"""`ssaseg convert`: open the source, give it other classes where wanted, write it by the destination's suffix.
+"""`ssaseg convert`: opens the source, changes its classes if requested, writes it by the suffix of the destination.
 
-What a file is and how it fits a network: `foreign`, `matching`; what its classes are called: `classes`.
+`foreign` reads files, `matching` fits them to a network, `classes` finds the names of their classes.
 
-What an ImageNet checkpoint becomes: it has no classifier, so it is not a model that could predict. The file holds the
-backbone's tensors alone under our keys, with format "ssaseg-backbone-1" in its header. `model.pretrained` of a recipe
-takes it; `load_model` refuses it, naming the format.
+An ImageNet checkpoint has no classifier, so the result is not a model that can predict. The file then holds only the
+backbone's tensors, under our keys, with the format "ssaseg-backbone-1" in its header. It is for `model.pretrained` of
+a recipe; `load_model` refuses it with an error that names the format.
 """
 
 from collections.abc import Callable, Mapping
@@ -33,7 +33,7 @@ BACKBONE_FORMAT = "ssaseg-backbone-1"
 
 @dataclass(frozen=True)
 class Request:
-    """What the command was called with; `form` has what was given of `Form`'s fields."""
+    """The arguments of the command; `form` has those fields of `Form` that were given."""
 
     source: Path
     destination: Path
@@ -46,17 +46,17 @@ class Request:
     form: Mapping[str, Any] = field(default_factory=dict)
 
     def options(self) -> list[str]:
-        """The options that belong to some writers only, as far as they were given."""
+        """The given options that belong only to some writers."""
         own = {"--dataset": self.dataset, "--classes": self.classes, "--allow-partial": self.allow_partial or None}
         return [name for name, value in own.items() if value is not None] + [f"--{name}" for name in self.form]
 
 
 class Opened(NamedTuple):
-    """What a source holds: a whole network, or the tensors of a backbone alone."""
+    """What a source holds: a whole network, or only the tensors of a backbone."""
 
     name: str
     network: Segmenter | None
-    metadata: dict[str, Any]  # of a network; empty where its classes have no names
+    metadata: dict[str, Any]  # of a network; empty if its classes have no names
     backbone: dict[str, Tensor]
     complete: bool = True  # everything matched
 
@@ -65,9 +65,9 @@ class Writer(NamedTuple):
     """One kind of destination."""
 
     write: Callable[[Request, Opened], int]
-    ours: bool  # takes a whole checkpoint of ours, nothing else
-    options: frozenset[str]  # that belong to it
-    refusal: str  # what follows the name of an option that does not
+    ours: bool  # accepts only a whole checkpoint of ours
+    options: frozenset[str]  # those that it accepts
+    fix: str  # the last line of the error for other options
 
 
 def run_convert(
@@ -81,47 +81,48 @@ def run_convert(
     deploy: bool = False,
     form: Mapping[str, Any] | None = None,
 ) -> int:
-    """Converts weights; `destination`'s suffix says into what: .safetensors ours, .pth the official names, .onnx and
-    .pt2 exports, for which `form` has what was given of `Form`'s fields.
+    """Converts weights. The suffix of `destination` decides the format: .safetensors ours, .pth official names, .onnx
+    and .pt2 exports, for which `form` has those fields of `Form` that were given.
 
-    `model`, `classifier`: None reads them from the file. `dataset`: names the classes of official weights; a published
-    data set or a recipe. `classes`: the classes that .safetensors gets instead, see `requested_classes`; the
-    classifier's rows follow the names. `deploy`: a small .safetensors, see `deploy`. Returns 0, or 1 where only a part
-    of the weights matched, or no class name. Raises CommandError, having written nothing, where an option does not
-    belong to the destination, and where tensors do not match unless `allow_partial` is set.
+    `model`, `classifier`: None reads them from the file. `dataset`: a published data set or a recipe that names the
+    classes of official weights. `classes`: the new classes of a .safetensors file, see `requested_classes`; the rows of
+    the classifier are moved to the classes with the same name. `deploy`: a small .safetensors, see `deploy`. Returns 0,
+    or 1 if only a part of the weights matched, or no class name did. Raises CommandError, before anything is written,
+    if an option does not belong to the destination, or if tensors do not match and `allow_partial` is not set.
     """
     request = Request(source, destination, model, classifier, dataset, classes, allow_partial, deploy, form or {})
     writer = find_writer(request)
     opened = open_ours(request) if writer.ours else open_any(request)
-    opened, known = relabel(request, opened)
+    opened, known = change_classes(request, opened)
     code = writer.write(request, opened)
     if not opened.complete:
-        click.echo("warning: partial; tensors that did not match keep fresh weights", err=True)
+        click.echo("warning: only a part matched; tensors that did not match have new weights", err=True)
     return code or int(not (opened.complete and known))
 
 
 def find_writer(request: Request) -> Writer:
-    """The writer of the destination. Raises CommandError for an unknown suffix and options of other writers."""
+    """The writer of the destination. Raises CommandError for an unknown suffix, and for options of other writers."""
     suffix, destination = request.destination.suffix.lower(), request.destination
     if suffix not in WRITERS:
         raise CommandError(
-            f"{destination}: no conversion to {destination.suffix or 'a file without suffix'}\n"
-            "expected .safetensors (ours, from official weights) or .pth (official names, from ours), .onnx or .pt2"
+            f"{destination}: cannot convert to {destination.suffix or 'a file without suffix'}\n"
+            "expected .safetensors (ssaseg's format), .pth (official names), .onnx or .pt2"
         )
     if destination.exists() and destination.samefile(request.source):
         raise CommandError(f"{destination}: source and destination are the same file\ngive the result another name")
     if request.deploy and suffix != ".safetensors":
         raise CommandError(
-            f"--deploy: only for .safetensors, not {destination}\nleave it out: .onnx and .pt2 are deploy forms already"
+            f"--deploy: only for .safetensors, not {destination}\n"
+            "leave it out: .onnx and .pt2 never have training-only weights"
         )
     writer = DEPLOY if request.deploy else WRITERS[suffix]
     wrong = next((option for option in request.options() if option not in writer.options), None)
     if wrong is not None and request.deploy:
-        raise CommandError(f"{wrong}: not with --deploy, which takes a whole checkpoint of ours\n{writer.refusal}")
+        raise CommandError(f"{wrong}: not with --deploy, which needs a whole checkpoint of ssaseg\n{writer.fix}")
     if wrong is not None:
-        homes = [suffix for suffix, each in WRITERS.items() if wrong in each.options]
-        what = "official weights to .safetensors" if wrong in OFFICIAL_ONLY else " and ".join(homes)
-        raise CommandError(f"{wrong}: only for {what}, not {destination}\n{writer.refusal}")
+        suffixes = [suffix for suffix, each in WRITERS.items() if wrong in each.options]
+        what = "official weights to .safetensors" if wrong in OFFICIAL_ONLY else " and ".join(suffixes)
+        raise CommandError(f"{wrong}: only for {what}, not {destination}\n{writer.fix}")
     return writer
 
 
@@ -129,7 +130,7 @@ def find_writer(request: Request) -> Writer:
 
 
 def open_ours(request: Request) -> Opened:
-    """A checkpoint of ours, whole unless an export is made of it; what the options say of it must be true."""
+    """A checkpoint of ours. Raises CommandError if an option contradicts it, or for a deploy form, except to export."""
     source = request.source
     try:
         network, metadata = load_model(source)
@@ -137,13 +138,13 @@ def open_ours(request: Request) -> Opened:
         if source.suffix.lower() == ".safetensors":
             raise
         raise CommandError(
-            f"{source}: is not a checkpoint of ours\nfirst: ssaseg convert {source} OURS.safetensors"
+            f"{source}: is not a checkpoint of ssaseg\nconvert it first: ssaseg convert {source} OURS.safetensors"
         ) from None
     require_finite(source, network.state_dict())
     if "deploy" in metadata and request.destination.suffix.lower() not in EXPORTS:
         raise CommandError(
-            f"{source}: is a deploy form, without what training needs\n"
-            "convert the checkpoint that it was made from; from this one only .onnx and .pt2 can be made"
+            f"{source}: is a deploy form, without the weights that only training needs\n"
+            "convert the checkpoint that it was made from; a deploy form can only be converted to .onnx and .pt2"
         )
     for option, given, own in (
         ("--model", request.model, network.name),
@@ -155,10 +156,12 @@ def open_ours(request: Request) -> Opened:
 
 
 def open_any(request: Request) -> Opened:
-    """Official weights, or a checkpoint of ours that gets other classes."""
+    """Official weights, or a checkpoint of ours that gets new classes."""
     source, weights = request.source, read_weights(request.source)
     if weights.is_backbone and request.classes is not None:
-        raise CommandError(f"{source}: holds a backbone alone, and no class for --classes to keep\nleave it out")
+        raise CommandError(
+            f"{source}: holds only a backbone, so it has no classes that --classes could keep\nleave out --classes"
+        )
     if weights.header is None:
         name = model_name(source, weights, request.model)
         if weights.is_backbone:
@@ -166,11 +169,13 @@ def open_any(request: Request) -> Opened:
         return open_official(request, weights, name)
     if request.classes is None:
         raise CommandError(
-            f"{source}: is a file of ssaseg already (format {weights.header['format']})\n"
-            "for official names let DESTINATION end in .pth; for other classes use --classes"
+            f"{source}: is already a file of ssaseg (format {weights.header['format']})\n"
+            "for official names, give a DESTINATION that ends in .pth; for other classes, use --classes"
         )
     if request.dataset is not None:
-        raise CommandError(f"{source}: its header names its classes; --dataset is for official files\nleave it out")
+        raise CommandError(
+            f"{source}: its header names its classes; --dataset is only for official files\nleave out --dataset"
+        )
     return open_ours(request)
 
 
@@ -179,7 +184,7 @@ def open_official(request: Request, weights: Weights, name: str) -> Opened:
     source, classes = request.source, count_rows(weights.tensors.get(CLASSES_KEY))
     if classes == 0:
         raise CommandError(
-            f"{source}: has no {CLASSES_KEY} with a row for each class\nexpected it, to count the classes"
+            f"{source}: has no {CLASSES_KEY}\nexpected it, with one row for each class, to count the classes"
         )
     network = fresh(name, classes, request.classifier or ("ssa" if SSA_KEY in weights.tensors else "linear"))
     heading = describe_source(source, weights, f"{name}, {network.classifier_name}, {classes} classes")
@@ -193,9 +198,9 @@ def open_official(request: Request, weights: Weights, name: str) -> Opened:
 
 
 def open_backbone(request: Request, weights: Weights, name: str) -> Opened:
-    """A pre-trained backbone alone."""
+    """A pre-trained backbone without decoder and classifier."""
     network = fresh(name, 2, "linear")
-    found, tensors = match(network, weights, describe_source(request.source, weights, f"{name}, backbone alone"))
+    found, tensors = match(network, weights, describe_source(request.source, weights, f"{name}, only the backbone"))
     click.echo(found)
     if found.backbone_share < PRETRAINED_SHARE and not (request.allow_partial and found.matched):
         raise CommandError(explain_mismatch(request.source, weights, network, found))
@@ -203,7 +208,10 @@ def open_backbone(request: Request, weights: Weights, name: str) -> Opened:
 
 
 def model_name(source: Path, weights: Weights, given: str | None) -> str:
-    """The network that official weights are for. Raises CommandError where neither the option nor the file says it."""
+    """The name of the network that official weights belong to.
+
+    Raises CommandError if `given` is not a network, or if it is None and the file does not fit one network completely.
+    """
     if given in list_models():
         return str(given)
     if given is not None:
@@ -211,21 +219,21 @@ def model_name(source: Path, weights: Weights, given: str | None) -> str:
     name, fitting = likely_model(weights)
     if fitting < 1:
         raise CommandError(
-            f"{source}: cannot tell which network this is: {best_guess(name, fitting)}\n"
-            f"name it with --model, one of: {', '.join(list_models())}"
+            f"{source}: not clear which network this is: {best_guess(name, fitting)}\n"
+            f"give its name with --model, one of: {', '.join(list_models())}"
         )
     return name
 
 
 def fresh(name: str, classes: int, classifier: str) -> Segmenter:
-    """A network whose fresh weights are always the same; the caller's random numbers are not touched."""
+    """A network whose random weights are always the same. Does not change the caller's random generator."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         return build_model(name, classes, classifier)
 
 
 def explain_mismatch(source: Path, weights: Weights, network: Segmenter, found: Match) -> str:
-    """Why a file was refused, what it looks like, and the fix; three lines."""
+    """An error of three lines: why a file was refused, what it looks like, and the fix."""
     first = (
         f"{source}: does not fit {network.name} with {network.classifier_name}: {len(found.missing)} missing, "
         f"{len(found.unexpected)} unexpected, {len(found.misshapen)} of another shape"
@@ -238,20 +246,20 @@ def explain_mismatch(source: Path, weights: Weights, network: Segmenter, found: 
     if name != network.name and fitting > found.backbone_share:
         return f"{first}\n{best_guess(name, fitting)}\nuse --model {name}"
     example = next(iter([*found.misshapen, *found.missing, *found.unexpected]))
-    return f"{first}\nfirst: {example}\n--allow-partial converts what fits"
+    return f"{first}\nthe first of them: {example}\nuse --allow-partial to convert what fits"
 
 
-# ---- other classes ---------------------------------------------------------------------------------------------------
+# ---- new classes -----------------------------------------------------------------------------------------------------
 
 
-def relabel(request: Request, opened: Opened) -> tuple[Opened, bool]:
-    """The network with the classes of `--classes`, where given, and whether any of them was known before."""
+def change_classes(request: Request, opened: Opened) -> tuple[Opened, bool]:
+    """The network with the classes of `--classes`, if given, and whether it already had any of them."""
     if request.classes is None or opened.network is None:
         return opened, True
     requested = requested_classes(request.classes)
     if not opened.metadata:
         raise CommandError(
-            f"{request.source}: its classes have no names for --classes to keep\nname them with --dataset"
+            f"{request.source}: its classes have no names, so --classes can keep none\ngive their names with --dataset"
         )
     other = fresh(opened.name, len(requested["classes"]), opened.network.classifier_name)
     metadata, known = follow_names(opened.network, opened.metadata, requested, other)
@@ -262,7 +270,7 @@ def relabel(request: Request, opened: Opened) -> tuple[Opened, bool]:
 
 
 def write_ours(request: Request, opened: Opened) -> int:
-    """A checkpoint of ours, or a backbone alone; see the module's docstring for what that file is."""
+    """Writes a checkpoint of ours, or only a backbone, see the module's docstring."""
     if opened.network is not None:
         save_model(request.destination, opened.network, opened.metadata)
         click.echo(f"wrote {request.destination}")
@@ -273,7 +281,7 @@ def write_ours(request: Request, opened: Opened) -> int:
 
 
 def write_official(request: Request, opened: Opened) -> int:
-    """One of our checkpoints under official names, as mmsegmentation 0.x reads them."""
+    """Writes one of our checkpoints with official names, as mmsegmentation 0.x reads them."""
     network, metadata = whole(opened), opened.metadata
     state, official = network.state_dict(), {}
     for entry in official_entries(network):
@@ -285,20 +293,20 @@ def write_official(request: Request, opened: Opened) -> int:
     torch.save({"state_dict": official, "meta": meta}, buffer)
     write_atomic(request.destination, buffer.getvalue())
     click.echo(f"wrote {request.destination}: {len(official)} tensors of {network.name}, {network.classifier_name}")
-    lacking = left_out(network)
-    click.echo(f"left out, official keys that our models do not have: {len(lacking) or 'none'}")
-    for key, reason in lacking.items():
+    missing = left_out(network)
+    click.echo(f"left out, official keys that models of ssaseg do not have: {len(missing) or 'none'}")
+    for key, reason in missing.items():
         click.echo(f"  {key} ({reason})")
     return 0
 
 
 def write_small(request: Request, opened: Opened) -> int:
-    """The deploy form of one of our checkpoints."""
+    """Writes the deploy form of one of our checkpoints."""
     return write_deploy(request.source, request.destination, whole(opened), opened.metadata)
 
 
 def write_graph(request: Request, opened: Opened) -> int:
-    """.onnx or .pt2."""
+    """Writes .onnx or .pt2."""
     return write_export(request.source, request.destination, whole(opened), opened.metadata, Form(**request.form))
 
 
@@ -323,4 +331,4 @@ WRITERS = {
         ),
     ),
 }
-DEPLOY = Writer(write_small, True, frozenset(), "convert without --deploy first, then make the result smaller")
+DEPLOY = Writer(write_small, True, frozenset(), "convert without --deploy first, then convert the result with --deploy")

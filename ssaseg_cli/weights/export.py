@@ -1,7 +1,7 @@
-"""`ssaseg convert` to .onnx and .pt2: a network for other programs, written once it is verified.
+"""`ssaseg convert` to .onnx and .pt2: a network for other programs. It is verified before it is written.
 
-The file describes itself: its header has what the checkpoint says of classes and preprocessing, and what the graph
-takes and gives. In ONNX it is the model's metadata, JSON values by key; in a .pt2 the extra file `ssaseg.json`.
+The file describes itself: its header has the checkpoint's classes and preprocessing, and the input and output of the
+graph. In ONNX the header is the model's metadata, JSON values by key; in a .pt2 it is the extra file `ssaseg.json`.
 """
 
 import json
@@ -39,17 +39,17 @@ FORMAT = "ssaseg-deploy-1"
 
 HEADER = "ssaseg.json"  # a .pt2's extra file
 
-OPSET = 18  # of ONNX: the oldest that PyTorch writes as it is, for old runtimes
+OPSET = 18  # of ONNX: the oldest that PyTorch writes without converting, for old runtimes
 
 NEEDED = ("onnx", "onnxscript", "onnxruntime")
 
-# Height and width that a graph of any size is traced with [pixels]. Networks leave out a resizing to the size that is
-# there; here none meets its own, so that the graph has them all. Where one does later, it changes nothing.
+# Height and width that a graph for any size is traced with [pixels]. A network skips a resize if the size is already
+# right. With this size no resize is skipped, so the graph has all of them. One that is not needed later has no effect.
 EXAMPLE = (160, 224)
 
-TOLERANCE = 1e-4  # of logits, relative to the largest where that is above 1
+TOLERANCE = 1e-4  # of logits, relative to the largest if that is above 1
 
-DIFFERING = 1e-3  # share of pixels that may have another label, of classes as close as TOLERANCE
+DIFFERING = 1e-3  # share of pixels that may have another label, if the classes' logits differ by at most TOLERANCE
 
 VERIFIED = 8  # of the user's images, at most
 
@@ -58,9 +58,10 @@ Run = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Form:
-    """What is exported: `output` of `ssaseg.models.deploy.OUTPUTS`; `input` normalized (float32) or rgb (uint8).
+    """What is exported: `output` is one of `ssaseg.models.deploy.OUTPUTS`; `input` is normalized (float32) or rgb
+    (uint8).
 
-    `size`: the only (height, width) that the graph takes, None for any. `verify`: an image or a folder of images.
+    `size`: the only (height, width) that the graph accepts; None: any. `verify`: an image or a folder of images.
     """
 
     output: str = "logits"
@@ -70,37 +71,37 @@ class Form:
 
 
 class Case(NamedTuple):
-    """Images to verify on, as the graph takes them (N,3,H,W)."""
+    """Images to verify on, in the form of the graph's input (N,3,H,W)."""
 
     name: str
     images: Tensor
 
 
 class Difference(NamedTuple):
-    """How far a graph is from PyTorch on one case."""
+    """The difference between a graph's output and PyTorch's on one case."""
 
-    apart: float  # logits: largest difference; labels: by how much the chosen class is below the best
+    largest: float  # of the logits; for labels: by how much the logit of the chosen class is below the best
     allowed: float
     share: float | None = None  # of pixels with another label
 
     @property
     def passes(self) -> bool:
-        """False for what is not a number, too."""
-        return self.apart <= self.allowed and (self.share or 0.0) <= DIFFERING
+        """Whether the difference is allowed. False if it is not a number."""
+        return self.largest <= self.allowed and (self.share or 0.0) <= DIFFERING
 
     def __str__(self) -> str:
-        logits = f"{self.apart:.1e} (allowed {self.allowed:.1e})"
+        logits = f"largest difference {self.largest:.1e} (allowed {self.allowed:.1e})"
         if self.share is None:
             return logits
-        return f"in {100 * self.share:.3f} % of labels (allowed {100 * DIFFERING:g} %), there by logits of {logits}"
+        return f"{100 * self.share:.3f} % of the labels differ (allowed {100 * DIFFERING:g} %); their logits: {logits}"
 
 
 def write_export(source: Path, destination: Path, model: Segmenter, metadata: Mapping[str, Any], form: Form) -> int:
-    """Writes `model` as .onnx or .pt2, by `destination`'s suffix, and prints how far that is from PyTorch.
+    """Writes `model` as .onnx or .pt2, by the suffix of `destination`, and prints how much it differs from PyTorch.
 
-    `source`: the checkpoint that it is from, for messages. Returns 0. Raises CommandError, having written nothing: with
-    exit code 3 where the graph differs by more than TOLERANCE or does not run, with 2 where there is none, the extra
-    packages are missing or `destination` can't be written.
+    `source`: the checkpoint that it is from, for messages. Returns 0. Raises CommandError, before anything is written:
+    with exit code 3 if PyTorch cannot trace the graph, or if the graph does not run or differs by more than TOLERANCE;
+    with 2 if packages are missing, or if `destination` cannot be written.
     """
     kind = destination.suffix.lower()
     missing = [name for name in NEEDED if kind == ".onnx" and find_spec(name) is None]
@@ -109,12 +110,12 @@ def write_export(source: Path, destination: Path, model: Segmenter, metadata: Ma
     destination.parent.mkdir(parents=True, exist_ok=True)  # fails now, rather than after minutes
     if not os.access(destination.parent, os.W_OK | os.X_OK):
         raise CommandError(f"{destination}: its folder cannot be written\ngive a file in a folder that can")
-    pictures = _own_images(form.verify, metadata["protocol"])
-    plain, lean = (_deployed(source, each, metadata, form) for each in (model, fold(model)))
+    pictures = _user_images(form.verify, metadata["protocol"])
+    plain, folded = (_deployed(source, each, metadata, form) for each in (model, fold(model)))
     any_size = "any size" if form.size is None else "{} x {} pixels".format(*form.size)
     click.echo(f"{source}: {model.name}, {model.classifier_name}, {model.num_classes} classes; {any_size}")
     with PoolByProducts() if kind == ".onnx" else nullcontext():
-        program = _program(source, lean, form)
+        program = _program(source, folded, form)
     header = {key: metadata[key] for key in ("model", "classifier", "classes", "palette", "mean", "std", "protocol")}
     header |= {"format": FORMAT, "input": form.input, "output": form.output}
     header |= {"size": form.size, "smallest": smallest(program)}
@@ -123,8 +124,10 @@ def write_export(source: Path, destination: Path, model: Segmenter, metadata: Ma
         run = onnx_runner(content) if kind == ".onnx" else pt2_runner(content)
     _verify(destination, plain, run, cases(form, metadata, pictures, smallest(program)))
     write_atomic(destination, content)
-    least = "" if form.size else ", from {} x {} pixels on".format(*smallest(program))
-    click.echo(f"wrote {destination}: {len(content) / 2**20:.1f} MiB, {form.input} to {form.output}, any batch{least}")
+    least = "" if form.size else ", images of at least {} x {} pixels".format(*smallest(program))
+    click.echo(
+        f"wrote {destination}: {len(content) / 2**20:.1f} MiB, {form.input} to {form.output}, any batch size{least}"
+    )
     return 0
 
 
@@ -143,13 +146,13 @@ def _program(source: Path, network: Deployed, form: Form) -> ExportedProgram:
             return trace(network, images, form.size is None)
     except RuntimeError as error:
         reason = str(error).strip().partition("\n")[0]
-        mend = "try --size H W, a graph for one size" if form.size is None else "another version of PyTorch may do it"
-        raise CommandError(f"{source}: PyTorch makes no graph of it: {reason}\n{mend}", 3) from error
+        fix = "try --size H W, a graph for one size" if form.size is None else "try another version of PyTorch"
+        raise CommandError(f"{source}: PyTorch cannot trace its graph: {reason}\n{fix}", 3) from error
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without what the exporters have to say about themselves."""
+    """Inside this context the exporters print no warnings."""
     logger = logging.getLogger("torch.onnx")
     level = logger.level
     logger.setLevel(logging.ERROR)
@@ -170,12 +173,12 @@ def pt2_bytes(program: ExportedProgram, header: Mapping[str, Any]) -> bytes:
 
 
 def pt2_runner(content: bytes) -> Run:
-    """What a .pt2 file computes."""
+    """A function that computes what a .pt2 file computes."""
     return torch.export.load(BytesIO(content)).module()
 
 
 def onnx_bytes(program: ExportedProgram, header: Mapping[str, Any]) -> bytes:
-    """An ONNX file with input `images` and one output, named after what it is."""
+    """An ONNX file with the input `images` and one output, whose name is the kind of output."""
     made = torch.onnx.export(
         program,
         (),
@@ -194,24 +197,24 @@ def onnx_bytes(program: ExportedProgram, header: Mapping[str, Any]) -> bytes:
             if dim.dim_param:
                 dim.dim_param = re.sub(r"\bs\d+\b", lambda symbol: names.get(symbol[0], "batch"), dim.dim_param)
     for node in proto.graph.node:
-        del node.metadata_props[:]  # where in the exporter's and our code it comes from
+        del node.metadata_props[:]  # from which lines of code the node comes
     for key, value in header.items():
         proto.metadata_props.add(key=key, value=json.dumps(value))
     return proto.SerializeToString()
 
 
 def onnx_runner(content: bytes) -> Run:
-    """What an ONNX file computes, by ONNX Runtime on the CPU."""
+    """A function that computes what an ONNX file computes, with ONNX Runtime on the CPU."""
     runtime = import_module("onnxruntime")
     options = runtime.SessionOptions()
-    options.log_severity_level = 4  # its errors are raised, too
+    options.log_severity_level = 4  # do not print errors: they are also raised
     session = runtime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
     return lambda images: torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
 
 
 # ---- verifying ---------------------------------------------------------------------------------------------------
-def _own_images(verify: str | None, protocol: Mapping[str, Any]) -> list[tuple[str, np.ndarray]]:
-    """Names and images, BGR uint8 (H,W,3), of `--verify`, resized as the checkpoint's protocol says."""
+def _user_images(verify: str | None, protocol: Mapping[str, Any]) -> list[tuple[str, np.ndarray]]:
+    """Names and images, BGR uint8 (H,W,3), of `--verify`, resized by the checkpoint's protocol."""
     if verify is None:
         return []
     path = Path(verify)
@@ -225,7 +228,7 @@ def _own_images(verify: str | None, protocol: Mapping[str, Any]) -> list[tuple[s
 def cases(
     form: Form, metadata: Mapping[str, Any], pictures: Sequence[tuple[str, np.ndarray]], least: tuple[int, int]
 ) -> Iterator[Case]:
-    """Random images of three batches and sizes, the smallest among them; two built-in scenes; the user's images."""
+    """Random images in three batch sizes and image sizes, one the smallest; two built-in scenes; the user's images."""
     seeded = torch.Generator().manual_seed(0)
     for batch, size in ((1, least), (2, (96, 160)), (3, (131, 97))):
         shape = (batch, 3, *(form.size or map(max, size, least)))
@@ -237,39 +240,41 @@ def cases(
     scenes = SyntheticScenes(2, height=192, width=256, split="val")
     for name, picture in [(f"scene {scenes.name(i)}", scenes.load_image(i)) for i in range(2)] + [*pictures]:
         height, width = form.size or map(max, picture.shape[:2], least)
-        # A picture that fits is left as it is, to the bit.
+        # A picture that fits stays exactly the same.
         image = torch.from_numpy(cv2.resize(picture, (width, height), interpolation=cv2.INTER_LINEAR))[None]
         pixels = to_planes(image).byte() if form.input == "rgb" else normalize(image, metadata["mean"], metadata["std"])
         yield Case(name, pixels)
 
 
 def _verify(destination: Path, plain: Deployed, run: Run, tried: Iterator[Case]) -> None:
-    """Compares and prints case by case; raises CommandError with exit code 3 at the first that fails."""
+    """Prints the difference of each case. Raises CommandError with exit code 3 for the first case that fails."""
     for name, images in tried:
         title = "{} {}x3x{}x{}".format(name, *(images.shape[axis] for axis in (0, 2, 3)))
         try:
             got = run(images)
-        except Exception as error:  # each runtime has types of its own
+        except Exception as error:  # each runtime has its own types of errors
             reason = str(error).strip().partition("\n")[0]
-            raise CommandError(f"{destination}: not written, as it does not run on {title}\n{reason}", 3) from error
-        difference = compare(plain, images, got)
-        click.echo(f"  {title:32} apart {difference}")
-        if not difference.passes:
             raise CommandError(
-                f"{destination}: not written, as it is not what PyTorch computes on {title}\n"
-                f"apart {difference}\nother versions of torch or onnxruntime may agree",
+                f"{destination}: not written, because it does not run on {title}\n{reason}", 3
+            ) from error
+        found = difference(plain, images, got)
+        click.echo(f"  {title:32} {found}")
+        if not found.passes:
+            raise CommandError(
+                f"{destination}: not written, because PyTorch computes another result on {title}\n"
+                f"{found}\ntry another version of torch or onnxruntime",
                 3,
             )
 
 
 @torch.no_grad()
-def compare(plain: Deployed, images: Tensor, got: Tensor) -> Difference:
-    """What a graph gave for images (N,3,H,W), against the network as it was trained, with nothing folded."""
+def difference(plain: Deployed, images: Tensor, got: Tensor) -> Difference:
+    """The difference between `got`, a graph's output for images (N,3,H,W), and the trained network, nothing folded."""
     logits = plain.model(plain.prepare(images))
     if got.dtype != torch.uint8:
         expected = plain.finish(logits, images.shape[-2:])
-        apart = (got - expected).abs().max().item() if got.shape == expected.shape else float("nan")
-        return Difference(apart, TOLERANCE * max(1.0, expected.abs().max().item()))
+        largest = (got - expected).abs().max().item() if got.shape == expected.shape else float("nan")
+        return Difference(largest, TOLERANCE * max(1.0, expected.abs().max().item()))
     full = at_input_size(logits, images.shape[-2:])
     allowed = TOLERANCE * max(1.0, full.abs().max().item())
     best, labels = full.max(dim=1)

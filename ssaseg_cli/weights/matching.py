@@ -1,4 +1,4 @@
-"""How the tensors of a file fit a network: what matched, what did not, and which network they look like."""
+"""Fits the tensors of a file to a network: what matched, what did not, and which network they look like."""
 
 import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -16,34 +16,34 @@ from ssaseg.models.build import FAMILIES, family_of
 from ssaseg.models.official import COUNTERS, NOT_USED, left_out, official_entries, official_keys
 from ssaseg.models.rows import Entry, Row
 
-LISTED = 8  # names shown of each list
+LISTED = 8  # how many names of each list are shown
 
 
 @dataclass(frozen=True)
 class Match:
-    """How a file's tensors fit a model; `str` of it is for readers.
+    """How a file's tensors fit a model; `str(match)` is the text for the user.
 
-    Lists hold the file's own names, counters left aside.
+    Lists hold the file's own names, without counters.
     """
 
-    heading: str  # what was read, as what
+    heading: str  # what was read, and as which network
     matched: Sequence[str]
     missing: Sequence[str]
     unexpected: Sequence[str]
-    misshapen: Sequence[str]  # with both shapes, or types where one is of integers
-    not_used: Sequence[str]  # known to hold nothing that a model computes with
-    fresh: Sequence[str]  # wanted, but known to be in no ImageNet file, or of other classes: as initialised
-    backbone: tuple[int, int]  # matched; wanted or unexpected: a deeper network of the same widths is another one
-    rows: Sequence[str] = ()  # lines about the classifier's rows, which classes they are kept for
+    misshapen: Sequence[str]  # with both shapes; with both types if only one is of integers
+    not_used: Sequence[str]  # known tensors that a model does not compute with
+    fresh: Sequence[str]  # these keep their initial values: in no ImageNet file, or of other classes
+    backbone: tuple[int, int]  # matched; wanted or unexpected (so a deeper network of the same widths does not match)
+    rows: Sequence[str] = ()  # lines that say which classes the classifier's rows are kept for
 
     @property
     def backbone_share(self) -> float:
-        """Matched share of the backbone's tensors, the model's and the file's, 0 to 1."""
+        """The share of the backbone's tensors, the model's and the file's together, that matched: 0 to 1."""
         return self.backbone[0] / max(self.backbone[1], 1)
 
     @property
     def complete(self) -> bool:
-        """Every tensor matched, and none left over that is not known to be of no use."""
+        """Whether every tensor matched, and every other tensor in the file is known not to be used."""
         return not (self.missing or self.unexpected or self.misshapen)
 
     def __str__(self) -> str:
@@ -53,7 +53,7 @@ class Match:
             "unexpected": self.unexpected,
             "wrong shape": self.misshapen,
             "not used": self.not_used,
-            **({"fresh": self.fresh} if self.fresh else {}),
+            **({"new weights": self.fresh} if self.fresh else {}),
         }
         lines = [self.heading, f"  matched      {of_all(len(self.matched), wanted)}; backbone {of_all(*self.backbone)}"]
         lines += [f"  {title:12} {len(names)}{': ' if names else ''}{_listed(names)}" for title, names in lists.items()]
@@ -61,7 +61,7 @@ class Match:
 
 
 def of_all(count: int, wanted: int) -> str:
-    """A count for readers."""
+    """A count as text: `3 of 4 (75.0 %)`."""
     return f"{count} of {wanted} ({100 * count / max(wanted, 1):.1f} %)"
 
 
@@ -73,10 +73,10 @@ def _listed(names: Sequence[str]) -> str:
 def match(
     model: Segmenter, weights: Weights, heading: str = "", other: Collection[str] = ()
 ) -> tuple[Match, dict[str, Tensor]]:
-    """Fits a file to a model: (match, tensors by our key, where present and of the right shape).
+    """Fits a file to a model: (match, tensors by our key that are present and have the right shape).
 
-    Of a file that holds a backbone alone only that is asked for. `other`: the file's names of tensors that are of other
-    classes than the model's, and so not taken.
+    A file that holds only a backbone is fitted to the model's backbone only. `other`: the file's names of tensors that
+    belong to other classes than the model's; they are not taken.
     """
     own, found = model.state_dict(), weights.tensors
     wanted = file_entries(model, weights)
@@ -86,7 +86,7 @@ def match(
     missing: list[str] = []
     misshapen: list[str] = []
     for entry in wanted:
-        # What may be there or not is taken where it is there, but counts nowhere: shares are of tensors that matter.
+        # Counters may be missing. They are taken if present, but are in no list and no share.
         counts = not entry.theirs[0].endswith(COUNTERS)
         absent = [name for name in entry.theirs if name not in found]
         if absent or set(entry.theirs) & fresh:
@@ -118,7 +118,7 @@ def match(
 
 
 def _fresh_names(model: Segmenter, weights: Weights, wanted: Sequence[Entry], other: Collection[str]) -> set[str]:
-    """Names of tensors that are not taken from the file: of other classes, or known to be in no ImageNet file."""
+    """Names of tensors that are not taken from the file: they belong to other classes, or are in no ImageNet file."""
     if not weights.is_backbone:
         return set(other)
     official, ends = official_keys(model), family_of(model.name).not_pretrained
@@ -130,7 +130,7 @@ def _fresh_names(model: Segmenter, weights: Weights, wanted: Sequence[Entry], ot
 
 
 def file_entries(model: Segmenter, weights: Weights, whole: bool = False) -> list[Entry]:
-    """The model's tensors and what the file calls them; of a backbone alone only those, unless `whole`."""
+    """The model's tensors with their names in the file; if the file is a backbone, only those, unless `whole`."""
     backbone = weights.is_backbone and not whole
     if weights.header is None:
         return official_entries(model, imagenet=backbone)
@@ -139,12 +139,12 @@ def file_entries(model: Segmenter, weights: Weights, whole: bool = False) -> lis
 
 
 def file_names(model: Segmenter, weights: Weights) -> dict[str, str]:
-    """Our key of each of the model's tensors → what the file calls it; the first of several names."""
+    """Our key of each tensor of the model → its name in the file; the first name if there are several."""
     return {key: entry.theirs[0] for entry in file_entries(model, weights, whole=True) for key in entry.ours}
 
 
 def _fits(found: Tensor, own: Tensor) -> bool:
-    """Of the same shape, and both of them fractions or both integers."""
+    """Whether the shapes are the same, and both tensors are of floating-point numbers or both of integers."""
     return found.shape == own.shape and found.is_floating_point() == own.is_floating_point()
 
 
@@ -153,7 +153,7 @@ def _difference(name: str, found: Tensor, expected: Tensor) -> str:
 
 
 def _outline_of(tensor: Tensor, other: Tensor) -> str:
-    """What tells it from another: its shape, else its type."""
+    """The shape of a tensor if `other` has another shape, else its type."""
     return str(tuple(tensor.shape) if tensor.shape != other.shape else tensor.dtype)
 
 
@@ -162,23 +162,23 @@ def _is_known(key: str, patterns: Mapping[str, str]) -> bool:
 
 
 def backbone_keys(keys: Iterable[str]) -> list[str]:
-    """Those of a backbone, in our names or the official ones."""
+    """The keys of a backbone, by our names or official names."""
     return [key for key in keys if key.startswith("backbone.")]
 
 
 def describe_source(path: Path, weights: Weights, reading: str) -> str:
-    """The first line about a file: what is in it, and what it is read as."""
+    """The first line about a file: what it holds, and as what it is read."""
     return f"{path}: {len(weights.tensors)} tensors ({weights.nesting}), read as {reading}"
 
 
 def best_guess(name: str, fitting: float) -> str:
-    """`likely_model`'s answer in words."""
-    percent = math.floor(100 * fitting)  # 100 only where all of it fits
-    return f"its tensors look like {name} ({percent} % of that backbone)" if name else "no network here fits"
+    """The result of `likely_model` as text."""
+    percent = math.floor(100 * fitting)  # 100 only if all of it fits
+    return f"its tensors look like {name} ({percent} % of that backbone)" if name else "no network of ssaseg fits"
 
 
 def likely_model(weights: Weights) -> tuple[str, float]:
-    """The network whose backbone official tensors fit best, and the share that fits, 0 to 1; "" and 0 for none."""
+    """The network whose backbone fits official tensors best, and the share that fits, 0 to 1; "" and 0 if none fits."""
     marked = [each for each in FAMILIES.values() if any(key.startswith(each.mark) for key in weights.tensors)]
     candidates = [name for name in list_models() if family_of(name) in marked]
     shares = {name: match(_outline(name), weights)[0].backbone_share for name in candidates}
@@ -188,7 +188,7 @@ def likely_model(weights: Weights) -> tuple[str, float]:
 
 @cache
 def _outline(name: str) -> Segmenter:
-    """A network of keys and shapes only, without memory for its weights."""
+    """A network that has only keys and shapes, and no memory for weights."""
     with torch.random.fork_rng(devices=[]):
-        # Not built on the meta device, whose first random draw loads PyTorch's compiler: a second.
+        # Not built on the meta device: its first random draw loads PyTorch's compiler, which takes a second.
         return build_model(name, 2, "linear").to("meta")

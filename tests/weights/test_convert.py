@@ -85,7 +85,7 @@ def test_timm_checkpoint_is_a_backbone_and_its_average_wins(tmp_path: Path, zipp
     torch.save(content, tmp_path / "cls.pth.tar", _use_new_zipfile_serialization=zipped)
     result = convert(tmp_path / "cls.pth.tar", tmp_path / "backbone.safetensors")
     assert result.exit_code == 0, result.output
-    assert "(state_dict_ema), read as seaformer_t, backbone alone" in result.output
+    assert "(state_dict_ema), read as seaformer_t, only the backbone" in result.output
     assert "missing      0" in result.output
     assert "not used     2: linear.weight, linear.bias" in result.output
     for path in (tmp_path / "cls.pth.tar", tmp_path / "backbone.safetensors"):
@@ -216,7 +216,8 @@ def test_class_names_of_another_count_are_left(tmp_path: Path) -> None:
     content = {"state_dict": official_state(network(classes=7)), "meta": {"CLASSES": ["a", "b"]}}
     torch.save(content, tmp_path / "official.pth")
     result = convert(tmp_path / "official.pth", tmp_path / "ours.safetensors")
-    assert (result.exit_code, "the file names 2, its head has 7: names not taken" in result.output) == (0, True)
+    said = "the file names 2, but its head has 7: the names are not used" in result.output
+    assert (result.exit_code, said) == (0, True)
 
 
 def test_backbone_share_is_enforced(tmp_path: Path) -> None:
@@ -293,7 +294,7 @@ def test_start_from_another_number_of_classes(tmp_path: Path) -> None:
         start = network(11, seed=6)
         rows = start.classifier.conv_seg.weight.clone()
         report = load_pretrained(start, path)
-        assert "150 classes there, 11 here" in str(report)
+        assert "the file has 150 classes, the model 11" in str(report)
         assert len(report.fresh) == 3  # conv_seg's weight and bias, the table of spatial prototypes
         assert_same(start, source.state_dict(), "backbone.")
         assert_same(start, source.state_dict(), "decoder.")
@@ -378,11 +379,11 @@ def test_destinations_that_make_no_sense(tmp_path: Path) -> None:
     save_model(tmp_path / "ours.safetensors", network(), {})
     torch.save({"state_dict": official_state(network())}, tmp_path / "official.pth")
     cases = [
-        ("ours.safetensors", "x.txt", "expected .safetensors (ours, from official weights) or .pth"),
-        ("ours.safetensors", "x.safetensors", "is a file of ssaseg already"),
+        ("ours.safetensors", "x.txt", "expected .safetensors (ssaseg's format), .pth"),
+        ("ours.safetensors", "x.safetensors", "is already a file of ssaseg"),
         ("ours.safetensors", "ours.safetensors", "the same file"),
-        ("official.pth", "x.pth", "first: ssaseg convert"),
-        ("official.pth", "x.onnx", "first: ssaseg convert"),
+        ("official.pth", "x.pth", "convert it first: ssaseg convert"),
+        ("official.pth", "x.onnx", "convert it first: ssaseg convert"),
     ]
     for source, destination, message in cases:
         result = convert(tmp_path / source, tmp_path / destination)

@@ -232,9 +232,9 @@ def test_imagenet_file_is_complete(tmp_path: Path, kind: str) -> None:
     source, content, useless = imagenet_file(kind)
     torch.save(content, tmp_path / "imagenet.pth")
     output = done(tmp_path / "imagenet.pth", tmp_path / "backbone.safetensors")
-    assert f"read as {source.name}, backbone alone" in output
+    assert f"read as {source.name}, only the backbone" in output
     assert f"not used     {useless}: " in output
-    assert ("fresh        5: backbone.network.4.7.token_mixer.attention_biases_seg" in output) == (
+    assert ("new weights  5: backbone.network.4.7.token_mixer.attention_biases_seg" in output) == (
         kind == "efficientformer"
     )
     for path in (tmp_path / "imagenet.pth", tmp_path / "backbone.safetensors"):
@@ -301,7 +301,7 @@ def test_ade20k_head_for_camvid(tmp_path: Path, kind: str) -> None:
     kept = [name for name in metadata["classes"] if name in ade]
     assert (len(metadata["classes"]), "sky" in kept, "bicyclist" in kept) == (11, True, False)
     assert f"rows kept    {len(kept)}: {', '.join(kept)}\n" in output
-    assert f"rows fresh   {11 - len(kept)}: " in output
+    assert f"rows new     {11 - len(kept)}: " in output
     assert metadata["palette"][0] == [128, 128, 128]
     assert (metadata["step"], metadata["scores"]) == (0, {})
     before = model.state_dict()
@@ -326,7 +326,7 @@ def test_classes_by_name_on_the_command_line(tmp_path: Path) -> None:
     assert not torch.equal(weight[1], old[1])
     assert load_model(tmp_path / "b.safetensors")[1]["mean"] == [1.0, 2.0, 3.0]
     none = convert(tmp_path / "a.safetensors", tmp_path / "c.safetensors", "--classes", "lake,tree")
-    assert (none.exit_code, "no class has a namesake" in none.output) == (1, True)
+    assert (none.exit_code, "no class has the same name" in none.output) == (1, True)
 
 
 def test_classes_that_make_no_sense(tmp_path: Path) -> None:
@@ -337,9 +337,9 @@ def test_classes_that_make_no_sense(tmp_path: Path) -> None:
     cases = [
         ("ours.safetensors", "x.pth", CAMVID, "--classes: only for .safetensors"),
         ("ours.safetensors", "x.safetensors", "kitti", "--classes kitti: no such data set"),
-        ("ours.safetensors", "x.safetensors", "sky,Sky", "empty or there twice"),
-        ("official.pth", "x.safetensors", CAMVID, "name them with --dataset"),
-        ("imagenet.pth", "x.safetensors", CAMVID, "holds a backbone alone"),
+        ("ours.safetensors", "x.safetensors", "sky,Sky", "empty or given twice"),
+        ("official.pth", "x.safetensors", CAMVID, "give their names with --dataset"),
+        ("imagenet.pth", "x.safetensors", CAMVID, "holds only a backbone"),
     ]
     for source, destination, classes, message in cases:
         result = convert(tmp_path / source, tmp_path / destination, "--classes", classes)

@@ -58,8 +58,8 @@ def test_the_file_is_half_as_large_and_says_what_it_is(folder: Path) -> None:
     assert not any("teacher" in key for key in keys)
     told = (folder / "told.txt").read_text()
     assert f"{before / 2**20:.1f} MiB" in told
-    assert f"{after / 2**20:.1f} MiB, float16, without 7 tensors of training alone" in told
-    assert "largest difference on random images: " in told
+    assert f"{after / 2**20:.1f} MiB, float16, without 7 training-only tensors" in told
+    assert "largest difference of the logits on random images: " in told
 
 
 def test_it_loads_as_float32_without_the_teacher(folder: Path) -> None:
@@ -139,17 +139,21 @@ def test_what_float16_does_not_hold_is_refused(tmp_path: Path) -> None:
         model.classifier.conv_seg.bias.zero_()
     save_model(tmp_path / "tiny.safetensors", model, {})
     result = run("convert", tmp_path / "tiny.safetensors", tmp_path / "small.safetensors", "--deploy")
-    assert (result.exit_code, "float16 changes too much" in result.stderr) == (3, True)
+    assert (result.exit_code, "float16 changes the logits too much" in result.stderr) == (3, True)
     assert not (tmp_path / "small.safetensors").exists()
 
 
 @pytest.mark.parametrize(
     ("source", "words", "part"),
     [
-        ("small", ["again.safetensors", "--deploy"], "is a deploy form, without what training needs"),
-        ("small", ["official.pth"], "is a deploy form, without what training needs"),
-        ("small", ["other.safetensors", "--classes", "sky,car"], "is a deploy form, without what training needs"),
-        ("ours", ["small.onnx", "--deploy"], ".onnx and .pt2 are deploy forms already"),
+        ("small", ["again.safetensors", "--deploy"], "is a deploy form, without the weights that only training needs"),
+        ("small", ["official.pth"], "is a deploy form, without the weights that only training needs"),
+        (
+            "small",
+            ["other.safetensors", "--classes", "sky,car"],
+            "is a deploy form, without the weights that only training needs",
+        ),
+        ("ours", ["small.onnx", "--deploy"], ".onnx and .pt2 never have training-only weights"),
         ("ours", ["other.safetensors", "--deploy", "--classes", "sky,car"], "--classes: not with --deploy"),
         ("ours", ["other.safetensors", "--deploy", "--model", "segnext_t"], "its header says seaformer_t"),
     ],

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from ssaseg.cli.main import cli
 from ssaseg.cli.weights import export
-from ssaseg.cli.weights.export import DIFFERING, TOLERANCE, Difference, compare
+from ssaseg.cli.weights.export import DIFFERING, TOLERANCE, Difference, difference
 from ssaseg.datasets.exporting import export_scenes
 from ssaseg.models import Segmenter, build_model, list_models, load_model, save_model
 from ssaseg.models import deploy as deploy_module
@@ -194,7 +194,7 @@ def test_export_of_any_size(checkpoint: Path, tmp_path: Path, suffix: str) -> No
         pixels = torch.randint(0, 256, (batch, 3, height, width), dtype=torch.uint8)
         got = RUN[suffix](path, pixels)
         assert (got.dtype, got.shape) == (torch.uint8, (batch, height, width))
-        assert compare(plain, pixels, got).passes
+        assert difference(plain, pixels, got).passes
     content = path.read_bytes()
     assert str(Path(deploy_module.__file__).parent).encode() not in content
     header = read_header(path)
@@ -289,7 +289,7 @@ def test_wrong_graph_is_not_written(light: Path, tmp_path: Path, output: str, mo
     monkeypatch.setattr(export, "fold", damaged)
     result = convert(light, tmp_path / "made.pt2", "--size", 64, 64, "--output", output)
     assert_refused(result, tmp_path, 3, "made.pt2: not written", "random 1x3x64x64", "allowed")
-    assert "apart" in result.stdout
+    assert "largest difference" in result.stdout
 
 
 def test_graph_that_does_not_run_is_not_written(light: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -306,7 +306,10 @@ def test_graph_that_does_not_run_is_not_written(light: Path, tmp_path: Path, mon
 
 @pytest.mark.parametrize(
     ("axis", "told"),
-    [(0, ("PyTorch makes no graph of it", "--size H W")), (2, ("not what PyTorch computes", "random 1x3x65x65"))],
+    [
+        (0, ("PyTorch cannot trace its graph", "--size H W")),
+        (2, ("PyTorch computes another result", "random 1x3x65x65")),
+    ],
 )
 def test_network_bound_to_its_example(
     checkpoint: Path, tmp_path: Path, axis: int, told: tuple[str, str], monkeypatch: pytest.MonkeyPatch
@@ -332,15 +335,15 @@ def test_compare_sees_every_kind_of_wrong_result() -> None:
     plain = Deployed(network("seaformer_x"), "labels").eval()
     pixels = images(1, 64, 64)
     labels = plain(pixels)
-    assert compare(plain, pixels, labels) == Difference(0.0, compare(plain, pixels, labels).allowed, 0.0)
+    assert difference(plain, pixels, labels) == Difference(0.0, difference(plain, pixels, labels).allowed, 0.0)
     wrong = labels.clone()
     wrong[0, 5, 5] = (wrong[0, 5, 5] + 1) % CLASSES
-    assert not compare(plain, pixels, wrong).passes
+    assert not difference(plain, pixels, wrong).passes
     for bad in (labels[:, :-1], torch.full_like(labels, CLASSES), plain.model(pixels) * float("nan")):
-        assert not compare(plain, pixels, bad).passes
+        assert not difference(plain, pixels, bad).passes
     logits = Deployed(plain.model)
-    assert compare(logits, pixels, logits(pixels)).apart == 0
-    assert not compare(logits, pixels, logits(pixels) + 0.1).passes
+    assert difference(logits, pixels, logits(pixels)).largest == 0
+    assert not difference(logits, pixels, logits(pixels) + 0.1).passes
 
 
 def test_bad_input(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -51,9 +51,9 @@ def assert_rows(model: Segmenter, source: Segmenter, before: dict[str, Tensor], 
 CASES = {
     "same": (ROAD, [0, 1, 2, 3], "rows kept    all 4: the same classes in the same order"),
     "permuted": (("car", "tree", "sky", "road"), [2, 3, 0, 1], "rows kept    4: car, tree, sky, road"),
-    "as many, others": (("sky", "pole", "car", "sign"), [0, None, 2, None], "rows fresh   2: pole, sign"),
+    "as many, others": (("sky", "pole", "car", "sign"), [0, None, 2, None], "rows new     2: pole, sign"),
     "fewer": (("tree", "sky"), [3, 0], "rows kept    2: tree, sky"),
-    "more": (("a", *ROAD, "b"), [None, 0, 1, 2, 3, None], "rows fresh   2: a, b"),
+    "more": (("a", *ROAD, "b"), [None, 0, 1, 2, 3, None], "rows new     2: a, b"),
     "case": (("Sky", " ROAD", "Car"), [0, 1, 2], "rows kept    3: Sky (sky),  ROAD (road), Car (car)"),
     "synonyms": (("car;auto", "sky,heaven"), [2, 0], "rows kept    2: car;auto (car), sky,heaven (sky)"),
 }
@@ -78,7 +78,7 @@ def test_no_name_in_common(tmp_path: Path, count: int, classifier: str) -> None:
     source, start = network(4, classifier), network(count, classifier, seed=2)
     before = rows_of(start)
     report = load_pretrained(start, checkpoint(tmp_path, source, ROAD, False), [f"organ {k}" for k in range(count)])
-    assert f"rows fresh   all {count}: no class has a namesake there (sky, road, car, tree)" in str(report)
+    assert f"rows new     all {count}: the file has no class of these names (sky, road, car, tree)" in str(report)
     assert set(report.fresh) == set(before)
     assert_rows(start, source, before, [None] * count)
 
@@ -89,15 +89,15 @@ def test_a_file_without_names(tmp_path: Path, count: int, official: bool) -> Non
     source, start = network(4), network(count, seed=2)
     before = rows_of(start)
     report = load_pretrained(start, checkpoint(tmp_path, source, None, official), ROAD[:count])
-    told = "kept    all 4, in their order" if count == 4 else "fresh   all 3"
-    assert f"rows {told}: the file's classes have no names to go by" in str(report)
+    told = "kept    all 4, in their order" if count == 4 else "new     all 3"
+    assert f"rows {told}, because the file's classes have no names" in str(report)
     assert_rows(start, source, before, [0, 1, 2, 3] if count == 4 else [None] * 3)
 
 
 def test_a_model_without_names(tmp_path: Path) -> None:
     source, start = network(4), network(4, seed=2)
     report = load_pretrained(start, checkpoint(tmp_path, source, ROAD, False))
-    assert "rows kept    all 4, in their order: the model's classes have no names to go by" in str(report)
+    assert "rows kept    all 4, in their order, because the model's classes have no names" in str(report)
     assert_rows(start, source, rows_of(start), [0, 1, 2, 3])
 
 
@@ -109,7 +109,7 @@ def test_an_official_file_of_150_classes_is_ade20ks(tmp_path: Path) -> None:
     before = rows_of(start)
     report = load_pretrained(start, checkpoint(tmp_path, source, None, True), names)
     assert "rows kept    149: " in str(report)
-    assert "rows fresh   1: nothing" in str(report)
+    assert "rows new     1: nothing" in str(report)
     assert_rows(start, source, before, [None, *range(149, 0, -1)])
 
 
