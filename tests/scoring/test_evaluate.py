@@ -1,6 +1,5 @@
 """Evaluation: the protocol's pixels against a plain formulation, and the command on a tiny checkpoint."""
 
-import gc
 import itertools
 import json
 import signal
@@ -155,22 +154,15 @@ def test_limit_progress_workers_and_mode() -> None:
 
 def test_memory_grows_by_the_counts_of_an_image_alone() -> None:
     """Tensors alive between two images: a block of counts more for every 64 images, and nothing else."""
+    torch.manual_seed(0)  # what is predicted decides which tensors there are: with one start in twenty, 24 bytes stay
     model = build_model("seaformer_t", 5, "linear")
     dataset = Pairs(sizes=((32, 40),) * (2 * BLOCK + 1))
     held = [*model.parameters(), *model.buffers()]
     alive: list[int] = []
-
-    def note(_: int) -> None:
-        gc.collect()  # else what is freed, and when, depends on the tests before
-        alive.append(live.now)
-
-    gc.collect()
-    gc.freeze()  # what is there already takes long to look through
-    try:
-        with LiveTensors(held) as live:
-            confusion = evaluate_model(model, dataset, {"scale": None, "multiple": None}, MEAN, STD, CPU, progress=note)
-    finally:
-        gc.unfreeze()
+    with LiveTensors(held) as live:
+        confusion = evaluate_model(
+            model, dataset, {"scale": None, "multiple": None}, MEAN, STD, CPU, progress=lambda _: alive.append(live.now)
+        )
     assert confusion.matrix.sum() > 0
     assert len(alive) == 2 * BLOCK + 1
     steps = [after - before for before, after in itertools.pairwise(alive)]
