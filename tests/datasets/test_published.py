@@ -283,7 +283,7 @@ def test_convert_knows_the_classes_by_data_set_and_by_recipe(tmp_path: Path) -> 
         assert (known["classes"], known["palette"]) == label_space("coco_stuff")[:2]
     coco = {"dataset": "coco_json"} | {key: {"images": "i", "annotations": "a.json"} for key in ("train", "val")}
     (tmp_path / "coco.yaml").write_text(json.dumps({**REST, "data": coco}))
-    with pytest.raises(CommandError, match=r"annotation files\nstate data.classes"):
+    with pytest.raises(CommandError, match=r"annotation files\nadd data.classes"):
         dataset_metadata(str(tmp_path / "coco.yaml"))
 
 
