@@ -11,7 +11,7 @@ on their side, stands for that number plus 1: some files count blocks from 1.
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import NamedTuple
 
 from torch import Tensor
@@ -88,11 +88,16 @@ class Entry(NamedTuple):
         return dict(zip(self.theirs, values, strict=True))
 
 
-def entries(rows: Sequence[Row], keys: Iterable[str]) -> list[Entry]:
+def entries(rows: Iterable[Row], keys: Iterable[str]) -> list[Entry]:
     """The entries for the keys of a model, in the order of the keys.
 
     Raises ValueError for a key that fits no row, or more than one.
     """
+    return list(_entries(tuple(rows), tuple(keys)))
+
+
+@lru_cache(maxsize=32)  # a conversion asks for those of one model several times: over 1,000 keys by over 100 rows
+def _entries(rows: tuple[Row, ...], keys: tuple[str, ...]) -> tuple[Entry, ...]:
     found: dict[tuple[str, ...], Entry] = {}
     for key in keys:
         fitting = [(row, names) for row in rows if (names := row.names_of(key)) is not None]
@@ -100,7 +105,7 @@ def entries(rows: Sequence[Row], keys: Iterable[str]) -> list[Entry]:
             raise ValueError(f"{key}: {len(fitting)} rows fit this key, expected 1: {[row.ours for row, _ in fitting]}")
         row, (ours, theirs) = fitting[0]
         found.setdefault(ours, Entry(ours, theirs, row))
-    return list(found.values())
+    return tuple(found.values())
 
 
 def several(names: Names) -> tuple[str, ...]:
