@@ -54,11 +54,11 @@ def size_of(tensor: Tensor) -> int:
     return min(tensor.nbytes, tensor.untyped_storage().nbytes())
 
 
-def reached() -> dict[str, float]:
+def reached(rounds: int = 20) -> dict[str, float]:
     """Speeds of this process: matrix products [operations/s], copies inside and outside the cache [bytes/s]."""
 
     def best(work: Callable[[], object], times: int) -> float:
-        return min(seconds(lambda: [work() for _ in range(times)])[0] / times for _ in range(20))
+        return min(seconds(lambda: [work() for _ in range(times)])[0] / times for _ in range(rounds))
 
     def product(dtype: torch.dtype) -> float:
         square = torch.randn(1024, 1024).to(dtype)
