@@ -80,10 +80,12 @@ def test_folders_import_only_what_they_may(part: str) -> None:
 
 
 def test_no_circle_of_imports() -> None:
+    circle: list[str] = []
     try:
         TopologicalSorter(own_imports()).prepare()
     except CycleError as error:
-        pytest.fail(" -> ".join(error.args[1]))
+        circle = error.args[1]
+    assert circle == []
 
 
 @pytest.mark.parametrize("part", ROOMS)

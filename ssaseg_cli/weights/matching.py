@@ -101,7 +101,8 @@ def match(
             tensors |= entry.take(found)
     known = {name for entry in wanted for name in entry.theirs}
     left = [key for key in found if key not in known and not key.endswith(COUNTERS)]
-    not_used = [key for key in left if _is_known(key, left_out(model))]
+    patterns = left_out(model)
+    not_used = [key for key in left if _is_known(key, patterns)]
     unexpected = [key for key in left if key not in not_used]
     backbone = [len(backbone_keys(names)) for names in (matched, missing, misshapen, unexpected)]
     result = Match(
