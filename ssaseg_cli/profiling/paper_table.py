@@ -10,7 +10,15 @@ import torch
 
 from ssaseg.cli.console import json_target, print_table, write_json
 from ssaseg.cli.device import select_device
-from ssaseg.cli.profiling.profile import CLASSES, COUNTINGS, EVERY_OPERATION, MODULES_ONLY, count, measure_latency
+from ssaseg.cli.profiling.profile import (
+    CLASSES,
+    COUNTINGS,
+    EVERY_OPERATION,
+    MODULES_ONLY,
+    conditions,
+    count,
+    measure_latency,
+)
 from ssaseg.models import build_model
 
 SIZE = (512, 512)
@@ -56,11 +64,7 @@ def run_paper_table(json_out: str | None, device: str, runs: int) -> int:
     report = {
         "classes": CLASSES,
         "size": list(SIZE),
-        "device": torch.cuda.get_device_name(chosen) if chosen.type == "cuda" else "cpu",
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "runs": runs,
-        "countings": COUNTINGS,
+        **conditions(chosen, runs),
         "rows": rows,
     }
     if json_out != "-":

@@ -81,17 +81,24 @@ def run_profile(
         "model": models[0].name,
         "classes": models[0].num_classes,
         "size": list(size),
-        "device": torch.cuda.get_device_name(chosen) if chosen.type == "cuda" else "cpu",
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "runs": runs,
-        "countings": COUNTINGS,
+        **conditions(chosen, runs),
         "columns": columns,
     }
     if json_out != "-":
         print_profile(report)
     write_json(json_out, report)
     return 0
+
+
+def conditions(device: torch.device, runs: int) -> dict[str, Any]:
+    """What the numbers of a report were measured with: device, threads, PyTorch, timed passes, and the countings."""
+    return {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "runs": runs,
+        "countings": COUNTINGS,
+    }
 
 
 def _models(target: str, classifier: str | None, classes: int | None) -> list[Segmenter]:
