@@ -35,7 +35,7 @@ lint: setup
 types: setup
 	rm -rf build/typing && mkdir -p build/typing/ssaseg
 	ln -s ../../../ssaseg_cli build/typing/ssaseg/cli
-	ln -s ../../../models ../../../datasets ../../../recipes build/typing/ssaseg/
+	ln -s ../../../files ../../../models ../../../datasets ../../../recipes build/typing/ssaseg/
 	cd build/typing && ../../$(BIN)/mypy --config-file ../../pyproject.toml --cache-dir ../../.mypy_cache -p ssaseg
 
 # The page of a recipe's keys; a test holds that it is current.

@@ -1,6 +1,5 @@
 """Checkpoints: one safetensors file each. Its header is enough to rebuild the model, its classes and preprocessing."""
 
-import contextlib
 import json
 import os
 from collections.abc import Mapping
@@ -11,6 +10,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
+from ssaseg.files.writing import write_atomic
 from ssaseg.models.build import build_model
 from ssaseg.models.segmenter import Segmenter, is_below
 
@@ -87,36 +87,6 @@ def read_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, torch.Tensor],
     """Tensors and header of any safetensors file. The header's values are text. Raises SafetensorError or OSError."""
     with safe_open(path, framework="pt") as file:
         return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118 (not a dict)
-
-
-def write_atomic(path: Path, content: bytes, sync: bool = True) -> None:
-    """Writes a file atomically: after a crash or on a full disk, `path` is the complete old or the complete new file.
-
-    Its folder is made; a link is followed; a device or pipe, which cannot be replaced, is written directly.
-    `sync=False` does not force the file to the disk: for files that can be made again. Raises OSError that names
-    `path`; the old file is then unchanged, and no partial file is left.
-    """
-    target = path.resolve()
-    # Always the same name: if a process is killed, the next one overwrites the file that it left.
-    temporary = target.with_name(f".{target.name}.partial")
-    replaceable = not target.exists() or target.is_file() or target.is_dir()
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with (temporary if replaceable else target).open("wb") as file:
-            file.write(content)
-            file.flush()
-            if sync and replaceable:
-                os.fsync(file.fileno())
-        if replaceable:
-            os.replace(temporary, target)
-    except BaseException as error:  # Ctrl-C too
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        if isinstance(error, OSError):
-            size = f"{len(content) / 2**20:.1f} MiB" if len(content) > 2**17 else f"{len(content)} bytes"
-            amount = f"{size} to write; an existing file stays unchanged"
-            raise OSError(error.errno, f"{error.strerror or error} ({amount})", str(path)) from None
-        raise
 
 
 def load_model(path: str | os.PathLike[str]) -> tuple[Segmenter, dict[str, Any]]:

@@ -62,7 +62,7 @@ def json_target(json_out: str | None) -> str | None:
 
 def write_json(json_out: str | None, report: Mapping[str, Any]) -> None:
     """Writes the report of `--json` to a file, to stdout ("-"), or nowhere (None)."""
-    from ssaseg.models.checkpoint import write_atomic
+    from ssaseg.files.writing import write_atomic
 
     text = json.dumps(report, indent=1, allow_nan=False) + "\n"
     if json_out == "-":

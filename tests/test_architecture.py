@@ -15,14 +15,15 @@ from zipfile import ZipFile
 import pytest
 from places import PROJECT
 
-FOLDERS = {"cli": "ssaseg_cli", "models": "models", "datasets": "datasets", "recipes": "recipes"}
+FOLDERS = {"cli": "ssaseg_cli", "models": "models", "datasets": "datasets", "recipes": "recipes", "files": "files"}
 # Only the commands see more than themselves: a recipe holds names, the command looks them up.
 MAY_IMPORT = {
-    "models": {"torch", "safetensors", "ssaseg.models"},
-    "datasets": {"torch", "numpy", "cv2", "PIL", "pycocotools", "scipy", "ssaseg.datasets"},
-    "recipes": {"yaml", "pydantic", "pydantic_core", "ssaseg.recipes"},
+    "files": {"ssaseg.files"},
+    "models": {"torch", "safetensors", "ssaseg.files", "ssaseg.models"},
+    "datasets": {"torch", "numpy", "cv2", "PIL", "pycocotools", "scipy", "ssaseg.files", "ssaseg.datasets"},
+    "recipes": {"yaml", "pydantic", "pydantic_core", "ssaseg.files", "ssaseg.recipes"},
     "cli": {"torch", "numpy", "cv2", "PIL", "pycocotools", "safetensors", "click", "rich", "tqdm", "matplotlib"}
-    | {f"ssaseg.{part}" for part in ("models", "datasets", "recipes", "cli")},
+    | {f"ssaseg.{part}" for part in ("files", "models", "datasets", "recipes", "cli")},
 }
 # From the lowest up: what stands in a room may import the rooms before it, and the room itself. A file that is named
 # here is a room of its own; "" is what else lies directly in the folder.

@@ -16,8 +16,8 @@ from ssaseg.datasets.decoding import read_mask
 from ssaseg.datasets.inspection import count_ids
 from ssaseg.datasets.pairs import first_names
 from ssaseg.datasets.survey import find_published, split_names
+from ssaseg.files.writing import write_atomic
 from ssaseg.models import list_models
-from ssaseg.models.checkpoint import write_atomic
 from ssaseg.recipes import RecipeError, load_recipe
 
 

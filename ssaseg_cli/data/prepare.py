@@ -31,7 +31,7 @@ from ssaseg.datasets.prepare import (
     plan_preparation,
     usual_root,
 )
-from ssaseg.models.checkpoint import write_atomic
+from ssaseg.files.writing import write_atomic
 
 MOST_ERRORS = 10  # wrong masks after which the command stops: probably all masks are wrong
 

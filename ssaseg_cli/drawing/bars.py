@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from ssaseg.models.checkpoint import write_atomic
+from ssaseg.files.writing import write_atomic
 
 MOST_BARS = 58  # bars in one column
 

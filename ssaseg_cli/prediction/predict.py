@@ -30,8 +30,8 @@ from ssaseg.cli.scoring.inference import Inference, Prediction, state_views
 from ssaseg.cli.signals import StopSignal
 from ssaseg.datasets import DataError, default_palette
 from ssaseg.datasets.decoding import read_image
+from ssaseg.files.writing import write_atomic
 from ssaseg.models import load_model
-from ssaseg.models.checkpoint import write_atomic
 from ssaseg.recipes import parse_protocol
 
 # Number of threads that read; as many write. Each holds an image in memory, so the number is limited.

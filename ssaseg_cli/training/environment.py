@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 import torch
 
-from ssaseg.models.checkpoint import write_atomic
+from ssaseg.files.writing import write_atomic
 
 if TYPE_CHECKING:
     from ssaseg.cli.training.job import Job

@@ -15,7 +15,7 @@ import click
 from ssaseg.cli.errors import CommandError
 from ssaseg.cli.training import environment as records
 from ssaseg.cli.training.state import load_state, refuse_changes, state_files
-from ssaseg.models.checkpoint import write_atomic
+from ssaseg.files.writing import write_atomic
 from ssaseg.recipes import Recipe, dump_recipe, parse_recipe
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
-from ssaseg.models.checkpoint import write_atomic
+from ssaseg.files.writing import write_atomic
 
 if TYPE_CHECKING:
     from ssaseg.cli.training.trackers import Tracker

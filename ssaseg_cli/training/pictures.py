@@ -18,7 +18,7 @@ from ssaseg.cli.scoring import confused
 from ssaseg.cli.training.environment import resumptions
 from ssaseg.cli.training.log import read_metrics
 from ssaseg.datasets import IGNORED
-from ssaseg.models.checkpoint import write_atomic
+from ssaseg.files.writing import write_atomic
 
 if TYPE_CHECKING:
     from ssaseg.cli.scoring.metrics import Confusion

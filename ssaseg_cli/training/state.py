@@ -15,7 +15,7 @@ import torch
 
 from ssaseg.cli.errors import CommandError
 from ssaseg.cli.training.job import Progress
-from ssaseg.models.checkpoint import write_atomic
+from ssaseg.files.writing import write_atomic
 
 # Recipe keys that a resumed run may change, each with how this changes the results. All other changes are refused.
 FREE_KEYS = {

@@ -24,8 +24,9 @@ from ssaseg.cli.weights.export import Form, write_export
 from ssaseg.cli.weights.foreign import Weights, count_rows, read_weights, require_finite
 from ssaseg.cli.weights.matching import Match, best_guess, describe_source, likely_model, match
 from ssaseg.cli.weights.pretrained import PRETRAINED_SHARE
+from ssaseg.files.writing import write_atomic
 from ssaseg.models import Segmenter, build_model, list_models, load_model, save_model
-from ssaseg.models.checkpoint import CheckpointError, write_atomic, write_tensors
+from ssaseg.models.checkpoint import CheckpointError, write_tensors
 from ssaseg.models.official import CLASSES_KEY, SSA_KEY, aliases, left_out, official_entries
 
 BACKBONE_FORMAT = "ssaseg-backbone-1"

@@ -31,8 +31,8 @@ from ssaseg.datasets.decoding import read_image
 from ssaseg.datasets.pairs import IMAGE_SUFFIXES
 from ssaseg.datasets.synthetic import SyntheticScenes
 from ssaseg.datasets.transforms import test_image
+from ssaseg.files.writing import write_atomic
 from ssaseg.models import Segmenter
-from ssaseg.models.checkpoint import write_atomic
 from ssaseg.models.deploy import Deployed, Normalize, PoolByProducts, at_input_size, fold, sides, smallest, trace
 
 FORMAT = "ssaseg-deploy-1"

@@ -12,8 +12,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from ssaseg.files.writing import write_atomic
 from ssaseg.models import CheckpointError, Segmenter, build_model, load_model, save_model
-from ssaseg.models.checkpoint import write_atomic
 
 METADATA: dict[str, Any] = {
     "classes": ["sky", "road", "Bäume"],

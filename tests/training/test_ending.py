@@ -25,7 +25,7 @@ from ssaseg.cli.training.faults import explain_file_error
 from ssaseg.cli.training.job import Job
 from ssaseg.cli.training.log import MetricsLog, read_log
 from ssaseg.cli.training.window import Window
-from ssaseg.models.checkpoint import write_atomic
+from ssaseg.files.writing import write_atomic
 
 MakeJob = Callable[..., Job]
 
