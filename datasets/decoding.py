@@ -4,43 +4,68 @@ Letters: H, W height and width [pixels].
 """
 
 import io
-import struct
 import warnings
 from pathlib import Path
+from typing import BinaryIO
 
 import cv2
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from ssaseg.datasets.base import DataError
+from ssaseg.files.reading import open_file, read_file
 
-# What Pillow raises for damaged files: its PNG reader alone raises three types besides OSError.
-_DAMAGE = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)
+# The formats that are read, by content, with any file name: Pillow's name -> how such files start. Pillow would try 44
+# formats, among them EPS, for which it runs the program Ghostscript on the file.
+FORMATS: dict[str, tuple[tuple[int, bytes], ...]] = {
+    "PNG": ((0, b"\x89PNG\r\n\x1a\n"),),
+    "JPEG": ((0, b"\xff\xd8"),),
+    "TIFF": ((0, b"II*\0"), (0, b"MM\0*"), (0, b"II+\0"), (0, b"MM\0+")),
+    "BMP": ((0, b"BM"),),
+    "WEBP": ((8, b"WEBP"),),
+    "GIF": ((0, b"GIF8"),),
+    "PPM": ((0, b"P1"), (0, b"P2"), (0, b"P3"), (0, b"P4"), (0, b"P5"), (0, b"P6")),
+    "JPEG2000": ((0, b"\xff\x4f\xff\x51"), (4, b"jP  \r\n\x87\n")),
+    "AVIF": ((4, b"ftypavif"), (4, b"ftypavis"), (4, b"ftypmif1")),
+}
+
+MAX_PIXELS = 2**28  # of an image in a data set: 268 million, 0.8 GB as colours
+Image.MAX_IMAGE_PIXELS = MAX_PIXELS  # Pillow warns above it and refuses twice as many; ours comes first
+warnings.filterwarnings("ignore", module=r"PIL\.")  # Pillow's warnings about damaged files do not name the file
 
 
-def read_image(path: Path) -> np.ndarray:
+def read_image(path: Path, max_pixels: int = MAX_PIXELS) -> np.ndarray:
     """Decode an image file to BGR uint8 (H, W, 3), with its EXIF orientation applied.
 
     Alpha is dropped, grey is repeated in all channels, 16 bits are reduced to 8. Raises OSError where the file cannot
-    be read, DataError where it is not an image or is cut off.
+    be read or is not a regular file, DataError where it is not an image, is cut off, or has more pixels than
+    `max_pixels`; the latter before any pixel is decoded. MemoryError where the pixels do not fit into memory.
     """
-    data = path.read_bytes()
-    require_complete(path, data)
+    data = read_complete(path, max_pixels)
     # Not imread: it cannot open names with letters outside the system's code page, and it is not faster.
     image = _decode(data, cv2.IMREAD_COLOR)
     if image is None:
-        raise _unreadable(path, "image", "not an image of a known type" if data else "empty file")
+        raise _unreadable(path, "image", "not an image of a known type")
     return image
+
+
+def read_complete(path: Path, max_pixels: int = MAX_PIXELS) -> bytes:
+    """The content of an image file, of a known format, complete and not too large. Raises as `read_image` does."""
+    data = _read_bytes(path, "image")
+    _require_end(path, data)
+    _require_size(path, data, max_pixels)
+    return data
 
 
 def read_mask(path: Path) -> tuple[np.ndarray, np.ndarray | None]:
     """Decode a mask file to raw ids uint8 (H, W) and, for palette files, the palette as RGB uint8 (N, 3).
 
     Pillow reads palette files, because OpenCV turns their indices into colours. As in mmsegmentation, the EXIF
-    orientation is not applied. Raises OSError where the file cannot be read, DataError where it is damaged, in colours,
-    or holds ids over 255.
+    orientation is not applied. Raises OSError where the file cannot be read or is not a regular file, DataError where
+    it is damaged, in colours, holds ids over 255, or has more than `MAX_PIXELS` pixels.
     """
-    data, broken = path.read_bytes(), False
+    data, broken = _read_bytes(path, "mask"), False
+    _require_size(path, data, MAX_PIXELS)
     if data[:4] == b"\x89PNG" and data[24:26] == b"\x08\x00":  # 8 bits of grey, as most masks are
         # OpenCV is faster, and it checks the checksums, which Pillow does not.
         grey = _decode(data, cv2.IMREAD_UNCHANGED)
@@ -48,13 +73,15 @@ def read_mask(path: Path) -> tuple[np.ndarray, np.ndarray | None]:
         if grey is not None and grey.ndim == 2:
             return grey, None
     try:
-        with _open(io.BytesIO(data)) as file:
+        with open_image(io.BytesIO(data)) as file:
             mode = file.mode
             ids = np.array(file)
             colours = np.array(file.getpalette(), np.uint8).reshape(-1, 3) if mode == "P" else None
     except UnidentifiedImageError:  # its text names a Python object
-        raise _unreadable(path, "mask", "not an image of a known type" if data else "empty file") from None
-    except _DAMAGE as error:
+        raise _unreadable(path, "mask", "not an image of a known type") from None
+    except MemoryError:  # this does not mean that the file is damaged
+        raise
+    except Exception as error:  # Pillow's readers raise ten types for damaged files
         raise _unreadable(path, "mask", str(error) or type(error).__name__) from None
     if broken:
         raise _unreadable(path, "mask", "a checksum is wrong, or its end is missing")
@@ -78,28 +105,60 @@ def header_size(file: Path | io.BytesIO) -> tuple[int, int] | None:
     missing, its format is not known to Pillow, or its EXIF orientation rotates the image.
     """
     try:
-        with _open(file) as image:
+        with open_file(file) if isinstance(file, Path) else file as opened, open_image(opened) as image:
             return (image.height, image.width) if image.getexif().get(0x0112, 1) == 1 else None
-    except _DAMAGE:
+    except MemoryError:
+        raise
+    except Exception:  # see `read_mask`
         return None
 
 
-def _open(file: Path | io.BytesIO) -> Image.Image:
-    """The image, not yet decoded. Pillow's warning about large images is switched off: it would not name the file."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-        return Image.open(file)
+def open_image(file: BinaryIO) -> Image.Image:
+    """A Pillow image of one of `FORMATS`, not yet decoded.
+
+    Raises what Pillow raises for damaged files, most often OSError.
+    """
+    return Image.open(file, formats=tuple(FORMATS))
+
+
+def _read_bytes(path: Path, kind: str) -> bytes:
+    """The content of a file that starts as one of `FORMATS` does."""
+    data = read_file(path)
+    known = any(data[at : at + len(start)] == start for starts in FORMATS.values() for at, start in starts)
+    if not known:
+        raise _unreadable(path, kind, "not an image of a known type" if data else "empty file")
+    return data
+
+
+def _require_size(path: Path, data: bytes, max_pixels: int) -> None:
+    """Raise DataError where the header claims more pixels: a few kilobytes can hold gigabytes of one colour."""
+    try:
+        with open_image(io.BytesIO(data)) as image:
+            pixels, size = image.width * image.height, f"{image.width}×{image.height} pixels"
+    except Image.DecompressionBombError:
+        pixels, size = 2 * MAX_PIXELS, f"more than {2 * MAX_PIXELS:,} pixels"
+    except MemoryError:
+        raise
+    except Exception:  # Pillow cannot read it; OpenCV may, and has a limit of its own
+        return
+    if pixels > max_pixels:
+        raise DataError(
+            f"{path}: an image of {size}, in a file of {len(data) / 2**20:.2g} MiB\n"
+            f"expected at most {max_pixels:,} pixels\nuse a smaller image, or cut it into tiles"
+        )
 
 
 def _decode(data: bytes, flags: int) -> np.ndarray | None:
-    """The image that OpenCV decodes from the bytes of a file; None where it cannot."""
+    """The image that OpenCV decodes from the bytes of a file; None where it cannot. Raises MemoryError."""
     try:
         return cv2.imdecode(np.frombuffer(data, np.uint8), flags) if data else None
-    except cv2.error:
+    except cv2.error as error:
+        if error.code == cv2.Error.StsNoMem:
+            raise MemoryError("not enough memory to decode an image") from None
         return None
 
 
-def require_complete(path: Path, data: bytes) -> None:
+def _require_end(path: Path, data: bytes) -> None:
     """Raise DataError for a JPEG or PNG file that is cut off: OpenCV 4 only warns and fills the missing part grey."""
     if data[:2] == b"\xff\xd8":
         complete = data.endswith(b"\xff\xd9") or data.find(b"\xff\xd9", _jpeg_scan(data)) >= 0

@@ -9,7 +9,7 @@ import cv2
 import numpy as np
 
 from ssaseg.datasets.base import DataError, Dataset, PairFacts, Problem
-from ssaseg.datasets.decoding import header_size, read_image, require_complete
+from ssaseg.datasets.decoding import header_size, read_complete, read_image
 
 
 def inspect_loaded(dataset: Dataset, index: int) -> PairFacts:
@@ -38,8 +38,7 @@ def image_size(file: Path, decode: bool) -> tuple[int, int]:
     only the header and the end are read. Raises DataError or OSError.
     """
     if not decode:
-        data = file.read_bytes()
-        require_complete(file, data)
+        data = read_complete(file)
         # None where the EXIF orientation turns the image, or Pillow does not know the format: then OpenCV decodes it.
         if size := header_size(io.BytesIO(data)):
             return size

@@ -269,7 +269,8 @@ def brief(value: Any, most: int = 40) -> str:
 # ---- drawing -----------------------------------------------------------------------------------------------------
 def require_writable(path: Path) -> None:
     """Raises CommandError where `path` is not a .png, cannot be written, or is a file that another program wrote."""
-    from PIL import Image
+    from ssaseg.datasets.decoding import open_image
+    from ssaseg.files.reading import open_file
 
     if path.suffix != ".png" or path.is_dir():
         raise CommandError(f"--out {path}: expected a file that ends in .png")
@@ -280,9 +281,9 @@ def require_writable(path: Path) -> None:
     if not path.exists():
         return
     try:
-        with Image.open(path) as image:
+        with open_file(path) as file, open_image(file) as image:
             ours = image.info.get("Software") == MARK["Software"]
-    except OSError:
+    except Exception:  # Pillow's readers raise ten types for damaged files
         ours = False
     if not ours:
         raise CommandError(f"--out {path}: already exists and is not a picture of `ssaseg compare`\ngive another name")

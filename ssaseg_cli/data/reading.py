@@ -7,7 +7,6 @@ from functools import reduce
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
 from ssaseg.cli.console import progress_bar
 from ssaseg.cli.data.recipe_text import OwnData
@@ -17,9 +16,11 @@ from ssaseg.cli.signals import StopSignal
 from ssaseg.datasets import DataError, Dataset, build_dataset
 from ssaseg.datasets.check import Findings, look_through
 from ssaseg.datasets.classnames import Labels, guess_labels, read_class_names
+from ssaseg.datasets.decoding import open_image
 from ssaseg.datasets.pairs import PairDataset, first_names
 from ssaseg.datasets.published import LAYOUTS
 from ssaseg.datasets.survey import Found, find_folders, require_prepared
+from ssaseg.files.reading import open_file
 from ssaseg.recipes import list_recipes
 
 # More processes help little where the disk is the limit, and each of them holds an image in memory.
@@ -138,9 +139,9 @@ def _no_mask(pairs: dict[str, Dataset], findings: Findings) -> Exception:
     files = [file for each in pairs.values() for file in each.mask_files]
     for file in files[:20]:
         try:
-            with Image.open(file) as mask:
+            with open_file(file) as opened, open_image(opened) as mask:
                 listed = mask.convert("RGB").getcolors(2**16) if mask.mode in ("RGB", "RGBA") else None
-        except (OSError, ValueError, SyntaxError):
+        except Exception:  # damaged: the findings have its error
             continue
         colours.update({colour: count for count, colour in listed or []})  # type: ignore[misc]
     if not any(len(set(colour)) > 1 for colour in colours):  # damaged, or grey in three channels: see its error

@@ -1,0 +1,161 @@
+"""Image and mask files that are not what their names say, or are made to do harm: one error that names the file."""
+
+import io
+import os
+import shutil
+import stat
+import struct
+import zlib
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+from PIL import Image
+
+from ssaseg.datasets import DataError, decoding
+from ssaseg.datasets.decoding import FORMATS, MAX_PIXELS, header_size, read_image, read_mask
+
+EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 64 64\n%%EndComments\n{ } loop\n%%EOF\n"
+# The same PostScript behind the binary header of DOS.
+DOS_EPS = b"\xc5\xd0\xd3\xc6" + struct.pack("<II", 30, len(EPS)) + bytes(18) + EPS
+
+
+def chunk(name: bytes, content: bytes) -> bytes:
+    return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
+
+
+def one_bit_png(width: int, height: int) -> bytes:
+    """A PNG of zeros, one bit a pixel, made without holding its pixels."""
+    squeeze, row = zlib.compressobj(9), bytes(1 + (width + 7) // 8)
+    body = b"".join(squeeze.compress(row) for _ in range(height)) + squeeze.flush()
+    head = struct.pack(">IIBBBBB", width, height, 1, 0, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", body) + chunk(b"IEND", b"")
+
+
+@pytest.mark.parametrize("content", [EPS, DOS_EPS, b"\n" + EPS], ids=["plain", "DOS", "after a line"])
+@pytest.mark.parametrize("name", ["x.png", "x.eps", "x.tif"])
+def test_no_other_program_runs_on_a_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: bytes, name: str
+) -> None:
+    """Pillow hands PostScript to the program `gs`, whatever the file is called."""
+    ghost, file = tmp_path / "bin/gs", tmp_path / name
+    ghost.parent.mkdir()
+    ghost.write_text(f'#!/bin/sh\ntouch {tmp_path}/started\n[ "$1" = --version ] && echo 10.0\nexit 1\n')
+    ghost.chmod(ghost.stat().st_mode | stat.S_IXUSR)
+    monkeypatch.setenv("PATH", f"{ghost.parent}{os.pathsep}{os.environ['PATH']}")
+    assert shutil.which("gs") == str(ghost)
+    file.write_bytes(content)
+    for read in (read_image, read_mask):
+        with pytest.raises(DataError, match=f"{name}: damaged"):
+            read(file)
+    assert header_size(file) is None
+    assert not (tmp_path / "started").exists()
+
+
+@pytest.mark.parametrize("suffix", ["PNG", "TIFF", "BMP", "WEBP", "GIF", "PPM", "JPEG2000"])
+def test_listed_formats_are_read_by_content(tmp_path: Path, suffix: str) -> None:
+    grey = np.arange(64, dtype=np.uint8).reshape(8, 8)
+    buffer, file = io.BytesIO(), tmp_path / "photo.jpg"
+    picture = Image.fromarray(grey)
+    if suffix == "WEBP":
+        picture.convert("RGB").save(buffer, suffix, lossless=True)
+    else:
+        picture.save(buffer, suffix)
+    file.write_bytes(buffer.getvalue())
+    assert suffix in FORMATS
+    assert (read_image(file) == grey[..., None]).all()
+    if suffix != "WEBP":
+        assert (read_mask(file)[0] == grey).all()
+
+
+@pytest.mark.parametrize("suffix", ["TGA", "PCX", "ICO", "SGI", "DDS", "IM", "MSP", "ICNS", "SPIDER"])
+def test_other_formats_are_not_opened(tmp_path: Path, suffix: str) -> None:
+    buffer, file = io.BytesIO(), tmp_path / "x.png"
+    mode = {"MSP": "1", "SPIDER": "F"}.get(suffix, "RGB")
+    Image.new(mode, (16, 16)).save(buffer, suffix)
+    file.write_bytes(buffer.getvalue())
+    for read in (read_image, read_mask):
+        with pytest.raises(DataError, match="not an image of a known type"):
+            read(file)
+
+
+def test_a_small_file_of_very_many_pixels_is_refused_before_it_is_decoded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "bomb.png"
+    file.write_bytes(one_bit_png(20000, 20000))
+    assert file.stat().st_size < 2**17
+    monkeypatch.setattr(decoding, "_decode", lambda *_: pytest.fail("pixels were decoded"))
+    for read in (read_image, read_mask):
+        with pytest.raises(DataError, match=f"20000×20000 pixels.*\nexpected at most {MAX_PIXELS:,} pixels"):
+            read(file)
+    file.write_bytes(one_bit_png(100, 100))
+    with pytest.raises(DataError, match="expected at most 9,999 pixels"):
+        read_image(file, max_pixels=9_999)
+
+
+def test_more_pixels_than_pillow_counts_are_refused(tmp_path: Path) -> None:
+    file = tmp_path / "bomb.png"
+    head = struct.pack(">IIBBBBB", 2**20, 2**20, 8, 0, 0, 0, 0)
+    file.write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", b"") + chunk(b"IEND", b""))
+    for read in (read_image, read_mask):
+        with pytest.raises(DataError, match="more than 536,870,912 pixels"):
+            read(file)
+
+
+@pytest.mark.parametrize("suffix", ["TIFF", "AVIF", "GIF", "WEBP", "PPM", "BMP", "JPEG2000"])
+def test_damaged_files_end_in_an_error_that_names_them(tmp_path: Path, suffix: str) -> None:
+    rng, buffer, file = np.random.default_rng(0), io.BytesIO(), tmp_path / "x.png"
+    picture = Image.fromarray(rng.integers(0, 9, (24, 24), dtype=np.uint8))
+    picture.convert("RGB" if suffix in ("WEBP", "AVIF") else "L").save(buffer, suffix)
+    whole, refused = buffer.getvalue(), list[str]()
+    for _ in range(60):
+        damaged = bytearray(whole)
+        for at in rng.integers(0, min(len(whole), 200), rng.integers(1, 6)):
+            damaged[at] = rng.integers(0, 256)
+        file.write_bytes(damaged[: rng.integers(20, len(damaged) + 1)])
+        for read in (read_image, read_mask):
+            try:
+                read(file)
+            except DataError as error:
+                refused.append(str(error))
+    assert refused
+    assert all(text.startswith(f"{file}: ") and len(text.splitlines()) <= 3 for text in refused)
+
+
+def test_any_error_of_a_decoder_is_a_damaged_mask(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pillow's readers raise ten types for damaged files; only a lack of memory says nothing about the file."""
+    file = tmp_path / "x.gif"
+    Image.new("P", (4, 4)).save(file)
+    for error in (TypeError("a"), RuntimeError("b"), NotImplementedError(), ZeroDivisionError(), RecursionError()):
+        monkeypatch.setattr(Image.Image, "load", lambda *_, error=error: (_ for _ in ()).throw(error))
+        with pytest.raises(DataError, match="damaged mask"):
+            read_mask(file)
+    monkeypatch.setattr(Image.Image, "load", lambda *_: (_ for _ in ()).throw(MemoryError()))
+    with pytest.raises(MemoryError):
+        read_mask(file)
+
+
+def test_opencv_without_memory_is_no_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def out_of_memory(*_: object) -> None:
+        error = cv2.error("Failed to allocate")
+        error.code = cv2.Error.StsNoMem
+        raise error
+
+    file = tmp_path / "x.png"
+    cv2.imwrite(str(file), np.zeros((4, 4), np.uint8))
+    monkeypatch.setattr(cv2, "imdecode", out_of_memory)
+    for read in (read_image, read_mask):
+        with pytest.raises(MemoryError):
+            read(file)
+
+
+def test_what_is_not_a_regular_file_is_not_read(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "fifo.png")
+    (tmp_path / "zero.png").symlink_to("/dev/zero")
+    for name in ("fifo.png", "zero.png"):
+        for read in (read_image, read_mask):
+            with pytest.raises(OSError, match="not a regular file"):
+                read(tmp_path / name)
+        assert header_size(tmp_path / name) is None
