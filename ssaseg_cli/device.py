@@ -8,7 +8,8 @@ from ssaseg.cli.errors import CommandError
 if TYPE_CHECKING:
     import torch
 
-LAUNCHED = "SSASEG_LAUNCHED"  # set for the ranks that `--gpus` starts: it prints itself how one of them ended
+# Set for the ranks that `--gpus` starts: the folder where they meet. `--gpus` prints itself how one of them ended.
+LAUNCHED = "SSASEG_LAUNCHED"
 
 
 def select_device(name: str) -> "torch.device":

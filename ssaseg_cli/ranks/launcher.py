@@ -1,16 +1,20 @@
 """`--gpus N`: runs this command in N processes of this machine that work together, and handles how they end.
 
 PyTorch's own launcher, torchrun, kills a process 30 seconds after Ctrl-C, reports a failure in twenty lines, and loses
-the exit code of the process that failed. This launcher has no restarts and no network: it only starts processes.
+the exit code of the process that failed. This launcher has no restarts and no network: it only starts processes,
+which meet in a folder that no other user can enter.
 """
 
 import os
+import secrets
+import shutil
 import signal
-import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from ssaseg.cli.device import LAUNCHED, count_cores
@@ -24,6 +28,8 @@ COMMAND = (
 
 # Seconds that the other ranks get to end by themselves after a rank has failed.
 GRACE = 15.0
+
+SECRET, STORE = "secret", "store"  # files in the folder where the ranks meet
 
 POLL = 0.05  # seconds between two looks at the processes
 
@@ -64,9 +70,10 @@ def run_launch(count: int) -> int:
         for process in processes:
             process.send_signal(number)
 
+    meeting = make_meeting_folder()
     before = {each: signal.signal(each, pass_on) for each in (signal.SIGINT, signal.SIGTERM)}
     try:
-        common = environment(count)
+        common = environment(count, meeting)
         for rank in range(count):
             place = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
             processes.append(subprocess.Popen(own_command(), env={**common, **place}, start_new_session=True))
@@ -83,6 +90,7 @@ def run_launch(count: int) -> int:
             if process.poll() is None:
                 process.kill()
                 process.wait()
+        shutil.rmtree(meeting, ignore_errors=True)
         for each, handler in before.items():
             signal.signal(each, handler)
 
@@ -92,23 +100,33 @@ def own_command() -> list[str]:
     return [sys.executable, "-c", COMMAND, *sys.argv[1:]]
 
 
-def environment(count: int) -> dict[str, str]:
-    """The environment of `count` ranks on this machine: torchrun's variables, and the number of threads per rank."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    added = {
-        "WORLD_SIZE": str(count),
-        "LOCAL_WORLD_SIZE": str(count),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        LAUNCHED: "1",
-    }
+def make_meeting_folder() -> Path:
+    """A folder that only this user can enter, with a secret: the ranks of this machine meet there, not at a port.
+
+    Raises OSError.
+    """
+    folder = Path(tempfile.mkdtemp(prefix="ssaseg-ranks-"))  # mode 0700
+    try:
+        (folder / SECRET).write_bytes(secrets.token_bytes(32))
+    except OSError:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+    return folder
+
+
+def environment(count: int, meeting: Path) -> dict[str, str]:
+    """The environment of `count` ranks on this machine, which meet in the folder `meeting`: torchrun's variables except
+    an address, and the number of threads per rank.
+    """
+    added = {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count), LAUNCHED: str(meeting)}
     cores = count_cores()
     # PyTorch prints pages about broken connections. The rank that failed, or this process, reports it in three lines.
     defaults = {"OMP_NUM_THREADS": str(max(cores // count, 1)), "TORCH_CPP_LOG_LEVEL": "ERROR"}
-    if sys.platform == "linux":
-        defaults["GLOO_SOCKET_IFNAME"] = "lo"  # in some containers the address of the host's name is not reachable
+    # Connections between ranks stay inside this machine. Also, in some containers the address of the host's name is not
+    # reachable.
+    loopback = {"linux": "lo", "darwin": "lo0"}.get(sys.platform)
+    if loopback is not None:
+        defaults |= {"GLOO_SOCKET_IFNAME": loopback, "NCCL_SOCKET_IFNAME": loopback}
     return {**defaults, **os.environ, **added}
 
 

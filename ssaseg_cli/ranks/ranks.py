@@ -27,7 +27,8 @@ from torch.nn.parallel import DistributedDataParallel
 from ssaseg.cli.device import LAUNCHED
 from ssaseg.cli.errors import CommandError, muted
 from ssaseg.cli.ranks.lost import first_line, is_alive, is_late, is_loss, print_any_error
-from ssaseg.cli.ranks.rendezvous import meet
+from ssaseg.cli.ranks.messages import pack, unpack
+from ssaseg.cli.ranks.rendezvous import meet, require_own
 from ssaseg.cli.signals import StopSignal
 from ssaseg.models.layers import norm_statistics
 
@@ -99,20 +100,27 @@ class Ranks:
         return agreed > 0
 
     def broadcast(self, value: Any) -> Any:
-        """Sends rank 0's `value` to all ranks and returns it. It must be possible to pickle it."""
+        """Sends rank 0's `value` to all ranks and returns it; of the types that `pack` takes."""
         if self.size == 1:
             return value
-        box = [value]
-        dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
-        return box[0]
+        message = pack(value) if self.main else torch.empty(0, dtype=torch.uint8)
+        buffer = torch.empty(self.most(len(message)), dtype=torch.uint8)
+        buffer[: len(message)] = message
+        dist.broadcast(buffer, src=0)
+        return value if self.main else unpack(buffer)
 
     def gather(self, value: Any) -> list[Any]:
-        """Every rank's `value`, in the order of ranks, on all ranks."""
+        """Every rank's `value`, in the order of ranks, on all ranks; of the types that `pack` takes."""
         if self.size == 1:
             return [value]
-        values: list[Any] = [None] * self.size
-        dist.all_gather_object(values, value)
-        return values
+        message = pack(value)
+        longest = self.most(len(message))
+        padded = torch.zeros(8 + longest, dtype=torch.uint8)  # the length, then the message
+        padded[:8] = torch.tensor([len(message)]).view(torch.uint8)
+        padded[8 : 8 + len(message)] = message
+        found = [torch.empty_like(padded) for _ in range(self.size)]
+        dist.all_gather(found, padded)
+        return [unpack(each[8 : 8 + int(each[:8].view(torch.int64))]) for each in found]
 
     def barrier(self) -> None:
         """Waits until every rank has reached this call."""
@@ -296,6 +304,7 @@ def connect(device: torch.device) -> Ranks:
     try:
         store, rank, size = meet(PATIENCE)
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=PATIENCE)
+        require_own(rank, size)
         ranks = Ranks(device, rank, size, dist.PrefixStore("ssaseg", store))
         ranks.peers = ranks.gather((socket.gethostname(), os.getpid()))
     except RuntimeError as error:

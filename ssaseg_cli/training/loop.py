@@ -31,7 +31,7 @@ from ssaseg.cli.training.trackers import Tracker, open_trackers
 from ssaseg.cli.training.window import Window
 from ssaseg.datasets import DataError
 from ssaseg.datasets.loader import WorkerError
-from ssaseg.recipes import Recipe
+from ssaseg.recipes import Recipe, parse_recipe
 
 # Device types on which to read a verdict costs no waiting time: there it is read after every step.
 READY = {"cpu"}
@@ -66,7 +66,8 @@ def run_train(
             trackers = open_trackers(track, out, recipe)
             run = stack.enter_context(open_run(out, recipe, resume, restarted, ranks.size))
             recipe, stored = run.recipe, run.stored
-        recipe, stored = ranks.broadcast((recipe, stored))
+        sent, stored = ranks.broadcast((recipe.model_dump(mode="json"), stored))
+        recipe = parse_recipe(sent, str(out))
         job = build_job(recipe, out, ranks, stored, check)
         if ranks.main:
             describe(job)

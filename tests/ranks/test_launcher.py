@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 from pathlib import Path
 
@@ -73,13 +74,22 @@ def test_ranks_import_nothing_from_the_current_directory(monkeypatch: pytest.Mon
 
 def test_launcher_gives_places_and_returns_zero(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    names = ["RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "OMP_NUM_THREADS"]
-    write = f"open({str(tmp_path)!r} + '/' + str(rank), 'w').write(repr([os.environ[name] for name in {names}]))"
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "tmp"))
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    (tmp_path / "tmp").mkdir()
+    names = ["RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", launch.LAUNCHED, "OMP_NUM_THREADS"]
+    write = (
+        f"folder = os.environ[{launch.LAUNCHED!r}]\n"
+        "facts = [os.stat(folder).st_mode & 0o777, len(open(folder + '/secret', 'rb').read())]\n"
+        f"place = [os.environ[name] for name in {names}]\n"
+        f"open({str(tmp_path)!r} + '/' + str(rank), 'w').write(repr([*place, *facts, 'MASTER_PORT' in os.environ]))"
+    )
     assert launched(monkeypatch, write) == 0
     found = [eval((tmp_path / str(rank)).read_text()) for rank in (0, 1)]
-    assert [place[:5] for place in found] == [[str(rank), str(rank), "2", "2", "127.0.0.1"] for rank in (0, 1)]
-    assert found[0][5:] == found[1][5:]
-    assert int(found[0][6]) == max(len(os.sched_getaffinity(0)) // 2, 1)
+    assert [place[:4] for place in found] == [[str(rank), str(rank), "2", "2"] for rank in (0, 1)]
+    assert found[0][4:] == found[1][4:]
+    assert found[0][5:] == [str(max(len(os.sched_getaffinity(0)) // 2, 1)), 0o700, 32, False]
+    assert [*(tmp_path / "tmp").iterdir()] == [], "the folder where they met is left"
 
 
 def test_launcher_ends_the_others_and_has_the_first_failure(monkeypatch: pytest.MonkeyPatch) -> None:

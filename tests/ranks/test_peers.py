@@ -11,7 +11,7 @@ import torch
 from bank_ranks import train
 from places import TESTS
 
-from ssaseg.cli.ranks.launcher import environment
+from ssaseg.cli.ranks.launcher import SECRET, environment
 from ssaseg.cli.ranks.ranks import Ranks
 from ssaseg.models.build import CLASSIFIERS
 
@@ -19,8 +19,9 @@ from ssaseg.models.build import CLASSIFIERS
 @pytest.fixture(scope="module")
 def states(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, torch.Tensor]]:
     """Of both ranks after three steps of two micro-batches each."""
-    folder = tmp_path_factory.mktemp("peers")
-    common = {**environment(2), "PYTHONPATH": str(TESTS / "helpers"), "OMP_NUM_THREADS": "1"}
+    folder, meeting = (tmp_path_factory.mktemp(name) for name in ("peers", "meeting"))
+    (meeting / SECRET).write_bytes(b"of these two")
+    common = {**environment(2, meeting), "PYTHONPATH": str(TESTS / "helpers"), "OMP_NUM_THREADS": "1"}
     processes = [
         subprocess.Popen(
             [sys.executable, "-m", "bank_ranks", str(folder)],

@@ -218,8 +218,12 @@ def test_ranks_meet_whatever_each_machine_has_counted(monkeypatch: pytest.Monkey
     store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     store.set("ssaseg/call/1", "of an earlier start")
     own = launch.environment
-    agents = {"MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
-    monkeypatch.setattr(launch, "environment", lambda count: own(count) | agents)
+    agents = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
+
+    def of_torchrun(count: int, meeting: Path) -> dict[str, str]:
+        return {key: value for key, value in own(count, meeting).items() if key != launch.LAUNCHED} | agents
+
+    monkeypatch.setattr(launch, "environment", of_torchrun)
     assert in_ranks(monkeypatch, 2, meet_twice) == 0
 
 
