@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ssaseg.cli.errors import CommandError
+from ssaseg.cli.printing import echo
+from ssaseg.files.text import printable
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -29,11 +31,11 @@ def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]], title: st
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
+    table = Table(title=title and Text(printable(title)), title_justify="left", box=box.SIMPLE_HEAD)
     for index, column in enumerate(columns):
-        table.add_column(column, justify="left" if index == 0 else "right")
+        table.add_column(Text(printable(column)), justify="left" if index == 0 else "right")
     for row in rows:
-        table.add_row(*(Text(cell) for cell in row))  # as Text, so that "[void]" in a class name is not read as markup
+        table.add_row(*(Text(printable(cell)) for cell in row))  # as Text: "[void]" in a class name is not markup
     make_console().print(table)
 
 
@@ -90,6 +92,6 @@ def progress_bar(total: int, verb: str) -> Iterator[Callable[[int], object]]:
         finished += done
         if time.perf_counter() - printed >= 10:
             printed = time.perf_counter()
-            print(f"{verb} {finished}/{total} images", file=sys.stderr, flush=True)
+            echo(f"{verb} {finished}/{total} images", err=True)
 
     yield advance

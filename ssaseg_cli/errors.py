@@ -9,7 +9,9 @@ from typing import Any, NoReturn
 
 import click
 
+from ssaseg.cli.printing import echo, lenient_streams
 from ssaseg.cli.signals import ended_by_sigterm
+from ssaseg.files.text import printable
 
 
 class CommandError(Exception):
@@ -35,7 +37,7 @@ class CommandGroup(click.Group):
     def main(self, *args: Any, **extra: Any) -> NoReturn:
         extra["standalone_mode"] = False
         try:
-            with ended_by_sigterm():
+            with ended_by_sigterm(), lenient_streams():
                 code = super().main(*args, **extra)
         except Exception as error:
             if os.environ.get("SSASEG_DEBUG") == "1":
@@ -62,18 +64,18 @@ def muted(quiet: bool) -> Iterator[None]:
 def print_error(error: Exception) -> int:
     """Print an error that the user can fix and return its exit code. Any other error is a bug: it is raised again."""
     if isinstance(error, click.Abort):  # click's name for Ctrl-C
-        click.echo("stopped", err=True)
+        echo("stopped", err=True)
         return 130
     if isinstance(error, click.UsageError) and error.ctx is not None:
         if type(error).__name__ == "NoArgsIsHelpError":  # click 8.2 and later
-            click.echo(error.format_message(), err=True)
+            echo(error.format_message(), err=True)
             return error.exit_code
         lines = f"{error.format_message()}\n`{error.ctx.command_path} --help` shows how to call it"
         code = error.exit_code
     elif isinstance(error, click.ClickException):
         lines, code = error.format_message(), error.exit_code
     elif isinstance(error, OSError):
-        where = f"{error.filename}: " if error.filename is not None else ""
+        where = f"{printable(str(error.filename))}: " if error.filename is not None else ""
         lines, code = f"{where}{error.strerror or error}", 2
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             lines += "\nfree some space on that disk, then run the command again"
@@ -87,5 +89,5 @@ def print_error(error: Exception) -> int:
         lines, code = f"{error}".partition(". ")[0] + "\nuse a smaller train.micro_batch, crop or image", 2
     else:
         raise error
-    click.echo(click.style("error: ", fg="red") + "\n".join(lines.splitlines()[:3]), err=True)
+    echo("\n".join(lines.split("\n")[:3]), err=True, label="error:", colour="red")
     return code

@@ -6,6 +6,7 @@ from pathlib import Path
 import click
 
 from ssaseg.cli.errors import CommandError
+from ssaseg.cli.printing import echo
 
 
 @click.group()
@@ -32,10 +33,10 @@ def list_command() -> None:
     groups = [list(group) for _, group in groupby(list_recipes(), key=lambda name: name.partition("-")[0])]
     for group in groups:
         if group != groups[0]:
-            click.echo()
+            echo()
         for name in group:
             first_line = recipe_file(name).read_text(encoding="utf-8").partition("\n")[0]
-            click.echo(f"{name:{max(map(len, group))}}  {first_line.lstrip('# ')}")
+            echo(f"{name:{max(map(len, group))}}  {first_line.lstrip('# ')}")
 
 
 @recipes.command()
@@ -51,7 +52,7 @@ def show(name: str) -> None:
     """
     from ssaseg.recipes import recipe_file
 
-    click.echo(recipe_file(name).read_text(encoding="utf-8"), nl=False)
+    echo(recipe_file(name).read_text(encoding="utf-8"), nl=False)
 
 
 @recipes.command()
@@ -87,7 +88,7 @@ def copy(name: str, destination: Path | None) -> None:
     except OSError as error:  # a full disk: half a recipe would block the next attempt
         destination.unlink()
         raise OSError(error.errno, error.strerror, str(destination)) from None
-    click.echo(f"wrote {destination}; run it with `ssaseg train {destination}`")
+    echo(f"wrote {destination}; run it with `ssaseg train {destination}`")
 
 
 @recipes.command()
@@ -105,4 +106,4 @@ def keys(section: str | None) -> None:
     """
     from ssaseg.cli.recipe_page import recipe_page, section_page
 
-    click.echo(section_page(section) if section else recipe_page(), nl=False)
+    echo(section_page(section) if section else recipe_page(), nl=False)

@@ -8,7 +8,7 @@ import threading
 from collections.abc import Iterator
 from typing import Any
 
-import click
+from ssaseg.cli.printing import echo
 
 
 @contextlib.contextmanager
@@ -28,7 +28,7 @@ def ended_by_sigterm() -> Iterator[None]:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
             return
-        click.echo("stopped", err=True)
+        echo("stopped", err=True)
         sys.exit(128 + number)
 
     before = signal.signal(signal.SIGTERM, end)

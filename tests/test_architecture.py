@@ -28,8 +28,8 @@ MAY_IMPORT = {
 # From the lowest up: what stands in a room may import the rooms before it, and the room itself. A file that is named
 # here is a room of its own; "" is what else lies directly in the folder.
 ROOMS = {
-    "cli": ["signals", "errors", "device", "console", "options", "drawing", "ranks", "scoring", "weights", "data",
-            "prediction", "profiling", "training", "comparison", ""],
+    "cli": ["printing", "signals", "errors", "device", "console", "options", "drawing", "ranks", "scoring", "weights",
+            "data", "prediction", "profiling", "training", "comparison", ""],
     "models": ["rows", "layers", "classifiers", "decoder", "segmenter", "networks", "build", "official",
                "checkpoint", ""],
 }  # fmt: skip

@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import click
 import numpy as np
 
 from ssaseg.cli.console import json_target, print_table, write_json
@@ -15,6 +14,7 @@ from ssaseg.cli.drawing import curves
 from ssaseg.cli.drawing.bars import finish_bars, save_figure, shorten
 from ssaseg.cli.drawing.curves import Record, line
 from ssaseg.cli.errors import CommandError
+from ssaseg.cli.printing import echo
 from ssaseg.cli.training.log import read_log
 from ssaseg.cli.training.state import flat
 from ssaseg.recipes import RecipeError, load_recipe
@@ -94,13 +94,14 @@ def run_compare(runs: Sequence[Path], out: Path, json_out: str | None) -> int:
     differences = recipe_differences(read)
     notes = remarks(read, differences)
     classes = class_differences(read)
+    draw(read, classes, out)
+    # Before printing, which may fail.
+    write_json(json_out, {"runs": rows, "recipe_differences": differences, "classes": classes, "notes": notes})
     if json_out != "-":
         print_runs(rows, differences, classes)
     for note in notes:
-        click.echo(f"note: {note}", err=True)
-    draw(read, classes, out)
-    click.echo(f"wrote {out}", err=json_out == "-")
-    write_json(json_out, {"runs": rows, "recipe_differences": differences, "classes": classes, "notes": notes})
+        echo(f"note: {note}", err=True)
+    echo(f"wrote {out}", err=json_out == "-")
     return 0 if len(read) == len({folder.resolve() for folder in runs}) else 1
 
 
@@ -114,7 +115,7 @@ def open_runs(folders: Sequence[Path]) -> list[Run]:
         reason = "no metrics.jsonl in it" if missing[0].is_dir() else "no such folder"
         raise CommandError(f"{missing[0]}: not a run folder ({reason})\n{expected}")
     for folder in missing:
-        click.echo(f"warning: {folder}: not a run folder, ignored; {expected}", err=True)
+        echo(f"warning: {folder}: not a run folder, ignored; {expected}", err=True)
     found = [folder for folder in distinct if folder not in missing]
     return [open_run(folder, name) for folder, name in zip(found, short_names(found), strict=True)]
 
@@ -137,7 +138,7 @@ def open_run(folder: Path, name: str) -> Run:
         recipe = flat(load_recipe(str(config)).model_dump(mode="json"))
     except (RecipeError, OSError, ValueError) as error:
         reason = str(error).splitlines()[0] if isinstance(error, RecipeError) else f"{config}: cannot be read"
-        click.echo(f"warning: {reason}; model and recipe of {name} are not known", err=True)
+        echo(f"warning: {reason}; model and recipe of {name} are not known", err=True)
     try:
         data = json.loads((folder / "env.json").read_text(encoding="utf-8")).get("data")
     except (OSError, ValueError, AttributeError):

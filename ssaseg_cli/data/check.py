@@ -7,12 +7,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import click
 import numpy as np
 
 from ssaseg.cli.console import json_target, print_table, write_json
 from ssaseg.cli.data.reading import look_at, read_through
 from ssaseg.cli.errors import CommandError
+from ssaseg.cli.printing import echo
 from ssaseg.datasets import IGNORED, DataError, Dataset, build_dataset
 from ssaseg.datasets.check import Findings, Problem, require_same_classes
 from ssaseg.datasets.pairs import PairDataset, first_names
@@ -46,16 +46,14 @@ def run_check(target: str, overrides: Sequence[str], split: str | None, json_out
     if split is not None and split not in chosen.splits:
         raise CommandError(f"--split {split}: {chosen.title} has only {', '.join(chosen.splits)}")
     names = [split] if split is not None else list(chosen.splits)
-    if json_out != "-":
-        click.echo(chosen.title)
     splits: list[dict[str, Any]] = []
+    found: list[Findings] = []
     for name in names:
         report, findings = check_split(name, chosen)
         if splits and splits[0]["classes"] and report["classes"]:
             _require_classes_of(splits[0], report, findings)
         splits.append(report)
-        if json_out != "-":
-            print_split(report, findings)
+        found.append(findings)
     counted = {
         severity: sum(problem["severity"] == severity for report in splits for problem in report["problems"])
         for severity in ("error", "warning")
@@ -63,10 +61,13 @@ def run_check(target: str, overrides: Sequence[str], split: str | None, json_out
     seconds = time.perf_counter() - started
     report = {"target": target, "checked": chosen.title, "splits": splits, "errors": counted["error"]}
     report |= {"warnings": counted["warning"], "seconds": round(seconds, 2)}
+    write_json(json_out, report)  # before printing, which may fail
     if json_out != "-":
+        echo(chosen.title)
+        for each, findings in zip(splits, found, strict=True):
+            print_split(each, findings)
         counts = [_count(count, severity) for severity, count in counted.items() if count]
-        click.echo(f"{', '.join(counts) or 'no problems found'}; read in {seconds:.1f} s")
-    write_json(json_out, report)
+        echo(f"{', '.join(counts) or 'no problems found'}; read in {seconds:.1f} s")
     return 2 if counted["error"] else 1 if counted["warning"] else 0
 
 
@@ -256,8 +257,7 @@ def print_split(report: Mapping[str, Any], findings: Findings) -> None:
             if found:
                 ids = [f"id {row['id']} ({row['pixels']:,} pixels in {_count(row['masks'], 'mask')})" for row in found]
                 share = sum(row["pixels"] for row in found) / total
-                click.echo(f"{meaning}: {share:.2%} of the pixels: {first_names(ids, 8)}")
+                echo(f"{meaning}: {share:.2%} of the pixels: {first_names(ids, 8)}")
     for severity, colour in (("error", "red"), ("warning", "yellow")):
-        label = click.style(f"{severity}, {report['split']} split:", fg=colour)
         for text in findings.messages(severity):
-            click.echo(f"{label} {text}")
+            echo(text, label=f"{severity}, {report['split']} split:", colour=colour)

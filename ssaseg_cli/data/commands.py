@@ -5,6 +5,7 @@ from pathlib import Path
 import click
 
 from ssaseg.cli.options import CLASSIFIERS, json_option
+from ssaseg.cli.printing import echo
 
 
 @click.group()
@@ -58,7 +59,7 @@ def export(out: Path, count: int, split: str, size: tuple[int, int], seed: int, 
 
     images = export_scenes(out, count, split=split, height=size[0], width=size[1], seed=seed, layout=layout)
     labels = out / EXPORTS[layout].masks[split]
-    click.echo(f"wrote {len(images)} scenes to {images[0].parent} and their labels to {labels}")
+    echo(f"wrote {len(images)} scenes to {images[0].parent} and their labels to {labels}")
 
 
 @data.command()

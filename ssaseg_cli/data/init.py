@@ -5,12 +5,12 @@ import difflib
 import shlex
 from pathlib import Path
 
-import click
 import numpy as np
 
 from ssaseg.cli.data.reading import look_at, look_at_published
 from ssaseg.cli.data.recipe_text import OwnData, recipe_text
 from ssaseg.cli.errors import CommandError
+from ssaseg.cli.printing import echo
 from ssaseg.datasets import DataError, build_dataset
 from ssaseg.datasets.decoding import read_mask
 from ssaseg.datasets.inspection import count_ids
@@ -49,7 +49,7 @@ def run_init(root: Path, out: Path | None, model: str, classifier: str) -> int:
     text = recipe_text(own, out, {s: len(n) for s, n in splits.items()}, lists, model, classifier)
     _write(out, text, lists, splits)
     for problem in own.findings.messages("error"):
-        click.echo(f"warning: {problem}", err=True)
+        echo(f"warning: {problem}", err=True)
     _print_summary(own, out, splits)
     return 1 if own.findings.count("error") else 0
 
@@ -137,14 +137,14 @@ def _splits(own: OwnData) -> dict[str, list[str]]:
 
 
 def _print_summary(own: OwnData, out: Path, splits: dict[str, list[str]]) -> None:
-    click.echo(f"found {len(splits['train'])} training and {len(splits['val'])} validation pairs below {own.root}")
+    echo(f"found {len(splits['train'])} training and {len(splits['val'])} validation pairs below {own.root}")
     for note in own.all_notes():
-        click.echo(f"- {note}")
+        echo(f"- {note}")
     images, masks = next(iter(own.found.folders.values()))
     # Where images and masks are in the same folder, the example for `predict` is one image, not the folder.
     example = own.root / images if images != masks else next(iter(own.pairs.values())).image_files[0]
     recipe, folder = shlex.quote(str(out)), f"runs/{out.stem}"
-    click.echo(
+    echo(
         f"wrote {out}: read it, and correct wrong guesses; then run\n"
         f"  ssaseg data check {recipe}\n"
         f"  ssaseg train {recipe}\n"

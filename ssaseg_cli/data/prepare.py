@@ -12,11 +12,10 @@ from collections.abc import Generator, Mapping
 from contextlib import closing
 from pathlib import Path
 
-from tqdm import tqdm
-
 from ssaseg.cli.console import print_table, progress_bar
 from ssaseg.cli.device import count_cores
 from ssaseg.cli.errors import CommandError
+from ssaseg.cli.printing import echo
 from ssaseg.cli.signals import StopSignal
 from ssaseg.datasets.loader import WorkerError
 from ssaseg.datasets.pairs import read_names
@@ -49,7 +48,7 @@ def run_prepare(name: str, source: Path, root: Path | None, workers: int | None)
     absent: list[Path] = []
     wrong = ""
     if name in DOWNLOADS:
-        print(f"searching {source}", file=sys.stderr)
+        echo(f"searching {source}", err=True)
         plan = plan_preparation(name, source, root)
         absent = plan.absent
         wrong = _carry_out(plan, count_cores() if workers is None else workers)
@@ -81,7 +80,7 @@ def _carry_out(plan: Plan, workers: int) -> str:
                     advance(1)
                     done += not problem
                     if problem:
-                        tqdm.write(f"left out: {problem.partition(chr(10))[0]}", file=sys.stderr)
+                        echo(f"left out: {problem.partition(chr(10))[0]}", err=True)
                         wrong.append(problem)
                     if stop.requested or len(wrong) == MOST_ERRORS:
                         break
@@ -97,7 +96,7 @@ def _carry_out(plan: Plan, workers: int) -> str:
                 f"{fix}, and run the same command again: it continues where it stopped"
             ) from None
         if stop.requested:
-            print(f"stopped: {done} of {len(plan)} files are done; run the command again to continue", file=sys.stderr)
+            echo(f"stopped: {done} of {len(plan)} files are done; run the command again to continue", err=True)
             sys.exit(stop.exit_code)
     if not wrong:
         return ""
@@ -158,7 +157,7 @@ def _print_counts(title: str, counts: Mapping[str, Count], absent: list[Path]) -
     print_table(("split", "images", "masks", "pairs", "published", "missing"), rows, title)
     for split, count in counts.items():
         for line in count.missing:
-            print(f"{split}: {line}")
+            echo(f"{split}: {line}")
     if absent:
         several = f"{len(absent)} files, {absent[0]} first" if len(absent) > 1 else f"1 file, {absent[0]}"
-        print(f"missing in the download: {several}: download and unpack it again")
+        echo(f"missing in the download: {several}: download and unpack it again")

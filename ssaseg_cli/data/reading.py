@@ -12,6 +12,7 @@ from ssaseg.cli.console import progress_bar
 from ssaseg.cli.data.recipe_text import OwnData
 from ssaseg.cli.device import count_cores
 from ssaseg.cli.errors import CommandError
+from ssaseg.cli.printing import echo
 from ssaseg.cli.signals import StopSignal
 from ssaseg.datasets import DataError, Dataset, build_dataset
 from ssaseg.datasets.check import Findings, look_through
@@ -108,7 +109,7 @@ def read_through(dataset: Dataset, verb: str, decoded: int | None = None) -> Fin
         except (KeyboardInterrupt, RuntimeError):  # RuntimeError: the signal came while a worker was starting
             if not stop.requested:
                 raise
-            print(f"stopped after {done} of {len(dataset)} pairs", file=sys.stderr)
+            echo(f"stopped after {done} of {len(dataset)} pairs", err=True)
             sys.exit(stop.exit_code)
 
 

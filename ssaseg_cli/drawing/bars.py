@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from ssaseg.files.text import KEPT, printable
 from ssaseg.files.writing import write_atomic
 
 MOST_BARS = 58  # bars in one column
@@ -28,7 +29,7 @@ def draw_pairs(pairs: Sequence[Mapping[str, Any]], title: str, destination: Path
         axes.text(0.5, 0.5, "all pixels are right", ha="center", transform=axes.transAxes)
     axes.set(xlabel="share of the true class's pixels [%]", xlim=(0, max([*shares, 1]) * 1.3))
     finish_bars(axes, len(pairs))
-    figure.suptitle(f"most confused: true class → predicted class\n{title}", fontsize=10)
+    figure.suptitle(f"most confused: true class → predicted class\n{plain(title)}", fontsize=10)
     save_figure(figure, destination)
 
 
@@ -66,7 +67,7 @@ def draw_ious(
             axes.axvline(float(np.nanmean(iou)), color="0.2", linestyle="--", linewidth=1)
         axes.set(xlabel="IoU [%]; dashed: the mean", xlim=(0, 112), xticks=range(0, 101, 20))
         finish_bars(axes, len(column))
-    figure.suptitle(title, fontsize=10)
+    figure.suptitle(plain(title), fontsize=10)
     save_figure(figure, destination)
 
 
@@ -80,8 +81,14 @@ def finish_bars(axes: Any, bars: int) -> None:
 
 
 def shorten(name: str, most: int = 24) -> str:
-    """A class name, cut to leave space for the bars; "$", which starts a formula in matplotlib, is escaped."""
-    return (name if len(name) <= most else name[: most - 1] + "…").replace("$", r"\$")
+    """A class name, cut to leave space for the bars."""
+    name = printable(name)
+    return plain(name if len(name) <= most else name[: most - 1] + "…")
+
+
+def plain(text: str) -> str:
+    """Text from outside for matplotlib: without control characters; "$", which starts a formula, is escaped."""
+    return printable(text, KEPT).replace("$", r"\$")
 
 
 def save_figure(figure: Any, destination: Path, metadata: Mapping[str, str] | None = None) -> None:

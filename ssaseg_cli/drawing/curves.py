@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ssaseg.cli.drawing.bars import save_figure
+from ssaseg.cli.drawing.bars import plain, save_figure
 
 # Keys of a training record that are not loss terms.
 OTHER_KEYS = {"step", "lr", "loss", "grad_norm", "images_per_s", "data_wait", "skipped"}
@@ -83,7 +83,7 @@ def draw_curves(records: Sequence[Record], resumed: Sequence[int], title: str, d
             axes.set_yticks([])
         for step in resumed:
             axes.axvline(step, color="0.4", linestyle=":", linewidth=1, zorder=0)
-    figure.suptitle(f"{title}   (dotted: resumed)" if resumed else title, fontsize=11)
+    figure.suptitle(plain(title) + ("   (dotted: resumed)" if resumed else ""), fontsize=11)
     save_figure(figure, destination)
 
 

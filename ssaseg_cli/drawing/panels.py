@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ssaseg.datasets import IGNORED
+from ssaseg.files.text import printable
 
 WIDTH, TALLEST = 320, 400  # width and largest height of a panel [pixels]
 
@@ -150,7 +151,8 @@ def _framed(panel: Panel) -> np.ndarray:
 
 def _legend(entries: Legend, width: int) -> np.ndarray:
     """Patches of colour with names, in as many columns as fit."""
-    names = [name if len(name) <= CUT_OFF else name[: CUT_OFF - 1] + "…" for name, _ in entries]
+    names = [printable(name) for name, _ in entries]
+    names = [name if len(name) <= CUT_OFF else name[: CUT_OFF - 1] + "…" for name in names]
     column = int(max(_font().getlength(name) for name in names)) + 2 * LINE + 4
     columns = max(width // column, 1)
     rows = -(-len(entries) // columns)
@@ -172,7 +174,7 @@ def _written(image: np.ndarray, texts: Iterable[tuple[int, int, str]]) -> np.nda
     picture = Image.fromarray(image)
     draw = ImageDraw.Draw(picture)
     for x, y, text in texts:
-        draw.text((x, y), text, fill=INK, font=_font())
+        draw.text((x, y), printable(text), fill=INK, font=_font())
     return np.asarray(picture)
 
 

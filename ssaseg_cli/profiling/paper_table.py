@@ -10,6 +10,7 @@ import torch
 
 from ssaseg.cli.console import json_target, print_table, write_json
 from ssaseg.cli.device import select_device
+from ssaseg.cli.printing import echo
 from ssaseg.cli.profiling.profile import (
     CLASSES,
     COUNTINGS,
@@ -67,9 +68,9 @@ def run_paper_table(json_out: str | None, device: str, runs: int) -> int:
         **conditions(chosen, runs),
         "rows": rows,
     }
+    write_json(json_out, report)  # before printing, which may fail
     if json_out != "-":
         print_paper_table(report)
-    write_json(json_out, report)
     return 0
 
 
@@ -108,13 +109,13 @@ def print_paper_table(report: dict[str, Any]) -> None:
         "paper",
     )
     print_table(columns, [_cells(row) for row in report["rows"]], _title(report))
-    print("parameters: without those that only training uses; in percent: our deviation from the paper")
+    echo("parameters: without those that only training uses; in percent: our deviation from the paper")
     for name, unused in NEVER_USED.items():
-        print(f"{name}: as in the paper, with {unused:,} parameters that the official model has but never uses")
+        echo(f"{name}: as in the paper, with {unused:,} parameters that the official model has but never uses")
     for name, meaning in COUNTINGS.items():
-        print(f"{name}: {meaning}")
+        echo(f"{name}: {meaning}")
     conditions = f"{report['device']}, {report['threads']} CPU threads, torch {report['torch']}"
-    print(
+    echo(
         f"latency: {conditions}; {report['runs']} timed passes each, in turn; the paper's latency: on its authors' GPU"
     )
 

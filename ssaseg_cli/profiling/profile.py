@@ -25,6 +25,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from ssaseg.cli.console import json_target, print_table, write_json
 from ssaseg.cli.device import select_device
 from ssaseg.cli.errors import CommandError
+from ssaseg.cli.printing import echo
 from ssaseg.models import CLASSIFIERS, Segmenter, build_model, list_models, load_model
 from ssaseg.models.labelling import label_map
 from ssaseg.models.segmenter import is_below
@@ -84,9 +85,9 @@ def run_profile(
         **conditions(chosen, runs),
         "columns": columns,
     }
+    write_json(json_out, report)  # before printing, which may fail
     if json_out != "-":
         print_profile(report)
-    write_json(json_out, report)
     return 0
 
 
@@ -301,5 +302,5 @@ def print_profile(report: dict[str, Any]) -> None:
     title = f"{report['model']}, {report['classes']} classes, {height}x{width} (height x width), {report['device']}"
     print_table(("", *(column["classifier"] for column in columns)), rows, title)
     for name, meaning in COUNTINGS.items():
-        print(f"{name}: {meaning}")
-    print(f"{report['runs']} timed passes each, in turn; {report['threads']} CPU threads; torch {report['torch']}")
+        echo(f"{name}: {meaning}")
+    echo(f"{report['runs']} timed passes each, in turn; {report['threads']} CPU threads; torch {report['torch']}")

@@ -12,6 +12,7 @@ import numpy as np
 from ssaseg.cli.console import json_target, print_table, progress_bar, write_json
 from ssaseg.cli.device import select_device
 from ssaseg.cli.errors import CommandError
+from ssaseg.cli.printing import echo
 from ssaseg.cli.ranks.ranks import Ranks, connect
 from ssaseg.cli.scoring.boundary import STATEMENT, Boundaries
 from ssaseg.cli.scoring.confused import confused_pairs, most_confused
@@ -48,10 +49,10 @@ def run_eval(
     json_out = json_target(json_out)
     with connect(select_device(device)) as ranks:
         report = _score(ranks, checkpoint, data, root, split, limit, changes, boundary)
+        if ranks.main:
+            write_json(json_out, report)  # before printing, which may fail: an evaluation can take hours
         if ranks.main and json_out != "-":
             print_report(report)
-        if ranks.main:
-            write_json(json_out, report)
     return 0
 
 
@@ -130,7 +131,7 @@ def _count(
             if not stop.requested:
                 raise
             if ranks.main:
-                print(f"stopped after {done} of {count} images", file=sys.stderr)
+                echo(f"stopped after {done} of {count} images", err=True)
             sys.exit(stop.exit_code)
 
 
@@ -222,11 +223,11 @@ def print_report(report: Mapping[str, Any]) -> None:
     title = f"{report['checkpoint']}: {report['model']} {report['classifier']}{step}"
     print_table(("class", *shown.values(), ""), rows, title)
     means = "   ".join(f"{key} {cell(report[key])} %" for key in MEANS if key in report)
-    print(f"{means}   (always the most common class: mIoU {cell(report['majority_miou'])} %)")
+    echo(f"{means}   (always the most common class: mIoU {cell(report['majority_miou'])} %)")
     if report["mIoU_interval"] is not None:
         interval = Interval(**report["mIoU_interval"])
         how = f"percentile bootstrap over {report['images']} images, {interval.resamples} resamples"
-        print(f"mIoU {interval.level:g} % interval {interval.low:.2f} to {interval.high:.2f} % ({how})")
-    print(most_confused(report["confused"], 5))
-    print(f"{report['images_per_s']:.1f} images/s, including reading and scoring")
-    print(f"protocol: {report['statement']}")
+        echo(f"mIoU {interval.level:g} % interval {interval.low:.2f} to {interval.high:.2f} % ({how})")
+    echo(most_confused(report["confused"], 5))
+    echo(f"{report['images_per_s']:.1f} images/s, including reading and scoring")
+    echo(f"protocol: {report['statement']}")
