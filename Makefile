@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 RUN := runs/demo
 
-.PHONY: setup demo test lint types docs clean
+.PHONY: setup demo test fuzz lint types docs clean
 
 setup: $(VENV)/.installed
 
@@ -26,6 +26,11 @@ demo: setup
 # A process a core, and each file's tests in one of them, which share what is built for them.
 test: setup
 	$(BIN)/pytest --numprocesses=auto --dist=loadfile --no-loadscope-reorder
+
+# Random files and command lines against what reads them, SECONDS of each kind. The tests have a short run of it.
+SECONDS ?= 60
+fuzz: setup
+	$(BIN)/python tests/helpers/fuzzing.py --seconds $(SECONDS)
 
 lint: setup
 	$(BIN)/ruff check .

@@ -6,14 +6,13 @@ Letters: H, W height and width [pixels].
 import io
 import warnings
 from pathlib import Path
-from typing import BinaryIO
 
 import cv2
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from ssaseg.datasets.base import DataError
-from ssaseg.files.reading import open_file, read_file
+from ssaseg.files.reading import read_file
 
 # The formats that are read, by content, with any file name: Pillow's name -> how such files start. Pillow would try 44
 # formats, among them EPS, for which it runs the program Ghostscript on the file.
@@ -73,7 +72,7 @@ def read_mask(path: Path) -> tuple[np.ndarray, np.ndarray | None]:
         if grey is not None and grey.ndim == 2:
             return grey, None
     try:
-        with open_image(io.BytesIO(data)) as file:
+        with open_image(data) as file:
             mode = file.mode
             ids = np.array(file)
             colours = np.array(file.getpalette(), np.uint8).reshape(-1, 3) if mode == "P" else None
@@ -100,25 +99,30 @@ def read_mask(path: Path) -> tuple[np.ndarray, np.ndarray | None]:
     return ids, colours
 
 
-def header_size(file: Path | io.BytesIO) -> tuple[int, int] | None:
+def header_size(file: Path | bytes) -> tuple[int, int] | None:
     """Height and width [pixels] of an image according to its header. None where the header is not enough: the file is
-    missing, its format is not known to Pillow, or its EXIF orientation rotates the image.
+    missing, its format is not known to Pillow, or its EXIF orientation may rotate the image.
     """
     try:
-        with open_file(file) if isinstance(file, Path) else file as opened, open_image(opened) as image:
-            return (image.height, image.width) if image.getexif().get(0x0112, 1) == 1 else None
+        data = read_file(file) if isinstance(file, Path) else file
+        with open_image(data) as image:
+            if image.format == "PNG":  # Pillow would decode its pixels to look for EXIF data behind them
+                rotated = b"eXIf" in data or b"Raw profile type exif" in data
+            else:
+                rotated = image.getexif().get(0x0112, 1) != 1
+            return None if rotated else (image.height, image.width)
     except MemoryError:
         raise
     except Exception:  # see `read_mask`
         return None
 
 
-def open_image(file: BinaryIO) -> Image.Image:
-    """A Pillow image of one of `FORMATS`, not yet decoded.
+def open_image(data: bytes) -> Image.Image:
+    """A Pillow image of one of `FORMATS`, not yet decoded. Of an open file, a size in the header would be read at once.
 
     Raises what Pillow raises for damaged files, most often OSError.
     """
-    return Image.open(file, formats=tuple(FORMATS))
+    return Image.open(io.BytesIO(data), formats=tuple(FORMATS))
 
 
 def _read_bytes(path: Path, kind: str) -> bytes:
@@ -133,7 +137,7 @@ def _read_bytes(path: Path, kind: str) -> bytes:
 def _require_size(path: Path, data: bytes, max_pixels: int) -> None:
     """Raise DataError where the header claims more pixels: a few kilobytes can hold gigabytes of one colour."""
     try:
-        with open_image(io.BytesIO(data)) as image:
+        with open_image(data) as image:
             pixels, size = image.width * image.height, f"{image.width}×{image.height} pixels"
     except Image.DecompressionBombError:
         pixels, size = 2 * MAX_PIXELS, f"more than {2 * MAX_PIXELS:,} pixels"

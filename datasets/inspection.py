@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from pathlib import Path
 
 import cv2
@@ -40,7 +39,7 @@ def image_size(file: Path, decode: bool) -> tuple[int, int]:
     if not decode:
         data = read_complete(file)
         # None where the EXIF orientation turns the image, or Pillow does not know the format: then OpenCV decodes it.
-        if size := header_size(io.BytesIO(data)):
+        if size := header_size(data):
             return size
     height, width = read_image(file).shape[:2]
     return height, width

@@ -42,9 +42,12 @@ def open_file(path: str | os.PathLike[str], limit: int | None = None) -> BinaryI
 def read_file(path: str | os.PathLike[str], limit: int = LARGEST) -> bytes:
     """The content of a regular file of at most `limit` bytes. Raises OSError as `open_file` does."""
     with open_file(path, limit) as file:
-        content = file.read(limit + 1)
-    if len(content) > limit:  # files of /proc claim 0 bytes, and others may grow
-        raise too_large(path, limit)
+        # Not read(limit + 1), which first takes as much memory.
+        content = file.read(os.fstat(file.fileno()).st_size)
+        while more := file.read(2**16):  # files of /proc claim 0 bytes, and others may grow
+            content += more
+            if len(content) > limit:
+                raise too_large(path, limit)
     return content
 
 

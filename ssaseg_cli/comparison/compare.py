@@ -271,7 +271,7 @@ def brief(value: Any, most: int = 40) -> str:
 def require_writable(path: Path) -> None:
     """Raises CommandError where `path` is not a .png, cannot be written, or is a file that another program wrote."""
     from ssaseg.datasets.decoding import open_image
-    from ssaseg.files.reading import open_file
+    from ssaseg.files.reading import read_file
 
     if path.suffix != ".png" or path.is_dir():
         raise CommandError(f"--out {path}: expected a file that ends in .png")
@@ -282,7 +282,7 @@ def require_writable(path: Path) -> None:
     if not path.exists():
         return
     try:
-        with open_file(path) as file, open_image(file) as image:
+        with open_image(read_file(path)) as image:
             ours = image.info.get("Software") == MARK["Software"]
     except Exception:  # Pillow's readers raise ten types for damaged files
         ours = False

@@ -21,7 +21,7 @@ from ssaseg.datasets.decoding import open_image
 from ssaseg.datasets.pairs import PairDataset, first_names
 from ssaseg.datasets.published import LAYOUTS
 from ssaseg.datasets.survey import Found, find_folders, require_prepared
-from ssaseg.files.reading import open_file
+from ssaseg.files.reading import read_file
 from ssaseg.recipes import list_recipes
 
 # More processes help little where the disk is the limit, and each of them holds an image in memory.
@@ -140,7 +140,7 @@ def _no_mask(pairs: dict[str, Dataset], findings: Findings) -> Exception:
     files = [file for each in pairs.values() for file in each.mask_files]
     for file in files[:20]:
         try:
-            with open_file(file) as opened, open_image(opened) as mask:
+            with open_image(read_file(file)) as mask:
                 listed = mask.convert("RGB").getcolors(2**16) if mask.mode in ("RGB", "RGBA") else None
         except Exception:  # damaged: the findings have its error
             continue

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from ssaseg.files.writing import FolderInUse, FolderLock, open_append, write_ato
 
 HOLD = """
 import sys
+import tracemalloc
 from pathlib import Path
 from ssaseg.files.writing import FolderLock
 lock = FolderLock(Path(sys.argv[1]))
@@ -159,6 +161,14 @@ def test_only_regular_files_are_read(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"12345")
     (tmp_path / "link").symlink_to("file")
     assert read_file(tmp_path / "link", limit=5) == b"12345"
+
+
+def test_reading_takes_no_more_memory_than_the_file(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"12345")
+    tracemalloc.start()
+    assert read_file(tmp_path / "file") == b"12345"
+    assert tracemalloc.get_traced_memory()[1] < 2**20
+    tracemalloc.stop()
 
 
 def test_no_more_is_read_than_the_limit(tmp_path: Path) -> None:
