@@ -6,7 +6,6 @@ Letters: H, W height and width [pixels].
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,8 +13,15 @@ from typing import Any, NamedTuple
 import numpy as np
 from pycocotools import mask as mask_utils
 
-from ssaseg.datasets.base import DataError
+from ssaseg.datasets.base import DataError, brief, require_below
+from ssaseg.datasets.decoding import MAX_PIXELS
 from ssaseg.datasets.pairs import first_names
+from ssaseg.files.reading import read_file
+from ssaseg.files.text import printable
+
+LARGEST = 2**31  # bytes of a file; COCO's largest has half of it
+
+LONGEST_OUTLINE = 4_000_000  # pixels, of all polygons of a region
 
 
 class Region(NamedTuple):
@@ -51,8 +57,8 @@ def read_annotations(file: Path) -> Content:
         category = categories.get(_key(where, entry, "category_id"))
         if category is None:
             raise DataError(
-                f"{where}: category_id {entry['category_id']!r} is not the id of a category\n"
-                f"expected one of {first_names([str(number) for number in sorted(categories)], 10)}\n"
+                f"{where}: category_id {brief(entry['category_id'])} is not the id of a category\n"
+                f"expected one of {first_names([brief(number) for number in sorted(categories)], 10)}\n"
                 "add it to `categories`, or correct the annotation"
             )
         image = images.get(_key(where, entry, "image_id"))
@@ -62,7 +68,7 @@ def read_annotations(file: Path) -> Content:
             region = Region(entry["id"], category, bool(entry.get("iscrowd")), entry["segmentation"])
             regions[image[0]].append(region)
     if elsewhere and not any(regions.values()):
-        known = first_names([repr(number) for number in images])
+        known = first_names([brief(number) for number in images])
         expected = f"expected image_id to be the id of an image: {known}"
         raise DataError(f"{file}: no annotation belongs to an image\n{expected}")
     return Content(categories, sizes, regions)
@@ -77,7 +83,7 @@ def read_document(
     kind, content: what the file is and what it holds, for messages.
     """
     try:
-        text = file.read_bytes()
+        text = read_file(file, LARGEST)
     except FileNotFoundError:
         raise DataError(f"{file}: no such file\nexpected a {kind}\ncheck data.root and annotations") from None
     try:
@@ -92,6 +98,8 @@ def read_document(
         ) from None
     except UnicodeDecodeError as error:
         raise DataError(f"{file}: is not JSON: not UTF-8 text ({error.reason})\nexpected a {kind}") from None
+    except (RecursionError, ValueError):  # a number of thousands of digits
+        raise DataError(f"{file}: lists are nested too deeply, or a number is too long\nexpected a {kind}") from None
     if not isinstance(document, dict):
         raise DataError(
             f"{file}: a JSON {type(document).__name__}, not an object\n"
@@ -116,18 +124,24 @@ def _entries(file: Path, document: dict[str, Any], section: str, keys: tuple[str
         absent = [key for key in keys if key not in entry] if isinstance(entry, dict) else list(keys)
         if absent:
             # The id that the annotation tool gave is easier to find than the entry's number in the file.
-            name = f"id {entry['id']}" if isinstance(entry, dict) and "id" in entry else f"entry {number}"
+            name = f"id {_id(entry['id'])}" if isinstance(entry, dict) and "id" in entry else f"entry {number}"
             raise DataError(
                 f"{file}: {section}, {name}: {', '.join(absent)} missing\nexpected the keys {', '.join(keys)}\n"
                 "export the file again from the tool that made it, or add the keys"
             )
-        yield f"{file}: {section}, id {entry['id']}", entry
+        yield f"{file}: {section}, id {_id(entry['id'])}", entry
+
+
+def _id(value: Any) -> str:
+    """An id for messages: mostly a number or a short text, which has no quotes then."""
+    plain = (type(value) is int and abs(value) < 1 << 63) or (isinstance(value, str) and len(value) <= 60)
+    return printable(str(value)) if plain else brief(value)
 
 
 def _key(where: str, entry: dict[str, Any], name: str) -> Any:
     """The value of an id. Raises DataError where it is neither a number nor text."""
     if not isinstance(entry[name], int | str):
-        raise DataError(f"{where}: {name} is {entry[name]!r}\nexpected a whole number")
+        raise DataError(f"{where}: {name} is {brief(entry[name])}\nexpected a whole number")
     return entry[name]
 
 
@@ -135,7 +149,8 @@ def _categories(file: Path, document: dict[str, Any]) -> dict[int, str]:
     categories: dict[int, str] = {}
     for where, entry in _entries(file, document, "categories", ("id", "name")):
         if not isinstance(entry["id"], int) or not isinstance(entry["name"], str) or not entry["name"]:
-            raise DataError(f"{where}: its name is {entry['name']!r}\nexpected a whole number as id and text as name")
+            name = brief(entry["name"])
+            raise DataError(f"{where}: its name is {name}\nexpected a whole number as id and text as name")
         if categories.setdefault(entry["id"], entry["name"]) != entry["name"]:
             both = f"{categories[entry['id']]} and {entry['name']}"
             raise DataError(f"{where} is used for {both}\nexpected a different id for each category")
@@ -148,10 +163,15 @@ def _images(file: Path, document: dict[str, Any]) -> dict[Any, tuple[str, tuple[
     names = set()
     for where, entry in _entries(file, document, "images", ("id", "file_name", "height", "width")):
         height, width, name = entry["height"], entry["width"], entry["file_name"]
-        if not (isinstance(height, int) and isinstance(width, int) and min(height, width) > 0):
-            raise DataError(f"{where}: width {width!r}, height {height!r}\nexpected whole numbers of pixels")
-        if not isinstance(name, str) or not name:
-            raise DataError(f"{where}: file_name is {name!r}\nexpected a path below the folder of images")
+        if not (type(height) is int and type(width) is int and min(height, width) > 0):
+            size = f"width {brief(width)}, height {brief(height)}"
+            raise DataError(f"{where}: {size}\nexpected whole numbers of pixels")
+        if height * width > MAX_PIXELS:
+            size = f"width {brief(width)}, height {brief(height)}"
+            raise DataError(f"{where}: {size}\nexpected at most {MAX_PIXELS:,} pixels\nsplit the image")
+        if not isinstance(name, str):
+            raise DataError(f"{where}: file_name is {brief(name)}\nexpected a path below the folder of images")
+        require_below(f"{where}: file_name", name)
         if name in names or _key(where, entry, "id") in images:
             raise DataError(f"{where}: {name}: its id or name is used twice\nexpected one entry an image\nremove one")
         names.add(name)
@@ -166,16 +186,18 @@ def region_runs(file: Path, region: Region, height: int, width: int, section: st
     Raises DataError for a segmentation that is not valid or does not fit an image of H×W. `section`: the key of the
     file that its message names.
     """
-    where, segmentation = f"{file}: {section}, id {region.id}", region.segmentation
+    where, segmentation = f"{file}: {section}, id {_id(region.id)}", region.segmentation
     if isinstance(segmentation, list) and segmentation:
         polygons = [_polygon(where, polygon, max(height, width)) for polygon in segmentation]
+        if sum(map(len, polygons)) * 3 * max(height, width) > LONGEST_OUTLINE:  # otherwise it cannot be too long
+            _require_short(where, polygons)
         # pycocotools reads four numbers as a box, and fails without a polygon.
         whole = [points for points in polygons if len(points) >= 6]
         if not whole:
             return run_lengths([height * width])
         return run_lengths(mask_utils.merge(mask_utils.frPyObjects(whole, height, width))["counts"].decode())
     if not isinstance(segmentation, dict):
-        shown = "empty" if segmentation == [] else repr(segmentation)[:60]
+        shown = "empty" if segmentation == [] else brief(segmentation)
         raise DataError(
             f"{where}: the segmentation is {shown}\nexpected polygons or run lengths\n"
             "a box does not say which pixels belong to the object: outline it, or remove the annotation"
@@ -183,9 +205,9 @@ def region_runs(file: Path, region: Region, height: int, width: int, section: st
     size, runs = segmentation.get("size"), run_lengths(segmentation.get("counts"))
     if size != [height, width]:
         raise DataError(
-            f"{where}: run lengths of size {size}\nexpected [height, width] of its image, [{height}, {width}]"
+            f"{where}: run lengths of size {brief(size)}\nexpected [height, width] of its image, [{height}, {width}]"
         )
-    if runs.min(initial=0) < 0 or runs.sum() != height * width:
+    if runs.min(initial=0) < 0 or runs.max(initial=0) > height * width or runs.sum() != height * width:
         found = f"run lengths of {runs.sum()} pixels in total" if len(runs) else "no run lengths"
         raise DataError(f"{where}: {found}\nexpected {height * width}, the pixels of {width}x{height}\nexport it again")
     return runs
@@ -195,13 +217,24 @@ def _polygon(where: str, points: Any, side: int) -> list[float]:
     """The polygon [x, y, x, y, …]. Raises DataError where it is not one, or lies far outside the image."""
     numbers = isinstance(points, list) and all(type(number) in (int, float) for number in points)
     if not numbers or len(points) % 2:
-        found = f"{len(points)} numbers" if numbers else repr(points)[:60]
+        found = f"{len(points)} numbers" if numbers else brief(points)
         raise DataError(f"{where}: a polygon of {found}\nexpected a list [x, y, x, y, …]\nexport it again")
     # Numbers near the limits of an integer would crash pycocotools, and with it the process.
-    if points and not (math.isfinite(sum(points)) and -side <= min(points) and max(points) <= 2 * side):
-        found = f"a polygon from {min(points)} to {max(points)}"
+    if not all(-side <= number <= 2 * side for number in points):  # also NaN
+        found = f"a polygon from {brief(min(points))} to {brief(max(points))}"
         raise DataError(f"{where}: {found}\nexpected pixels of an image whose longer side is {side}\nexport it again")
     return points
+
+
+def _require_short(where: str, polygons: list[list[float]]) -> None:
+    """Raises DataError for polygons of so many pixels of outline that pycocotools would need gigabytes for them."""
+    length = 0.0
+    for points in polygons:
+        corners = np.array(points).reshape(-1, 2)
+        length += float(np.abs(corners - np.roll(corners, 1, axis=0)).max(axis=1, initial=0).sum())
+    if length > LONGEST_OUTLINE:
+        what = f"polygons of {length:.0f} pixels of outline"
+        raise DataError(f"{where}: {what}\nexpected at most {LONGEST_OUTLINE:,}\nsplit the region, or use run lengths")
 
 
 def run_lengths(counts: Any) -> np.ndarray:

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import re
+import reprlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, Protocol
+
+from ssaseg.files.text import printable
 
 if TYPE_CHECKING:
     import numpy as np
 
 
 Palette = tuple[tuple[int, int, int], ...]
+
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = 60
 
 IGNORED = 255  # the label of pixels that no loss and no score counts
 
@@ -108,6 +115,28 @@ class Dataset(Protocol):
         """What decides the pixels, as far as it is known without reading a file: the sizes of all files [bytes], or
         the numbers that scenes are drawn from. Raises OSError where a file is missing.
         """
+
+
+def require_below(where: str, name: str) -> None:
+    """Raises DataError, which begins with `where`, for a name of a file that does not stay below its folder, or that
+    has characters which no list should have. Names are written with /, on every system.
+    """
+    parts = name.split("/")
+    wrong = "an empty name" if not name else ""
+    wrong = "a path from the root" if name.startswith("/") or re.match("[A-Za-z]:", name) else wrong
+    wrong = "a path with `..`" if ".." in parts else wrong
+    wrong = "a backslash" if "\\" in name else wrong
+    wrong = "a control character" if re.search("[\x00-\x1f\x7f]", name) else wrong
+    wrong = "a part of more than 255 characters" if max(map(len, parts)) > 255 else wrong
+    if wrong:
+        expected = "a path below the folder of images, with / between folders"
+        raise DataError(f"{where}: {wrong}: {brief(name)}\nexpected {expected}")
+
+
+def brief(value: object) -> str:
+    """A value from a file, for a message: one line of at most 60 characters, also for huge or deeply nested values."""
+    text = printable(_SHORT.repr(value))
+    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def file_sizes(files: Iterable[Path]) -> list[str]:

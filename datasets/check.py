@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 
 from ssaseg.datasets.base import IGNORED, DataError, Dataset, PairFacts, Problem
-from ssaseg.datasets.loader import Work, read_ahead
 from ssaseg.datasets.pairs import first_names
+from ssaseg.datasets.workers import Work, read_ahead
 
 
 def require_same_classes(train: Sequence[str], val: Sequence[str]) -> None:

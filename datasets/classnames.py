@@ -6,6 +6,7 @@ Nothing here is certain: every guess comes with a note that says what was found,
 from __future__ import annotations
 
 import csv
+import errno
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -14,8 +15,11 @@ from typing import NamedTuple
 
 from ssaseg.datasets.base import IGNORED, DataError
 from ssaseg.datasets.pairs import first_names
+from ssaseg.files.reading import read_file
 
 NAME_FILES = ("classes.txt", "labels.txt", "labelmap.txt", "label_map.txt", "class_names.txt", "class_dict.csv")
+LARGEST_NAMES = 2**16  # bytes of such a file
+LONGEST_LINE = 500  # characters
 # More different ids than this are probably the grey levels of a picture, not classes.
 MOST_IDS = 200
 # The first line of labelme's files, for pixels without a class. It has the id -1, which is 255 in a mask.
@@ -31,8 +35,8 @@ COLUMNS = {
     "b": re.compile(r"b|blue"),
 }
 COLOUR = re.compile(r"(.+?)\s*[:,;\s]\s*(\d{1,3})\s*[,\s]\s*(\d{1,3})\s*[,\s]\s*(\d{1,3})(?:\s*[:;,].*)?")
-ID_FIRST = re.compile(r"(?P<id>-?\d+)\s*[:;,=\s]\s*(?P<name>.+)")
-ID_LAST = re.compile(r"(?P<name>.+?)\s*[:;,=\s]\s*(?P<id>-?\d+)")
+ID_FIRST = re.compile(r"(?P<id>-?\d{1,9})\s*[:;,=\s]\s*(?P<name>.+)")
+ID_LAST = re.compile(r"(?P<name>.+?)\s*[:;,=\s]\s*(?P<id>-?\d{1,9})")
 
 
 @dataclass
@@ -168,9 +172,11 @@ def read_class_names(root: Path) -> tuple[Names | None, list[str]]:
     notes: list[str] = []
     for file in (root / name for name in NAME_FILES):
         try:
-            text = file.read_text(encoding="utf-8-sig")
+            text = read_file(file, LARGEST_NAMES).decode("utf-8-sig")
             if "\0" in text:
                 raise UnicodeError("UTF-16 text")
+            if max(map(len, text.splitlines()), default=0) > LONGEST_LINE:
+                raise OSError(errno.EFBIG, f"a line of more than {LONGEST_LINE} characters", str(file))
         except (FileNotFoundError, IsADirectoryError):
             continue
         except (OSError, UnicodeError) as error:

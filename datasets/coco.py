@@ -23,6 +23,8 @@ from ssaseg.datasets.decoding import read_image
 from ssaseg.datasets.inspection import inspect_loaded
 from ssaseg.datasets.pairs import first_names
 
+MOST_RUNS = 2**26  # run lengths of all regions of an image: 0.5 GB
+
 Pair = tuple[np.ndarray, np.ndarray]  # image, label
 
 
@@ -67,7 +69,7 @@ class CocoDataset:
                 if sizes.setdefault(name, content.sizes[name]) != content.sizes[name]:
                     raise _two_sizes(file, name, content.sizes[name], sizes[name])
                 # Pickled: as objects, regions take many times the memory, and every worker would copy them in time.
-                layers.setdefault(name, [nothing] * len(annotations))[number] = pickle.dumps(regions)
+                layers.setdefault(name, [nothing] * len(annotations))[number] = _packed(file, regions)
         self.classes, self.palette = _classes(self.annotation_files, categories, classes, palette, background)
         self._rest = IGNORED if background is None else self.classes.index(background)
         self.valid_raw = np.isin(np.arange(256), [*range(len(self.classes)), IGNORED])
@@ -118,7 +120,7 @@ class CocoDataset:
         stream = io.BytesIO(self._packed[self._ends[index] : self._ends[index + 1]])
         for file in self.annotation_files:
             regions: list[Region] = pickle.load(stream)
-            runs = [region_runs(file, region, height, width) for region in regions]
+            runs = self._runs(index, file, regions)
             areas = [int(lengths[1::2].sum()) for lengths in runs]
             for at in sorted(range(len(regions)), key=lambda at: (not regions[at].crowd, -areas[at], at)):
                 train_id = ids.get(regions[at].category, self._rest)
@@ -126,6 +128,20 @@ class CocoDataset:
                 for first, end in zip(ends[::2], ends[1::2], strict=False):
                     label[first:end] = train_id
         return np.ascontiguousarray(label.reshape(width, height).T)
+
+    def _runs(self, index: int, file: Path, regions: Sequence[Region]) -> list[np.ndarray]:
+        """`region_runs` of an image's regions. Raises DataError where they are together too large for memory."""
+        height, width = map(int, self._sizes[index])
+        runs, left = [], MOST_RUNS
+        for region in regions:
+            runs.append(region_runs(file, region, height, width))
+            left -= len(runs[-1])
+            if left < 0:
+                raise DataError(
+                    f"{file}: {self._names[index]}: its annotations have more than {MOST_RUNS:,} run lengths\n"
+                    "expected the annotations of one image\nsplit the image, or simplify the annotations"
+                )
+        return runs
 
     def preload(self) -> None:
         """Fill the cache, if there is one. Processes that are forked later use the same memory: it is only read."""
@@ -154,6 +170,14 @@ class CocoDataset:
             f"{self.image_files[index]}: image of {image[1]}x{image[0]} pixels (width x height)\n"
             f"expected {width}x{height}, as in {first_names([str(file) for file in self.annotation_files])}\n{fix}"
         )
+
+
+def _packed(file: Path, regions: list[Region]) -> bytes:
+    try:
+        return pickle.dumps(regions)
+    except RecursionError:
+        what = "a segmentation is nested too deeply"
+        raise DataError(f"{file}: {what}\nexpected polygons or run lengths\nexport the file again") from None
 
 
 def _two_sizes(file: Path, name: str, size: tuple[int, int], other: tuple[int, int]) -> DataError:

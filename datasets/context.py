@@ -15,7 +15,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ssaseg.datasets.annotations import Region, read_document, region_runs
-from ssaseg.datasets.base import DataError
+from ssaseg.datasets.base import DataError, brief
+from ssaseg.datasets.decoding import MAX_PIXELS
 
 CONTEXT_FILE = "trainval_merged.json"
 ANNOTATIONS = "annos_segmentation"  # the key of the annotations in the file
@@ -55,6 +56,8 @@ def drawings(file: Path) -> Iterator[Drawing]:
         for image in document["images"]:
             if image["phase"] in ("train", "val"):
                 height, width = _whole(image, "height"), _whole(image, "width")
+                if height * width > MAX_PIXELS:
+                    raise TypeError(f"an image has {brief(height * width)} pixels, expected at most {MAX_PIXELS:,}")
                 name = Path(image["file_name"]).stem
                 yield Drawing(file, image["phase"], name, height, width, shapes[image["image_id"]])
     except (KeyError, TypeError, AttributeError) as error:
@@ -66,7 +69,7 @@ def drawings(file: Path) -> Iterator[Drawing]:
 
 def _whole(row: dict[str, Any], key: str) -> int:
     if type(row[key]) is not int or row[key] < 0:
-        raise TypeError(f"{key} is {row[key]!r}")
+        raise TypeError(f"{key} is {brief(row[key])}")
     return row[key]
 
 

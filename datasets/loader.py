@@ -6,37 +6,20 @@ len(dataset) is a permutation seeded by (seed, e), and the augmentation of sampl
 """
 
 import itertools
-import math
-import os
-import signal
-import sys
-import threading
-import warnings
-from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
-from multiprocessing import active_children
-from multiprocessing.connection import wait
-from multiprocessing.process import BaseProcess
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import cv2
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
 
-from ssaseg.datasets.base import DataError, Dataset
+from ssaseg.datasets.base import Dataset
 from ssaseg.datasets.transforms import DRAWS, TrainTransform, scaled_inputs
+from ssaseg.datasets.workers import Work, read_ahead, shared_pixels
 
-# Batches or images that a worker prepares ahead of their use: this limits the memory.
-PREFETCH = 2
 # First number of the seeds, so that epochs and samples get different random numbers.
 EPOCH, SAMPLE = 0, 1
-SIGNALS = {signal.SIGINT, signal.SIGTERM}
-
-
-class WorkerError(RuntimeError):
-    """A process that reads images crashed or was killed. Three lines: how and where, the likely cause, the fix."""
 
 
 class Batch(NamedTuple):
@@ -118,43 +101,6 @@ def _batches(count: int, seed: int, places: Iterable[range]) -> Iterator[list[tu
         yield batch
 
 
-class Work(ABC):
-    """The work of a worker process. A worker notes which image it reads; the main process can read this note even
-    after the worker ended.
-    """
-
-    def __init__(self, dataset: Dataset) -> None:
-        self.dataset = dataset
-        self.notes = torch.empty(0)
-        self.row = np.full(2, -1)
-
-    @abstractmethod
-    def __getitem__(self, key: Any) -> Any:
-        """The item for one key. DataError and OSError that it raises reach the main process unchanged."""
-
-    def make_notes(self, workers: int) -> None:
-        """Before workers start: a row in shared memory for each of them: its process id and an image's index, or -1."""
-        self.notes = torch.full((max(workers, 1), 2), -1)
-        if workers:
-            _to_shared_memory(self.notes)
-
-    def take_row(self, worker: int) -> None:
-        """In a worker: use this row for its notes from now on."""
-        self.row = self.notes[worker].numpy()  # writing to a tensor would take 70 us
-        self.row[0] = os.getpid()
-
-    def note(self, index: int) -> None:
-        """Note the image that is read from now on; -1: none."""
-        self.row[1] = index
-
-    def image_at(self, process: int) -> str | None:
-        """Name of the image that the worker with this process id was reading; None: it was not reading an image."""
-        for pid, index in self.notes.tolist():
-            if pid == process and index >= 0:
-                return self.dataset.name(index)
-        return None
-
-
 class TrainWork(Work):
     """Makes a whole batch in one worker. Pixels are written once, into the memory that the main process receives."""
 
@@ -167,7 +113,7 @@ class TrainWork(Work):
 
     def __getitem__(self, samples: list[tuple[int, int]]) -> Batch:
         height, width = self.transform.crop
-        images, labels = _pixels(len(samples), height, width, 3), _pixels(len(samples), height, width)
+        images, labels = shared_pixels(len(samples), height, width, 3), shared_pixels(len(samples), height, width)
         arrays = list(zip(images.numpy(), labels.numpy(), strict=True))
         draws = np.empty((len(samples), DRAWS), np.float32)
         sizes = np.empty((len(samples), 2), np.int64)
@@ -215,156 +161,3 @@ class _EvalWork(Work):
         *inputs, labels = (torch.from_numpy(np.require(array, requirements=["C", "W"])) for array in arrays)
         self.note(-1)
         return inputs, labels, self.dataset.name(index)
-
-
-class _Caught(torch.utils.data.Dataset[Any]):
-    """Returns errors in the data instead of raising them: DataLoader would hide them in the text of a traceback."""
-
-    def __init__(self, work: Work) -> None:
-        self.work = work
-
-    def __getitem__(self, key: Any) -> Any:
-        try:
-            item = self.work[key]
-            if torch.utils.data.get_worker_info() is not None:
-                # Here a lack of shared memory can be reported. In PyTorch's own thread it would only print a
-                # traceback, and the command would wait forever.
-                _to_shared_memory(item)
-            return item
-        except (DataError, OSError, WorkerError) as error:
-            return error
-
-
-def _pixels(*shape: int) -> Tensor:
-    """Uninitialised uint8; in a worker in shared memory, so that the main process receives it without a copy."""
-    if torch.utils.data.get_worker_info() is None:
-        return torch.empty(shape, dtype=torch.uint8)
-    size = math.prod(shape)
-    try:
-        storage = torch.UntypedStorage._new_shared(size)
-    except RuntimeError:
-        raise _no_room(size) from None
-    return torch.empty(0, dtype=torch.uint8).set_(storage).view(shape)
-
-
-def _to_shared_memory(item: Any) -> None:
-    """Move the tensors in nested sequences to shared memory, except those that are already in it."""
-    if isinstance(item, Tensor):
-        try:
-            item.share_memory_()
-        except RuntimeError:
-            raise _no_room(item.nbytes) from None
-    elif isinstance(item, list | tuple):
-        for each in item:
-            _to_shared_memory(each)
-
-
-def _no_room(size: int) -> WorkerError:
-    return WorkerError(
-        f"the shared memory (/dev/shm) is full: no space for {size / 2**20:.1f} MiB of pixels\n"
-        f"expected space for {PREFETCH} batches for each worker and two more\n"
-        "give the container more shared memory (docker: --shm-size), or use fewer train.workers, or train.workers=0"
-    )
-
-
-def read_ahead(work: Work, keys: Iterable[Any], workers: int, pin_memory: bool = False) -> Iterator[Any]:
-    """`work[key]` for each key, in order, computed ahead by `workers` processes, which end with the iterator."""
-    work.make_notes(workers)
-    others = active_children()
-    with warnings.catch_warnings():
-        # A warning about more workers than cores: a published recipe sets a number for all machines.
-        warnings.filterwarnings("ignore", "This DataLoader will create", UserWarning)
-        iterator = _start(_loader(work, keys, workers, pin_memory))
-    processes = [child for child in active_children() if child not in others]
-    try:
-        while (item := _take(iterator, processes, work)) is not None:
-            if isinstance(item, Exception):
-                raise item
-            yield item
-    finally:
-        # This is the only reference: the workers end here, even if the traceback of an error keeps this frame alive.
-        del iterator
-
-
-def _loader(work: Work, keys: Iterable[Any], workers: int, pin_memory: bool) -> DataLoader[Any]:
-    return DataLoader(
-        _Caught(work),
-        batch_size=None,
-        sampler=keys,
-        num_workers=workers,
-        collate_fn=_unchanged,
-        pin_memory=pin_memory,
-        prefetch_factor=PREFETCH if workers else None,
-        worker_init_fn=_start_worker,
-        # Forked workers use the same memory for the cache of a data set. On other systems forking is not safe.
-        multiprocessing_context="fork" if workers and sys.platform == "linux" else None,
-        # Otherwise it would draw from the global generator, and the dropout of a resumed run would differ.
-        generator=torch.Generator(),
-    )
-
-
-def _start(loader: DataLoader[Any]) -> Iterator[Any]:
-    """The loader's iterator; the handling of signals in this process stays unchanged."""
-    handler = signal.getsignal(signal.SIGCHLD) if hasattr(signal, "SIGCHLD") else None
-    # Signals are blocked until each worker has decided which of them to ignore: see `_start_worker`.
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
-    try:
-        iterator = iter(loader)
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-    if handler is not None and threading.current_thread() is threading.main_thread():
-        # PyTorch's handler raises at any place, even in the middle of a step or while a file is saved. Without it, a
-        # worker that ended is noticed when its next item is missing, at most five seconds later.
-        signal.signal(signal.SIGCHLD, handler)
-    return iterator
-
-
-def _take(iterator: Iterator[Any], processes: Sequence[BaseProcess], work: Work) -> Any:
-    """The next item, None after the last. Raises WorkerError where a worker ended before it made the item."""
-    try:
-        return next(iterator, None)
-    except (RuntimeError, OSError, EOFError):
-        # The connection breaks a moment before the process has ended.
-        ended = wait([process.sentinel for process in processes], timeout=2) if processes else []
-        for process in processes:
-            if process.sentinel in ended:
-                process.join()
-        gone = next((process for process in processes if process.exitcode), None)
-        if gone is None:
-            raise
-        raise WorkerError(_describe_killed(gone.exitcode or 0, work.image_at(gone.pid or 0))) from None
-
-
-def _describe_killed(exitcode: int, image: str | None) -> str:
-    """Three lines about a worker that ended with `exitcode` (negative: a signal's number) while it read `image`."""
-    names = {-number: number.name for number in signal.Signals}
-    how = names.get(exitcode, f"exit code {exitcode}")
-    causes = {
-        "SIGKILL": "killed from outside: most often by the system, because the memory was used up",
-        "SIGBUS": "most often because the shared memory (/dev/shm) was used up",
-        "SIGSEGV": "its decoder crashed: most often because of a damaged file",
-    }
-    where, look = (f"while it read image {image}", ", or check that image") if image else ("between two images", "")
-    return (
-        f"a process that reads images ended with {how} {where}\n"
-        f"{causes.get(how, 'it was killed from outside, or it crashed')}\n"
-        f"use fewer train.workers, a smaller train.micro_batch or data.cache=false{look}"
-    )
-
-
-def _unchanged(item: Any) -> Any:
-    return item
-
-
-def _start_worker(worker: int) -> None:
-    """A worker has one thread, and ignores signals that are meant for the command: the main process ends it."""
-    info = torch.utils.data.get_worker_info()
-    assert info is not None
-    assert isinstance(info.dataset, _Caught)
-    info.dataset.work.take_row(worker)
-    cv2.setNumThreads(0)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if hasattr(os, "setpgid"):
-        # Ctrl-C, or a SIGTERM to the whole process group, would end the workers while the command still saves.
-        os.setpgid(0, 0)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)

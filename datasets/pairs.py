@@ -14,11 +14,14 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from ssaseg.datasets.base import IGNORED, DataError, PairFacts, Problem, default_palette, file_sizes
+from ssaseg.datasets.base import IGNORED, DataError, PairFacts, Problem, default_palette, file_sizes, require_below
 from ssaseg.datasets.decoding import read_image, read_mask
 from ssaseg.datasets.inspection import count_ids, image_size
+from ssaseg.files.reading import read_file
 
 Decoded = tuple[np.ndarray, np.ndarray, np.ndarray | None]  # image, raw ids, colours of a palette file
+
+LARGEST_LIST = 2**26  # bytes of a list of names
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 
@@ -296,18 +299,20 @@ def _raise_or_keep(error: DataError, kept: list[DataError] | None) -> None:
 
 
 def read_names(file: Path) -> list[str]:
-    """The names in a list file, one a line, sorted. Raises DataError where it is missing, empty or not UTF-8 text, or
-    has a name twice.
+    """The names in a list file, one a line, sorted. Raises DataError where it is missing, empty or not UTF-8 text, has
+    a name twice, or one that leads out of its folder; OSError where it is not a regular file.
 
     Names keep their spaces. Only a line feed ends a line; a carriage return before it is dropped.
     """
     try:
-        lines = file.read_bytes().decode("utf-8-sig").split("\n")
+        lines = read_file(file, LARGEST_LIST).decode("utf-8-sig").split("\n")
     except FileNotFoundError:
         raise DataError(f"{file}: no such file\nexpected the list of names, one a line") from None
     except UnicodeDecodeError as error:
         raise DataError(f"{file}: not UTF-8 text ({error.reason})\nexpected the list of names, one a line") from None
     names = sorted(line.removesuffix("\r") for line in lines if line.strip())
+    for name in names:
+        require_below(str(file), name.strip())
     twice = next((name for name, following in pairwise(names) if name == following), None)
     if twice is not None:
         raise DataError(f"{file}: {twice} is listed twice\nexpected each name once\nremove the repeated lines")

@@ -12,6 +12,8 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from io import BytesIO
+from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,16 +22,18 @@ import numpy as np
 
 from ssaseg.datasets.base import IGNORED, DataError
 from ssaseg.datasets.context import CONTEXT_FILE, CONTEXT_IDS, Drawing, draw, drawings
-from ssaseg.datasets.decoding import header_size, read_mask
-from ssaseg.datasets.loader import Work, read_ahead
+from ssaseg.datasets.decoding import MAX_PIXELS, header_size, read_mask
 from ssaseg.datasets.pairs import files_by_name, first_names, read_names
 from ssaseg.datasets.published import LAYOUTS, Layout
+from ssaseg.datasets.workers import Work, read_ahead
+from ssaseg.files.reading import open_file, read_file
 
 # COCO has 91 ids for things and 91 for stuff. These ids of things have no pixels and no class. 0 is unlabelled.
 COCO_ABSENT = (12, 26, 29, 30, 45, 66, 68, 69, 71, 83, 91)
 # The ids (0..33) of Cityscapes' train ids 0..18 (cityscapesscripts/helpers/labels.py); the other ids are ignored.
 CITYSCAPES_IDS = (7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33)
 UNKNOWN = -1  # in a table: an id that has no meaning
+LARGEST_MAT = 2**28  # bytes of a mask of COCO-Stuff-10K
 PNG_END = b"\0\0\0\0IEND\xaeB`\x82"  # the last chunk of every PNG file
 
 
@@ -133,16 +137,18 @@ def _read_mat(file: Path) -> np.ndarray:
     """Raw ids (H, W): the array S of a COCO-Stuff-10K file, which also holds names, captions and superpixels."""
     from scipy.io import loadmat, whosmat
 
+    content = BytesIO(read_file(file, LARGEST_MAT))
     try:
-        ids = loadmat(file, variable_names=["S"]).get("S")
-        keys = [] if ids is not None else [name for name, _, _ in whosmat(file)]
-    except FileNotFoundError:
-        raise
+        shapes = {name: shape for name, shape, _ in whosmat(content)}
+        keys, pixels = list(shapes), prod(shapes.get("S", ()))
+        if pixels > MAX_PIXELS:
+            raise ValueError(f"S has {pixels:,} values, expected at most {MAX_PIXELS:,}")  # before it is decompressed
+        ids = loadmat(content, variable_names=["S"]).get("S")
     except Exception as error:  # for damaged files scipy's parser raises errors of any type
         reason = (str(error) or type(error).__name__).splitlines()[0]
         expected = "expected a complete MATLAB 5 file\nunpack the download again"
         raise DataError(f"{file}: damaged .mat file: {reason}\n{expected}") from None
-    if ids is None:
+    if not isinstance(ids, np.ndarray):
         raise DataError(
             f"{file}: no key S; it has {first_names(keys, 5) or 'none'}\n"
             "expected the label map under S, as in COCO-Stuff-10K 1.1\nunpack cocostuff-10k-v1.1.zip again"
@@ -239,7 +245,7 @@ def plan_preparation(name: str, source: Path, root: Path) -> Plan:
 def is_whole(mask: Path) -> bool:
     """Whether a PNG file exists and is complete: a file that another program wrote may be cut off."""
     try:
-        with mask.open("rb") as file:
+        with open_file(mask) as file:
             file.seek(-len(PNG_END), os.SEEK_END)
             return file.read() == PNG_END
     except OSError:  # missing, or too short

@@ -237,7 +237,7 @@ def _find_lists(root: Path, places: Mapping[Place, Sequence[str]], found: Found)
         pair = {"train": train, "val": train.with_name("val.txt")}
         try:
             fits = all(stems & {name, name.strip()} for file in pair.values() for name in read_names(file))
-        except DataError:  # not a list of names
+        except (DataError, OSError):  # not a list of names
             continue
         if fits:
             found.notes.append(f"the splits are those of {train.parent.relative_to(root)}/train.txt and val.txt")

@@ -31,18 +31,20 @@ class CheckpointError(ValueError):
     """A checkpoint that cannot be read, or does not fit the model. The message names the file and the fix."""
 
 
-def save_model(path: str | os.PathLike[str], model: Segmenter, metadata: Mapping[str, Any]) -> None:
+def save_model(
+    path: str | os.PathLike[str], model: Segmenter, metadata: Mapping[str, Any], root: Path | None = None
+) -> None:
     """Writes the whole state dict and `metadata` (JSON values) as safetensors, atomically.
 
     `format`, `model` and `classifier` come from the model, other missing keys from `DEFAULTS`. If `classes` is missing,
-    the classes are numbered. An existing file stays until the new one is complete on the disk. Raises ValueError if
-    `classes` does not fit the model, OSError if the file cannot be written.
+    the classes are numbered. `root`: see `write_atomic`. An existing file stays until the new one is complete on the
+    disk. Raises ValueError if `classes` does not fit the model, OSError if the file cannot be written.
     """
     fixed = {"format": FORMAT, "model": model.name, "classifier": model.classifier_name}
     known = {**DEFAULTS, "classes": numbered(model.num_classes), **metadata, **fixed}
     if len(known["classes"]) != model.num_classes:
         raise ValueError(f"metadata names {len(known['classes'])} classes, the model has {model.num_classes}")
-    write_tensors(Path(path), model.state_dict(), known)
+    write_tensors(Path(path), model.state_dict(), known, root)
 
 
 def numbered(classes: int) -> list[str]:
@@ -77,10 +79,12 @@ def deploy_tensors(model: Segmenter) -> dict[str, torch.Tensor]:
     return kept
 
 
-def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], header: Mapping[str, Any]) -> None:
-    """Writes tensors as safetensors, atomically, with `header` (JSON values)."""
+def write_tensors(
+    path: Path, tensors: Mapping[str, torch.Tensor], header: Mapping[str, Any], root: Path | None = None
+) -> None:
+    """Writes tensors as safetensors, atomically, with `header` (JSON values). `root`: see `write_atomic`."""
     stored = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
-    write_atomic(path, save(stored, {key: json.dumps(value) for key, value in header.items()}))
+    write_atomic(path, save(stored, {key: json.dumps(value) for key, value in header.items()}), root=root)
 
 
 def read_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, torch.Tensor], dict[str, str]]:

@@ -24,6 +24,7 @@ from ssaseg.recipes.reading import (
     apply_overrides,
     read_recipe,
     recipe_file,
+    recipe_text,
     shipped_recipes,
 )
 from ssaseg.recipes.schema import Recipe, Test
@@ -38,6 +39,7 @@ __all__ = [
     "parse_protocol",
     "parse_recipe",
     "recipe_file",
+    "recipe_text",
     "standalone_text",
 ]
 
@@ -84,7 +86,9 @@ def _current(data: Mapping[str, Any]) -> Mapping[str, Any]:
     if not isinstance(distill, Mapping) or "weights" not in distill:
         return data
     kept = {key: value for key, value in distill.items() if key != "weights"}
-    return {**data, "distill": kept, "loss": {**data.get("loss", {}), "weights": distill["weights"]}}
+    loss = data.get("loss", {})
+    loss = {**loss, "weights": distill["weights"]} if isinstance(loss, Mapping) else loss
+    return {**data, "distill": kept, "loss": loss}
 
 
 class _Protocol(Section):
@@ -120,8 +124,8 @@ def standalone_text(name_or_path: str) -> str:
     If the recipe extends no other, this is its unchanged text, with comments; otherwise its header and all its keys.
     """
     path = recipe_file(name_or_path)
-    text = path.read_text(encoding="utf-8")
     recipe = load_recipe(name_or_path)
+    text = recipe_text(path)
     if not re.search(r"^extends\b", text, flags=re.MULTILINE):
         return text
     header = "".join(itertools.takewhile(lambda line: line.startswith("#"), text.splitlines(keepends=True)))

@@ -5,14 +5,16 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, BeforeValidator, Field, Strict, model_validator
 
 from ssaseg.recipes.fields import (
+    MOST_SCENES,
     Byte,
     Colour,
-    Count,
     NonEmpty,
     Positive,
     RawId,
     Section,
+    Seed,
     Switch,
+    Text,
     Three,
     wrong,
 )
@@ -29,19 +31,21 @@ def _listed(value: Any) -> Any:
     return [value] if isinstance(value, str) else value
 
 
+Suffixes = Annotated[tuple[Text, ...], Strict(False), Field(min_length=1, max_length=100), AfterValidator(_suffixes)]
+Files = Annotated[tuple[NonEmpty, ...], Strict(False), Field(min_length=1, max_length=100), BeforeValidator(_listed)]
+
+
 class Folders(Section):
     """Where one split's images and labels are, below `data.root`."""
 
-    images: str = Field(description="folder of the images, below data.root; searched recursively")
+    images: Text = Field(description="folder of the images, below data.root; searched recursively")
     masks: NonEmpty | None = Field(
         default=None, description="folder of the label masks, below data.root; same structure as the images' folder"
     )
     names: NonEmpty | None = Field(
         default=None, description="file with the names of the split's images, one per line, below data.root; null: all"
     )
-    annotations: (
-        Annotated[tuple[NonEmpty, ...], Strict(False), Field(min_length=1), BeforeValidator(_listed)] | None
-    ) = Field(
+    annotations: Files | None = Field(
         default=None, description="COCO-format file, or a list of them, below data.root; later ones are drawn on top"
     )
 
@@ -49,11 +53,13 @@ class Folders(Section):
 class Synthetic(Section):
     """The scenes that ssaseg draws itself, for dataset: synthetic."""
 
-    height: int = Field(ge=64, description="height of every scene [pixels], at least 64, to leave room for objects")
-    width: int = Field(ge=64, description="width of every scene [pixels], at least 64")
-    train: Count = Field(description="number of training scenes")
-    val: Count = Field(description="number of validation scenes")
-    seed: int = Field(default=0, ge=0, description="seed of the scenes; the same seed and index give the same image")
+    height: int = Field(
+        ge=64, le=2048, description="height of every scene [pixels], at least 64, to leave room for objects"
+    )
+    width: int = Field(ge=64, le=2048, description="width of every scene [pixels], at least 64")
+    train: int = Field(ge=1, le=MOST_SCENES, description="number of training scenes")
+    val: int = Field(ge=1, le=MOST_SCENES, description="number of validation scenes")
+    seed: Seed = Field(default=0, description="seed of the scenes; the same seed and index give the same image")
 
 
 # By data set: the key with a split's labels, and the keys of a split that the data set does not use.
@@ -72,15 +78,15 @@ _USERS: dict[str, tuple[str, ...]] = {
 class Data(Section):
     """Images, labels and what the label values mean."""
 
-    dataset: str = Field(
+    dataset: Text = Field(
         default="folder",
         description="folder (image/mask pairs on disk), coco_json (COCO-format annotations), synthetic (scenes that "
         "ssaseg draws itself), or a published data set such as ade20k, whose classes and folders are known",
     )
-    root: str = Field(default=".", description="folder of the data set, relative to the current directory")
+    root: Text = Field(default=".", description="folder of the data set, relative to the current directory")
     train: Folders | None = Field(default=None, description="where the training split's images and labels are")
     val: Folders | None = Field(default=None, description="where the validation split's images and labels are")
-    image_suffixes: Annotated[tuple[str, ...], Strict(False), Field(min_length=1), AfterValidator(_suffixes)] = Field(
+    image_suffixes: Suffixes = Field(
         default=(".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"),
         description="files with these ends of names are images; upper and lower case are the same",
     )
@@ -157,11 +163,11 @@ class Data(Section):
     @model_validator(mode="after")
     def _classes_and_labels(self) -> "Data":
         names = self.classes
+        if names and not 2 <= len(names) <= 255:
+            raise wrong("data.classes", len(names), "2 to 255 names", "a label is one byte, and 255 means 'ignored'")
         repeated = next((name for name in names if names.count(name) > 1), None)
         if repeated is not None:
             raise wrong("data.classes", repeated, "each class name once", "rename one of them")
-        if names and not 2 <= len(names) <= 255:
-            raise wrong("data.classes", len(names), "2 to 255 names", "a label is one byte, and 255 means 'ignored'")
         if self.palette is not None and len(self.palette) != len(names):
             expected = f"{len(names)} colours, one per class"
             raise wrong("data.palette", len(self.palette), expected, "add or remove colours, or use null")

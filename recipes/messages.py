@@ -6,7 +6,7 @@ from typing import Any, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 
-from ssaseg.recipes.reading import Keys, short
+from ssaseg.recipes.reading import Keys, brief, short
 from ssaseg.recipes.schema import Recipe
 
 _EXPECTED = {
@@ -16,6 +16,9 @@ _EXPECTED = {
     "finite_number": "a finite number",
     "string_type": "text (in quotes if it looks like a number)",
     "string_too_short": "text that is not empty",
+    "string_too_long": "text of at most {max_length} characters",
+    "string_unicode": "text that can be written as UTF-8",
+    "control": "text of one line, without control characters",
     "string_pattern_mismatch": "text without slashes that does not start with a dot",
     "bool_type": "true or false",
     "bool_parsing": "true or false",
@@ -75,14 +78,14 @@ def _did_you_mean(loc: Keys) -> str:
     *above, name = map(str, loc)
     section = _section(tuple(above))
     siblings = list(section.model_fields)
-    name = name.lower()  # all keys are in lower case
+    name = name.lower()[:60]  # all keys are in lower case, and short
     near = difflib.get_close_matches(name, siblings, n=1)
     if near:
-        return f"did you mean {'.'.join([*above, near[0]])}?"
+        return f"did you mean {dotted((*above, near[0]))}?"
     others = [key for key in _all_keys(Recipe) if difflib.get_close_matches(name, [key.rpartition(".")[2]], n=1)]
     if others:
         return f"did you mean {' or '.join(others[:2])}?"
-    return f"known keys {'of ' + '.'.join(above) if above else 'at the top'}: {', '.join(siblings)}"
+    return f"known keys {'of ' + dotted(tuple(above)) if above else 'at the top'}: {', '.join(siblings)}"
 
 
 def _all_keys(section: type[BaseModel], above: str = "") -> Iterator[str]:
@@ -120,4 +123,4 @@ def _description(loc: Keys) -> str:
 
 def dotted(loc: Keys) -> str:
     """`("augment", "crop", 1)` as augment.crop[1]."""
-    return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in loc).lstrip(".")
+    return "".join(f"[{part}]" if isinstance(part, int) else f".{brief(part)}" for part in loc).lstrip(".")

@@ -3,6 +3,7 @@
 Scalars follow YAML 1.2. PyYAML follows YAML 1.1, in which `1e-3` is text, `off` is false and `1:30` is ninety.
 """
 
+import contextlib
 import difflib
 import re
 from collections.abc import Sequence
@@ -12,11 +13,16 @@ from typing import Any
 
 import yaml
 
+from ssaseg.files.reading import read_text
+from ssaseg.files.text import printable
+
 FOLDER = Path(__file__).parent
 COMMAND_LINE = "command line"
 LIST = "`ssaseg recipes list` prints the shipped recipes"
 SYNTAX = "expected lines `key: value`, indented with spaces; text that contains `: ` or ` #` needs quotes"
 Keys = tuple[Any, ...]  # names from the recipe's root down to a value
+# Of a recipe file: bytes; of all files that it extends, and of an argument: values, nested levels, files.
+LARGEST, MOST_VALUES, DEEPEST, MOST_FILES = 2**18, 20_000, 20, 50
 # Keys of `data` that do not depend on the data set alone: they are kept when a recipe changes `data.dataset`.
 KEPT = {"mean", "std", "cache"}
 
@@ -35,6 +41,24 @@ class Layer:
 
 class _Loader(yaml.SafeLoader):
     """Reads scalars as in YAML 1.2: only true and false are booleans, no dates, no base 60; and `_` between digits."""
+
+    left, depth = MOST_VALUES, 0
+
+    def count(self) -> None:
+        """Counts one value. An alias can stand for many, whose copies would fill the memory."""
+        self.left -= 1
+        if self.left < 0:
+            raise yaml.YAMLError(f"more than {MOST_VALUES} values, with those of aliases")
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        """Called by PyYAML for every value that is written."""
+        self.count()
+        self.depth += 1
+        if self.depth > DEEPEST + 2:
+            raise RecursionError
+        node: yaml.Node | None = super().compose_node(parent, index)
+        self.depth -= 1
+        return node
 
 
 FLOAT = re.compile(r"[-+]?(?:\.[0-9]+|[0-9][0-9_]*(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?$|[-+]?\.(?:inf|Inf|INF)$|\.nan$")
@@ -63,17 +87,21 @@ def recipe_file(name: str, beside: Path | None = None) -> Path:
     if not name.strip():
         raise RecipeError(f"the name of the recipe is empty\n{LIST}")
     is_path = Path(name).suffix in (".yaml", ".yml") or len(Path(name).parts) != 1
-    path = (beside or Path()) / Path(name).expanduser() if is_path else FOLDER / f"{name}.yaml"
-    if path.exists():
-        return path
-    near = difflib.get_close_matches(Path(name).stem, shipped_recipes(), n=3, cutoff=0.5)
+    path = (beside or Path()) / Path(name) if is_path else FOLDER / f"{name}.yaml"
+    with contextlib.suppress(RuntimeError, ValueError, OSError):  # no such user, a NUL byte, a name that is too long
+        path = (beside or Path()) / Path(name).expanduser() if is_path else path
+        if path.exists():
+            return path
+    near = difflib.get_close_matches(Path(name).stem[:60], shipped_recipes(), n=3, cutoff=0.5)
     fix = f"did you mean {' or '.join(near)}?" if near else LIST
     if is_path:
-        raise RecipeError(f"{path}: no such file\na name without folder and suffix is a shipped recipe; {fix}")
-    raise RecipeError(f"{name}: no shipped recipe has this name; to give a file, write its suffix .yaml\n{fix}")
+        raise RecipeError(
+            f"{brief(path, 300)}: no such file\na name without folder and suffix is a shipped recipe; {fix}"
+        )
+    raise RecipeError(f"{brief(name)}: no shipped recipe has this name; to give a file, write its suffix .yaml\n{fix}")
 
 
-def read_recipe(path: Path, above: tuple[Path, ...] = ()) -> Layer:
+def read_recipe(path: Path, above: tuple[Path, ...] = (), read: list[Path] | None = None) -> Layer:
     """Read a file and all recipes that it extends. A later base overrides an earlier one, the file overrides its bases.
 
     If the file changes `data.dataset` or the classes, keys of the base's `data` section that have no meaning then are
@@ -82,10 +110,16 @@ def read_recipe(path: Path, above: tuple[Path, ...] = ()) -> Layer:
     Args:
         path: the YAML file.
         above: the files that extend this one, directly or not, as resolved paths; used to find cycles.
+        read: the files that were read before, each as often as it was read; used to limit them.
 
     Raises:
-        RecipeError: unreadable file, YAML error, duplicate key, missing base, cycle.
+        RecipeError: unreadable file, YAML error, duplicate key, missing base, cycle, too many bases.
     """
+    read = [] if read is None else read
+    read.append(path)
+    if len(read) > MOST_FILES:
+        what = f"extends more than {MOST_FILES} recipes, directly or through others"
+        raise RecipeError(f"{read[0]}: {what}\nwrite them into one file: ssaseg recipes copy")
     if path.resolve() in above:
         chain = " -> ".join(one.name for one in (*above, path))
         raise RecipeError(f"{path}: the recipe extends itself: {chain}\nremove one of these extends")
@@ -94,14 +128,14 @@ def read_recipe(path: Path, above: tuple[Path, ...] = ()) -> Layer:
     bases = [bases] if isinstance(bases, str) else bases
     if not isinstance(bases, list) or not all(isinstance(base, str) for base in bases):
         place = own.places[("extends",)]
-        raise RecipeError(f"{place}: extends: expected a recipe's name or file, or a list of them, got {bases!r}")
+        raise RecipeError(f"{place}: extends: expected a recipe's name or file, or a list of them, got {short(bases)}")
     layer = Layer({}, {})
     for base in bases:
         try:
             base_path = recipe_file(base, beside=path.parent)
         except RecipeError as error:
             raise RecipeError(f"{own.places[('extends',)]}: extends: {error}") from None
-        layer = _merge(layer, read_recipe(base_path, (*above, path.resolve())))
+        layer = _merge(layer, read_recipe(base_path, (*above, path.resolve()), read))
     layer.values.pop("name", None)  # names are not inherited: two runs would have the same folder
     return _merge(layer, own)
 
@@ -128,22 +162,22 @@ def _setting(argument: str) -> tuple[Keys, Any]:
     """The key and the value of a `key=value` argument."""
     dotted, equals, text = argument.partition("=")
     keys = tuple(dotted.strip().split("."))
-    if not equals or not all(keys):
-        raise RecipeError(f"{argument}: expected key=value\nfor example optim.lr=1e-3 or augment.crop=[360,480]")
+    if not equals or not all(keys) or len(keys) > DEEPEST:
+        raise RecipeError(f"{brief(argument)}: expected key=value\nfor example optim.lr=1e-3 or augment.crop=[360,480]")
     if keys == ("extends",):
         raise RecipeError(f"{argument}: extends can only be written in a file\ngive the keys themselves as key=value")
     try:
         value, _ = _parse(text, "")
     except RecipeError as error:
         what = str(error).splitlines()[0].partition(": ")[2]
-        raise RecipeError(f"{argument}: {what}\nin a shell, put quotes around the argument") from error
+        raise RecipeError(f"{brief(argument)}: {what}\nin a shell, put quotes around the argument") from error
     return keys, value
 
 
 def _set(values: Any, keys: Keys, value: Any, argument: str) -> dict[Any, Any]:
     if values is not None and not isinstance(values, dict):
         fix = "set the whole list, as in augment.crop=[360,480]" if isinstance(values, list) else ""
-        raise RecipeError(f"{argument}: {short(values)} has no keys that could be set\n{fix}".rstrip())
+        raise RecipeError(f"{brief(argument)}: {short(values)} has no keys that could be set\n{fix}".rstrip())
     values = dict(values or {})
     values[keys[0]] = _set(values.get(keys[0]), keys[1:], value, argument) if keys[1:] else value
     return values
@@ -187,14 +221,18 @@ def _merge_values(base: dict[Any, Any], child: dict[Any, Any]) -> dict[Any, Any]
     return merged
 
 
-def _read_file(path: Path) -> Layer:
+def recipe_text(path: Path) -> str:
+    """The text of a recipe's file. Raises RecipeError if it is not a readable UTF-8 file of a recipe's size."""
     try:
-        text = path.read_text(encoding="utf-8")
+        return read_text(path, LARGEST)
     except OSError as error:
         raise RecipeError(f"{path}: {error.strerror or error}") from error
     except UnicodeDecodeError as error:
         raise RecipeError(f"{path}: not UTF-8 text (at byte {error.start})\nis this file a recipe?") from error
-    values, places = _parse(text, str(path))
+
+
+def _read_file(path: Path) -> Layer:
+    values, places = _parse(recipe_text(path), str(path))
     if values is None:
         raise RecipeError(f"{path}: the recipe is empty\n`ssaseg recipes copy demo` writes an example to start from")
     if not isinstance(values, dict):
@@ -222,19 +260,24 @@ def _parse(text: str, source: str) -> tuple[Any, dict[Keys, str]]:
 
 
 def _build(loader: _Loader, node: yaml.Node, at: Keys, source: str, places: dict[Keys, str]) -> Any:
+    loader.count()
+    if len(at) > DEEPEST:
+        raise RecipeError(
+            f"{source}:{node.start_mark.line + 1}: nested too deeply, or an alias that contains itself\n{SYNTAX}"
+        )
     if isinstance(node, yaml.SequenceNode):
         return [_build(loader, item, (*at, i), source, places) for i, item in enumerate(node.value)]
     if not isinstance(node, yaml.MappingNode):
-        return loader.construct_object(node)
+        return _scalar(loader, node, source)
     mapping: dict[Any, Any] = {}
     for key_node, value_node in node.value:
         place = f"{source}:{key_node.start_mark.line + 1}"
-        key = loader.construct_object(key_node) if isinstance(key_node, yaml.ScalarNode) else None
+        key = _scalar(loader, key_node, source) if isinstance(key_node, yaml.ScalarNode) else None
         if key is None:
             raise RecipeError(f"{place}: a key must be text or a number\n{SYNTAX}")
         path = (*at, key)
         if key in mapping:  # YAML forbids it, PyYAML silently keeps the last one
-            dotted = ".".join(map(str, path))
+            dotted = ".".join(map(brief, path))
             first = places[path].rpartition(":")[2]
             raise RecipeError(f"{place}: {dotted} is given twice, first on line {first}\nremove one of them")
         places[path] = place
@@ -242,7 +285,25 @@ def _build(loader: _Loader, node: yaml.Node, at: Keys, source: str, places: dict
     return mapping
 
 
+def _scalar(loader: _Loader, node: yaml.Node, source: str) -> Any:
+    """A number, text, true, false or null."""
+    value: Any = None
+    with contextlib.suppress(ValueError, TypeError, LookupError, AttributeError):  # PyYAML's, for a tag and its text
+        value = loader.construct_object(node)
+        # Python refuses to write longer numbers as text.
+        if value is None or isinstance(value, bool | float | str) or (type(value) is int and abs(value) < 10**100):
+            return value
+    what = f"{short(node.value)} cannot be read as a number or text"
+    raise RecipeError(f"{source}:{node.start_mark.line + 1}: {what}\n{SYNTAX}")
+
+
 def short(value: object) -> str:
     """A value as text for an error message: at most 60 characters; null becomes "nothing"."""
     text = "nothing" if value is None else repr(value)
     return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def brief(key: object, most: int = 60) -> str:
+    """A key or a name as text for an error message: on one line, at most `most` characters."""
+    text = printable(str(key))
+    return text if len(text) <= most else f"{text[: most - 3]}..."

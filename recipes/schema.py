@@ -11,15 +11,20 @@ from pydantic import BeforeValidator, Field, Strict, model_validator
 
 from ssaseg.recipes.data import Data
 from ssaseg.recipes.fields import (
+    LARGEST_BATCH_AREA,
     Count,
     HeightWidth,
+    Images,
     NonEmpty,
     NotNegative,
-    Positive,
+    Ratio,
     Section,
+    Seed,
     Share,
     Switch,
+    Text,
     WidthHeight,
+    require_area,
     wrong,
 )
 
@@ -27,8 +32,8 @@ from ssaseg.recipes.fields import (
 class Model(Section):
     """The network and its classifier."""
 
-    name: str = Field(description="network, for example seaformer_b")
-    classifier: str = Field(default="ssa", description="computes classes from the network's features")
+    name: Text = Field(description="network, for example seaformer_b")
+    classifier: Text = Field(default="ssa", description="computes classes from the network's features")
     options: dict[NonEmpty, Any] = Field(default={}, description="options of the classifier, by name")
     drop_path: Share | None = Field(
         default=None, description="share of residual branches dropped in training; null: the network's default"
@@ -47,7 +52,7 @@ class Augment(Section):
     scale: WidthHeight = Field(
         description="[width, height] that, multiplied by the ratio, the image is fitted into [pixels]"
     )
-    ratio: Annotated[tuple[float, float], Strict(False)] = Field(
+    ratio: Annotated[tuple[Ratio, Ratio], Strict(False)] = Field(
         default=(0.5, 2.0), description="[lowest, highest] factor of scale, drawn uniformly for each image"
     )
     crop: HeightWidth = Field(description="[height, width] of the training crop [pixels], each at least 32")
@@ -60,8 +65,9 @@ class Augment(Section):
     @model_validator(mode="after")
     def _ratio_in_order(self) -> "Augment":
         low, high = self.ratio
-        if not 0 < low <= high:
-            raise wrong("augment.ratio", [low, high], "[lowest, highest], both above 0", "for example [0.5, 2.0]")
+        if low > high:
+            raise wrong("augment.ratio", [low, high], "[lowest, highest]", "for example [0.5, 2.0]")
+        require_area("augment.scale", self.scale, high)
         return self
 
 
@@ -71,7 +77,7 @@ class Test(Section):
     scale: WidthHeight | None = Field(
         default=None, description="[width, height] that the image is fitted into [pixels]; null: not resized"
     )
-    multiple: Count | None = Field(
+    multiple: Annotated[int, Field(ge=1, le=4096)] | None = Field(
         default=None, description="then each side is resized up to a multiple of this [pixels]; null: not resized"
     )
     mode: Literal["whole", "slide"] = Field(
@@ -80,11 +86,11 @@ class Test(Section):
     crop: HeightWidth | None = Field(
         default=None, description="[height, width] of a window [pixels], each at least 32; only for mode slide"
     )
-    stride: Annotated[tuple[Count, Count], Strict(False)] | None = Field(
+    stride: WidthHeight | None = Field(
         default=None,
         description="[height, width] from one window to the next [pixels], at most crop; only for mode slide",
     )
-    ratios: Annotated[tuple[Positive, ...], Strict(False), Field(min_length=1)] = Field(
+    ratios: Annotated[tuple[Ratio, ...], Strict(False), Field(min_length=1, max_length=100)] = Field(
         default=(1.0,), description="factors of scale; the probabilities of all are averaged"
     )
     flip: Switch = Field(default=False, description="whether to average with the probabilities of the mirrored image")
@@ -100,6 +106,12 @@ class Test(Section):
         if self.crop and self.stride and (self.stride[0] > self.crop[0] or self.stride[1] > self.crop[1]):
             expected = f"at most test.crop, {list(self.crop)}"
             raise wrong("test.stride", list(self.stride), expected, "larger strides leave pixels between the windows")
+        if self.crop and self.stride and any(s * 64 < c for s, c in zip(self.stride, self.crop, strict=True)):
+            expected = f"at least 1/64 of test.crop, {list(self.crop)}"
+            raise wrong("test.stride", list(self.stride), expected, "2/3 of the crop is usual")
+        for key, sides in (("test.scale", self.scale), ("test.crop", self.crop)):
+            if sides is not None:
+                require_area(key, sides, max(self.ratios) if key == "test.scale" else 1)
         return self
 
 
@@ -135,7 +147,10 @@ class Optim(Section):
         description="part of a parameter's name -> {lr, decay} factors; if several match, the longest decides",
     )
     warmup: int = Field(
-        default=1500, ge=0, description="steps of linear warm-up, which multiplies the decaying rate; 0: none"
+        default=1500,
+        ge=0,
+        le=100_000_000,
+        description="steps of linear warm-up, which multiplies the decaying rate; 0: none",
     )
     warmup_ratio: float = Field(
         default=1e-6, ge=0, le=1, description="factor of the learning rate at the first warm-up step"
@@ -180,8 +195,8 @@ class Train(Section):
     """Steps, batch, precision and intervals."""
 
     steps: int = Field(ge=1, le=100_000_000, description="optimiser steps")
-    batch: Count = Field(default=16, description="images per optimiser step, of all micro-batches and ranks together")
-    micro_batch: Count | Literal["auto"] | None = Field(
+    batch: Images = Field(default=16, description="images per optimiser step, of all micro-batches and ranks together")
+    micro_batch: Images | Literal["auto"] | None = Field(
         default=None,
         description="images in one pass on one device; BatchNorm takes its statistics over them. A divisor of the "
         "rank's images per step; for classifiers that group images, such as ssa, also a multiple of distill.group. "
@@ -191,9 +206,9 @@ class Train(Section):
         Literal["off", "bf16", "fp16"],
         BeforeValidator(lambda value: "off" if value is False else value),  # YAML 1.1 and JSON know `off` as false
     ] = Field(default="off", description="arithmetic of the network: off (float32), bf16, or fp16 (CUDA only)")
-    seed: int = Field(default=0, ge=0, lt=2**32, description="seed of initialisation, order and augmentation")
+    seed: Seed = Field(default=0, description="seed of initialisation, order and augmentation")
     workers: int = Field(
-        default=2, ge=0, description="processes that load and augment images; 0: the main process does it"
+        default=2, ge=0, le=256, description="processes that load and augment images; 0: the main process does it"
     )
     log_every: Count = Field(default=50, description="steps between lines of the log")
     eval_every: Count = Field(default=4000, description="steps between evaluations; the last step always evaluates")
@@ -224,7 +239,7 @@ class Train(Section):
 class Distill(Section):
     """Online multi-domain distillation, for classifiers that use groups of images."""
 
-    group: Count = Field(default=4, description="images over which the teacher's class means are taken")
+    group: Images = Field(default=4, description="images over which the teacher's class means are taken")
 
 
 class Ohem(Section):
@@ -262,7 +277,8 @@ class Loss(Section):
 class Recipe(Section):
     """A training with its evaluation: everything that decides its numbers, except the code."""
 
-    name: str = Field(
+    name: Text = Field(
+        max_length=200,
         pattern=r"^[^./\\][^/\\]*$",
         description="name of the run's folder; default: the recipe file's name without suffix",
     )
@@ -274,3 +290,12 @@ class Recipe(Section):
     train: Train = Field(description="steps, batch, precision and intervals")
     distill: Distill = Field(default=Distill(), description="distillation over groups of images")
     loss: Loss = Field(default=Loss(), description="weights of the losses, changes of the cross entropies")
+
+    @model_validator(mode="after")
+    def _pixels_of_a_step(self) -> "Recipe":
+        height, width = self.augment.crop
+        most = LARGEST_BATCH_AREA // (height * width)
+        if self.train.batch > most:
+            expected = f"at most {most} with crops of {height}x{width} ({LARGEST_BATCH_AREA:,} pixels in a step)"
+            raise wrong("train.batch", self.train.batch, expected, "use a smaller batch or augment.crop")
+        return self

@@ -85,6 +85,8 @@ def print_error(error: Exception) -> int:
         lines, code = str(error), 3
     elif any(kind.__name__ in USER_ERRORS for kind in type(error).__mro__):
         lines, code = str(error), 2
+    elif isinstance(error, MemoryError):
+        lines, code = "not enough memory\nuse a smaller train.micro_batch, crop or image, or free some memory", 2
     elif type(error).__name__ == "OutOfMemoryError":  # torch's
         lines, code = f"{error}".partition(". ")[0] + "\nuse a smaller train.micro_batch, crop or image", 2
     else:

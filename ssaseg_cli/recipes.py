@@ -28,14 +28,14 @@ def list_command() -> None:
     Example:
       ssaseg recipes list
     """
-    from ssaseg.recipes import list_recipes, recipe_file
+    from ssaseg.recipes import list_recipes, recipe_file, recipe_text
 
     groups = [list(group) for _, group in groupby(list_recipes(), key=lambda name: name.partition("-")[0])]
     for group in groups:
         if group != groups[0]:
             echo()
         for name in group:
-            first_line = recipe_file(name).read_text(encoding="utf-8").partition("\n")[0]
+            first_line = recipe_text(recipe_file(name)).partition("\n")[0]
             echo(f"{name:{max(map(len, group))}}  {first_line.lstrip('# ')}")
 
 
@@ -50,9 +50,9 @@ def show(name: str) -> None:
     Example:
       ssaseg recipes show demo
     """
-    from ssaseg.recipes import recipe_file
+    from ssaseg.recipes import recipe_file, recipe_text
 
-    echo(recipe_file(name).read_text(encoding="utf-8"), nl=False)
+    echo(recipe_text(recipe_file(name)), nl=False)
 
 
 @recipes.command()

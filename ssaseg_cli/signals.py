@@ -39,8 +39,11 @@ def ended_by_sigterm() -> Iterator[None]:
             signal.signal(signal.SIGTERM, before)
 
 
+GRACE = 2.0  # seconds
+
+
 class Interrupted(Exception):
-    """A step or an evaluation ended early because of a request to stop."""
+    """A step, an evaluation or a wait for data ended early because of a request to stop."""
 
 
 class StopSignal:
@@ -51,7 +54,30 @@ class StopSignal:
 
     def __init__(self) -> None:
         self.number: int | None = None
-        self.saved = False
+        self.saved = self.waiting = False
+
+    @contextlib.contextmanager
+    def ending_waits(self) -> Iterator[None]:
+        """Around a wait for data. If it has not ended `GRACE` seconds after a request to stop, Interrupted ends it: a
+        disk on a network that does not answer would otherwise keep the process for ever.
+        """
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+
+        def end(*_: Any) -> None:
+            raise Interrupted
+
+        before = signal.signal(signal.SIGALRM, end)
+        self.waiting = True
+        try:
+            if self.requested:
+                signal.setitimer(signal.ITIMER_REAL, GRACE)
+            yield
+        finally:
+            self.waiting = False
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.signal(signal.SIGALRM, before)
 
     @property
     def requested(self) -> bool:
@@ -83,3 +109,5 @@ class StopSignal:
             self.saved = True  # a third Ctrl-C must not interrupt what the second one raises
             raise KeyboardInterrupt
         self.number = number
+        if self.waiting:
+            signal.setitimer(signal.ITIMER_REAL, GRACE)

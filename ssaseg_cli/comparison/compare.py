@@ -1,6 +1,5 @@
 """`ssaseg compare`: several runs in one table and one picture, with the differences of their recipes and data."""
 
-import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,6 +14,7 @@ from ssaseg.cli.drawing.bars import finish_bars, save_figure, shorten
 from ssaseg.cli.drawing.curves import Record, line
 from ssaseg.cli.errors import CommandError
 from ssaseg.cli.printing import echo
+from ssaseg.cli.training.environment import read_environment
 from ssaseg.cli.training.log import read_log
 from ssaseg.cli.training.state import flat
 from ssaseg.recipes import RecipeError, load_recipe
@@ -78,7 +78,7 @@ class Run:
                 before = record["step"]
             else:
                 seconds += record.get("eval_seconds") or 0
-        return seconds / 3600 if before else None
+        return seconds / 3600 if before and np.isfinite(seconds) else None
 
 
 def run_compare(runs: Sequence[Path], out: Path, json_out: str | None) -> int:
@@ -140,8 +140,8 @@ def open_run(folder: Path, name: str) -> Run:
         reason = str(error).splitlines()[0] if isinstance(error, RecipeError) else f"{config}: cannot be read"
         echo(f"warning: {reason}; model and recipe of {name} are not known", err=True)
     try:
-        data = json.loads((folder / "env.json").read_text(encoding="utf-8")).get("data")
-    except (OSError, ValueError, AttributeError):
+        data = read_environment(folder / "env.json").get("data")
+    except (OSError, ValueError):
         data = None
     records, damaged = read_log(folder / "metrics.jsonl")
     run = Run(name, folder, records, recipe, data, damaged=damaged)

@@ -22,6 +22,8 @@ from ssaseg.recipes import Recipe, RecipeError, list_recipes, load_recipe
 
 SPLITS = ("train", "val")
 
+MOST_FILES = 30  # YAML files of a folder that are read to find its recipe
+
 
 class Target(NamedTuple):
     """A data set to check, not yet opened."""
@@ -92,7 +94,13 @@ def open_target(target: str, overrides: Sequence[str]) -> Target:
 def _recipe_in(folder: Path) -> Path | None:
     """The only recipe among the YAML files of a folder."""
     recipes = []
-    for file in sorted(path for path in folder.iterdir() if path.suffix in (".yaml", ".yml")):
+    files = sorted(path for path in folder.iterdir() if path.suffix in (".yaml", ".yml"))
+    if len(files) > MOST_FILES:
+        raise CommandError(
+            f"{folder}: {len(files)} YAML files\nexpected at most {MOST_FILES}, of which one is a recipe\n"
+            "give the file of the recipe"
+        )
+    for file in files:
         try:
             load_recipe(f"{folder}/{file.name}")
         except RecipeError:  # a YAML file of another program

@@ -16,8 +16,7 @@ from ssaseg.cli.console import print_table, progress_bar
 from ssaseg.cli.device import count_cores
 from ssaseg.cli.errors import CommandError
 from ssaseg.cli.printing import echo
-from ssaseg.cli.signals import StopSignal
-from ssaseg.datasets.loader import WorkerError
+from ssaseg.cli.signals import Interrupted, StopSignal
 from ssaseg.datasets.pairs import read_names
 from ssaseg.datasets.prepare import (
     DOWNLOADS,
@@ -30,6 +29,7 @@ from ssaseg.datasets.prepare import (
     plan_preparation,
     usual_root,
 )
+from ssaseg.datasets.workers import WorkerError
 from ssaseg.files.writing import write_atomic
 
 MOST_ERRORS = 10  # wrong masks after which the command stops: probably all masks are wrong
@@ -75,7 +75,11 @@ def _carry_out(plan: Plan, workers: int) -> str:
     wrong: list[str] = []
     with StopSignal() as stop:
         try:
-            with progress_bar(len(plan), "prepared") as advance, closing(_steps(plan, workers)) as steps:
+            with (
+                progress_bar(len(plan), "prepared") as advance,
+                stop.ending_waits(),
+                closing(_steps(plan, workers)) as steps,
+            ):
                 for problem in steps:
                     advance(1)
                     done += not problem
@@ -84,6 +88,8 @@ def _carry_out(plan: Plan, workers: int) -> str:
                         wrong.append(problem)
                     if stop.requested or len(wrong) == MOST_ERRORS:
                         break
+        except Interrupted:  # while a file was read or made
+            pass
         except (OSError, WorkerError) as error:
             text, fix = str(error).partition("\n")[0], "use --workers 1 if the memory was used up"
             if isinstance(error, OSError):

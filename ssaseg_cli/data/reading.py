@@ -13,7 +13,7 @@ from ssaseg.cli.data.recipe_text import OwnData
 from ssaseg.cli.device import count_cores
 from ssaseg.cli.errors import CommandError
 from ssaseg.cli.printing import echo
-from ssaseg.cli.signals import StopSignal
+from ssaseg.cli.signals import Interrupted, StopSignal
 from ssaseg.datasets import DataError, Dataset, build_dataset
 from ssaseg.datasets.check import Findings, look_through
 from ssaseg.datasets.classnames import Labels, guess_labels, read_class_names
@@ -105,9 +105,10 @@ def read_through(dataset: Dataset, verb: str, decoded: int | None = None) -> Fin
                 raise KeyboardInterrupt
 
         try:
-            return look_through(dataset, None, decoded, min(cores, MOST_WORKERS), progress)
-        except (KeyboardInterrupt, RuntimeError):  # RuntimeError: the signal came while a worker was starting
-            if not stop.requested:
+            with stop.ending_waits():
+                return look_through(dataset, None, decoded, min(cores, MOST_WORKERS), progress)
+        except (KeyboardInterrupt, Interrupted, RuntimeError):
+            if not stop.requested:  # RuntimeError: the signal came while a worker was starting
                 raise
             echo(f"stopped after {done} of {len(dataset)} pairs", err=True)
             sys.exit(stop.exit_code)

@@ -30,7 +30,7 @@ def draw_pairs(pairs: Sequence[Mapping[str, Any]], title: str, destination: Path
     axes.set(xlabel="share of the true class's pixels [%]", xlim=(0, max([*shares, 1]) * 1.3))
     finish_bars(axes, len(pairs))
     figure.suptitle(f"most confused: true class → predicted class\n{plain(title)}", fontsize=10)
-    save_figure(figure, destination)
+    save_figure(figure, destination, None, destination.parent)
 
 
 def draw_ious(
@@ -68,7 +68,7 @@ def draw_ious(
         axes.set(xlabel="IoU [%]; dashed: the mean", xlim=(0, 112), xticks=range(0, 101, 20))
         finish_bars(axes, len(column))
     figure.suptitle(plain(title), fontsize=10)
-    save_figure(figure, destination)
+    save_figure(figure, destination, None, destination.parent)
 
 
 def finish_bars(axes: Any, bars: int) -> None:
@@ -91,10 +91,14 @@ def plain(text: str) -> str:
     return printable(text, KEPT).replace("$", r"\$")
 
 
-def save_figure(figure: Any, destination: Path, metadata: Mapping[str, str] | None = None) -> None:
-    """Writes a figure as PNG, atomically. Letters that the font does not have become boxes, without warnings."""
+def save_figure(
+    figure: Any, destination: Path, metadata: Mapping[str, str] | None = None, root: Path | None = None
+) -> None:
+    """Writes a figure as PNG, atomically. Letters that the font does not have become boxes, without warnings. `root`:
+    see `write_atomic`; for a picture in a run folder, the folder.
+    """
     picture = io.BytesIO()
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing")
         figure.savefig(picture, dpi=110, metadata=metadata)
-    write_atomic(destination, picture.getvalue(), sync=False)
+    write_atomic(destination, picture.getvalue(), sync=False, root=root)

@@ -11,6 +11,8 @@ from ssaseg.cli.drawing.bars import plain, save_figure
 # Keys of a training record that are not loss terms.
 OTHER_KEYS = {"step", "lr", "loss", "grad_norm", "images_per_s", "data_wait", "skipped"}
 
+MOST_TERMS = 32  # of a log that are drawn: no network has as many losses
+
 SMOOTH = 300  # most points of a line; of more records it shows means, and the records themselves are drawn pale
 
 Record = dict[str, Any]
@@ -41,7 +43,7 @@ def evaluated(records: Sequence[Record]) -> list[Record]:
 
 def loss_terms(logs: Sequence[Record]) -> list[str]:
     """Names of the loss terms, in the order of the log, without those that are 0 in all records: switched off."""
-    names = dict.fromkeys(key for record in logs for key in record if key not in OTHER_KEYS)
+    names = list(dict.fromkeys(key for record in logs for key in record if key not in OTHER_KEYS))[:MOST_TERMS]
     return [name for name in names if np.nan_to_num(line(logs, name).values).any()]
 
 
@@ -84,7 +86,7 @@ def draw_curves(records: Sequence[Record], resumed: Sequence[int], title: str, d
         for step in resumed:
             axes.axvline(step, color="0.4", linestyle=":", linewidth=1, zorder=0)
     figure.suptitle(plain(title) + ("   (dotted: resumed)" if resumed else ""), fontsize=11)
-    save_figure(figure, destination)
+    save_figure(figure, destination, None, destination.parent)
 
 
 def draw_losses(axes: Any, logs: Sequence[Record]) -> None:

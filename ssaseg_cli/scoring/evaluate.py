@@ -1,7 +1,7 @@
 """Runs a model on the images of a data set and counts its predictions."""
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import closing
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing, nullcontext
 from typing import Any
 
 import torch
@@ -57,7 +57,7 @@ def evaluate_model(
     loader: Any = eval_loader(dataset, test.scale, test.multiple, workers, test.ratios, indices)
     try:
         with closing(loader):  # ends the processes, also after an error
-            for inputs, label, name in loader:
+            for inputs, label, name in read(loader, stop):
                 require_size(inputs, name)
                 label = label.to(device, non_blocking=True)
                 labels = inference.labels(inputs, label.shape)
@@ -77,6 +77,19 @@ def evaluate_model(
         if boundaries is not None:
             boundaries.counts = ranks.total(boundaries.counts)
     return confusion
+
+
+def read(loader: Iterator[Any], stop: StopSignal | None) -> Iterator[Any]:
+    """The items of `loader`, up to a wait that a request to stop has ended."""
+    while True:
+        try:
+            with nullcontext() if stop is None else stop.ending_waits():
+                item = next(loader, None)
+        except Interrupted:
+            return
+        if item is None:
+            return
+        yield item
 
 
 def state_protocol(protocol: Test, split: str, count: int, total: int) -> str:

@@ -6,17 +6,18 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import click
 import torch
 
 from ssaseg.cli.errors import CommandError
+from ssaseg.cli.printing import echo
 from ssaseg.cli.ranks.ranks import Ranks, images_per_rank
 from ssaseg.cli.training.average import Average
-from ssaseg.cli.training.fingerprint import fingerprints, require_same_data
+from ssaseg.cli.training.environment import fingerprints, require_same_data
 from ssaseg.cli.training.guard import Guard
 from ssaseg.cli.training.job import Job, Progress
 from ssaseg.cli.training.optimiser import freeze, make_optimiser
 from ssaseg.cli.training.preflight import check_labels, require_start, require_trainable
+from ssaseg.cli.training.stored import require_fit
 from ssaseg.datasets.check import require_same_classes
 from ssaseg.datasets.prefetch import Preparer
 from ssaseg.models import Segmenter
@@ -52,17 +53,15 @@ def build_job(
     require_trainable(model, recipe, rank_batch, device)
     optimizer = make_optimiser(model, recipe.optim)
     scaler = torch.amp.GradScaler(device.type, enabled=train.amp == "fp16")
+    average = Average(model, recipe.optim.ema) if recipe.optim.ema else None
     progress = Progress()
     if stored is not None:
-        progress = load_stored(stored, out, model, optimizer, scaler)
+        progress = load_stored(stored, out, model, optimizer, scaler, average)
     if device.type == "cuda":
         torch.backends.cudnn.benchmark = not train.deterministic
     prepare = Preparer(recipe.data.mean, recipe.data.std, device, train.prefetch)
     limit = 0 if train.nonfinite == "stop" else train.max_skipped
     guard = Guard(model, scaler, ranks, limit, progress.skipped)
-    average = Average(model, recipe.optim.ema) if recipe.optim.ema else None
-    if average is not None and stored is not None:
-        average.load_state_dict(stored["extra"]["ema"])
     job = Job(
         recipe, out, ranks, model, optimizer, scaler, train_set, val_set, progress, model, guard, prepare, average,
         micro_batch=rank_batch, batches=iter(()), fingerprints=prints, saved=progress.step,
@@ -79,11 +78,25 @@ def load_stored(
     model: Segmenter,
     optimizer: torch.optim.Optimizer,
     scaler: torch.amp.GradScaler,
+    average: Average | None,
 ) -> Progress:
-    """Loads the state `stored`, from the run folder `out`, into a new run. Returns the progress in it."""
+    """Loads the state `stored`, from the run folder `out`, into a new run. Returns the progress in it.
+
+    Raises CommandError or CheckpointError, before anything is loaded, if it does not belong to this run's network.
+    """
+    try:
+        require_fit(stored, model, optimizer, average.names if average is not None else ())
+    except ValueError as error:
+        last = out / "last.safetensors"
+        raise CommandError(
+            f"{out}: the state does not belong to this network: {error}\n"
+            f"start a new run from the last weights: model.pretrained={last}"
+        ) from None
     load_strict(model, stored["model"], f"{out}: the state")
     optimizer.load_state_dict(stored["optimizer"])
     scaler.load_state_dict(stored["scaler"])
+    if average is not None:
+        average.load_state_dict(stored["extra"]["ema"])
     return Progress(**stored["progress"])
 
 
@@ -187,4 +200,4 @@ def load_start(model: Segmenter, path: str, classes: Sequence[str], print_match:
 
     matched = load_pretrained(model, Path(path), classes=classes)
     if print_match:
-        click.echo(str(matched), err=True)
+        echo(str(matched), err=True)

@@ -6,6 +6,7 @@ from typing import Any
 import click
 
 from ssaseg.cli.options import device_option, gpus_option
+from ssaseg.cli.printing import echo
 from ssaseg.cli.ranks.launcher import needs_ranks, run_launch
 
 
@@ -68,7 +69,7 @@ def train(
 
     resolved = load_recipe(recipe, overrides, _facts)
     if print_config:
-        click.echo(dump_recipe(resolved), nl=False)
+        echo(dump_recipe(resolved), nl=False)
         return 0
     if needs_ranks(gpus):
         return run_launch(gpus or 1)

@@ -8,6 +8,7 @@ import torch
 
 from ssaseg.cli.errors import CommandError
 from ssaseg.cli.signals import Interrupted
+from ssaseg.cli.training.state import out_of_memory
 
 if TYPE_CHECKING:
     from ssaseg.cli.training.job import Job
@@ -49,10 +50,15 @@ def explained(job: "Job", evaluation: bool = False) -> Iterator[None]:
         ) from None
     except FileNotFoundError as error:
         raise explain_file_error(error) from None
-    except RuntimeError as error:
+    except (RuntimeError, MemoryError) as error:
         text = str(error)
         if job.recipe.train.compile and job.stop.requested:
             raise Interrupted from None
+        if out_of_memory(error):
+            raise CommandError(
+                f"{job.device}: not enough memory for {'a validation image' if evaluation else 'a step'}\n"
+                "expected memory for all images of a pass\nuse a smaller train.micro_batch or augment.crop"
+            ) from None
         if job.recipe.train.deterministic and "deterministic" in text:
             what = text.partition(" does not have")[0].partition(". ")[0].splitlines()[0][:200]
             raise CommandError(

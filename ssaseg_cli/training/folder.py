@@ -2,20 +2,17 @@
 
 import contextlib
 import errno
-import fcntl
-import os
-import platform
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import click
-
 from ssaseg.cli.errors import CommandError
+from ssaseg.cli.printing import echo
 from ssaseg.cli.training import environment as records
 from ssaseg.cli.training.state import load_state, refuse_changes, state_files
-from ssaseg.files.writing import write_atomic
+from ssaseg.files.text import printable
+from ssaseg.files.writing import FolderInUse, FolderLock, write_atomic
 from ssaseg.recipes import Recipe, dump_recipe, parse_recipe
 
 if TYPE_CHECKING:
@@ -32,6 +29,7 @@ class RunFolder:
     path: Path
     recipe: Recipe  # as it was given, but with the micro-batch that train.micro_batch=auto has found before
     stored: dict[str, Any] | None  # the state to resume from; None: from the start
+    lock: FolderLock | None = None
 
 
 @contextlib.contextmanager
@@ -50,19 +48,19 @@ def open_run(out: Path, recipe: Recipe, resume: bool, restarted: bool = False, r
     # A lock file that already exists was left by a run that failed. A run that was refused leaves none: otherwise its
     # restart would continue the run that it found here.
     failed = (out / LOCK).exists()
-    file, failing = _lock(out), False
+    lock, failing = _lock(out), False
     try:
         run = _resumed_run(out, recipe, ranks) if resume or (restarted and failed) else _new_run(out, recipe)
+        run.lock = lock
         failing = True  # until the context ends without an error
         yield run
         failing = False
     finally:
-        if not failing or not (out / "config.yaml").exists():
-            with contextlib.suppress(OSError):
-                (out / LOCK).unlink()
-                if made:
-                    out.rmdir()  # fails if the folder is not empty
-        os.close(file)
+        ended = not failing or not (out / "config.yaml").exists()
+        lock.release(delete=ended)
+        if ended and made:
+            with contextlib.suppress(OSError):  # the folder is not empty
+                out.rmdir()
 
 
 def is_run(out: Path) -> bool:
@@ -89,8 +87,8 @@ def _resumed_run(out: Path, recipe: Recipe, ranks: int) -> RunFolder:
     # Parsed, so that keys which are newer than the run have their defaults: the run was computed with these values.
     before = parse_recipe(stored["recipe"], str(out))
     if not (out / "config.yaml").exists():
-        click.echo(f"note: {out / 'config.yaml'}: was missing; it was written again from the state", err=True)
-        write_atomic(out / "config.yaml", dump_recipe(before).encode())
+        echo(f"note: {out / 'config.yaml'}: was missing; it was written again from the state", err=True)
+        write_atomic(out / "config.yaml", dump_recipe(before).encode(), root=out)
     found = before.train.micro_batch
     # With another number of ranks, a micro-batch that does not divide a rank's images must be found again.
     if recipe.train.micro_batch == "auto" and isinstance(found, int) and recipe.train.batch // ranks % found == 0:
@@ -99,53 +97,31 @@ def _resumed_run(out: Path, recipe: Recipe, ranks: int) -> RunFolder:
     return RunFolder(out, recipe, stored)
 
 
-def _lock(out: Path) -> int:
-    """A descriptor of `out/.lock`, locked. The system releases the lock when the process ends, for any reason."""
+def _lock(out: Path) -> FolderLock:
+    """The lock of the run folder. The system releases it when the process ends, for any reason."""
     try:
         out.mkdir(parents=True, exist_ok=True)
-        return _locked_file(out / LOCK)
+        lock = FolderLock(out, LOCK)
+    except FolderInUse as error:
+        owner = printable(str(error)) or "it has just started"
+        raise CommandError(
+            f"{out}: another run writes into this folder ({owner})\n"
+            "wait until it ends, stop it (with SIGTERM it saves first), or choose another --out"
+        ) from None
     except OSError as error:
         fix = "choose another with --out"
-        if (out / "config.yaml").exists():
+        if error.errno in (errno.ELOOP, errno.EINVAL):
+            fix = f"{out / LOCK} must be a file of its own: delete it, or choose another --out"
+        elif (out / "config.yaml").exists():
             fix = "make it writable, or copy it and resume in the copy: --out COPY --resume"
         raise CommandError(f"{out}: the run folder cannot be written ({error.strerror})\n{fix}") from None
-
-
-def _locked_file(path: Path) -> int:
-    """A descriptor of the lock file, locked. Do not open the file again in this process: to close it would unlock it.
-
-    Raises CommandError if another run holds the lock.
-    """
-    while True:
-        file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-        try:
-            # This lock belongs to the process. Workers that live a moment longer than a killed run do not inherit it,
-            # as they would inherit flock's.
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
-                click.echo(
-                    f"note: {path.parent}: this file system has no locks; do not start a second run in it", err=True
-                )
-                return file
-            owner = os.read(file, 200).decode(errors="replace").strip()
-            os.close(file)
-            if error.errno not in (errno.EACCES, errno.EAGAIN):
-                raise
-            raise CommandError(
-                f"{path.parent}: another run writes into this folder ({owner or 'it has just started'})\n"
-                "wait until it ends, stop it (with SIGTERM it saves first), or choose another --out"
-            ) from None
-        # The run that held the lock before deletes the file when it ends. Then the locked file no longer has a name.
-        with contextlib.suppress(FileNotFoundError):
-            if os.path.samestat(os.fstat(file), os.stat(path)):
-                os.truncate(file, 0)
-                os.write(file, f"process {os.getpid()} on {platform.node()}\n".encode())
-                return file
-        os.close(file)
+    if not lock.supported:
+        echo(f"note: {out}: this file system has no locks; do not start a second run in it", err=True)
+    return lock
 
 
 def write_start(job: "Job") -> None:
     """Writes `config.yaml`, the recipe as it is run, and `env.json`, which gets one more entry at each resume."""
-    write_atomic(job.folder / "config.yaml", dump_recipe(job.recipe).encode())
+    job.require_folder()
+    write_atomic(job.folder / "config.yaml", dump_recipe(job.recipe).encode(), root=job.folder)
     records.write_environment(job.folder / "env.json", records.environment(job), job.progress.step)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ssaseg.cli.ranks.ranks import Ranks
 from ssaseg.cli.signals import StopSignal
 from ssaseg.datasets.prefetch import Preparer
+from ssaseg.files.writing import FolderLock
 from ssaseg.models import Segmenter
 from ssaseg.recipes import Recipe
 
@@ -63,6 +64,7 @@ class Job:
     log: Any = None  # `training.log.MetricsLog`, on rank 0
     stop: StopSignal = field(default_factory=StopSignal)
     deadline: float | None = None  # of `time.monotonic()` [s], for --max-hours
+    lock: FolderLock | None = None  # of the folder, on rank 0
 
     @property
     def device(self) -> torch.device:
@@ -73,6 +75,11 @@ class Job:
     def micro_batches(self) -> int:
         """Micro-batches of one optimiser step on one rank."""
         return self.recipe.train.batch // self.ranks.size // self.micro_batch
+
+    def require_folder(self) -> None:
+        """Before something is written: raises OSError if the run folder was deleted, or made anew by another run."""
+        if self.lock is not None:
+            self.lock.check()
 
     def averaged(self) -> contextlib.AbstractContextManager[None]:
         """Inside this context the model has the weights that are scored and kept: the average, if there is one."""

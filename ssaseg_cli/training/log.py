@@ -1,17 +1,27 @@
 """The log of a training run: `metrics.jsonl`."""
 
 import json
-import sys
 from collections.abc import Sequence
+from math import inf
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tqdm import tqdm
-
-from ssaseg.files.writing import write_atomic
+from ssaseg.cli.printing import echo
+from ssaseg.files.reading import open_file
+from ssaseg.files.structured import parse_json
+from ssaseg.files.writing import FolderLock, open_append, write_atomic
 
 if TYPE_CHECKING:
     from ssaseg.cli.training.trackers import Tracker
+
+
+LAST_STEP = 100_000_000  # the largest train.steps
+
+# Bytes. Twenty million steps with log_every=50 and many losses make 200 MB, a line with 255 classes makes 10 kB.
+LARGEST, LONGEST_LINE = 2**30, 2**20
+
+
+LARGEST_SCORE, LARGEST_VALUE = 100, 1e40  # percent; a loss in float32. NaN and infinity are kept: they are not drawn
 
 
 class MetricsLog:
@@ -23,9 +33,18 @@ class MetricsLog:
     does not stop the run; a state that cannot be saved does.
     """
 
-    def __init__(self, path: Path, step: int, evaluated: int, trackers: "Sequence[Tracker]" = ()) -> None:
-        """Continues after `step`, last evaluated at `evaluated`: drops what a killed run wrote after its last state."""
-        self.path, self.trackers = path, trackers
+    def __init__(
+        self,
+        path: Path,
+        step: int,
+        evaluated: int,
+        trackers: "Sequence[Tracker]" = (),
+        lock: FolderLock | None = None,
+    ) -> None:
+        """Continues after `step`, last evaluated at `evaluated`: drops what a killed run wrote after its last state.
+        lock: of the run folder.
+        """
+        self.path, self.trackers, self.lock = path, trackers, lock
         self.warned = False  # whether it was printed that a line could not be written
         self.cut = False  # whether the file ends with a part of a line
         before, damaged = read_log(path) if path.exists() else ([], 0)
@@ -33,14 +52,16 @@ class MetricsLog:
             _warn(f"{path}: {damaged} line{'s' * (damaged > 1)} cannot be read and will be removed from the file")
         # An evaluation counts as done when the state after it is on the disk. Before that it is done and logged again.
         kept = [record for record in before if record["step"] <= (evaluated if "mIoU" in record else step)]
-        write_atomic(path, "".join(json.dumps(record) + "\n" for record in kept).encode())
+        write_atomic(path, "".join(json.dumps(record) + "\n" for record in kept).encode(), root=path.parent)
         for tracker in trackers:
             tracker.start(step)
 
     def write(self, record: dict[str, Any]) -> None:
-        """Appends one line."""
+        """Appends one line. Raises OSError if the folder was deleted or made anew by another run."""
+        if self.lock is not None:
+            self.lock.check()
         try:
-            with self.path.open("a", encoding="utf-8") as file:
+            with open_append(self.path) as file:
                 file.write("\n" * self.cut + json.dumps(record) + "\n")
             self.cut = False
         except OSError as error:
@@ -69,18 +90,35 @@ def read_log(path: Path) -> tuple[list[dict[str, Any]], int]:
     """
     records: list[dict[str, Any]] = []
     damaged = 0
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True):
-        try:
-            record = json.loads(line)
-        except (ValueError, RecursionError):
-            record = None
-        if isinstance(record, dict) and isinstance(record.get("step"), int):
-            records.append(record)
-        elif line.strip() and line.endswith("\n"):
-            damaged += 1
+    with open_file(path, LARGEST) as file:
+        while line := file.readline(LONGEST_LINE):
+            record = _record(line) if len(line) < LONGEST_LINE else None
+            if record is not None:
+                records.append(record)
+            elif line.strip() and line.endswith(b"\n"):
+                damaged += 1
     return records, damaged
+
+
+def _record(line: bytes) -> dict[str, Any] | None:
+    """A line's record: a whole number as `step`, otherwise numbers and None, and `IoU`, an object of percentages. None
+    for everything else.
+    """
+    try:
+        record = parse_json(line.decode(errors="replace"))
+    except ValueError:
+        return None
+    if not isinstance(record, dict) or type(record.get("step")) is not int or not 0 <= record["step"] <= LAST_STEP:
+        return None
+    ious = record.get("IoU", {})
+    if not isinstance(ious, dict):
+        return None
+    figures = [(LARGEST_VALUE, value) for key, value in record.items() if key not in ("IoU", "mIoU")]
+    figures += [(LARGEST_SCORE, value) for value in (record.get("mIoU"), *ious.values())]
+    valid = all(v is None or (type(v) in (int, float) and not most < abs(v) < inf) for most, v in figures)
+    return record if valid else None
 
 
 def _warn(text: str) -> None:
     """A line on stderr, above a progress bar."""
-    tqdm.write(f"warning: {text}", file=sys.stderr)
+    echo(f"warning: {text}", err=True)

@@ -8,12 +8,11 @@ from math import isnan
 from pathlib import Path
 from typing import Any
 
-import click
 import torch
-from tqdm import tqdm
 
 from ssaseg.cli.device import select_device
 from ssaseg.cli.errors import CommandError
+from ssaseg.cli.printing import echo
 from ssaseg.cli.ranks import ranks as distributed
 from ssaseg.cli.signals import Interrupted
 from ssaseg.cli.training import faults
@@ -30,7 +29,7 @@ from ssaseg.cli.training.step import set_learning_rate, train_step
 from ssaseg.cli.training.trackers import Tracker, open_trackers
 from ssaseg.cli.training.window import Window
 from ssaseg.datasets import DataError
-from ssaseg.datasets.loader import WorkerError
+from ssaseg.datasets.workers import WorkerError
 from ssaseg.recipes import Recipe, parse_recipe
 
 # Device types on which to read a verdict costs no waiting time: there it is read after every step.
@@ -60,12 +59,12 @@ def run_train(
         stack.enter_context(deterministic(recipe.train.deterministic))
         ranks = stack.enter_context(distributed.connect(chosen))
         trackers: list[Tracker] = []
-        stored = None
+        stored = lock = None
         restarted = ranks.any(distributed.was_restarted())
         if ranks.main and not dry_run:
             trackers = open_trackers(track, out, recipe)
             run = stack.enter_context(open_run(out, recipe, resume, restarted, ranks.size))
-            recipe, stored = run.recipe, run.stored
+            recipe, stored, lock = run.recipe, run.stored, run.lock
         sent, stored = ranks.broadcast((recipe.model_dump(mode="json"), stored))
         recipe = parse_recipe(sent, str(out))
         job = build_job(recipe, out, ranks, stored, check)
@@ -73,7 +72,7 @@ def run_train(
             describe(job)
         if dry_run:
             return try_one_step(job)
-        job.deadline = deadline
+        job.deadline, job.lock = deadline, lock
         if ranks.main:
             write_start(job)
             if stored is not None:
@@ -98,7 +97,7 @@ def require_possible(recipe: Recipe, device: torch.device, resume: bool, dry_run
 
 def open_log(job: Job, trackers: Sequence[Tracker]) -> None:
     """Opens `metrics.jsonl`, and draws the first batch."""
-    job.log = MetricsLog(job.folder / "metrics.jsonl", job.progress.step, job.progress.evaluated, trackers)
+    job.log = MetricsLog(job.folder / "metrics.jsonl", job.progress.step, job.progress.evaluated, trackers, job.lock)
     if not (job.folder / "batch.png").exists():
         write_batch(job)
 
@@ -159,13 +158,19 @@ def read_batches(job: Job, window: Window) -> list[Any]:
     batches: list[Any] = []
     window.start_waiting()
     try:
-        batches = [next(job.batches) for _ in range(job.micro_batches)]
-    except (DataError, WorkerError, OSError) as error:
+        with job.stop.ending_waits():
+            batches = [next(job.batches) for _ in range(job.micro_batches)]
+    except (DataError, WorkerError, OSError, Interrupted) as error:
         failed = faults.explain_file_error(error)
     window.stop_waiting()
     if not job.ranks.any(failed is not None):
         return batches
+    stopped = job.ranks.agree(job.stop)
     save_finished_steps(job, window)
+    if stopped and isinstance(failed, Interrupted | None):
+        if job.progress.step == 0:
+            say(job, "stopped while waiting for the first images; nothing was saved yet")
+        sys.exit(job.stop.exit_code)
     raise failed or distributed.PeerFailed
 
 
@@ -223,7 +228,7 @@ def out_of_patience(job: Job) -> bool:
 def say(job: Job, text: str) -> None:
     """Prints a line on stderr, above a progress bar. Of several ranks only rank 0 prints it."""
     if job.ranks.main:
-        tqdm.write(text, file=sys.stderr)
+        echo(text, err=True)
 
 
 # ---- evaluating --------------------------------------------------------------------------------------------------
@@ -311,7 +316,7 @@ def try_one_step(job: Job) -> int:
     clock = f"{total // 3600} h {total % 3600 // 60} min {total % 60} s"
     if job.ranks.main:
         for line in describe_groups(job.optimizer):
-            click.echo(f"{job.recipe.optim.kind}: {line}")
-        click.echo(f"dry run: one step took {seconds:.2f} s (the first is slow) and {memory} at its peak")
-        click.echo(f"all {job.recipe.train.steps} steps: at most {clock} without evaluation; nothing was written")
+            echo(f"{job.recipe.optim.kind}: {line}")
+        echo(f"dry run: one step took {seconds:.2f} s (the first is slow) and {memory} at its peak")
+        echo(f"all {job.recipe.train.steps} steps: at most {clock} without evaluation; nothing was written")
     return 0

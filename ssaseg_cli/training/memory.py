@@ -5,10 +5,10 @@ import gc
 import traceback
 from typing import TYPE_CHECKING
 
-import click
 import torch
 
 from ssaseg.cli.errors import CommandError
+from ssaseg.cli.printing import echo
 from ssaseg.datasets.prefetch import AHEAD
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ def fit_micro_batch(job: "Job") -> int:
     for images in micro_batch_sizes(job):
         if not job.ranks.any(not fits(job, images)):
             if job.ranks.main:
-                click.echo(
+                echo(
                     f"train.micro_batch=auto: {images} images fit in one pass; a rank has {rank_batch(job)} per step",
                     err=True,
                 )

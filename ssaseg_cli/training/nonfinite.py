@@ -1,6 +1,7 @@
 """What happens if a loss or gradient is not finite: the run stops, and the step can be computed again."""
 
 import contextlib
+import io
 from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,6 +12,8 @@ from torch import Tensor
 from ssaseg.cli.errors import CommandError
 from ssaseg.cli.training.faults import advice
 from ssaseg.cli.training.job import StepRecord
+from ssaseg.datasets import DataError
+from ssaseg.files.writing import write_atomic
 
 if TYPE_CHECKING:
     from ssaseg.cli.training.job import Job
@@ -55,17 +58,35 @@ def stop_before(job: "Job", step: StepRecord, names: list[str]) -> FloatingPoint
     what = broken_terms(losses, norm)
     path = job.folder / f"nonfinite-step-{step.number}.pt"
     saved = try_to_save(job, "the state from before this step")
-    content = reproducer(job, rank, step.totals, losses, norm)
-    if job.ranks.main:
-        with contextlib.suppress(OSError):  # for example a full disk: the error of the step matters more
-            torch.save(content, path)
+    images = write_reproducer(job, path, rank, step.totals, losses, norm) or step.images
     limit = job.guard.limit
     skipped = f" (after {limit} step{'s' * (limit > 1)} skipped by train.nonfinite=skip)" if limit else ""
     saved, written = job.ranks.broadcast((saved, path.exists()))  # any rank may be the one that prints the error
     where = f"; batch and weights: {path.name}" if written else ""
     return FloatingPointError(
-        f"step {step.number}{skipped}: {what}; {saved}\nimages: {', '.join(content['names'])}{where}\n" + advice(job)
+        f"step {step.number}{skipped}: {what}; {saved}\nimages: {', '.join(images)}{where}\n" + advice(job)
     )
+
+
+def write_reproducer(
+    job: "Job", path: Path, rank: int, totals: Tensor | None, losses: dict[str, float], norm: float
+) -> list[str]:
+    """Writes `reproducer` to `path` on rank 0, if this is possible. Returns the names of the step's images; empty if
+    they cannot be loaded again.
+
+    The disk may be full, or the memory used up, and PyTorch has a RuntimeError for both: the error of the step matters
+    more.
+    """
+    names: list[str] = []
+    with contextlib.suppress(OSError, RuntimeError, MemoryError, DataError):
+        content = reproducer(job, rank, totals, losses, norm)
+        names = content["names"]
+        if job.ranks.main:
+            job.require_folder()
+            buffer = io.BytesIO()
+            torch.save(content, buffer)
+            write_atomic(path, buffer.getvalue(), root=job.folder)
+    return names
 
 
 def broken_terms(losses: dict[str, float], norm: float) -> str:
@@ -85,7 +106,7 @@ def try_to_save(job: "Job", what: str) -> str:
 
     try:
         save(job)
-    except (FloatingPointError, CommandError, OSError) as error:
+    except (FloatingPointError, CommandError, OSError, MemoryError) as error:
         return f"{what} could not be saved: " + str(error).partition("\n")[0]
     return f"{what} was saved"
 
@@ -132,9 +153,10 @@ def replay(path: Path | str, device: str = "cpu") -> tuple[dict[str, float], flo
     from ssaseg.cli.training.build import build_network
     from ssaseg.cli.training.optimiser import freeze, set_mode
     from ssaseg.cli.training.step import autocast, gradient_norm
+    from ssaseg.cli.weights.archive import read_archive
     from ssaseg.recipes import parse_recipe
 
-    content = torch.load(path, map_location=device, weights_only=True)
+    content = read_archive(Path(path))
     recipe = parse_recipe(content["recipe"], str(path))
     model = build_network(recipe, content["classes"])
     model.load_state_dict(content["weights"])
@@ -143,10 +165,11 @@ def replay(path: Path | str, device: str = "cpu") -> tuple[dict[str, float], flo
     set_mode(model, recipe.optim.freeze)
     torch.manual_seed(content["seed"])
     batches = list(zip(*(content[key].split(content["micro_batch"]) for key in ("images", "labels")), strict=True))
+    given = content["totals"]
     totals: dict[str, float] = {}
-    for images, labels in batches:
+    for images, labels in ((images.to(device), labels.to(device)) for images, labels in batches):
         with autocast(torch.device(device), recipe.train.amp):
-            losses = model(images, labels.long(), content["totals"])
+            losses = model(images, labels.long(), None if given is None else given.to(device))
         (torch.stack(list(losses.values())).sum() / len(batches)).backward()
         for name, loss in losses.items():
             totals[name] = totals.get(name, 0.0) + loss.item() / len(batches)

@@ -2,18 +2,17 @@
 
 import contextlib
 import json
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from ssaseg.cli.drawing import bars, panels
 from ssaseg.cli.drawing.curves import draw_curves
 from ssaseg.cli.drawing.panels import Panel
+from ssaseg.cli.printing import echo
 from ssaseg.cli.scoring import confused
 from ssaseg.cli.training.environment import resumptions
 from ssaseg.cli.training.log import read_metrics
@@ -46,7 +45,9 @@ def write_batch(job: "Job", images: int = 8) -> None:
     legend = panels.legend_of(batch.labels.numpy(), job.train_set.classes, job.train_set.palette)
     rows = [row[start : start + 4] for start in range(0, len(row), 4)]
     with drawing("batch.png"):
-        write_atomic(job.folder / "batch.png", panels.encode(panels.grid(rows, legend), ".png"), sync=False)
+        write_atomic(
+            job.folder / "batch.png", panels.encode(panels.grid(rows, legend), ".png"), sync=False, root=job.folder
+        )
         if job.log is not None:
             job.log.picture("batch", job.folder / "batch.png", job.progress.step)
 
@@ -61,13 +62,12 @@ def after_evaluation(job: "Job", confusion: "Confusion") -> None:
     folder, step, classes = job.folder, job.progress.step, job.val_set.classes
     matrix, scores = confusion.matrix, confusion.scores()
     pairs = confused.confused_pairs(matrix, classes)
-    tqdm.write(confused.most_confused(pairs), file=sys.stderr)
+    echo(confused.most_confused(pairs), err=True)
     title = f"{job.recipe.name}, step {step}: mIoU {scores['mIoU']:.2f} %"
     # Each one separately: if one fails, the others are still written.
     with drawing("confused.json"):
-        write_atomic(
-            folder / "confused.json", json.dumps({"step": step, "pairs": pairs}, indent=1).encode(), sync=False
-        )
+        content = json.dumps({"step": step, "pairs": pairs}, indent=1).encode()
+        write_atomic(folder / "confused.json", content, sync=False, root=folder)
     with drawing("curves.png"):
         draw_log(folder, job.recipe.name)
     with drawing("iou.png"):
@@ -100,7 +100,7 @@ def drawing(what: str) -> Iterator[None]:
         yield
     except Exception as error:
         text = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-        tqdm.write(f"warning: {what} could not be written ({text})", file=sys.stderr)
+        echo(f"warning: {what} could not be written ({text})", err=True)
 
 
 def write_predictions(job: "Job", images: int = IMAGES) -> None:
@@ -135,8 +135,8 @@ def write_predictions(job: "Job", images: int = IMAGES) -> None:
     legend = panels.legend_of(maps, data.classes, palette)
     picture = panels.grid(rows, legend, panels.CHANGES if len(rows[0]) == 5 else ())
     kept = job.folder / "predictions" / f"step-{job.progress.step:06d}.jpg"
-    write_atomic(kept, panels.encode(picture, ".jpg"), sync=False)
-    write_atomic(job.folder / "predictions.png", panels.encode(picture, ".png"), sync=False)
+    write_atomic(kept, panels.encode(picture, ".jpg"), sync=False, root=job.folder)
+    write_atomic(job.folder / "predictions.png", panels.encode(picture, ".png"), sync=False, root=job.folder)
 
 
 def right(prediction: np.ndarray, labels: np.ndarray) -> str:

@@ -7,10 +7,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import click
 import torch
 
 from ssaseg.cli.errors import CommandError
+from ssaseg.cli.printing import echo
 from ssaseg.cli.training.job import Job
 from ssaseg.models import Segmenter
 from ssaseg.recipes import Recipe
@@ -68,7 +68,7 @@ def check_labels(splits: dict[str, Any], check: str = "sample") -> None:
         several = " (the first of several problems: `ssaseg data check` prints all)" if len(errors) > 1 else ""
         raise CommandError(errors[0] + several)
     for name, problem in problems:
-        click.echo(f"warning, {name} split: {problem.text}", err=True)
+        echo(f"warning, {name} split: {problem.text}", err=True)
 
 
 def describe(job: Job) -> None:
@@ -76,25 +76,25 @@ def describe(job: Job) -> None:
     recipe, train, ranks = job.recipe, job.recipe.train, job.ranks.size
     size = sum(parameter.numel() for parameter in job.model.parameters()) / 1e6
     where = f"{ranks} ranks on {job.device.type}" if ranks > 1 else str(job.device)
-    click.echo(
+    echo(
         f"{recipe.name}: {recipe.model.name} {recipe.model.classifier}, {size:.2f} M parameters, {where}, "
         f"amp {train.amp}; {len(job.train_set)} training and {len(job.val_set)} validation images; "
         f"step {job.progress.step} of {train.steps}, run folder {job.folder}",
         err=True,
     )
     if train.compile and ranks > 1 and job.device.type == "cuda":
-        click.echo(
+        echo(
             "note: train.compile was never measured on several GPUs; SyncBatchNorm splits the compiled graph at each "
             "norm, so it is probably slower than train.compile=false",
             err=True,
         )
     if recipe.optim.freeze:
         trained = sum(p.numel() for p in job.model.parameters() if p.requires_grad) / 1e6
-        click.echo(f"frozen: {', '.join(recipe.optim.freeze)}; {trained:.2f} M parameters are trained", err=True)
+        echo(f"frozen: {', '.join(recipe.optim.freeze)}; {trained:.2f} M parameters are trained", err=True)
     if job.average is not None:
-        click.echo(f"averaged weights (decay {job.average.decay:g}) are scored, and kept as best", err=True)
+        echo(f"averaged weights (decay {job.average.decay:g}) are scored, and kept as best", err=True)
     if job.micro_batches > 1:
-        click.echo(
+        echo(
             f"batch {train.batch} in {job.micro_batches} micro-batches"
             + (f" on each of {ranks} ranks" if ranks > 1 else "")
             + f": BatchNorm sees {job.micro_batch} images",

@@ -16,13 +16,15 @@ if TYPE_CHECKING:
 def save(job: "Job") -> None:
     """Writes the training state, then its weights. Every rank calls it.
 
-    Raises FloatingPointError, before anything is written, if a weight is not finite.
+    Raises FloatingPointError, before anything is written, if a weight is not finite, and OSError if the run
+    folder was deleted or replaced.
     """
     job.ranks.same_statistics(job.model)
     require_finite(job)
     if not job.ranks.main:
         job.saved = job.progress.step
         return
+    job.require_folder()
     extra: dict[str, Any] = {"data": job.fingerprints}
     if job.average is not None:
         extra["ema"] = job.average.state_dict()
@@ -30,7 +32,7 @@ def save(job: "Job") -> None:
     save_state(job.folder, job.progress, job.model, job.optimizer, job.scaler, recipe, extra)
     job.saved = job.progress.step
     # The trained weights. If there is an average of them, the scores belong to the average, not to these.
-    save_model(job.folder / "last.safetensors", job.model, metadata(job, scored=job.average is None))
+    save_model(job.folder / "last.safetensors", job.model, metadata(job, scored=job.average is None), root=job.folder)
 
 
 def complete(job: "Job") -> None:
@@ -41,16 +43,18 @@ def complete(job: "Job") -> None:
     except (FileNotFoundError, CheckpointError):
         found = {"step": 0}
     # A later file stays: its state could not be read, and the run will reach its step again.
-    older, other = found["step"] <= header["step"], any(found.get(key) != header[key] for key in ("step", "scores"))
+    older = type(found["step"]) is not int or found["step"] <= header["step"]
+    other = any(found.get(key) != header[key] for key in ("step", "scores"))
     if older and other:
-        save_model(path, job.model, header)
+        save_model(path, job.model, header, root=job.folder)
 
 
 def save_best(job: "Job") -> None:
     """Writes `best.safetensors`: the weights that were just scored. Called inside `job.averaged()`."""
     require_finite(job)
     if job.ranks.main:
-        save_model(job.folder / "best.safetensors", job.model, metadata(job))
+        job.require_folder()
+        save_model(job.folder / "best.safetensors", job.model, metadata(job), root=job.folder)
 
 
 def require_finite(job: "Job") -> None:

@@ -5,17 +5,18 @@ import errno
 import io
 import os
 import shlex
-import zipfile
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import click
 import torch
 
 from ssaseg.cli.errors import CommandError
+from ssaseg.cli.printing import echo
 from ssaseg.cli.training.job import Progress
-from ssaseg.files.writing import write_atomic
+from ssaseg.cli.training.stored import require_state
+from ssaseg.cli.weights.archive import read_archive
+from ssaseg.files.writing import delete_temporaries, write_atomic
 
 # Recipe keys that a resumed run may change, each with how this changes the results. All other changes are refused.
 FREE_KEYS = {
@@ -55,7 +56,6 @@ def save_state(
     resume, plain values and tensors; `load_state` returns it under that key. Raises CommandError if the file cannot be
     written; the message names the state that the run can resume from.
     """
-    buffer = io.BytesIO()
     content = {
         "progress": asdict(progress),
         "model": model.state_dict(),
@@ -64,16 +64,21 @@ def save_state(
         "recipe": recipe,
         "extra": extra or {},
     }
-    torch.save(content, buffer)
     path = folder / f"state-{progress.step}.pt"
     try:
-        write_atomic(path, buffer.getvalue())
-    except OSError as error:
+        buffer = io.BytesIO()
+        torch.save(content, buffer)
+        write_atomic(path, buffer.getvalue(), root=folder)
+    except (OSError, RuntimeError, MemoryError) as error:
         newest = next(iter(state_files(folder)), None)
         last = f"{newest.name} is still the last good state" if newest else "no state was saved before"
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        fix = "free some disk space (train.keep=1 needs least)" if full else "make the folder writable again"
-        raise CommandError(f"{path}: {error.strerror}\n{last}\n{fix}, then continue with --resume") from None
+        if isinstance(error, OSError):
+            full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+            fix = "free some disk space (train.keep=1 needs least)" if full else "make the folder writable again"
+            raise CommandError(f"{path}: {error.strerror}\n{last}\n{fix}, then continue with --resume") from None
+        # PyTorch's writer raises RuntimeError where memory ends while it puts a state together.
+        what = "not enough memory to put the state together"
+        raise CommandError(f"{path}: {what}\n{last}\nfree some memory, then continue with --resume") from None
     _delete_old(folder, path, recipe["train"]["keep"])
 
 
@@ -86,9 +91,10 @@ def _delete_old(folder: Path, written: Path, keep: int) -> None:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
+    delete_temporaries(folder)
     states = state_files(folder)
-    old = states[states.index(written) + keep :]
-    for path in [*old, *folder.glob(".state*.partial")]:
+    old = states[states.index(written) + keep :] if written in states else []
+    for path in old:
         with contextlib.suppress(OSError):  # an old file that stays is not a reason to stop
             os.unlink(path)
 
@@ -109,16 +115,16 @@ def load_state(folder: Path) -> dict[str, Any] | None:
     for path in state_files(folder):
         try:
             state = _read(path)
-        except MemoryError:  # this does not mean that the file is damaged
-            raise
         except Exception as error:
+            if out_of_memory(error):  # this does not mean that the file is damaged
+                raise CommandError(f"{path}: not enough memory to read it\nfree some memory, then resume") from None
             broken.append(path)
             reasons.append(f"{type(error).__name__}: {error}".splitlines()[0][:120])
             continue
         if broken:
             names = ", ".join(bad.name for bad in broken)
             text = f"{folder}: {names} cannot be read ({reasons[0]}); continuing from the last good state, {path.name}"
-            click.echo(f"warning: {text}", err=True)
+            echo(f"warning: {text}", err=True)
         for bad in broken:
             with contextlib.suppress(OSError):
                 bad.rename(bad.with_name(f"{bad.name}.unreadable"))
@@ -132,19 +138,18 @@ def load_state(folder: Path) -> dict[str, Any] | None:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    """Reads a state. PyTorch notices a file that was cut short, but not changed bytes: the checksums in it show these.
+    """Reads and checks a state. Raises many types of errors for what is not a whole state after the step in its name.
 
-    Raises ValueError for a wrong checksum and for missing entries.
+    PyTorch would notice a file that was cut short, but not changed bytes: the checksums in it show these.
     """
-    with zipfile.ZipFile(path) as archive:
-        damaged = archive.testzip()
-    if damaged is not None:
-        raise ValueError(f"wrong checksum of {damaged}")
-    state = torch.load(path, map_location="cpu", weights_only=True)
-    missing = {"progress", "model", "optimizer", "scaler", "recipe"} - state.keys()
-    if missing:
-        raise ValueError(f"it has no {', '.join(sorted(missing))}")
-    return state
+    state = read_archive(path)
+    require_state(state, int(path.stem.removeprefix("state-")))
+    return dict(state)
+
+
+def out_of_memory(error: Exception) -> bool:
+    """Whether memory of the host has ended: Python and PyTorch have different errors for it."""
+    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and "allocate memory" in str(error))
 
 
 def refuse_changes(stored: dict[str, Any], given: dict[str, Any], folder: Path) -> None:
@@ -173,7 +178,7 @@ def refuse_changes(stored: dict[str, Any], given: dict[str, Any], folder: Path) 
         )
     if changed:
         notes = [text + (f" ({FREE_KEYS[key]})" if FREE_KEYS[key] else "") for key, text in changed.items()]
-        click.echo(f"{folder}: continues with {', '.join(notes)}", err=True)
+        echo(f"{folder}: continues with {', '.join(notes)}", err=True)
 
 
 def _difference(key: str, old: Any, new: Any) -> str:

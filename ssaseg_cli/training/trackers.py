@@ -4,9 +4,10 @@
 printed and the tracker gets nothing more. Training continues.
 """
 
+import errno
 import os
+import re
 import secrets
-import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from importlib import import_module
@@ -14,9 +15,10 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from ssaseg.cli.errors import CommandError
+from ssaseg.cli.printing import echo
+from ssaseg.files.reading import read_text
+from ssaseg.files.writing import write_atomic
 from ssaseg.recipes import Recipe, dump_recipe
 
 
@@ -72,7 +74,7 @@ class Tracker(ABC):
         except Exception as error:  # such a library may raise anything; this must not end the training
             self.working = False
             text = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-            tqdm.write(f"warning: {self.name} failed and is not used any more ({text})", file=sys.stderr)
+            echo(f"warning: {self.name} failed and is not used any more ({text})", err=True)
 
     @abstractmethod
     def _start(self, step: int) -> None: ...
@@ -95,6 +97,13 @@ def named(record: dict[str, Any]) -> dict[str, float]:
     return {key: value for key, value in values.items() if isinstance(value, int | float)}
 
 
+def own_folder(path: Path) -> Path:
+    """`path`. Raises OSError if it is a link: a run folder from elsewhere must not decide where files are written."""
+    if path.is_symlink():
+        raise OSError(errno.ELOOP, "a link, expected a folder in the run folder", str(path))
+    return path
+
+
 class TensorBoard(Tracker):
     """Event files in RUN/tensorboard. Show them with `tensorboard --logdir RUN`, or give the folder with all runs."""
 
@@ -105,7 +114,7 @@ class TensorBoard(Tracker):
 
         writer: Any = tensorboard.SummaryWriter
         # Removes what a killed run wrote after its last state: the resumed run writes those steps again.
-        folder = str(self.folder / "tensorboard")
+        folder = str(own_folder(self.folder / "tensorboard"))
         self.writer = writer(folder, purge_step=step + 1)
         if step == 0:
             text = "".join(f"    {line}\n" for line in dump_recipe(self.recipe).splitlines())  # Markdown's code
@@ -157,12 +166,16 @@ class WandB(Tracker):
             raise CommandError(f"--track wandb: {reason}\n{fix}") from None
 
     def _start(self, step: int) -> None:
+        own_folder(self.folder / "wandb")  # where W&B writes
         if not self.id_file.exists():
-            self.id_file.write_text(secrets.token_hex(4))
+            write_atomic(self.id_file, secrets.token_hex(4).encode(), root=self.folder)
+        known = read_text(self.id_file, 1000).strip()
+        if not re.fullmatch(r"[\w-]{1,64}", known, re.ASCII):
+            raise ValueError(f"{self.id_file}: expected the id of a run: letters, digits and dashes")
         self.run = self.wandb.init(
             project=os.environ.get("WANDB_PROJECT", "ssaseg"),
             dir=str(self.folder),
-            id=self.id_file.read_text().strip(),
+            id=known,
             name=self.folder.resolve().name,
             resume="allow",
             config=self.recipe.model_dump(mode="json"),

@@ -11,6 +11,7 @@ import torch
 from tqdm import tqdm
 
 from ssaseg.cli.device import count_cores
+from ssaseg.cli.printing import echo
 from ssaseg.cli.training.job import StepRecord
 from ssaseg.cli.training.nonfinite import low_scale
 
@@ -101,7 +102,7 @@ class Window:
         line = f"loss {loss:.3f} ({terms}) lr {rate:.2e} {speed:.1f} images/s, data wait {waiting:.0%}"
         left = (train.steps - step) / pace
         clock = f"{int(left // 3600)}:{int(left % 3600 // 60):02d}:{int(left % 60):02d}"
-        tqdm.write(f"step {step}/{train.steps} {line}, ETA {clock}", file=sys.stderr)  # above a bar
+        echo(f"step {step}/{train.steps} {line}, ETA {clock}", err=True)  # above a bar
         self.bar.set_postfix_str(f"loss {loss:.3f}")
 
     def _print_faults(self, scale: float | None) -> None:
@@ -112,14 +113,14 @@ class Window:
             values = zip(self.names, record.losses.tolist(), strict=True)
             terms = ", ".join(f"{name} {value:g}" for name, value in values)
             images = ", ".join(record.images)
-            tqdm.write(f"step {record.number}: not finite, update skipped ({terms}); images: {images}", file=sys.stderr)
+            echo(f"step {record.number}: not finite, update skipped ({terms}); images: {images}", err=True)
         if skipped:
             count = f"{job.progress.skipped} updates skipped, of at most {job.guard.limit} (train.max_skipped)"
-            tqdm.write(f"warning: {count}", file=sys.stderr)
+            echo(f"warning: {count}", err=True)
         if scale is not None and not self.warned_scale:
             self.warned_scale = True
             text = f"warning: fp16's loss scale has fallen to {scale:g}: gradients overflow; use train.amp=bf16"
-            tqdm.write(text, file=sys.stderr)
+            echo(text, err=True)
 
     def _print_waiting(self, seconds: float) -> None:
         """Warns once if training waits for its data. The first window does not count: the workers start in it."""
@@ -131,7 +132,7 @@ class Window:
             self.block = [0.0, 0.0, 0.0]
             if waited / total > BOUND and not self.warned:
                 self.warned = True
-                tqdm.write(waiting_warning(self.job.recipe, waited / total), file=sys.stderr)
+                echo(waiting_warning(self.job.recipe, waited / total), err=True)
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import errno
 import os
+import shutil
 import signal
 import sys
 from functools import partial
@@ -22,10 +23,11 @@ from scipy.io import savemat
 
 from ssaseg.cli.data import prepare as command
 from ssaseg.cli.main import cli
-from ssaseg.datasets import build_dataset
-from ssaseg.datasets.loader import WorkerError
+from ssaseg.datasets import DataError, build_dataset
+from ssaseg.datasets.pairs import read_names
 from ssaseg.datasets.prepare import DOWNLOADS
 from ssaseg.datasets.published import LAYOUTS
+from ssaseg.datasets.workers import WorkerError
 
 NAMES = ("COCO_train2014_000000000077", "mit Leerzeichen", "Straße_日本")
 # (first raw id, last, what to add) of COCO-Stuff-10K, from mmsegmentation's tools/dataset_converters/coco_stuff10k.py.
@@ -396,3 +398,28 @@ def test_wrong_words_and_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert_told(prepare("coco_stuff10k", tmp_path, tmp_path / "file/below"), 2, "file/below")
     monkeypatch.setitem(sys.modules, "scipy.io", None)
     assert_told(prepare("coco_stuff10k", tmp_path), 2, "scipy", "pip install 'ssaseg[mat]'")
+
+
+OUTSIDE = ["../../../evil", "/tmp/evil", "a/../../evil", "..", "C:/evil", "a\\evil", "a\0evil", "\x1b[31m", "x" * 300]
+
+
+@pytest.mark.parametrize("name", OUTSIDE)
+def test_a_list_with_a_name_outside_is_refused(tmp_path: Path, name: str) -> None:
+    source, root = tmp_path / "down" / "a" / "b", tmp_path / "root"
+    make_stuff10k(source)
+    for suffix in (".jpg", ".mat"):  # such files exist: a download can bring them
+        shutil.copy(next(source.rglob(f"*{suffix}")), tmp_path / f"evil{suffix}")
+    before = set(tmp_path.iterdir())
+    (source / "imageLists" / "train.txt").write_text(f"{NAMES[0]}\n{name}\n")
+    assert_told(prepare("coco_stuff10k", source, root), 2, "train.txt: ", "expected a path below the folder of images")
+    assert set(tmp_path.iterdir()) == before
+    with pytest.raises(DataError, match="expected a path below"):
+        read_names(source / "imageLists" / "train.txt")
+
+
+def test_a_mask_that_claims_too_many_pixels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ssaseg.datasets.prepare.MAX_PIXELS", 100)
+    save_mat(tmp_path / "a.mat", np.zeros((20, 20), np.uint8))
+    monkeypatch.setattr("scipy.io.loadmat", None)  # not reached
+    with pytest.raises(DataError, match="400 values, expected at most 100"):
+        DOWNLOADS["coco_stuff10k"].read(tmp_path / "a.mat")

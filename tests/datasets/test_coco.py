@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
@@ -406,3 +407,84 @@ def test_a_recipe_names_folder_and_files(tmp_path: Path) -> None:
     ):
         with pytest.raises(RecipeError, match=message):
             parse_recipe({**rest, "train": {"steps": 1}, "data": {**data, **wrong}}, "my.yaml")
+
+
+DEEP = "[" * 900 + "]" * 900
+TEETH = [value for k in range(20_000) for value in (k % 2 * 600, k % 2 * 600)]  # from corner to corner, for ever
+
+
+@pytest.mark.parametrize(
+    ("change", "parts"),
+    [
+        ({"height": 10**12}, ["height 1000000000000", "pixels"]),
+        ({"height": 20_000, "width": 20_000}, ["at most 268,435,456 pixels"]),
+        ({"width": True}, ["whole numbers"]),
+        ({"file_name": "../a.png"}, ["a path with `..`"]),
+        ({"file_name": "b/../../a.png"}, ["a path with `..`"]),
+        ({"file_name": "/etc/a.png"}, ["a path from the root"]),
+        ({"file_name": "C:/a.png"}, ["a path from the root"]),
+        ({"file_name": "b\\a.png"}, ["a backslash"]),
+        ({"file_name": "a\0.png"}, ["a control character", "x00"]),
+        ({"file_name": "\x1b[2J.png"}, ["a control character", "x1b"]),
+        ({"file_name": "x" * 300}, ["more than 255 characters"]),
+        ({"file_name": ""}, ["an empty name"]),
+    ],
+)  # fmt: skip
+def test_images_that_no_file_can_have(tmp_path: Path, change: dict[str, Any], parts: list[str]) -> None:
+    content = document((3, [[1, 1, 9, 1, 9, 9]]))
+    content["images"][0] |= change
+    (tmp_path / "0.json").write_text(json.dumps(content))
+    message = refusal(lambda: CocoDataset(tmp_path / "images", [tmp_path / "0.json"]))
+    assert all(part in message for part in parts), message
+    assert message.isprintable() or "\n" in message
+
+
+@pytest.mark.parametrize(
+    ("segmentation", "parts"),
+    [
+        ([[10**400, 1, 2, 3, 4, 5]], ["from 1 to 1000"]),
+        ([[float("nan"), 1, 2, 3, 4, 5]], ["a polygon from"]),
+        ({"size": [HEIGHT, WIDTH], "counts": [2**39] * 2**4}, ["run lengths of"]),
+        ({"size": [[[[[[[[1]]]]]]]], "counts": "0"}, ["run lengths of size"]),
+    ],
+)  # fmt: skip
+def test_numbers_that_no_region_has(tmp_path: Path, segmentation: Any, parts: list[str]) -> None:
+    made = dataset(tmp_path, document((3, segmentation)))
+    message = refusal(lambda: made.load(0))
+    assert all(part in message for part in parts), message
+
+
+def test_an_outline_that_would_fill_the_memory(tmp_path: Path) -> None:
+    big = {"id": 1, "file_name": "a.png", "height": 600, "width": 600}
+    made = dataset(tmp_path, document((3, [TEETH]), images=[big]))
+    assert "pixels of outline" in refusal(lambda: made.load(0))
+    (tmp_path / "few").mkdir()
+    few = dataset(tmp_path / "few", document((3, [TEETH[:4000]]), images=[big]))
+    assert few.load(0)[1].shape == (600, 600)
+
+
+def test_run_lengths_of_an_image_are_limited(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ssaseg.datasets.coco.MOST_RUNS", 20)
+    made = dataset(tmp_path, document(*[(3, [[1, 1, 9, 1, 9, 9]])] * 9))
+    assert "run lengths" in refusal(lambda: made.load(0))
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["[" * 100_000, '{"images": ' + "9" * 5000 + "}", json.dumps(document((3, 7))).replace(": 7", f": {DEEP}"),
+     json.dumps(document((3, []))).replace('"id": 1,', f'"id": {DEEP},', 1),
+     json.dumps(document((3, []))).replace('"category_id": 3', '"category_id": [3]')],
+)  # fmt: skip
+def test_json_that_is_nested_or_too_long(tmp_path: Path, text: str) -> None:
+    def act() -> None:
+        (tmp_path / "0.json").write_text(text)
+        put(tmp_path / "images" / "a.png", HEIGHT, WIDTH)
+        CocoDataset(tmp_path / "images", [tmp_path / "0.json"]).load(0)
+
+    refusal(act)
+
+
+def test_a_pipe_in_place_of_the_annotations(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "0.json")
+    with pytest.raises(OSError, match="FIFO"):
+        CocoDataset(tmp_path, [tmp_path / "0.json"])

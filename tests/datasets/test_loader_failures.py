@@ -1,8 +1,11 @@
 """Workers that are killed, and files that are damaged, in the middle of training: told by name, and nothing is lost."""
 
+import errno
 import itertools
 import os
+import resource
 import signal
+import threading
 import time
 from functools import partial
 from pathlib import Path
@@ -12,13 +15,27 @@ import numpy as np
 import psutil
 import pytest
 import torch
-from changes import Change, command, file_damaged_in_steps, impatient_with_workers, without_pictures, worker_killed_at
+from changes import (
+    Change,
+    command,
+    file_damaged_in_steps,
+    impatient_with_workers,
+    waiting_at,
+    without_pictures,
+    worker_killed_at,
+)
 from forked import Forked
 from safetensors.torch import load_file
+from torch import Tensor
 
-from ssaseg.datasets.loader import WorkerError, eval_loader, train_loader
+from ssaseg.cli import signals
+from ssaseg.cli.data.reading import read_through
+from ssaseg.cli.scoring.evaluate import read
+from ssaseg.datasets import workers
+from ssaseg.datasets.loader import eval_loader, train_loader
 from ssaseg.datasets.synthetic import SyntheticScenes
 from ssaseg.datasets.transforms import TrainTransform
+from ssaseg.datasets.workers import WorkerError
 
 TINY = [
     "augment.scale=[64,64]", "augment.crop=[64,64]", "distill.group=2", "train.batch=4", "train.micro_batch=2",
@@ -29,8 +46,7 @@ SCENES = ["data.synthetic.height=64", "data.synthetic.width=64", "data.synthetic
 
 @pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    iterator = torch.utils.data.dataloader._MultiProcessingDataLoaderIter
-    monkeypatch.setattr(iterator._try_get_data, "__defaults__", (0.2,))
+    monkeypatch.setattr(workers, "LOOK", 0.2)
 
 
 class Deadly(SyntheticScenes):
@@ -147,3 +163,132 @@ def test_shared_memory_that_is_full_ends_the_wait(monkeypatch: pytest.MonkeyPatc
     stream = train_loader(SyntheticScenes(12, 64, 64, 0, "train"), transform, 0, 4, workers=1)
     with pytest.raises(WorkerError, match=r"/dev/shm\) is full: no space for 3\.0 MiB of pixels\n.*\n.*--shm-size"):
         next(stream)
+
+
+# ---- waits that never end, and files that cannot be opened ---------------------------------------------------------
+class Endless(SyntheticScenes):
+    """Image `last` never comes."""
+
+    def __init__(self, last: int) -> None:
+        super().__init__(12, 64, 64, 0, "train")
+        self.last = last
+
+    def load(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        if index == self.last:
+            time.sleep(1000)
+        return super().load(index)
+
+
+@pytest.mark.usefixtures("impatient")
+def test_a_wait_has_an_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(workers, "LONGEST_WAIT", 1)
+    children = set(psutil.Process().children())
+    dataset, started = Endless(last=3), time.monotonic()
+    with pytest.raises(WorkerError) as caught:
+        list(eval_loader(dataset, None, None, workers=2))
+    assert time.monotonic() - started < 8
+    assert len(str(caught.value).splitlines()) == 3
+    assert f"while it reads image {dataset.name(3)}" in str(caught.value)
+    left = set(psutil.Process().children()) - children
+    assert all(worker.status() == psutil.STATUS_ZOMBIE for worker in left)
+
+
+class Unsendable:
+    """What a worker cannot send: the error comes in PyTorch's own thread."""
+
+    def __init__(self, error: Exception) -> None:
+        self.error = error
+
+    def __reduce__(self) -> str:
+        raise self.error
+
+
+class Sending(workers.Work):
+    def __init__(self, error: Exception) -> None:
+        super().__init__(SyntheticScenes(2, 64, 64, 0, "train"))
+        self.error = error
+
+    def __getitem__(self, key: int) -> object:
+        return Unsendable(self.error) if key else key
+
+
+@pytest.mark.usefixtures("impatient")
+@pytest.mark.parametrize(
+    ("error", "part"),
+    [(OSError(errno.EMFILE, "Too many open files"), "ulimit -n"),
+     (RuntimeError("unable to open shared memory: Too many open files (24)"), "ulimit -n"),
+     (RuntimeError("other"), "ended with exit code 75")],
+)  # fmt: skip
+def test_what_cannot_be_sent_is_reported(error: Exception, part: str) -> None:
+    stream = workers.read_ahead(Sending(error), range(2), 1)
+    assert next(stream) == 0
+    with pytest.raises(WorkerError) as caught:
+        next(stream)
+    assert part in str(caught.value)
+    assert len(str(caught.value).splitlines()) == 3
+
+
+def no_files(*_: object) -> None:
+    raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+
+def test_files_that_cannot_be_opened_anywhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    scenes = SyntheticScenes(2, 64, 64, 0, "train")
+    monkeypatch.setattr(scenes, "load", no_files)
+    with pytest.raises(WorkerError, match="ulimit -n"):  # while an image is read
+        next(eval_loader(scenes, None, None, workers=0))
+    monkeypatch.setattr(workers, "_start", no_files)
+    with pytest.raises(WorkerError, match="ulimit -n"):  # while workers start
+        next(eval_loader(scenes, None, None, workers=1))
+    monkeypatch.setattr(Tensor, "share_memory_", no_files)
+    with pytest.raises(WorkerError, match="ulimit -n"):
+        next(eval_loader(scenes, None, None, workers=1))
+
+
+def few_files(more: int) -> None:
+    """The process may open as many files as it has open, and `more`."""
+    limit = len(os.listdir("/proc/self/fd")) + more
+    resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit))
+
+
+@pytest.mark.parametrize("more", [8, 14])
+def test_a_command_without_files_ends(tmp_path: Path, more: int) -> None:
+    code, errors = train(tmp_path / "run", *SCENES, "train.workers=1", change=partial(few_files, more)).finish()
+    assert code == 2, errors
+    assert "Traceback" not in errors
+    assert "oo many open files" in errors
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize("count", [0, 1])
+def test_a_signal_ends_a_wait_and_what_is_done_is_saved(tmp_path: Path, number: int, code: int, count: int) -> None:
+    began = tmp_path / "began"
+    run = train(tmp_path / "run", *SCENES, f"train.workers={count}", change=partial(waiting_at, 8, began))
+    run.wait_until(lambda: began.exists())
+    if count:
+        time.sleep(1)  # the batch is prepared ahead
+    started = time.monotonic()
+    run.send_signal(number)
+    ended, errors = run.finish()
+    assert ended == code, errors
+    assert time.monotonic() - started < 20
+    assert stopped_step(tmp_path / "run", errors + "error: ") == 2
+
+
+def test_a_signal_ends_the_wait_of_an_evaluation(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(signals, "GRACE", 0.2)
+    with signals.StopSignal() as stop:
+        threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGTERM)).start()
+        started = time.monotonic()
+        assert len(list(read(eval_loader(Endless(last=2), None, None, workers=0), stop))) == 2
+        assert time.monotonic() - started < 5
+        assert stop.requested
+        with pytest.raises(SystemExit) as caught:  # `data check` and `data init`
+            threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGTERM)).start()
+            read_through(Endless(last=2), "read")
+        assert caught.value.code == 143
+        assert time.monotonic() - started < 10
+        # The signal came before the wait.
+        with pytest.raises(signals.Interrupted), stop.ending_waits():
+            time.sleep(5)
+    assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)

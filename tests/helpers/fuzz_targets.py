@@ -130,7 +130,7 @@ def annotations(folder: Path) -> Target:
         Image.fromarray(np.zeros((20, 30, 3), np.uint8)).save(folder / f"images/{name}.png")
     square = [1, 1, 12, 1, 12, 9, 1, 9]
     common = {"iscrowd": 0, "area": 88, "bbox": [1, 1, 11, 8]}
-    runs: list[Any] = [{"size": [20, 30], "counts": [100, 50, 450]}, {"size": [20, 30], "counts": "PSm0"}, [square]]
+    runs: list[Any] = [{"size": [20, 30], "counts": [100, 50, 450]}, {"size": [20, 30], "counts": "T3b1R>"}, [square]]
     whole = {
         "images": [{"id": k, "file_name": f"{name}.png", "height": 20, "width": 30} for k, name in enumerate("ab")],
         "categories": [{"id": k, "name": f"c{k}"} for k in range(3)],

@@ -20,6 +20,7 @@ from ssaseg.cli.errors import CommandError
 from ssaseg.cli.main import cli
 from ssaseg.cli.signals import StopSignal
 from ssaseg.cli.training import build as jobs
+from ssaseg.cli.training import log
 from ssaseg.cli.training import loop as train
 from ssaseg.cli.training.faults import explain_file_error
 from ssaseg.cli.training.job import Job
@@ -92,19 +93,18 @@ def test_a_full_disk_costs_lines_of_the_log_alone(
 ) -> None:
     """Full for two lines, the first of which is written in part."""
     job = make_job(tmp_path, "train.log_every=1", "train.steps=4")
-    path, real, opened = tmp_path / "metrics.jsonl", Path.open, []
+    path, real, opened = tmp_path / "metrics.jsonl", log.open_append, []
 
-    def full(self: Path, *words: Any, **more: Any) -> Any:
-        if self == path and "a" in words:
-            opened.append(1)
-            if len(opened) in (2, 3):
-                if len(opened) == 2:
-                    with real(self, "a") as file:
-                        file.write('{"step": 2, "lo')
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self))
-        return real(self, *words, **more)
+    def full(path: Path) -> Any:
+        opened.append(1)
+        if len(opened) in (2, 3):
+            if len(opened) == 2:
+                with real(path) as file:
+                    file.write('{"step": 2, "lo')
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        return real(path)
 
-    monkeypatch.setattr(Path, "open", full)
+    monkeypatch.setattr(log, "open_append", full)
     assert run(job) == 0
     told = [line for line in capsys.readouterr().err.splitlines() if "No space left" in line]
     assert told == [

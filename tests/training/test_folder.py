@@ -4,6 +4,8 @@ import errno
 import json
 import os
 import resource
+import shutil
+from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,30 +15,25 @@ import pytest
 import torch
 from changes import hold_run
 from forked import Forked
+from states import DATA, RECIPE, save
 
-from ssaseg.cli.errors import CommandError
+from ssaseg.cli.errors import CommandError, print_error
 from ssaseg.cli.ranks.ranks import Ranks
 from ssaseg.cli.training import environment as records
-from ssaseg.cli.training import fingerprint
-from ssaseg.cli.training.folder import open_run
-from ssaseg.cli.training.job import Progress
-from ssaseg.cli.training.state import FREE_KEYS, load_state, refuse_changes, save_state, state_files
+from ssaseg.cli.training import log
+from ssaseg.cli.training import loop as train
+from ssaseg.cli.training.folder import open_run, write_start
+from ssaseg.cli.training.job import Job, StepRecord
+from ssaseg.cli.training.nonfinite import stop_before
+from ssaseg.cli.training.pictures import write_batch
+from ssaseg.cli.training.saving import save_best
+from ssaseg.cli.training.state import FREE_KEYS, load_state, refuse_changes, state_files
+from ssaseg.cli.training.window import Window
 from ssaseg.datasets.pairs import PairDataset
 from ssaseg.datasets.synthetic import SyntheticScenes
-from ssaseg.recipes import Recipe, load_recipe
+from ssaseg.recipes import load_recipe
 
-RECIPE = load_recipe("demo")
-
-
-def save(folder: Path, step: int, base: Recipe = RECIPE, **changes: Any) -> None:
-    """A state of one weight, whose value is the step."""
-    model = torch.nn.Linear(1, 1, bias=False)
-    torch.nn.init.constant_(model.weight, step)
-    recipe = base.model_dump(mode="json")
-    recipe["train"] |= changes
-    optimizer = torch.optim.AdamW(model.parameters())
-    scaler = torch.amp.GradScaler("cpu", enabled=False)
-    save_state(folder, Progress(step=step), model, optimizer, scaler, recipe, {"ranks": 2})
+MakeJob = Callable[..., Job]
 
 
 def step_of(state: dict[str, Any] | None) -> int:
@@ -61,7 +58,7 @@ def test_the_newest_states_are_kept(tmp_path: Path, keep: int) -> None:
     state = load_state(tmp_path)
     assert step_of(state) == 11
     assert state is not None
-    assert state["extra"] == {"ranks": 2}
+    assert state["extra"] == {"data": DATA}
 
 
 def cut(content: bytes) -> bytes:
@@ -236,6 +233,84 @@ def test_two_runs_in_one_folder(tmp_path: Path) -> None:
     assert names(out) == []
 
 
+def test_a_lock_that_is_a_link_or_waits(tmp_path: Path) -> None:
+    victim, out = tmp_path / "victim", tmp_path / "run"
+    victim.write_text("my key")
+    out.mkdir()
+    makers: list[Callable[[Path], object]] = [
+        lambda lock: lock.symlink_to("../victim"), lambda lock: lock.hardlink_to(victim), os.mkfifo,
+        lambda lock: lock.symlink_to("../new"), lambda lock: lock.symlink_to(lock), Path.mkdir,
+    ]  # fmt: skip
+    for make in makers:
+        make(out / ".lock")
+        for resume in (False, True):
+            save(out, 3)
+            with pytest.raises(CommandError) as caught, open_run(out, RECIPE, resume):
+                pass
+            assert str(out) in str(caught.value)
+            assert len(str(caught.value).splitlines()) == 2
+        assert victim.read_text() == "my key"
+        assert names(tmp_path) == ["run", "victim"]
+        (out / ".lock").rmdir() if (out / ".lock").is_dir() else (out / ".lock").unlink()
+
+
+FILES = (
+    "config.yaml", "env.json", "metrics.jsonl", "last.safetensors", "best.safetensors", "state-3.pt", "batch.png",
+    "curves.png", "iou.png", "confused.png", "confused.json", "predictions.png", "nonfinite-step-2.pt",
+)  # fmt: skip
+
+
+def test_links_in_a_run_folder_are_not_followed_out_of_it(tmp_path: Path, make_job: MakeJob) -> None:
+    """All that a run writes: a folder from elsewhere may have a link under each name."""
+    out, outside = tmp_path / "run", tmp_path / "outside"
+    job = make_job(out, "train.steps=3", "train.log_every=1", "train.batch=2")
+    outside.mkdir()
+    for name in FILES:
+        (out / name).unlink(missing_ok=True)
+        (out / name).symlink_to(outside / name)
+        (outside / name).write_text("mine")
+    (out / "predictions").symlink_to(outside, target_is_directory=True)
+    write_start(job)
+    train.open_log(job, [])
+    (out / "metrics.jsonl").unlink()
+    (out / "metrics.jsonl").symlink_to(outside / "metrics.jsonl")
+    (out / "batch.png").unlink()
+    (out / "batch.png").symlink_to(outside / "nothing.png")
+    write_batch(job)
+    window = Window(job, bar=False)
+    assert train.train(job, window) == 0
+    losses = torch.full((len(window.names),), torch.nan)
+    stop_before(job, StepRecord(2, ["a"], losses, torch.ones(()), torch.ones(()), None), window.names)
+    assert {path.read_text() for path in outside.iterdir()} == {"mine"}
+    assert sorted(path.name for path in outside.iterdir()) == sorted(FILES)
+    assert not (out / "state-3.pt").is_symlink()
+
+
+@pytest.mark.parametrize("anew", [False, True])
+def test_a_folder_that_was_deleted_or_made_anew(tmp_path: Path, make_job: MakeJob, anew: bool) -> None:
+    """Nothing more is written into it, and the run ends with an error."""
+    out = tmp_path / "run"
+    with open_run(out, RECIPE, False) as run:
+        job = make_job(out, "train.steps=3", "train.save_every=2", "train.log_every=100")
+        job.lock = run.lock
+        write_start(job)
+        shutil.rmtree(out)
+        if anew:
+            (out / "predictions").mkdir(parents=True)
+            (out / ".lock").write_text("process of another run")
+            (out / "config.yaml").write_text("of another run")
+        with pytest.raises(OSError, match="deleted or replaced") as caught:
+            train.train(job, Window(job, bar=False))
+        assert print_error(caught.value) == 2
+        for write in (lambda: save_best(job), lambda: write_start(job), lambda: log.MetricsLog.write(job.log, {})):
+            job.log.lock = run.lock
+            with pytest.raises(OSError, match="deleted or replaced"):
+                write()
+    assert names(tmp_path) == (["run"] if anew else [])
+    if anew:
+        assert names(out) == [".lock", "config.yaml", "predictions"]
+
+
 def test_what_does_not_fit_the_folder(tmp_path: Path) -> None:
     with pytest.raises(CommandError, match="no run to resume"), open_run(tmp_path / "new", RECIPE, True):
         pass
@@ -313,7 +388,7 @@ def make_job(**changes: Any) -> Any:
         "recipe": RECIPE,
         "device": cpu,
         "ranks": Ranks(cpu),
-        "fingerprints": fingerprint.fingerprints(*scenes.values()),
+        "fingerprints": records.fingerprints(*scenes.values()),
     }
     return SimpleNamespace(**(parts | {"train_set": scenes["train"], "val_set": scenes["val"]} | changes))
 
@@ -360,15 +435,15 @@ def pairs(root: Path, files: dict[str, int]) -> PairDataset:
 
 def test_a_fingerprint_tells_data_apart(tmp_path: Path) -> None:
     files = {"x": 10, "y": 20}
-    base = fingerprint.fingerprint(pairs(tmp_path / "1", files))
+    base = records.fingerprint(pairs(tmp_path / "1", files))
     assert base["images"] == 2
-    assert fingerprint.fingerprint(pairs(tmp_path / "2", files)) == base, "where the data lie does not count"
+    assert records.fingerprint(pairs(tmp_path / "2", files)) == base, "where the data lie does not count"
     others = [{"x": 10}, {"x": 10, "z": 20}, {"x": 10, "y": 21}]
-    sums = [fingerprint.fingerprint(pairs(tmp_path / f"other{k}", other)) for k, other in enumerate(others)]
+    sums = [records.fingerprint(pairs(tmp_path / f"other{k}", other)) for k, other in enumerate(others)]
     told = []
     for other in sums:
         with pytest.raises(CommandError) as caught:
-            fingerprint.require_same_data({"val": base}, {"val": other}, tmp_path)
+            records.require_same_data({"val": base}, {"val": other}, tmp_path)
         assert len(str(caught.value).splitlines()) == 3
         told.append(str(caught.value).splitlines()[0])
     assert "the val split is not" in told[0]
@@ -376,11 +451,11 @@ def test_a_fingerprint_tells_data_apart(tmp_path: Path) -> None:
     assert "other names" in told[1]
     assert "other file sizes" in told[2]
     with pytest.raises(CommandError, match="class 1 is c, was b"):
-        fingerprint.require_same_data({"val": base}, {"val": base | {"classes": ["a", "c"]}}, tmp_path)
-    fingerprint.require_same_data({"val": base}, {"val": dict(base)}, tmp_path)
-    fingerprint.require_same_data(None, {"val": base}, tmp_path)  # a run of an older version
+        records.require_same_data({"val": base}, {"val": base | {"classes": ["a", "c"]}}, tmp_path)
+    records.require_same_data({"val": base}, {"val": dict(base)}, tmp_path)
+    records.require_same_data(None, {"val": base}, tmp_path)  # a run of an older version
 
 
 def test_drawn_scenes_have_a_fingerprint() -> None:
     kinds = [(3, 64, 64, 0, "train"), (3, 64, 64, 1, "train"), (3, 64, 96, 0, "train")]
-    assert len({fingerprint.fingerprint(SyntheticScenes(*kind))["content"] for kind in kinds}) == 3
+    assert len({records.fingerprint(SyntheticScenes(*kind))["content"] for kind in kinds}) == 3
