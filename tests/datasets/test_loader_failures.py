@@ -283,8 +283,8 @@ def test_a_signal_ends_the_wait_of_an_evaluation(monkeypatch: pytest.MonkeyPatch
         assert len(list(read(eval_loader(Endless(last=2), None, None, workers=0), stop))) == 2
         assert time.monotonic() - started < 5
         assert stop.requested
+        threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGTERM)).start()
         with pytest.raises(SystemExit) as caught:  # `data check` and `data init`
-            threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGTERM)).start()
             read_through(Endless(last=2), "read")
         assert caught.value.code == 143
         assert time.monotonic() - started < 10

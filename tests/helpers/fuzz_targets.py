@@ -28,11 +28,7 @@ from mutation import (
     change_tree,
 )
 from PIL import Image
-
-try:
-    from states import save
-except ImportError:
-    save = None
+from states import save
 
 from ssaseg.cli.main import cli
 from ssaseg.cli.training.state import load_state
