@@ -156,8 +156,9 @@ class _EvalWork(Work):
     def __getitem__(self, index: int) -> tuple[list[Tensor], Tensor, str]:
         self.note(index)
         image, label = self.dataset.load(index)
-        arrays = [*scaled_inputs(image, self.scale, self.multiple, self.ratios), label]
+        name = self.dataset.name(index)
+        arrays = [*scaled_inputs(image, self.scale, self.multiple, self.ratios, name), label]
         # Arrays of a cache are read-only; tensors cannot be.
         *inputs, labels = (torch.from_numpy(np.require(array, requirements=["C", "W"])) for array in arrays)
         self.note(-1)
-        return inputs, labels, self.dataset.name(index)
+        return inputs, labels, name

@@ -9,13 +9,15 @@ Letters: H, W source size; h, w size after the resize or crop; images are BGR ui
 recipes `scale` is (width, height) and `crop` is (height, width), as in mmsegmentation's configurations.
 """
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
 import cv2
 import numpy as np
 
-from ssaseg.datasets.base import IGNORED
+from ssaseg.datasets.base import IGNORED, DataError
+from ssaseg.datasets.decoding import MAX_PIXELS
 
 MAX_TRIES = 10
 
@@ -82,13 +84,17 @@ test_image.__test__ = False  # type: ignore[attr-defined]
 
 
 def scaled_inputs(
-    image: np.ndarray, scale: Sequence[int] | None, multiple: int | None, ratios: Sequence[float] = (1.0,)
+    image: np.ndarray,
+    scale: Sequence[int] | None,
+    multiple: int | None,
+    ratios: Sequence[float] = (1.0,),
+    name: str = "image",
 ) -> list[np.ndarray]:
     """`test_image` once for each ratio: a factor of `scale`, or of the image's size where `scale` is None.
 
     Sizes are rounded down, as in mmsegmentation 0.30 `datasets/pipelines/test_time_aug.py`, whose ratios are factors of
     `scale` too. In the configurations of mmsegmentation 1.x they are factors of the image as it was read, even with
-    `scale`.
+    `scale`. Raises DataError, naming the image, for an input of more than `MAX_PIXELS`.
     """
     height, width = image.shape[:2]
     inputs = []
@@ -97,6 +103,12 @@ def scaled_inputs(
             inputs.append(test_image(image, None, multiple))
             continue
         target = [max(int(side * ratio), 1) for side in scale or (width, height)]
+        resized = rescale_size((width, height), target)
+        if math.prod(resized) > MAX_PIXELS:
+            raise DataError(
+                f"{name}: the network's input would have {resized[0]}x{resized[1]} pixels\n"
+                f"expected at most {MAX_PIXELS:,}: use a protocol with a smaller scale or smaller ratios"
+            )
         inputs.append(test_image(image, target, multiple))
     return inputs
 

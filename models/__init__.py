@@ -5,8 +5,9 @@
 """
 
 from ssaseg.models.build import CLASSIFIERS, build_model, facts, list_models
-from ssaseg.models.checkpoint import CheckpointError, load_model, save_model
+from ssaseg.models.checkpoint import load_model, save_model
 from ssaseg.models.classifiers.base import Classifier, LossOptions
+from ssaseg.models.header import CheckpointError
 from ssaseg.models.segmenter import Segmenter
 
 __all__ = [

@@ -31,7 +31,7 @@ ROOMS = {
     "cli": ["printing", "signals", "errors", "device", "console", "options", "drawing", "ranks", "scoring", "weights",
             "data", "prediction", "profiling", "training", "comparison", ""],
     "models": ["rows", "layers", "classifiers", "decoder", "segmenter", "networks", "build", "official",
-               "checkpoint", ""],
+               "header", "checkpoint", ""],
 }  # fmt: skip
 LONGEST_FILE, LONGEST_FUNCTION, FULLEST_ROOM = 400, 80, 22  # lines, lines, files
 

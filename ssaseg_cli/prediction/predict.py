@@ -127,16 +127,17 @@ class Labeller:
                 if isinstance(got, Exception):
                     report_unread(source, got)
                 else:
-                    yield Labelled(source, got.image, self.infer(got))
+                    yield Labelled(source, got.image, self.infer(source, got))
                 advance(1)
                 if stop.requested:
                     return
 
-    def infer(self, decoded: Decoded) -> Prediction:
+    def infer(self, source: Source, decoded: Decoded) -> Prediction:
         """One forward pass per view; its logits give all requested kinds of results."""
         inputs = [torch.from_numpy(each) for each in decoded.inputs]
         coarse, probabilities = (is_needed(field, self.save) for field in ("coarse", "probabilities"))
-        return self.inference.predict(inputs, decoded.image.shape[:2], coarse, probabilities)
+        size = decoded.image.shape[:2]
+        return self.inference.predict(inputs, size, coarse, probabilities, str(source.path))
 
     def write(self, done: Labelled) -> tuple[str, list[str]]:
         """Writes the files of one image; returns its name and its lines for `rle.json`."""

@@ -39,7 +39,7 @@ def evaluate_model(
     Restores the model's training or evaluation mode. `protocol`: like a recipe's `test` section. `workers`: processes
     that decode and resize images ahead; 0: none. `progress` is called with 1 after each image. `boundaries`, if given,
     is updated, too. Memory depends on the largest image, and on what `Confusion` keeps of each image. Raises what the
-    data set raises, and DataError for an image that is too small.
+    data set raises, DataError for an image that is too small, and FloatingPointError for logits that are not finite.
 
     `stop`: read between two images; if one rank has a request to stop, all ranks raise Interrupted. `ranks`: each of R
     ranks counts every R-th image; each returns the counts of all images.
@@ -60,7 +60,7 @@ def evaluate_model(
             for inputs, label, name in read(loader, stop):
                 require_size(inputs, name)
                 label = label.to(device, non_blocking=True)
-                labels = inference.labels(inputs, label.shape)
+                labels = inference.labels(inputs, label.shape, name)
                 confusion.update(labels, label)
                 if boundaries is not None:
                     boundaries.update(labels, label)
@@ -68,6 +68,7 @@ def evaluate_model(
                     progress(1)
                 if stop is not None and stop.requested:
                     break
+            inference.require_finite()
     finally:
         model.train(was_training)
     if stop is not None and ranks.agree(stop):

@@ -11,7 +11,7 @@ Axes: K classes, H×W pixels of the original image, h×w pixels of a network's i
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,6 +21,7 @@ from torch import Tensor
 from ssaseg.datasets import DataError
 from ssaseg.datasets.colour import normalize
 from ssaseg.datasets.transforms import scaled_inputs
+from ssaseg.files.text import printable
 from ssaseg.models import Segmenter
 from ssaseg.models.labelling import label_map, resize_twice
 from ssaseg.models.layers import resize_bilinear
@@ -51,6 +52,9 @@ class Inference:
     Memory besides the network's: with one view, no tensor of K·H·W numbers, unless probabilities are requested; with
     several views, two tensors of K·H·W float32 (the sum and the next summand); with sliding windows, the sum of their
     logits, K·h·w float32.
+
+    Logits that are not finite have no arg-max: they raise FloatingPointError that names the image. `labels` waits for
+    nothing on a GPU; it only notes them, and `require_finite` raises.
     """
 
     model: Segmenter
@@ -58,6 +62,9 @@ class Inference:
     mean: Sequence[float]
     std: Sequence[float]
     device: torch.device
+    # Of the views that `require_finite` has not looked at yet: lowest and highest logit (2), and the image's name.
+    ranges: list[Tensor] = field(default_factory=list)
+    names: list[str] = field(default_factory=list)
 
     @property
     def views(self) -> int:
@@ -67,21 +74,43 @@ class Inference:
     def inputs(self, image: np.ndarray, name: str) -> list[np.ndarray]:
         """Network inputs BGR uint8 (h,w,3), one per ratio, of an image BGR uint8 (H,W,3). DataError if too small."""
         protocol = self.protocol
-        inputs = scaled_inputs(image, protocol.scale, protocol.multiple, protocol.ratios)
+        inputs = scaled_inputs(image, protocol.scale, protocol.multiple, protocol.ratios, name)
         require_size(inputs, name)
         return inputs
 
     @torch.inference_mode()
-    def labels(self, inputs: Sequence[Tensor], size: tuple[int, ...]) -> Tensor:
+    def labels(self, inputs: Sequence[Tensor], size: tuple[int, ...], name: str = "image") -> Tensor:
         """Labels uint8 (H,W), on the device, of network inputs uint8 (h,w,3) BGR; `size`: the image's (H, W)."""
         if self.views > 1:
-            return self._probabilities(inputs, size, coarse=False)[0].argmax(dim=0).byte()
-        (only,) = inputs
-        return label_map(self._logits(self._pixels(only)).final, only.shape[:2], size)
+            labels = self._probabilities(inputs, size, coarse=False)[0].argmax(dim=0).byte()
+        else:
+            (only,) = inputs
+            labels = label_map(self._logits(self._pixels(only)).final, only.shape[:2], size)
+        self.names.extend([name] * (len(self.ranges) - len(self.names)))
+        if self.device.type == "cpu":
+            self.require_finite()
+        return labels
+
+    def require_finite(self) -> None:
+        """Raises FloatingPointError for the first image since the last call whose logits are not finite."""
+        ranges, names = list(self.ranges), list(self.names)
+        self.ranges.clear()
+        self.names.clear()
+        finite = torch.stack(ranges).isfinite().all(dim=1).tolist() if ranges else []
+        if not all(finite):
+            raise FloatingPointError(
+                f"{printable(names[finite.index(False)])}: the network's output is not finite (NaN or infinity)\n"
+                "its weights or statistics are too large or damaged: take another checkpoint"
+            )
 
     @torch.inference_mode()
     def predict(
-        self, inputs: Sequence[Tensor], size: tuple[int, ...], coarse: bool = True, probabilities: bool = False
+        self,
+        inputs: Sequence[Tensor],
+        size: tuple[int, ...],
+        coarse: bool = True,
+        probabilities: bool = False,
+        name: str = "image",
     ) -> Prediction:
         """Labels and, if requested, coarse labels and probabilities; arguments as in `labels`.
 
@@ -99,6 +128,8 @@ class Inference:
             labels, before = (None if each is None else label_map(each, middle, size) for each in logits)
             wanted = resize_twice(logits.final, middle, size)[0].softmax(dim=0) if probabilities else None
         assert labels is not None
+        self.names.extend([name] * (len(self.ranges) - len(self.names)))
+        self.require_finite()
         return Prediction(
             labels.cpu().numpy(),
             None if before is None else before.cpu().numpy(),
@@ -113,10 +144,14 @@ class Inference:
     def _logits(self, pixels: Tensor, coarse: bool = False) -> Logits:
         """Logits of a view (1,3,h,w): those of the network, or the mean (1,K,h,w) over the sliding windows."""
         if self.protocol.mode == "whole":
-            return forward(self.model, pixels, coarse)
-        assert self.protocol.crop is not None
-        assert self.protocol.stride is not None
-        return slide(self.model, pixels, self.protocol.crop, self.protocol.stride, coarse)
+            logits = forward(self.model, pixels, coarse)
+        else:
+            assert self.protocol.crop is not None
+            assert self.protocol.stride is not None
+            logits = slide(self.model, pixels, self.protocol.crop, self.protocol.stride, coarse)
+        # One pass over the logits, without a second tensor of their size; NaN is both the lowest and the highest.
+        self.ranges.append(torch.stack(logits.final.aminmax()))
+        return logits
 
     # ---- several views -------------------------------------------------------------------------------------------
 

@@ -7,7 +7,7 @@ import torch
 from ssaseg.cli.training.faults import advice
 from ssaseg.cli.training.state import save_state
 from ssaseg.models import CheckpointError, save_model
-from ssaseg.models.checkpoint import read_checkpoint
+from ssaseg.models.checkpoint import read_header
 
 if TYPE_CHECKING:
     from ssaseg.cli.training.job import Job
@@ -39,7 +39,7 @@ def complete(job: "Job") -> None:
     """Called when a run resumes: writes `last.safetensors` from the state, if the run was killed between the two."""
     path, header = job.folder / "last.safetensors", metadata(job, scored=job.average is None)
     try:
-        _, found = read_checkpoint(path)
+        found, _ = read_header(path)
     except (FileNotFoundError, CheckpointError):
         found = {"step": 0}
     # A later file stays: its state could not be read, and the run will reach its step again.

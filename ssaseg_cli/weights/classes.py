@@ -13,6 +13,7 @@ from ssaseg.cli.errors import CommandError
 from ssaseg.datasets import stated_classes
 from ssaseg.datasets.labels import label_space, list_label_spaces
 from ssaseg.datasets.published import LAYOUTS
+from ssaseg.files.text import printable
 from ssaseg.models import Segmenter
 from ssaseg.models.checkpoint import numbered
 
@@ -28,7 +29,7 @@ def own_classes(source: Path, dataset: str | None, meta: Mapping[str, Any], clas
     Empty if none of these applies; the classes are then numbered. Raises CommandError if `--dataset` has another number
     of classes.
     """
-    stated, palette = _stated(meta)
+    stated, palette = meta.get("classes"), meta.get("palette")
     if dataset is None and isinstance(stated, list | tuple) and len(stated) == classes:
         same = [name for name in list_label_spaces() if label_space(name).classes == list(stated)]
         if not same:
@@ -56,7 +57,7 @@ def names_in(header: Mapping[str, Any] | None, meta: Mapping[str, Any], classes:
 
     150 classes without names are ADE20K's, as in `ssaseg convert`.
     """
-    stated = _stated(meta)[0] if header is None else header.get("classes")
+    stated = meta.get("classes") if header is None else header.get("classes")
     if isinstance(stated, list | tuple) and len(stated) == classes:
         names = [str(name) for name in stated]
         return None if names == numbered(classes) else names
@@ -64,19 +65,11 @@ def names_in(header: Mapping[str, Any] | None, meta: Mapping[str, Any], classes:
     return list(ade20k) if header is None and classes == len(ade20k) else None
 
 
-def _stated(meta: Mapping[str, Any]) -> tuple[Any, Any]:
-    """Classes and palette that a file states. In mmsegmentation 1.x they are one level deeper than in 0.x."""
-    inner = meta.get("dataset_meta")
-    if isinstance(inner, Mapping):
-        return inner.get("classes"), inner.get("palette")
-    return meta.get("CLASSES"), meta.get("PALETTE")
-
-
 def _palette(palette: Any, classes: int) -> list[list[int]] | None:
     """An official file's palette, in the form of our metadata; None unless it is one RGB triple in 0..255 per class."""
     try:
         colours = [[int(value) for value in colour] for colour in palette]
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return None
     fits = len(colours) == classes and all(len(c) == 3 and 0 <= min(c) <= max(c) <= 255 for c in colours)
     return colours if fits else None
@@ -193,7 +186,7 @@ def follow_names(
     rows = rows_by_name(metadata["classes"], requested["classes"])
     take_rows(network, rows, fresh)
     for line in describe_rows(metadata["classes"], requested["classes"], rows):
-        click.echo(line)
+        click.echo(printable(line))
     known = any(row is not None for row in rows)
     return {**{key: value for key, value in metadata.items() if key not in RUN_METADATA}, **requested}, known
 

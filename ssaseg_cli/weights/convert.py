@@ -21,12 +21,14 @@ from ssaseg.cli.errors import CommandError
 from ssaseg.cli.weights.classes import follow_names, own_classes, requested_classes
 from ssaseg.cli.weights.deploy import write_deploy
 from ssaseg.cli.weights.export import Form, write_export
-from ssaseg.cli.weights.foreign import Weights, count_rows, read_weights, require_finite
+from ssaseg.cli.weights.foreign import Weights, count_rows, read_weights
 from ssaseg.cli.weights.matching import Match, best_guess, describe_source, likely_model, match
 from ssaseg.cli.weights.pretrained import PRETRAINED_SHARE
+from ssaseg.files.text import printable
 from ssaseg.files.writing import write_atomic
 from ssaseg.models import Segmenter, build_model, list_models, load_model, save_model
-from ssaseg.models.checkpoint import CheckpointError, write_tensors
+from ssaseg.models.checkpoint import write_tensors
+from ssaseg.models.header import MOST_CLASSES, CheckpointError
 from ssaseg.models.official import CLASSES_KEY, SSA_KEY, aliases, left_out, official_entries
 
 BACKBONE_FORMAT = "ssaseg-backbone-1"
@@ -141,7 +143,6 @@ def open_ours(request: Request) -> Opened:
         raise CommandError(
             f"{source}: is not a checkpoint of ssaseg\nconvert it first: ssaseg convert {source} OURS.safetensors"
         ) from None
-    require_finite(source, network.state_dict())
     if "deploy" in metadata and request.destination.suffix.lower() not in EXPORTS:
         raise CommandError(
             f"{source}: is a deploy form, without the weights that only training needs\n"
@@ -186,6 +187,10 @@ def open_official(request: Request, weights: Weights, name: str) -> Opened:
     if classes == 0:
         raise CommandError(
             f"{source}: has no {CLASSES_KEY}\nexpected it, with one row for each class, to count the classes"
+        )
+    if classes > MOST_CLASSES:
+        raise CommandError(
+            f"{source}: {CLASSES_KEY} has {classes} rows\nexpected one for each class, up to {MOST_CLASSES}"
         )
     network = fresh(name, classes, request.classifier or ("ssa" if SSA_KEY in weights.tensors else "linear"))
     heading = describe_source(source, weights, f"{name}, {network.classifier_name}, {classes} classes")
@@ -247,7 +252,7 @@ def explain_mismatch(source: Path, weights: Weights, network: Segmenter, found: 
     if name != network.name and fitting > found.backbone_share:
         return f"{first}\n{best_guess(name, fitting)}\nuse --model {name}"
     example = next(iter([*found.misshapen, *found.missing, *found.unexpected]))
-    return f"{first}\nthe first of them: {example}\nuse --allow-partial to convert what fits"
+    return f"{first}\nthe first of them: {printable(example)}\nuse --allow-partial to convert what fits"
 
 
 # ---- new classes -----------------------------------------------------------------------------------------------------

@@ -1,52 +1,44 @@
 """Reads checkpoint files of any origin: finds the tensors in them, and whether they are ours. Runs no code in them.
 
-Pickles are read with PyTorch's restricted reader. Real timm checkpoints hold an `argparse.Namespace` and NumPy numbers,
-so these inert types are allowed. mmengine's checkpoints hold curves of their own type; they are replaced by an object
-that does nothing. Any other type is refused by name and never constructed.
+`torch_files` reads the files of torch.save, `unwrapping` finds the weights in them. What is read is at most about as
+large as the file, and every number that is read is a number of that file.
 """
 
-import argparse
-import itertools
-import json
-import pickletools
-import re
-import warnings
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 
 from ssaseg.cli.errors import CommandError
-from ssaseg.models.checkpoint import read_tensors
+from ssaseg.cli.weights.stand_ins import Array, Inert, Refused, Unreadable
+from ssaseg.cli.weights.torch_files import FLOAT8, LARGEST_FILE, LARGEST_WEIGHTS, Archive, Changed, open_archive
+from ssaseg.cli.weights.unwrapping import find_weights, list_content, prefix_note, without_prefix
+from ssaseg.files.reading import open_file
+from ssaseg.files.text import printable
+from ssaseg.models.checkpoint import FLOATS, INTEGERS, read_outline, read_tensors, require_finite
+from ssaseg.models.header import SCHEMA, parse_header
 from ssaseg.models.official import NOT_USED, canonical
+
+MOST_TENSORS = 20_000  # the largest network here has 1,600
+LONGEST_KEY = 500  # characters
+
+EIGHTHS = ("F8_E4M3", "F8_E5M2")  # names of float8 in safetensors
+
+OURS = '"ssaseg-'  # the beginning of our format, as a JSON text
+
+# Names beside a tensor KEY of float8 that say that its values are to be multiplied.
+SCALES = ("{key}_scale", "{key}_scale_inv", "{module}.scale", "{module}.scale_weight")
+
+FIX = "load it elsewhere and save only its state dict with torch.save"
 
 
 def count_rows(tensor: Tensor | None) -> int:
     """Length of the first dimension; 0 if there is none."""
     return tensor.shape[0] if tensor is not None and tensor.dim() else 0
-
-
-# Keys under which training scripts keep the weights. The first that holds tensors is used: averaged weights come first.
-NESTINGS = ("state_dict_ema", "state_dict", "model")
-
-OURS = "ssaseg-"
-
-# Booleans, numbers, text and dates; not objects or records, whose bytes could be anything.
-INERT_DTYPES = "?bhilqBHILQefdgFDGSUMm"
-
-TENSOR_TYPES = ("torch.", "collections.OrderedDict")  # types that every state dict is made of
-
-# The type of mmengine's curves. Their pickles look up methods with `getattr`, which is replaced by `_nothing`.
-CURVES = "mmengine.logging.history_buffer.HistoryBuffer"
-
-PICKLES = 5  # of a legacy file: magic number, version, system, content, keys
-
-MOST_OPCODES = 1_000_000  # how many are searched for the name of a type
 
 
 @dataclass(frozen=True)
@@ -56,7 +48,8 @@ class Weights:
     tensors: dict[str, Tensor]  # by official key, including `backbone.`; by our key if there is a `header`
     nesting: str  # the key under which they were found, for messages
     header: dict[str, Any] | None = None  # metadata of a file of ours
-    meta: Mapping[str, Any] | None = None  # what an official file says about itself, such as its classes
+    meta: Mapping[str, Any] | None = None  # what an official file says about itself: classes, palette
+    notes: tuple[str, ...] = ()  # phrases for the user: what was taken, what was changed
 
     @property
     def is_backbone(self) -> bool:
@@ -67,126 +60,139 @@ class Weights:
 def read_weights(path: Path) -> Weights:
     """Reads a pickle (.pth, .pth.tar, zip or legacy) or a safetensors file, ours or official.
 
-    Raises FileNotFoundError. Raises CommandError if the file is truncated, holds a type that is not allowed, has no
-    tensors, has a value that is not finite, or has one tensor under two names with different values.
+    Raises FileNotFoundError. Raises CommandError if the file is truncated, changed or too large, holds a type that is
+    not known, has no weights, has a tensor that is not a dense block of numbers, or has one tensor under two names with
+    different values. Raises CheckpointError for a header of ours that is not valid, and for values that are not finite.
     """
-    if not path.is_file():
+    if not path.exists():
         raise FileNotFoundError(f"{path}: no such checkpoint")
-    content, header = _read_safetensors(path) if path.suffix.lower() == ".safetensors" else (_read_pickle(path), None)
-    tensors, nesting = _unwrap(content)
-    if not tensors:
-        raise CommandError(f"{path}: has no tensors\nexpected some under {', '.join(NESTINGS)} or at the top level")
-    require_finite(path, tensors)
-    if header is not None:
-        return Weights(tensors, nesting, header=header)
-    meta = content.get("meta")
-    return Weights(_official(path, tensors), nesting, meta=meta if isinstance(meta, Mapping) else None)
+    weights = _read_safetensors(path) if path.suffix.lower() == ".safetensors" else _read_pickle(path)
+    require_finite(weights.tensors, str(path))
+    if weights.header is not None:
+        return weights
+    return Weights(_official(path, weights.tensors), weights.nesting, None, weights.meta, weights.notes)
 
 
-def require_finite(source: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Raises CommandError for the first tensor with NaN or infinity: it would make every prediction wrong."""
-    for key, value in tensors.items():
-        wrong = int(value.numel() - value.isfinite().sum())
-        if wrong:
-            raise CommandError(
-                f"{source}: {key} has {wrong} of {value.numel()} values that are NaN or infinite\n"
-                "expected finite weights; take a checkpoint from before the training went wrong"
-            )
-
-
-def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
-    """Tensors, and the header if the file is one of ours."""
-    try:
-        tensors, header = read_tensors(path)
-        # The header of other programs has plain text ("format": "pt"); ours has JSON values.
-        ours = header.get("format", "").startswith(f'"{OURS}')
-        return tensors, {key: json.loads(value) for key, value in header.items()} if ours else None
-    except (SafetensorError, ValueError) as error:
+def _read_safetensors(path: Path) -> Weights:
+    outline, header = read_outline(path)
+    # The header of other programs has plain text ("format": "pt"); ours has JSON values.
+    metadata = parse_header(header, str(path)) if header.get("format", "").startswith(OURS) else None
+    if path.stat().st_size > LARGEST_WEIGHTS:
         raise CommandError(
-            f"{path}: cannot be read as safetensors ({error})\nit may be truncated: copy or download it again"
+            f"{path}: larger than {LARGEST_WEIGHTS} bytes\nexpected the weights of one network of ssaseg"
+        )
+    for key, (dtype, _) in outline.items():
+        if dtype not in (*FLOATS, *INTEGERS, *EIGHTHS):
+            raise _odd(path, key, f"a tensor of type {dtype}")
+    _require_names(path, outline)
+    tensors = read_tensors(path)
+    eighths = [key for key, value in tensors.items() if value.dtype in FLOAT8.values()]
+    _require_unscaled(path, eighths, tensors)
+    tensors |= {key: tensors[key].float() for key in eighths}
+    if metadata is not None:
+        return Weights(tensors, "top level", metadata, notes=_float8_note(eighths))
+    tensors, prefix = without_prefix(tensors)
+    return Weights(tensors, "top level", notes=(*prefix_note(prefix), *_float8_note(eighths)))
+
+
+def _read_pickle(path: Path) -> Weights:
+    with open_file(path, LARGEST_FILE) as file:
+        archive = _open(path, file)
+        found = find_weights(archive.content)
+        if found is None:
+            raise CommandError(
+                f"{path}: no weights in it; its keys: {list_content(archive.content)}\n"
+                "expected tensors under state_dict, model or another key, or at the top level"
+            )
+        _require_names(path, found.tensors)
+        eighths = [key for key, value in found.tensors.items() if isinstance(value, Array) and value.dtype in FLOAT8]
+        _require_unscaled(path, eighths, found.tensors)
+        tensors: dict[str, Tensor] = {}
+        total = 0
+        for key, value in found.tensors.items():
+            try:
+                if isinstance(value, Inert):
+                    raise Unreadable(value.kind)
+                tensors[key] = archive.tensor(value)
+            except Unreadable as error:
+                raise _odd(path, key, str(error)) from None
+            total += tensors[key].numel() * tensors[key].itemsize
+            if total > LARGEST_WEIGHTS:
+                raise _odd(path, key, f"with the tensors before it, more than {LARGEST_WEIGHTS} bytes of weights")
+        meta = _stated(archive)
+    return Weights(tensors, found.name, meta=meta, notes=(*found.notes, *_float8_note(eighths)))
+
+
+def _open(path: Path, file: Any) -> Archive:
+    try:
+        return open_archive(file, os.fstat(file.fileno()).st_size)
+    except OSError:
+        raise
+    except Refused as error:
+        raise CommandError(
+            f"{path}: holds a {printable(str(error))}, which is refused: to unpickle it could run code\n"
+            f"nothing was run; if you trust the file, {FIX}"
+        ) from None
+    except Changed as error:
+        raise CommandError(
+            f"{path}: {printable(str(error)[:200])} in it has a wrong checksum: the file was changed or damaged\n"
+            "copy or download it again"
+        ) from None
+    except Exception as error:  # a damaged pickle may lead to any of a dozen types
+        reason = f" ({printable(str(error)[:200])})" if isinstance(error, Unreadable) else ""
+        raise CommandError(
+            f"{path}: is not a PyTorch checkpoint, or is truncated{reason}\n"
+            "expected a whole file, written by torch.save"
         ) from None
 
 
-def _read_pickle(path: Path) -> Any:
-    try:
-        # PyTorch's warnings are about its own files, and ask to open issues there. They do not help the user.
-        with warnings.catch_warnings(), torch.serialization.safe_globals(inert_types()):
-            warnings.simplefilter("ignore")
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except OSError:
-        raise
-    except Exception as error:  # a damaged pickle may raise any of a dozen types
-        refused = re.search(r"(?:GLOBAL |<class ')([\w.]+)", str(error))
-        name = refused[1] if refused is not None else _foreign_type(path)
-    if name is None:
-        raise CommandError(
-            f"{path}: is not a PyTorch checkpoint, or is truncated\n"
-            "expected a whole file, written by torch.save with its default pickle protocol, 2"
-        )
-    raise CommandError(
-        f"{path}: holds a {name}, which is refused: to unpickle it could run code\n"
-        "nothing was run; if you trust the file, load it elsewhere and save only its state dict with torch.save"
+def _odd(path: Path, key: str, reason: str) -> CommandError:
+    return CommandError(
+        f"{path}: {printable(key[:200])}: {printable(reason)}\n"
+        "expected a dense tensor of floating-point numbers or integers, not larger than its storage\n" + FIX
     )
 
 
-def inert_types() -> list[Any]:
-    """What a pickle may construct in addition to tensors and plain containers: types whose construction runs no code.
-
-    A pair is a type or function, and the name in a file that it replaces.
-    """
-    reconstruct, scalar = np.empty(0).__reduce__()[0], np.float64(0).__reduce__()[0]
-    # NumPy 2 moved them. A file has the name that was valid when it was written.
-    moved = [
-        (function, f"numpy.{core}.multiarray.{name}")
-        for core in ("core", "_core")
-        for function, name in ((reconstruct, "_reconstruct"), (scalar, "scalar"))
-    ]
-    dtypes = {type(np.dtype(code)) for code in INERT_DTYPES}
-    stand_ins = [(_nothing, "builtins.getattr"), (argparse.Namespace, CURVES)]
-    return [argparse.Namespace, np.dtype, np.ndarray, *dtypes, *moved, *stand_ins]
+def _require_names(path: Path, tensors: Mapping[str, Any]) -> None:
+    """Raises CommandError for more tensors than a network has, and for keys of a length that no key has."""
+    if len(tensors) > MOST_TENSORS or any(len(key) > LONGEST_KEY for key in tensors):
+        raise CommandError(
+            f"{path}: {len(tensors)} tensors, with keys of up to {max(map(len, tensors))} characters\n"
+            f"expected at most {MOST_TENSORS}, and {LONGEST_KEY} characters"
+        )
 
 
-def _nothing(*_: Any) -> None:
-    """Replaces `getattr`: for everything that a pickle looks up, it gets None."""
+def _require_unscaled(path: Path, eighths: list[str], tensors: Mapping[str, Any]) -> None:
+    """Raises CommandError for float8 values that are to be multiplied: how differs from program to program."""
+    for key in eighths:
+        module = key.rpartition(".")[0]
+        scale = next((name for each in SCALES if (name := each.format(key=key, module=module)) in tensors), None)
+        if scale is not None:
+            raise CommandError(
+                f"{path}: {printable(key)} is float8 with a scale, {printable(scale)}\n"
+                "expected plain float8: multiply by the scales elsewhere and save float16 or float32"
+            )
 
 
-def _foreign_type(path: Path) -> str | None:
-    """The first type that a plain pickle names and no state dict has; None if there is none. Reads only the opcodes.
+def _float8_note(keys: list[str]) -> tuple[str, ...]:
+    return (f"{len(keys)} of float8 read as float32",) if keys else ()
 
-    PyTorch stops at opcodes newer than protocol 2, before it reaches the types.
-    """
-    recent: list[str] = []  # STACK_GLOBAL takes module and name from the stack: the last two texts
-    with path.open("rb") as file:
-        pickles = (pickletools.genops(file) for _ in range(PICKLES))
+
+def _stated(archive: Archive) -> dict[str, Any]:
+    """Classes and palette that an official file states, or None. mmsegmentation 1.x has them one level deeper."""
+    meta = archive.content.get("meta")
+    meta = meta if isinstance(meta, Mapping) else {}
+    inner = meta.get("dataset_meta")
+    names = ("classes", "palette") if isinstance(inner, Mapping) else ("CLASSES", "PALETTE")
+    classes, palette = ((inner if isinstance(inner, Mapping) else meta).get(name) for name in names)
+    if isinstance(palette, Array):
         try:
-            for opcode, argument, _ in itertools.islice(itertools.chain.from_iterable(pickles), MOST_OPCODES):
-                if opcode.name in ("GLOBAL", "INST"):
-                    recent = str(argument).split(" ")
-                elif "UNICODE" in opcode.name:
-                    recent = [*recent[-1:], str(argument)]
-                if opcode.name in ("GLOBAL", "INST", "STACK_GLOBAL") and not ".".join(recent).startswith(TENSOR_TYPES):
-                    return ".".join(recent)
-        except Exception:  # the file is not a pickle, or its end is missing
-            return None
-    return None
-
-
-def _unwrap(content: Any) -> tuple[dict[str, Tensor], str]:
-    """The state dict, and where it was found: the first of `NESTINGS` that holds tensors, or the top level."""
-    if not isinstance(content, Mapping):
-        return {}, ""
-    for nesting in NESTINGS:
-        tensors = _tensors(content.get(nesting))
-        if tensors:
-            return tensors, nesting
-    return _tensors(content), "top level"
-
-
-def _tensors(state: Any) -> dict[str, Tensor]:
-    """The tensors of a state dict, by key without the prefix `module.` of DistributedDataParallel."""
-    if not isinstance(state, Mapping):
-        return {}
-    return {str(key).removeprefix("module."): value for key, value in state.items() if isinstance(value, Tensor)}
+            palette = archive.tensor(palette).tolist()
+        except Unreadable:
+            palette = None
+    fits, _ = SCHEMA["classes"]
+    listed = list(classes) if isinstance(classes, list | tuple) else None
+    return {"classes": listed if fits(listed) else None, "palette": palette}
 
 
 def _official(path: Path, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -200,7 +206,7 @@ def _official(path: Path, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         same = tensors[first.setdefault(canonical(key), key)]
         if same is not value and (same.dtype != value.dtype or not torch.equal(same, value)):
             raise CommandError(
-                f"{path}: {first[canonical(key)]} and {key} differ\n"
+                f"{path}: {printable(first[canonical(key)])} and {printable(key)} differ\n"
                 "expected equal values: the official code saves one tensor under both names"
             )
     return {name: tensors[key] for name, key in first.items()}

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ssaseg.cli.weights.foreign import Weights
+from ssaseg.files.text import KEPT, printable
 from ssaseg.models import Segmenter, build_model, list_models
 from ssaseg.models.build import FAMILIES, family_of
 from ssaseg.models.official import COUNTERS, NOT_USED, left_out, official_entries, official_keys
@@ -57,7 +58,7 @@ class Match:
         }
         lines = [self.heading, f"  matched      {of_all(len(self.matched), wanted)}; backbone {of_all(*self.backbone)}"]
         lines += [f"  {title:12} {len(names)}{': ' if names else ''}{_listed(names)}" for title, names in lists.items()]
-        return "\n".join([*lines, *self.rows])
+        return printable("\n".join([*lines, *self.rows]), KEPT)
 
 
 def of_all(count: int, wanted: int) -> str:
@@ -168,8 +169,9 @@ def backbone_keys(keys: Iterable[str]) -> list[str]:
 
 
 def describe_source(path: Path, weights: Weights, reading: str) -> str:
-    """The first line about a file: what it holds, and as what it is read."""
-    return f"{path}: {len(weights.tensors)} tensors ({weights.nesting}), read as {reading}"
+    """The first line about a file: what it holds, what of it was taken or changed, and as what it is read."""
+    taken = ", ".join([f"{len(weights.tensors)} tensors", *weights.notes])
+    return f"{path}: {taken} ({weights.nesting}), read as {reading}"
 
 
 def best_guess(name: str, fitting: float) -> str:

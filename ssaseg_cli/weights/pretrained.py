@@ -19,7 +19,7 @@ from ssaseg.cli.weights.matching import (
     match,
     of_all,
 )
-from ssaseg.models import Segmenter
+from ssaseg.models import CheckpointError, Segmenter
 from ssaseg.models.official import CLASSES_KEY
 
 PRETRAINED_SHARE = 0.95  # of the backbone's tensors, that a pre-trained file must have
@@ -37,7 +37,7 @@ def load_pretrained(model: Segmenter, path: str | Path, classes: Sequence[str] |
     """
     try:
         weights = read_weights(Path(path))
-    except (CommandError, FileNotFoundError) as error:  # both messages begin with the path
+    except (CommandError, CheckpointError, FileNotFoundError) as error:  # both messages begin with the path
         raise type(error)(f"model.pretrained={error}") from None
     header = weights.header
     reading = f"{model.name} to start from"

@@ -1,0 +1,110 @@
+"""The header of our checkpoints: its keys, and what each may hold. A file from elsewhere may hold anything."""
+
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from ssaseg.files.structured import parse_json
+from ssaseg.files.text import printable
+
+FORMAT = "ssaseg-1"
+# What each header has, besides `format, model, classifier, classes`. mean and std: ImageNet's, RGB in [0, 255].
+DEFAULTS: Mapping[str, Any] = {
+    "palette": None,
+    "mean": [123.675, 116.28, 103.53],
+    "std": [58.395, 57.12, 57.375],
+    "protocol": {"scale": None, "multiple": None},
+    "recipe": None,
+    "step": 0,
+    "scores": {},
+}
+MOST_CLASSES = 4096
+LONGEST_NAME = 1000  # characters
+SURROGATES = re.compile("[\ud800-\udfff]")
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be read, or does not fit the model. The message names the file and the fix."""
+
+
+def parse_header(header: Mapping[str, str], source: str) -> dict[str, Any]:
+    """The values of a header of ours, whose texts are JSON. Keys that are missing stay missing.
+
+    Raises CheckpointError that names the first key whose value is of another type or out of its range. The keys of
+    `protocol` and `recipe` are not checked here: `ssaseg.recipes` does it where they are used.
+    """
+    metadata: dict[str, Any] = {}
+    for key, text in header.items():
+        try:
+            metadata[key] = parse_json(text)
+        except ValueError as error:
+            raise _wrong(source, key, f"cannot be read ({printable(str(error)[:100])})", "a JSON value") from None
+    for key, (fits, expected) in SCHEMA.items():
+        if key in metadata and not fits(metadata[key]):
+            raise _wrong(source, key, f"is {described(metadata[key])}", expected)
+    classes, palette = metadata.get("classes"), metadata.get("palette")
+    if classes is not None and palette is not None and len(palette) != len(classes):
+        raise _wrong(source, "palette", f"has {len(palette)} colours", f"{len(classes)}, one for each class")
+    return metadata
+
+
+def _wrong(source: str, key: str, what: str, expected: str) -> CheckpointError:
+    return CheckpointError(
+        f"{source}: {printable(key[:60])} in its header {what}\nexpected {expected}\n"
+        "the file was changed or damaged: take another copy"
+    )
+
+
+def described(value: object) -> str:
+    """A JSON value as short text; containers only by their size, because they may be nested deeply."""
+    if isinstance(value, list | dict):
+        return f"a {'list' if isinstance(value, list) else 'mapping'} of {len(value)}"
+    if isinstance(value, int) and abs(value) > 10**18:
+        return "a huge number"
+    return "null" if value is None else printable(repr(value)[:60])
+
+
+# ---- what fits -------------------------------------------------------------------------------------------------------
+
+
+def _is_name(value: object) -> bool:
+    """Text of limited length that can be written as UTF-8, which halves of surrogate pairs cannot."""
+    return isinstance(value, str) and len(value) <= LONGEST_NAME and not SURROGATES.search(value)
+
+
+def _is_number(value: object, low: float, high: float) -> bool:
+    """A number in [low, high]; NaN is in no range."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and low <= value <= high
+
+
+def _are(fits: Callable[[Any], bool], length: int | None = None) -> Callable[[Any], bool]:
+    """A list whose values fit; of `length` values, if given."""
+    return lambda value: isinstance(value, list) and length in (None, len(value)) and all(map(fits, value))
+
+
+def _is_colour(value: object) -> bool:
+    return _are(lambda each: isinstance(each, int) and _is_number(each, 0, 255), 3)(value)
+
+
+def _is_deploy(value: object) -> bool:
+    return isinstance(value, dict) and value.get("weights") == "float16" and _are(_is_name)(value.get("without"))
+
+
+# Key → (whether a value fits, what is expected). Numbers are such that float32 can hold what is computed with them.
+SCHEMA: Mapping[str, tuple[Callable[[Any], bool], str]] = {
+    "format": (_is_name, "a text"),
+    "model": (_is_name, "the name of a network"),
+    "classifier": (_is_name, "the name of a classifier"),
+    "classes": (
+        lambda value: _are(_is_name)(value) and 1 <= len(value) <= MOST_CLASSES,
+        f"a list of 1 to {MOST_CLASSES} texts",
+    ),
+    "palette": (lambda value: value is None or _are(_is_colour)(value), "null or a list of [R, G, B], each 0 to 255"),
+    "mean": (_are(lambda each: _is_number(each, -1e6, 1e6), 3), "three numbers from -1e6 to 1e6"),
+    "std": (_are(lambda each: _is_number(each, 1e-6, 1e6), 3), "three numbers from 1e-6 to 1e6"),
+    "protocol": (lambda value: isinstance(value, dict), "a mapping, like a recipe's section test"),
+    "recipe": (lambda value: value is None or isinstance(value, dict), "null or a mapping"),
+    "step": (lambda value: isinstance(value, int) and _is_number(value, 0, 1e15), "a whole number, 0 or more"),
+    "scores": (lambda value: isinstance(value, dict), "a mapping"),
+    "deploy": (_is_deploy, 'a mapping such as {"weights": "float16", "without": ["classifier.teacher"]}'),
+}
