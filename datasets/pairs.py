@@ -6,7 +6,9 @@ and 255 where a pixel is ignored.
 
 from __future__ import annotations
 
+import errno
 import os
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence, Set
 from itertools import pairwise
 from pathlib import Path
@@ -24,6 +26,9 @@ Decoded = tuple[np.ndarray, np.ndarray, np.ndarray | None]  # image, raw ids, co
 LARGEST_LIST = 2**26  # bytes of a list of names
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
+
+# To list a folder so often is no data set: a few dozen links into one another make billions of ways to a file.
+MOST_WAYS = 100
 
 
 class PairDataset:
@@ -344,26 +349,37 @@ def files_by_name(folder: Path, suffixes: Sequence[str], kind: str, apart: Set[P
     return found
 
 
-def walk(folder: Path, inside: frozenset[Path] = frozenset()) -> Iterator[Path]:
+def walk(folder: Path) -> Iterator[Path]:
     """Visible files below `folder`, sorted by name, those of a folder before those of its subfolders.
 
-    Links are followed, except links to a folder that the walk is `inside`, or to one above it: a circle ends. Raises
-    OSError for a folder that cannot be read: none is skipped.
+    What is not a folder is a file here, even a device. Links are followed, except links to a folder that the walk is
+    inside of, or to one above it: a circle ends. Raises OSError for a folder that cannot be read, none is skipped, and
+    for one that links lead to more than `MOST_WAYS` times.
     """
-    real = folder.resolve()
-    if any(each.is_relative_to(real) for each in inside):
-        return
-    with os.scandir(folder) as entries:
-        visible = sorted((entry.name, _is_folder(entry)) for entry in entries if entry.name[0] != ".")
-    yield from (folder / name for name, is_folder in visible if not is_folder)
-    for name, is_folder in visible:
-        if is_folder:
-            yield from walk(folder / name, inside | {real})
+    ways: Counter[str] = Counter()
+    # To list: path, the same without links, whether it is a link, and the folders that a link must not lead to again.
+    pending = [(folder, os.path.realpath(folder), True, frozenset[str]())]
+    while pending:
+        here, real, is_link, closed = pending.pop()
+        if real in closed:
+            continue
+        ways[real] += 1
+        if ways[real] > MOST_WAYS:
+            raise OSError(errno.ELOOP, f"links lead to this folder in more than {MOST_WAYS} ways", str(here))
+        with os.scandir(here) as entries:
+            visible = sorted((entry.name, *_kind(entry)) for entry in entries if entry.name[0] != ".")
+        yield from (here / name for name, is_folder, _ in visible if not is_folder)
+        closed = closed.union([real], map(str, Path(real).parents) if is_link else ())
+        for name, is_folder, is_link in reversed(visible):
+            if is_folder:
+                path = f"{real}/{name}"
+                pending.append((here / name, os.path.realpath(path) if is_link else path, is_link, closed))
 
 
-def _is_folder(entry: os.DirEntry[str]) -> bool:
-    """Without asking the file system again, except about a link; a link to nothing or to itself is not a folder."""
-    return Path(entry.path).is_dir() if entry.is_symlink() else entry.is_dir()
+def _kind(entry: os.DirEntry[str]) -> tuple[bool, bool]:
+    """Whether it is a folder, and a link. A link to nothing, to itself or where this user may not look is no folder."""
+    is_link = entry.is_symlink()
+    return os.path.isdir(entry.path) if is_link else entry.is_dir(), is_link
 
 
 def first_names(names: Sequence[str], most: int = 3) -> str:

@@ -50,11 +50,13 @@ class StopSignal:
     """Turns SIGINT and SIGTERM into a request to stop, which the loop reads between steps.
 
     A second Ctrl-C raises KeyboardInterrupt immediately, unless `saved` is true: then the process ends soon anyway.
+    With `hasty`, a second SIGTERM raises SystemExit(143) in the same way; otherwise it changes nothing.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, hasty: bool = False) -> None:
         self.number: int | None = None
         self.saved = self.waiting = False
+        self.hasty = hasty
 
     @contextlib.contextmanager
     def ending_waits(self) -> Iterator[None]:
@@ -105,9 +107,9 @@ class StopSignal:
         self.before = dict.fromkeys((signal.SIGINT, signal.SIGTERM), signal.SIG_IGN)
 
     def _handle(self, number: int, _: Any) -> None:
-        if self.number is not None and number == signal.SIGINT and not self.saved:
+        if self.number is not None and not self.saved and (number == signal.SIGINT or self.hasty):
             self.saved = True  # a third Ctrl-C must not interrupt what the second one raises
-            raise KeyboardInterrupt
+            raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)
         self.number = number
         if self.waiting:
             signal.setitimer(signal.ITIMER_REAL, GRACE)

@@ -23,16 +23,30 @@ def _kinds(context: click.Context, parameter: click.Parameter, value: str) -> tu
 @click.option(
     "--save", default="index", show_default=True, callback=_kinds, help=f"Results to save: {','.join(KINDS)}."
 )
-@click.option("--skip-existing", is_flag=True, help="Skip images whose results all exist already.")
+@click.option("--skip-existing", is_flag=True, help="Skip images that CHECKPOINT has labelled already.")
+@click.option(
+    "--max-pixels",
+    default=100_000_000,
+    show_default=True,
+    type=click.IntRange(1, 2**28),  # what the decoder takes: `ssaseg.datasets.decoding.MAX_PIXELS`
+    help="Skip larger images.",
+)
 @device_option
 def predict(
-    checkpoint: Path, inputs: tuple[str, ...], out: Path, save: tuple[str, ...], skip_existing: bool, device: str
+    checkpoint: Path,
+    inputs: tuple[str, ...],
+    out: Path,
+    save: tuple[str, ...],
+    skip_existing: bool,
+    max_pixels: int,
+    device: str,
 ) -> int:
     """Label images.
 
     Each INPUT is a file, a folder (searched recursively; its structure is kept) or a glob pattern in quotes. Results
-    are written to OUT/KIND/. An image that cannot be read is reported and skipped; the exit code is then 1. Results of
-    earlier runs stay, also in OUT/rle.json, unless the same image is labelled again.
+    are written to OUT/KIND/. An image that cannot be read or labelled is reported and skipped; the exit code is then
+    1. Results of earlier runs stay, also in OUT/rle.json, unless the same image is labelled again. Several commands may
+    write different images to one OUT at the same time.
 
     \b
     index    palette PNG of class numbers      color    PNG of class colours
@@ -46,5 +60,11 @@ def predict(
     from ssaseg.cli.prediction.predict import run_predict
 
     return run_predict(
-        checkpoint=checkpoint, inputs=inputs, out=out, save=save, skip_existing=skip_existing, device=device
+        checkpoint=checkpoint,
+        inputs=inputs,
+        out=out,
+        save=save,
+        skip_existing=skip_existing,
+        device=device,
+        max_pixels=max_pixels,
     )

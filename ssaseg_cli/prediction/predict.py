@@ -6,36 +6,41 @@ number of images in work at the same time is limited.
 Axes: K classes, H×W pixels of an image.
 """
 
-import sys
+import os
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, closing
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from ssaseg.cli.console import progress_bar
 from ssaseg.cli.device import count_cores, select_device
 from ssaseg.cli.errors import CommandError
+from ssaseg.cli.prediction.journal import Existing, Journal, Result, checkpoint_sum, file_result, made_of, rle_result
 from ssaseg.cli.prediction.kinds import KINDS, Style, is_needed, style_of
-from ssaseg.cli.prediction.rle import RleFile, labelled_images, rle_lines
+from ssaseg.cli.prediction.rle import LONGEST_LINE, rle_lines
+from ssaseg.cli.prediction.skipping import lacks_memory, skip_reason
 from ssaseg.cli.prediction.sources import Source, find_sources
+from ssaseg.cli.printing import echo
 from ssaseg.cli.scoring.inference import Inference, Prediction, state_views
 from ssaseg.cli.signals import StopSignal
-from ssaseg.datasets import DataError, default_palette
+from ssaseg.datasets import default_palette
 from ssaseg.datasets.decoding import read_image
-from ssaseg.files.writing import write_atomic
+from ssaseg.files.text import printable
+from ssaseg.files.writing import make_temporary, write_atomic
 from ssaseg.models import load_model
 from ssaseg.recipes import parse_protocol
 
 # Number of threads that read; as many write. Each holds an image in memory, so the number is limited.
 THREADS = max(2, min(8, count_cores() // 2))
+THREAD_NAME = "predict"  # their names start with it
 
 Item = TypeVar("Item")
 
@@ -47,6 +52,7 @@ class Decoded(NamedTuple):
 
     image: np.ndarray
     inputs: list[np.ndarray]
+    origin: str  # see `made_of`
 
 
 class Labelled(NamedTuple):
@@ -55,21 +61,40 @@ class Labelled(NamedTuple):
     source: Source
     image: np.ndarray  # BGR uint8 (H,W,3)
     prediction: Prediction
+    origin: str
+
+
+class Written(NamedTuple):
+    """The results of one image, and its objects for `rle.json`."""
+
+    results: list[Result]
+    lines: list[bytes]
 
 
 # ---- the command -------------------------------------------------------------------------------------------------
 def run_predict(
-    checkpoint: Path, inputs: Sequence[str], out: Path, save: Sequence[str], skip_existing: bool, device: str
+    checkpoint: Path,
+    inputs: Sequence[str],
+    out: Path,
+    save: Sequence[str],
+    skip_existing: bool,
+    device: str,
+    max_pixels: int = 100_000_000,
 ) -> int:
     """Labels every image of `inputs` into `out`/<kind>/. Returns 0, or 1 if an image was skipped.
 
     save: kinds of results: index, color, overlay, probs, rle, coarse. skip_existing: skip images whose results of all
-    these kinds exist. After Ctrl-C or SIGTERM, images in work are written; returns 130 or 143. Raises CommandError for
-    inputs without images, results that would overwrite each other, an `out` that cannot be written, and `coarse` with
-    a classifier that does not adapt; OSError if a result cannot be written.
+    these kinds exist, made from the same image by the same checkpoint. max_pixels: of an image; larger ones are
+    skipped. After Ctrl-C or SIGTERM, images in work are written; returns 130 or 143; a second signal ends the process.
+    Raises CommandError for inputs without images, results that would overwrite each other, an `out` that cannot be
+    written, and `coarse` with a classifier that does not adapt; OSError if results cannot be written.
     """
     chosen = select_device(device)
+    before = checkpoint.stat()
     model, metadata = load_model(checkpoint)
+    code = checkpoint_sum(checkpoint)
+    if not os.path.samestat(before, after := checkpoint.stat()) or before.st_mtime_ns != after.st_mtime_ns:
+        raise CommandError(f"{checkpoint}: was replaced while it was read\nrun the command again")
     protocol = parse_protocol(metadata["protocol"], f"{checkpoint}: protocol")
     if is_needed("coarse", save) and not model.classifier.has_coarse:
         raise CommandError(
@@ -78,26 +103,52 @@ def run_predict(
         )
     found = find_sources(inputs, out)
     make_folders(out, save)
-    known = labelled_images(out / "rle.json") if "rle" in save else set()
-    sources = [each for each in found if not (skip_existing and is_done(each, out, save, known))]
     palette = metadata["palette"] or default_palette(len(metadata["classes"]))
     style = style_of(metadata["classes"], palette)
-    started = time.perf_counter()
-    with StopSignal() as stop, ExitStack() as stack:
-        rle = stack.enter_context(RleFile(out / "rle.json")) if "rle" in save and sources else None
-        inference = Inference(model.to(chosen).eval(), protocol, metadata["mean"], metadata["std"], chosen)
-        labeller = Labeller(inference, out, save, style)
-        done = label_all(labeller, sources, rle, stop)
+    stop = StopSignal(hasty=True)
+    try:
+        with Journal(out) as journal:
+            sources = left_to_do(found, out, save, code, skip_existing)
+            started = time.perf_counter()
+            with stop:
+                inference = Inference(model.to(chosen).eval(), protocol, metadata["mean"], metadata["std"], chosen)
+                labeller = Labeller(inference, out, save, style, journal, code, max_pixels)
+                done = label_all(labeller, sources, stop)
+    except (KeyboardInterrupt, SystemExit):
+        leave_if_busy(stop)
+        raise
     if stop.requested:
-        print(f"stopped: {done} of {len(sources)} images are done; --skip-existing labels the rest", file=sys.stderr)
+        echo(f"stopped: {done} of {len(sources)} images are done; --skip-existing labels the rest", err=True)
         return stop.exit_code
     seconds = time.perf_counter() - started
     left_out = len(sources) - done
     counts = f"labelled {done} of {len(found)} images in {seconds:.1f} s ({done / max(seconds, 1e-9):.1f} images/s)"
-    existed = f"; {len(found) - len(sources)} existed already" if len(found) > len(sources) else ""
-    print(f"{counts}{existed}{f'; {left_out} skipped' if left_out else ''}: {out}")
-    print(f"protocol of the checkpoint: {state_views(protocol)}")
+    existed = f"; {len(found) - len(sources)} were there already" if len(found) > len(sources) else ""
+    echo(f"{counts}{existed}{f'; {left_out} skipped' if left_out else ''}: {printable(str(out))}")
+    echo(f"protocol of the checkpoint: {state_views(protocol)}")
     return 1 if left_out else 0
+
+
+def left_to_do(found: Sequence[Source], out: Path, save: Sequence[str], code: str, skip_existing: bool) -> list[Source]:
+    """The images whose results do not all exist, or were made of something else; all images without skip_existing."""
+    keys = {source: [key_of(kind, source) for kind in save] for source in found} if skip_existing else {}
+    existing = Existing(out, {key for each in keys.values() for key in each}, "rle" in save)
+    if not skip_existing:
+        return list(found)
+
+    def is_done(source: Source) -> bool:
+        try:
+            origin = made_of(code, source.path)
+        except OSError:  # reported when the image is read
+            return False
+        return all(existing.has(key, origin) for key in keys[source])
+
+    left = [source for source in found if not is_done(source)]
+    again = sum(all(os.path.isfile(out / key) for key in keys[source]) for source in left)
+    if again:
+        reason = "not known to be made from these images by this checkpoint"
+        echo(f"existing results of {again} images are made again: {reason}", err=True)
+    return left
 
 
 @dataclass(frozen=True)
@@ -108,111 +159,151 @@ class Labeller:
     out: Path
     save: Sequence[str]
     style: Style
+    journal: Journal
+    code: str  # the checkpoint's sum
+    max_pixels: int
 
-    def read(self, source: Source) -> Decoded | Exception:
-        """The image and the network's inputs, or the error if the image cannot be read."""
+    def read(self, source: Source) -> Decoded | str:
+        """The image and the network's inputs, or the reason to skip the image."""
         try:
-            image = read_image(source.path)
-            return Decoded(image, self.inference.inputs(image, str(source.path)))
-        except (DataError, OSError) as error:
-            return error
+            origin = made_of(self.code, source.path)  # before it is read: if it changes now, it is labelled again
+            image = read_image(source.path, self.max_pixels)
+            return Decoded(image, self.inference.inputs(image, str(source.path)), origin)
+        except Exception as error:
+            return skip_reason(error, source.path)
 
     def predict(self, sources: Sequence[Source], stop: StopSignal) -> Generator[Labelled, None, None]:
-        """Results of the images, until a request to stop. Images that cannot be read are reported on stderr."""
+        """Results of the images, until a request to stop. Images that are skipped are reported on stderr."""
         with (
             progress_bar(len(sources), "labelled") as advance,
-            closing(in_order(self.read, sources, THREADS)) as decoded,
+            closing(in_order(self.read, sources, THREADS, stop)) as decoded,
         ):
             for source, got in zip(sources, decoded, strict=True):
-                if isinstance(got, Exception):
-                    report_unread(source, got)
+                labelled = got if isinstance(got, str) else self.infer(source, got)
+                if isinstance(labelled, str):
+                    echo(f"skipped: {labelled}", err=True)
                 else:
-                    yield Labelled(source, got.image, self.infer(source, got))
+                    yield labelled
                 advance(1)
                 if stop.requested:
                     return
 
-    def infer(self, source: Source, decoded: Decoded) -> Prediction:
-        """One forward pass per view; its logits give all requested kinds of results."""
-        inputs = [torch.from_numpy(each) for each in decoded.inputs]
-        coarse, probabilities = (is_needed(field, self.save) for field in ("coarse", "probabilities"))
-        size = decoded.image.shape[:2]
-        return self.inference.predict(inputs, size, coarse, probabilities, str(source.path))
+    def infer(self, source: Source, decoded: Decoded) -> Labelled | str:
+        """One forward pass per view, whose logits give all requested kinds of results; or the reason to skip."""
+        try:
+            inputs = [torch.from_numpy(each) for each in decoded.inputs]
+            coarse, probabilities = (is_needed(field, self.save) for field in ("coarse", "probabilities"))
+            size, name = decoded.image.shape[:2], str(source.path)
+            prediction = self.inference.predict(inputs, size, coarse, probabilities, name)
+            return Labelled(source, decoded.image, prediction, decoded.origin)
+        except FloatingPointError:  # of the network, not of this image
+            raise
+        except Exception as error:
+            reason = skip_reason(error, source.path)
+            if not lacks_memory(error) or self.inference.device.type != "cuda":
+                return reason
+        torch.cuda.empty_cache()  # after the error, whose frames hold tensors, is gone
+        return reason
 
-    def write(self, done: Labelled) -> tuple[str, list[str]]:
-        """Writes the files of one image; returns its name and its lines for `rle.json`."""
+    def write(self, done: Labelled) -> Written | str:
+        """Writes the files of one image; or the reason why they cannot be written, for this image alone."""
+        written = Written([], [])
         for kind in self.save:
-            encode = KINDS[kind].encode
-            if encode is not None:
+            key = key_of(kind, done.source)
+            path = self.out / key
+            try:
+                encode = KINDS[kind].encode
+                if encode is None:
+                    written.lines.extend(rle_lines(done.source.relative, done.prediction.labels, self.style.classes))
+                    if sum(map(len, written.lines)) > LONGEST_LINE // 2:
+                        return f"{printable(str(done.source.path))}: its run lengths are too long for rle.json"
+                    written.results.append(rle_result(done.source.relative, done.origin, written.lines))
+                    continue
                 content = encode(done.image, done.prediction, self.style)
-                write_atomic(target(self.out, kind, done.source), content, sync=False)
-        if "rle" not in self.save:
-            return done.source.relative, []
-        lines = rle_lines(done.source.relative, done.prediction.labels, self.style.classes)
-        return done.source.relative, lines
+                self.journal.check()
+                root = self.out / kind
+                require_folder(root)
+                write_atomic(path, content, sync=False, root=root)
+                written.results.append(file_result(key, done.origin, path, content))
+            except Exception as error:
+                return skip_reason(error, done.source.path, writing=True)
+        return written
 
 
-def label_all(labeller: Labeller, sources: Sequence[Source], rle: RleFile | None, stop: StopSignal) -> int:
+def label_all(labeller: Labeller, sources: Sequence[Source], stop: StopSignal) -> int:
     """Labels all sources; reading, labelling and writing overlap. Returns the number of images done."""
     done = 0
     with (
         closing(labeller.predict(sources, stop)) as ready,
-        closing(in_order(labeller.write, ready, THREADS)) as written,
+        closing(in_order(labeller.write, ready, THREADS, stop)) as all_written,
     ):
-        for name, lines in written:
-            done += 1
-            if rle is not None:
-                rle.add(name, lines)
+        for written in all_written:
+            if isinstance(written, str):
+                echo(f"skipped: {written}", err=True)
+            else:
+                labeller.journal.add(written.results, written.lines)
+                done += 1
     return done
 
 
-def in_order(function: Callable[[Item], Made], items: Iterable[Item], threads: int) -> Generator[Made, None, None]:
+def in_order(
+    function: Callable[[Item], Made], items: Iterable[Item], threads: int, stop: StopSignal | None = None
+) -> Generator[Made, None, None]:
     """`function` of each item, in the items' order. `threads` threads compute at most `threads` items ahead.
 
     An exception of `function` is raised when its item is due. To stop early, close the generator: it waits for the
-    items that are being computed.
+    items that are being computed, except after a second signal to `stop`.
     """
-    with ThreadPoolExecutor(threads) as pool:
-        pending: deque[Future[Made]] = deque()
-        try:
-            for item in items:
-                pending.append(pool.submit(function, item))
-                if len(pending) > threads:
-                    yield pending.popleft().result()
-            while pending:
+    pool = ThreadPoolExecutor(threads, THREAD_NAME)
+    pending: deque[Future[Made]] = deque()
+    try:
+        for item in items:
+            pending.append(pool.submit(function, item))
+            if len(pending) > threads:
                 yield pending.popleft().result()
-        finally:
-            for future in pending:
-                future.cancel()
+        while pending:
+            yield pending.popleft().result()
+    finally:
+        running = [future for future in pending if not future.cancel()]
+        pool.shutdown(wait=False)
+        if stop is None or not stop.saved:
+            wait(running)  # unlike shutdown, a signal interrupts it
 
 
-def report_unread(source: Source, error: Exception) -> None:
-    """Prints one line on stderr: the image and the reason."""
-    reason = str(error).partition("\n")[0]
-    if isinstance(error, OSError) and error.strerror:
-        reason = f"{source.path}: {error.strerror}"
-    tqdm.write(f"skipped: {reason}", file=sys.stderr)  # above the progress bar, if there is one
+def leave_if_busy(stop: StopSignal) -> None:
+    """Ends the process after a second signal if a thread does not end: at its exit Python would wait for the thread."""
+    limit = time.monotonic() + 1
+    busy = [thread for thread in threading.enumerate() if thread.name.startswith(THREAD_NAME)]
+    for thread in busy:
+        thread.join(max(0, limit - time.monotonic()))
+    if stop.saved and any(thread.is_alive() for thread in busy):
+        echo("stopped", err=True)
+        os._exit(stop.exit_code)
 
 
-def target(out: Path, kind: str, source: Source) -> Path:
-    """The file of one result."""
-    return out / kind / f"{source.name}{KINDS[kind].suffix}"
+def key_of(kind: str, source: Source) -> str:
+    """The file of one result below OUT; of its objects in `rle.json`, that file and the image's name in it."""
+    suffix = KINDS[kind].suffix
+    return f"{kind}{suffix}/{source.relative}" if KINDS[kind].encode is None else f"{kind}/{source.name}{suffix}"
 
 
-def is_done(source: Source, out: Path, save: Sequence[str], known: set[str]) -> bool:
-    """Whether all requested results of an image exist; `known`: images in `rle.json`."""
-    return all(source.relative in known if kind == "rle" else target(out, kind, source).is_file() for kind in save)
+def require_folder(folder: Path) -> None:
+    """Raises CommandError for a link in the place of a folder of results: somebody else may have made it."""
+    if folder.is_symlink():
+        reason = "a link, but results are written to folders in --out"
+        raise CommandError(f"{printable(str(folder))}: {reason}\nremove the link, or choose another --out")
 
 
 def make_folders(out: Path, save: Sequence[str]) -> None:
     """Makes `out` and a folder per kind, before any work is done. Raises CommandError if they cannot be written to."""
-    for folder in [out, *(out / kind for kind in save if kind != "rle")]:
-        probe = folder / ".writable"
+    for folder in [out, *(out / kind for kind in save if KINDS[kind].encode is not None)]:
+        if folder != out:
+            require_folder(folder)
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            probe.touch()
+            probe, descriptor = make_temporary(folder)
+            os.close(descriptor)
             probe.unlink()
         except OSError as error:
-            raise CommandError(
-                f"{folder}: results cannot be written here ({error.strerror})\nchoose another --out"
-            ) from None
+            where = f"{printable(str(folder))}: results cannot be written here ({error.strerror})"
+            raise CommandError(f"{where}\nchoose another --out") from None

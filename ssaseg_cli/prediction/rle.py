@@ -4,17 +4,24 @@ Axes: K classes, H×W pixels of an image.
 """
 
 import json
-from collections.abc import Iterator, Sequence
+import os
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from types import TracebackType
+from typing import Any, BinaryIO
 
 import numpy as np
 
 from ssaseg.cli.errors import CommandError
+from ssaseg.files.reading import open_file
+from ssaseg.files.text import printable
+from ssaseg.files.writing import make_temporary
+
+# Bytes of a line that is read: more than the run lengths of 100 million pixels, each of another class than the next.
+LONGEST_LINE = 2**28
 
 
-def rle_lines(name: str, labels: np.ndarray, classes: Sequence[str]) -> list[str]:
+def rle_lines(name: str, labels: np.ndarray, classes: Sequence[str]) -> list[bytes]:
     """COCO run lengths of labels (H,W): one JSON object for each class in them.
 
     Keys: image (path below its INPUT), category_id (0..K-1), category, segmentation {size [H,W], counts}, area
@@ -34,8 +41,27 @@ def rle_lines(name: str, labels: np.ndarray, classes: Sequence[str]) -> list[str
             "area": int(mask.area(code)),
             "bbox": mask.toBbox(code).tolist(),
         }
-        lines.append(json.dumps(entry, ensure_ascii=False))
+        lines.append(to_line(entry))
     return lines
+
+
+def to_line(value: Any) -> bytes:
+    """A value as JSON in UTF-8, without line feed. A file name that is not Unicode is written with JSON's escapes."""
+    return json.dumps(value, ensure_ascii=False).encode("utf-8", "backslashreplace")
+
+
+def from_line(line: bytes) -> Any:
+    """The value of a line of JSON; None for what is not JSON."""
+    try:
+        return json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+
+
+def read_lines(file: BinaryIO) -> Iterator[bytes]:
+    """The lines of a file; a longer line than `LONGEST_LINE` comes in pieces."""
+    while line := file.readline(LONGEST_LINE):
+        yield line
 
 
 @contextmanager
@@ -47,73 +73,56 @@ def naming(path: Path) -> Iterator[None]:
         raise OSError(error.errno, error.strerror or str(error), str(path)) from None
 
 
-class RleFile:
-    """Writes `rle.json`: a JSON list with one object per line. The new file replaces the old one at the end.
-
-    The images of this run come first, then the other images of the old file. After Ctrl-C or an error, the new file
-    holds the images that were done: always a complete list of complete images. OSErrors name `path`.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.temporary = path.with_name(f".{path.name}.partial")
-        self.done: set[str] = set()
-        self.separator = "[\n"  # before the next object
-        self.whole = True  # False while an image is being written, and after that has failed
-
-    def __enter__(self) -> "RleFile":
-        with naming(self.path):
-            # A file name that is not Unicode is written with JSON's escapes.
-            self.file = self.temporary.open("w", encoding="utf-8", errors="backslashreplace")
-        return self
-
-    def add(self, name: str, lines: Sequence[str]) -> None:
-        """Appends the objects of one image."""
-        self.whole = False
-        with naming(self.path):
-            self._append(lines)
-        self.done.add(name)
-        self.whole = True
-
-    def _append(self, lines: Sequence[str]) -> None:
-        self.file.write(self.separator + ",\n".join(lines))
-        self.separator = ",\n"
-
-    def __exit__(self, kind: type[BaseException] | None, error: object, trace: TracebackType | None) -> None:
+@contextmanager
+def replacing(path: Path) -> Iterator[BinaryIO]:
+    """A new file that replaces `path` at the end; after an error `path` is unchanged. OSErrors name `path`."""
+    with naming(path):
+        temporary, descriptor = make_temporary(path.parent)
         try:
-            with naming(self.path):
-                with self.file:
-                    if self.whole and self.done:
-                        self._take_over()
-                if self.whole and self.done:  # otherwise the old file stays
-                    self.temporary.replace(self.path)
-        finally:
+            with os.fdopen(descriptor, "wb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        except BaseException:
             with suppress(OSError):
-                self.temporary.unlink(missing_ok=True)
-
-    def _take_over(self) -> None:
-        """Appends the other images of the old file, and ends the list."""
-        if self.path.exists():
-            for name, line in read_rle(self.path):
-                if name not in self.done:
-                    self._append([line])
-        self.file.write("\n]\n")
+                temporary.unlink()
+            raise
 
 
-def read_rle(path: Path) -> Iterator[tuple[str, str]]:
-    """(image, JSON object) of each line of a file that `RleFile` wrote. Raises CommandError for any other file."""
-    with path.open(encoding="utf-8", errors="replace") as file:
-        for line in file:
-            text = line.strip().removesuffix(",")
-            if text in ("[", "]", "[]"):
+def write_rle(path: Path, new: Iterable[tuple[str, Sequence[bytes]]]) -> None:
+    """Makes `rle.json` anew: a JSON list, one object a line. First the images of `new`, (name, objects), of two images
+    with the same name the first; then the other images of the old file. Raises as `read_rle`, and OSError.
+    """
+    done: set[str] = set()
+    with replacing(path) as file:
+        separator = b"[\n"
+        for name, lines in new:
+            if name not in done:
+                done.add(name)
+                file.write(separator + b",\n".join(lines))
+                separator = b",\n"
+        for name, line in read_rle(path):
+            if name not in done:
+                file.write(separator + line)
+                separator = b",\n"
+        file.write(b"\n]\n")
+
+
+def read_rle(path: Path) -> Iterator[tuple[str, bytes]]:
+    """(image, JSON object) of each line of a file that `write_rle` wrote; nothing if there is no file.
+
+    Raises CommandError for any other file, OSError if it cannot be read.
+    """
+    if not os.path.lexists(path):
+        return
+    with open_file(path) as file:
+        for line in read_lines(file):
+            text = line.strip().removesuffix(b",")
+            if text in (b"[", b"]", b"[]"):
                 continue
-            try:
-                yield json.loads(text)["image"], text
-            except (ValueError, KeyError, TypeError):
+            entry = from_line(text)
+            if not (isinstance(entry, dict) and isinstance(entry.get("image"), str)):
                 fix = "its entries should be kept: move the file away, or choose another --out"
-                raise CommandError(f"{path}: not a list that `ssaseg predict` wrote\n{fix}") from None
-
-
-def labelled_images(path: Path) -> set[str]:
-    """Names of the images in an `rle.json`; none if the file does not exist."""
-    return {name for name, _ in read_rle(path)} if path.exists() else set()
+                raise CommandError(f"{printable(str(path))}: not a list that `ssaseg predict` wrote\n{fix}")
+            yield entry["image"], text

@@ -2,13 +2,15 @@
 
 import glob
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import NamedTuple
 
 from ssaseg.cli.errors import CommandError
 from ssaseg.cli.prediction.kinds import KINDS
 from ssaseg.datasets.pairs import IMAGE_SUFFIXES, walk
+from ssaseg.files.text import printable
 
 
 class Source(NamedTuple):
@@ -22,26 +24,30 @@ class Source(NamedTuple):
 def find_sources(inputs: Sequence[str], out: Path) -> list[Source]:
     """The images of all inputs, each file once: in the order of the inputs, and sorted within an input.
 
-    Results in `out` are not taken as images. Raises CommandError for an input without images, and for two images whose
-    results would have the same name.
+    Results in `out` are not taken as images. What only has the name of an image, such as a device, is found here and
+    refused when it is read. Raises CommandError for an input without images, two images whose results would have the
+    same name, and a pattern by which a result would lie outside its folder; OSError for a folder that cannot be read.
     """
-    results = {(out / kind).resolve() for kind in KINDS}
+    results = [os.path.join(os.path.realpath(out / kind), "") for kind in KINDS]
     found: dict[str, tuple[Path, str]] = {}
     for given in inputs:
         candidates = _expand(given)
-        images = [(path, relative) for path, relative in candidates if results.isdisjoint(path.resolve().parents)]
+        # realpath: unlike Path.resolve, it raises nothing for a link to itself.
+        images = [each for each in candidates if not os.path.realpath(each[0]).startswith(tuple(results))]
+        shown = printable(given)
         if candidates and not images:
-            raise CommandError(f"{given}: its only images are results in --out {out}, which are skipped\nchange --out")
+            only = f"its only images are results in --out {printable(str(out))}, which are skipped"
+            raise CommandError(f"{shown}: {only}\nchange --out")
         if not images:
             suffixes = " ".join(suffix.lstrip(".") for suffix in IMAGE_SUFFIXES)
-            raise CommandError(f"{given}: no image found\nlooked for {_where(given)}; types: {suffixes}")
+            raise CommandError(f"{shown}: no image found\nlooked for {_where(given)}; types: {suffixes}")
         for path, relative in images:
             found.setdefault(os.path.abspath(path), (path, relative))
     return _name(list(found.values()))
 
 
 def _where(given: str) -> str:
-    if Path(given).is_dir():
+    if os.path.isdir(given):
         return "images in this folder and below"
     return "images that match this pattern" if glob.has_magic(given) else "a file or folder of this name"
 
@@ -49,20 +55,55 @@ def _where(given: str) -> str:
 def _expand(given: str) -> list[tuple[Path, str]]:
     """(file, path below the input) of one file, folder or pattern. Of a pattern, paths start at the first wildcard."""
     path = Path(given)
-    if path.is_file():
-        return [(path, path.name)]
-    if path.is_dir():
+    if os.path.isdir(path):
         return [(each, each.relative_to(path).as_posix()) for each in walk(path) if _is_image(each)]
+    if os.path.lexists(path):
+        return [(path, path.name)]
     if not glob.has_magic(given):
         return []
-    fixed = []
-    for part in path.parts:
-        if glob.has_magic(part):
-            break
-        fixed.append(part)
-    base = Path(*fixed)
-    matches = sorted(Path(match) for match in glob.glob(given, recursive=True))
-    return [(match, match.relative_to(base).as_posix()) for match in matches if _is_image(match) and match.is_file()]
+    base = Path(*path.parts[: next(index for index, part in enumerate(path.parts) if glob.has_magic(part))])
+    matches = sorted(match for match in _matches(path) if _is_image(match) and not os.path.isdir(match))
+    return [_below(base, match, given) for match in matches]
+
+
+def _matches(pattern: Path) -> Iterator[Path]:
+    """What matches a pattern. `**` stands for any number of folders, and does not go round in circles of links."""
+    if "**" not in pattern.parts:
+        yield from map(Path, glob.glob(str(pattern)))
+        return
+    at = pattern.parts.index("**")
+    rest = pattern.parts[at:]
+    if ".." in rest:
+        fix = "give the folders themselves, without '..'"
+        raise CommandError(f"{printable(str(pattern))}: '..' after '**' in a pattern\n{fix}")
+    start = str(Path(*pattern.parts[:at]))
+    folders = glob.glob(start) if glob.has_magic(start) else [start]
+    for folder in filter(os.path.isdir, folders):
+        for path in walk(Path(folder)):
+            if _agree(path.relative_to(folder).parts, rest):
+                yield path
+
+
+def _agree(names: Sequence[str], patterns: Sequence[str]) -> bool:
+    """Whether a path's names match the patterns of names, where `**` stands for any number of names."""
+    if not patterns:
+        return not names
+    if patterns[0] == "**":
+        return any(_agree(names[skipped:], patterns[1:]) for skipped in range(len(names) + 1))
+    return bool(names) and fnmatchcase(names[0], patterns[0]) and _agree(names[1:], patterns[1:])
+
+
+def _below(base: Path, match: Path, given: str) -> tuple[Path, str]:
+    """A match and its path below the folder before the first wildcard. Raises CommandError if it is not below it."""
+    if ".." not in match.parts:
+        return match, match.relative_to(base).as_posix()
+    relative = os.path.normpath(match.relative_to(base))
+    if relative.startswith(".."):
+        raise CommandError(
+            f"{printable(given)}: {printable(str(match))} is not below {printable(str(base))}, the part of the pattern "
+            "before its first wildcard\nits result would lie outside its folder: write '..' before the first wildcard"
+        )
+    return Path(os.path.realpath(match)), relative  # one path for `a/../x.png` and `b/../x.png`
 
 
 def _is_image(path: Path) -> bool:
@@ -84,9 +125,9 @@ def _name(found: Sequence[tuple[Path, str]]) -> list[Source]:
         for index in short:
             names[index] = found[index][1]
     if equal:
-        first, second = (found[index][0] for index in equal[:2])
+        first, second = (printable(str(found[index][0])) for index in equal[:2])
         raise CommandError(
-            f"{first} and {second}: their results would have the same name, {names[equal[0]]}\n"
+            f"{first} and {second}: their results would have the same name, {printable(names[equal[0]])}\n"
             "give the folder that holds both inputs, or run the command once for each, with another --out"
         )
     return [Source(path, relative, name) for (path, relative), name in zip(found, names, strict=True)]

@@ -14,50 +14,24 @@ import pytest
 import torch
 from networks import tiny_networks
 from PIL import Image
+from predicting import CLASSES, PALETTE, files, labelled_images, picture, save_checkpoint, write
 from pycocotools import mask as coco
 
 from ssaseg.cli.errors import CommandError
-from ssaseg.cli.prediction import predict
+from ssaseg.cli.prediction import predict, rle
 from ssaseg.cli.prediction.predict import in_order, run_predict
-from ssaseg.cli.prediction.rle import RleFile, labelled_images
+from ssaseg.cli.prediction.rle import write_rle
 from ssaseg.cli.prediction.sources import find_sources
 from ssaseg.cli.scoring.inference import predict_labels
-from ssaseg.models import build_model, load_model, save_model
+from ssaseg.models import load_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-CLASSES = ["road", "car", "tree", "sky", "void"]
-PALETTE = [[128, 64, 128], [0, 0, 142], [107, 142, 35], [70, 130, 180], [1, 2, 3]]
 KINDS = ("index", "color", "overlay", "probs", "rle", "coarse")
-
-
-def save_checkpoint(
-    path: Path, classifier: str = "ssa", protocol: dict | None = None, network: str = "seaformer_t"
-) -> Path:
-    torch.manual_seed(0)
-    metadata = {"classes": CLASSES, "palette": PALETTE, "protocol": protocol or {"scale": None, "multiple": None}}
-    save_model(path, build_model(network, len(CLASSES), classifier), metadata)
-    return path
 
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_checkpoint(tmp_path_factory.mktemp("model") / "tiny.safetensors")
-
-
-def picture(height: int = 40, width: int = 56, seed: int = 0) -> np.ndarray:
-    """Smooth colours, so that JPEG keeps them."""
-    small = np.random.default_rng(seed).integers(0, 256, (4, 5, 3), dtype=np.uint8)
-    return cv2.resize(small, (width, height))
-
-
-def write(path: Path, image: np.ndarray | None = None) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    cv2.imwrite(str(path), picture() if image is None else image)
-    return path
-
-
-def files(folder: Path) -> list[str]:
-    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
 
 
 def test_every_kind_of_result(tmp_path: Path) -> None:
@@ -71,6 +45,7 @@ def test_every_kind_of_result(tmp_path: Path) -> None:
     ]
     model, metadata = load_model(checkpoint)
     image = cv2.imread(str(source))
+    assert image is not None
     expected = predict_labels(
         model, image, metadata["protocol"], metadata["mean"], metadata["std"], torch.device("cpu"), probabilities=True
     )
@@ -293,34 +268,41 @@ def test_a_second_ctrl_c_leaves_whole_files(checkpoint: Path, tmp_path: Path, mo
 
 
 def test_rle_keeps_what_a_run_did_not_do(checkpoint: Path, tmp_path: Path) -> None:
-    out, rle = tmp_path / "out", tmp_path / "out" / "rle.json"
+    out, path = tmp_path / "out", tmp_path / "out" / "rle.json"
     for name in "ab":
         write(tmp_path / f"in/{name}.png", picture(seed=ord(name)))
     assert run_predict(checkpoint, [str(tmp_path / "in")], out, ("rle",), False, "cpu") == 0
-    before = json.loads(rle.read_text())
+    before = json.loads(path.read_text())
     write(tmp_path / "in/a.png", picture(64, 64))
     (tmp_path / "in/b.png").write_text("damaged by now")
     write(tmp_path / "c.png")
     inputs = [str(tmp_path / "in"), str(tmp_path / "c.png")]
     assert run_predict(checkpoint, inputs, out, ("rle",), False, "cpu") == 1
-    after = json.loads(rle.read_text())
+    after = json.loads(path.read_text())
     assert {entry["image"] for entry in after} == {"a.png", "b.png", "c.png"}
     assert all(entry["segmentation"]["size"] == [64, 64] for entry in after if entry["image"] == "a.png")
     kept = [[entry for entry in entries if entry["image"] == "b.png"] for entries in (before, after)]
     assert kept[0] == kept[1] != []
-    rle.write_bytes(b"\xff")
+    path.write_bytes(b"\xff")
     with pytest.raises(CommandError, match="not a list that `ssaseg predict` wrote"):
         run_predict(checkpoint, inputs, out, ("rle",), False, "cpu")
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no file that is always full here")
 @pytest.mark.parametrize("length", [10, 100_000])  # noticed when the file is closed, or while it is written
-def test_a_full_disk_leaves_the_old_rle(tmp_path: Path, length: int) -> None:
+def test_a_full_disk_leaves_the_old_rle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, length: int) -> None:
     path = tmp_path / "rle.json"
     path.write_text("[]\n")
-    (tmp_path / ".rle.json.partial").symlink_to("/dev/full")
-    with pytest.raises(OSError, match="No space left") as caught, RleFile(path) as rle:
-        rle.add("a.png", ["{" + " " * length + "}"])
+    real = rle.make_temporary
+
+    def full(folder: Path) -> tuple[Path, int]:
+        temporary, descriptor = real(folder)
+        os.close(descriptor)
+        return temporary, os.open("/dev/full", os.O_WRONLY)
+
+    monkeypatch.setattr(rle, "make_temporary", full)
+    with pytest.raises(OSError, match="No space left") as caught:
+        write_rle(path, [("a.png", [b"{" + b" " * length + b"}"])])
     assert caught.value.filename == str(path)
     assert os.listdir(tmp_path) == ["rle.json"]
     assert path.read_text() == "[]\n"
@@ -334,7 +316,7 @@ def test_a_full_disk_stops_the_run_and_leaves_no_half_file(
     real = os.replace
 
     def full(temporary: Path, path: Path) -> None:
-        if path.name == "1.png":
+        if Path(path).name == "1.png":
             raise OSError(28, "No space left on device", str(path))
         real(temporary, path)
 

@@ -152,6 +152,17 @@ def test_links_are_followed_but_not_in_circles(tmp_path: Path) -> None:
     assert dataset.load(0)[1].shape == (12, 20)
 
 
+def test_devices_and_pipes_are_named(tmp_path: Path) -> None:
+    folder(tmp_path)
+    os.mkfifo(tmp_path / "images/b.png")
+    put(tmp_path / "masks/b.png", ids(0))
+    dataset = pairs(tmp_path)
+    with pytest.raises(OSError, match=r"not a regular file, but a FIFO: '.*images/b.png'"):
+        dataset.load(1)
+    with pytest.raises(OSError, match="not a regular file, but a device: '/dev/zero'"):
+        pairs(tmp_path, names=Path("/dev/zero"))
+
+
 # What ids mean
 
 
