@@ -48,6 +48,7 @@ class Archive:
     file: BinaryIO
     content: Any
     places: Mapping[str, tuple[int, int]]  # key of a storage → position in the file, bytes
+    most: int  # bytes of the storages that may be read
     read: dict[str, bytearray] = field(default_factory=dict)  # the storages that were read
     taken: int = 0  # bytes that were read
 
@@ -87,8 +88,8 @@ class Archive:
         if size != storage.length * storage.itemsize:
             raise Unreadable(f"a tensor in a storage of {storage.length * storage.itemsize} bytes, which is not there")
         self.taken += size
-        if self.taken > LARGEST_WEIGHTS:
-            raise Unreadable(f"with the tensors before it, more than {LARGEST_WEIGHTS} bytes of weights")
+        if self.taken > self.most:
+            raise Unreadable(f"with the tensors before it, more than {self.most} bytes of weights")
         if storage.data is not None:
             data = storage.data.encode() if isinstance(storage.data, str) else storage.data
             if array.big_endian and storage.itemsize > 1:
@@ -101,21 +102,24 @@ class Archive:
         return content
 
 
-def open_archive(file: BinaryIO, size: int) -> Archive:
-    """Reads a checkpoint of `size` bytes, except its tensors. Raises Unreadable, or other errors if it is damaged."""
+def open_archive(file: BinaryIO, size: int, most: int = LARGEST_WEIGHTS) -> Archive:
+    """Reads a checkpoint of `size` bytes, except its tensors, of which at most `most` bytes may be read later.
+
+    Raises Unreadable, or other errors if it is damaged.
+    """
     start = file.read(512)
     file.seek(0)
     if start.startswith(b"PK\x03\x04"):
-        return _zip(file, size)
+        return _zip(file, size, most)
     if start[257:262] == b"ustar":
         raise Unreadable("a tar archive, as PyTorch wrote before version 0.2")
-    return _legacy(file, size)
+    return _legacy(file, size, most)
 
 
 # ---- zip -------------------------------------------------------------------------------------------------------------
 
 
-def _zip(file: BinaryIO, size: int) -> Archive:
+def _zip(file: BinaryIO, size: int, most: int) -> Archive:
     _require_small_directory(file, size)
     with ZipFile(file) as archive:
         infos = archive.infolist()
@@ -140,7 +144,7 @@ def _zip(file: BinaryIO, size: int) -> Archive:
         for info in infos
         if info.filename.startswith(data)
     }
-    return Archive(file, content, places)
+    return Archive(file, content, places, most)
 
 
 def _require_small_directory(file: BinaryIO, size: int) -> None:
@@ -250,13 +254,13 @@ def _is_padding(extra: bytes) -> bool:
 # ---- before PyTorch 1.6, and plain pickles ---------------------------------------------------------------------------
 
 
-def _legacy(file: BinaryIO, size: int) -> Archive:
+def _legacy(file: BinaryIO, size: int, most: int) -> Archive:
     window, machine = Window(file, size), Machine()
     content = machine.load(window)
     if content != LEGACY_MAGIC:
         if not isinstance(content, dict):
             raise Unreadable("not a checkpoint: it holds no mapping")
-        return Archive(file, content, {})
+        return Archive(file, content, {}, most)
     protocol, system = machine.load(window), machine.load(window)
     if protocol != LEGACY_PROTOCOL or system.get("little_endian") is not True:
         raise Unreadable("written by another version of torch.save, or on a machine of another byte order")
@@ -273,4 +277,4 @@ def _legacy(file: BinaryIO, size: int) -> Archive:
         places[storage.key] = (start, at - start)
     if at != size:
         raise Unreadable("it has something after its last storage")
-    return Archive(file, content, places)
+    return Archive(file, content, places, most)

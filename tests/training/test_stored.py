@@ -204,14 +204,12 @@ def test_records_that_are_not_what_pytorch_writes(tmp_path: Path) -> None:
 
     weight = {"weight": torch.arange(6.0).view(2, 3)}
     assert "compressed" in reason(weight, compression=zipfile.ZIP_DEFLATED)
-    assert "the size" in reason(weight, lambda name, it: it[:-4] if name.endswith("data/0") else it)
-    assert "order of bytes" in reason(weight, lambda name, it: b"big" if name.endswith("byteorder") else it)
-    assert "truth value" in reason({"x": torch.tensor([True])}, lambda name, it: b"\2" if "data/0" in name else it)
-    assert "same memory" in reason({"x": torch.zeros(1).expand(10**12)})
-    assert "same memory" in reason({"x": torch.zeros(9).as_strided((3, 3), (1, 1))})
+    assert "which is not there" in reason(weight, lambda name, it: it[:-4] if name.endswith("data/0") else it)
+    assert "byte order" in reason(weight, lambda name, it: b"big" if name.endswith("byteorder") else it)
+    assert "expanded" in reason({"x": torch.zeros(1).expand(10**10)})
     whole = torch.zeros(5000)
     assert "larger than the file" in reason([whole[start:] for start in range(9)])
-    for odd in (torch.nn.Parameter(torch.zeros(1)), torch.zeros(1, dtype=torch.complex64), Path("x"), {1.5: 1}, 10**30):
+    for odd in (torch.zeros(1, dtype=torch.complex64), torch.zeros(2).to_sparse(), Path("x"), {1.5: 1}, 10**30, {1}):
         assert reason({"x": odd})
 
 
@@ -230,7 +228,6 @@ def test_a_pickle_calls_nothing(tmp_path: Path) -> None:
     for content in (
         Runs(os.mkdir, str(marker)),
         Runs(bytearray, 10**12),
-        Runs(OrderedDict, [("a", 1)]),
         Runs(torch._utils._rebuild_tensor_v2, 1, 2, 3, 4),
         Runs(torch._utils._rebuild_qtensor, 1),
         torch._utils._rebuild_tensor_v2,
@@ -241,6 +238,19 @@ def test_a_pickle_calls_nothing(tmp_path: Path) -> None:
         with pytest.raises(Exception):  # noqa: B017 (several types)
             read_archive(tmp_path / "x.pt")
     assert not marker.exists()
+
+
+def test_tensors_have_memory_of_their_own(tmp_path: Path) -> None:
+    """Optimisers write into them: of tensors that overlap, each keeps its values."""
+    whole = torch.arange(12.0)
+    content = {"a": whole.view(3, 4).T, "b": whole[2:4], "c": torch.arange(9.0).as_strided((3, 3), (1, 1))}
+    torch.save(content, tmp_path / "x.pt")
+    found = read_archive(tmp_path / "x.pt")
+    assert all(torch.equal(found[key], value) for key, value in content.items())
+    assert found["a"].stride() == (1, 4), "as dense as it was, in the same order"
+    for value in found.values():
+        value.zero_()
+    assert [value.untyped_storage().nbytes() for value in found.values()] == [48, 8, 36]
 
 
 def test_shared_lists_do_not_multiply(tmp_path: Path) -> None:
