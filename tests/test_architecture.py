@@ -80,6 +80,42 @@ def test_folders_import_only_what_they_may(part: str) -> None:
                 assert find_spec(room) is not None, f"{file.name} imports {room}, which is not there"
 
 
+# Calls that only some files may make: what reads files of others is limited, what is printed has no control characters.
+# With a dot in front: methods of any object.
+NEVER = ("print", "click.secho", "tqdm.write", "sys.stderr.write", "torch.load", "np.load", "np.fromfile", "cv2.imread")
+RESERVED: dict[str, set[str]] = {
+    **{name: set() for name in NEVER},
+    "click.echo": {"printing.py"},
+    "sys.stdout.write": {"console.py"},  # JSON, in which control characters are escaped
+    "pickle.load": {"coco.py"},  # from memory that this process has filled
+    "open": {"errors.py"},  # /dev/null
+    ".open": {"decoding.py", "recipes.py"},  # an image in memory; a new file
+    ".read_text": {"labels.py"},  # of the package itself
+    ".read_bytes": {"rendezvous.py"},  # of the ranks' own folder
+}
+
+
+def calls_of(file: Path) -> Iterator[tuple[str, int]]:
+    """What a file calls, with the lines: the name as it is written, and of a method `.name`."""
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Call):
+            name = ast.unparse(node.func)
+            yield name, node.lineno
+            if isinstance(node.func, ast.Attribute) and name != "os.open":  # which files/ has the flags for
+                yield f".{node.func.attr}", node.lineno
+
+
+@pytest.mark.parametrize("part", [part for part in FOLDERS if part != "files"])
+def test_files_are_read_and_text_is_printed_in_one_place(part: str) -> None:
+    wrong = [
+        f"{file.name}:{line} {name}"
+        for file in files_of(part)
+        for name, line in calls_of(file)
+        if name in RESERVED and file.name not in RESERVED[name]
+    ]
+    assert wrong == [], "use ssaseg.files.reading and ssaseg.cli.printing"
+
+
 def test_no_circle_of_imports() -> None:
     circle: list[str] = []
     try:

@@ -30,6 +30,7 @@ from ssaseg.datasets.prepare import (
     usual_root,
 )
 from ssaseg.datasets.workers import WorkerError
+from ssaseg.files.reading import read_file
 from ssaseg.files.writing import write_atomic
 
 MOST_ERRORS = 10  # wrong masks after which the command stops: probably all masks are wrong
@@ -151,7 +152,7 @@ def _place(source: Path, target: Path) -> None:
     try:
         os.link(real, target)
     except OSError:
-        write_atomic(target, real.read_bytes(), sync=False)
+        write_atomic(target, read_file(real), sync=False)
 
 
 def _print_counts(title: str, counts: Mapping[str, Count], absent: list[Path]) -> None:

@@ -17,7 +17,8 @@ from typing import Any
 
 from ssaseg.cli.errors import CommandError
 from ssaseg.cli.printing import echo
-from ssaseg.files.reading import read_text
+from ssaseg.datasets.decoding import open_image
+from ssaseg.files.reading import read_file, read_text
 from ssaseg.files.writing import write_atomic
 from ssaseg.recipes import Recipe, dump_recipe
 
@@ -126,13 +127,13 @@ class TensorBoard(Tracker):
         self.writer.flush()
 
     def _picture(self, name: str, path: Path, step: int) -> None:
-        from PIL import Image
         from torch.utils.tensorboard.summary import Summary
 
-        with Image.open(path) as image:
+        content = read_file(path)
+        with open_image(content) as image:
             width, height = image.size
         # The file unchanged: `add_image` would convert it to PNG, five times as large as a JPEG.
-        picture = Summary.Image(height=height, width=width, colorspace=3, encoded_image_string=path.read_bytes())
+        picture = Summary.Image(height=height, width=width, colorspace=3, encoded_image_string=content)
         value = Summary.Value(tag=name, image=picture)
         self.writer.file_writer.add_summary(Summary(value=[value]), step)
 

@@ -5,15 +5,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import click
 import torch
 from torch import Tensor
 
 from ssaseg.cli.errors import CommandError
+from ssaseg.cli.printing import echo
 from ssaseg.datasets import stated_classes
 from ssaseg.datasets.labels import label_space, list_label_spaces
 from ssaseg.datasets.published import LAYOUTS
-from ssaseg.files.text import printable
 from ssaseg.models import Segmenter
 from ssaseg.models.checkpoint import numbered
 
@@ -36,11 +35,11 @@ def own_classes(source: Path, dataset: str | None, meta: Mapping[str, Any], clas
             return {"classes": [str(c) for c in stated], "palette": _palette(palette, classes)}
         dataset = same[0]
     if dataset is None and isinstance(stated, list | tuple):
-        click.echo(f"  classes      the file names {len(stated)}, but its head has {classes}: the names are not used")
+        echo(f"  classes      the file names {len(stated)}, but its head has {classes}: the names are not used")
     if dataset is None and classes == len(label_space("ade20k").classes):
         dataset = "ade20k"
     if dataset is None:
-        click.echo(f"  classes      {classes} without names: they are numbered; give their names with --dataset")
+        echo(f"  classes      {classes} without names: they are numbered; give their names with --dataset")
         return {}
     metadata = dataset_metadata(dataset)
     if len(metadata["classes"]) != classes:
@@ -48,7 +47,7 @@ def own_classes(source: Path, dataset: str | None, meta: Mapping[str, Any], clas
             f"--dataset {dataset} has {len(metadata['classes'])} classes, {source} has {classes}\n"
             f"expected a data set with {classes}; one of: {', '.join(list_label_spaces())}, or a recipe"
         )
-    click.echo(f"  classes      of {dataset}")
+    echo(f"  classes      of {dataset}")
     return metadata
 
 
@@ -186,7 +185,7 @@ def follow_names(
     rows = rows_by_name(metadata["classes"], requested["classes"])
     take_rows(network, rows, fresh)
     for line in describe_rows(metadata["classes"], requested["classes"], rows):
-        click.echo(printable(line))
+        echo(line)
     known = any(row is not None for row in rows)
     return {**{key: value for key, value in metadata.items() if key not in RUN_METADATA}, **requested}, known
 

@@ -13,11 +13,11 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import click
 import torch
 from torch import Tensor
 
 from ssaseg.cli.errors import CommandError
+from ssaseg.cli.printing import echo
 from ssaseg.cli.weights.classes import follow_names, own_classes, requested_classes
 from ssaseg.cli.weights.deploy import write_deploy
 from ssaseg.cli.weights.export import Form, write_export
@@ -99,7 +99,7 @@ def run_convert(
     opened, known = change_classes(request, opened)
     code = writer.write(request, opened)
     if not opened.complete:
-        click.echo("warning: only a part matched; tensors that did not match have new weights", err=True)
+        echo("warning: only a part matched; tensors that did not match have new weights", err=True)
     return code or int(not (opened.complete and known))
 
 
@@ -195,7 +195,7 @@ def open_official(request: Request, weights: Weights, name: str) -> Opened:
     network = fresh(name, classes, request.classifier or ("ssa" if SSA_KEY in weights.tensors else "linear"))
     heading = describe_source(source, weights, f"{name}, {network.classifier_name}, {classes} classes")
     found, tensors = match(network, weights, heading)
-    click.echo(found)
+    echo(str(found))
     if not (found.complete or (request.allow_partial and found.matched)):
         raise CommandError(explain_mismatch(source, weights, network, found))
     network.load_state_dict(tensors, strict=False)
@@ -207,7 +207,7 @@ def open_backbone(request: Request, weights: Weights, name: str) -> Opened:
     """A pre-trained backbone without decoder and classifier."""
     network = fresh(name, 2, "linear")
     found, tensors = match(network, weights, describe_source(request.source, weights, f"{name}, only the backbone"))
-    click.echo(found)
+    echo(str(found))
     if found.backbone_share < PRETRAINED_SHARE and not (request.allow_partial and found.matched):
         raise CommandError(explain_mismatch(request.source, weights, network, found))
     return Opened(name, None, {}, tensors, found.complete)
@@ -279,10 +279,10 @@ def write_ours(request: Request, opened: Opened) -> int:
     """Writes a checkpoint of ours, or only a backbone, see the module's docstring."""
     if opened.network is not None:
         save_model(request.destination, opened.network, opened.metadata)
-        click.echo(f"wrote {request.destination}")
+        echo(f"wrote {request.destination}")
         return 0
     write_tensors(request.destination, opened.backbone, {"format": BACKBONE_FORMAT, "model": opened.name})
-    click.echo(f"wrote {request.destination}: weights to start from, for a recipe's model.pretrained")
+    echo(f"wrote {request.destination}: weights to start from, for a recipe's model.pretrained")
     return 0
 
 
@@ -298,11 +298,11 @@ def write_official(request: Request, opened: Opened) -> int:
     buffer = BytesIO()
     torch.save({"state_dict": official, "meta": meta}, buffer)
     write_atomic(request.destination, buffer.getvalue())
-    click.echo(f"wrote {request.destination}: {len(official)} tensors of {network.name}, {network.classifier_name}")
+    echo(f"wrote {request.destination}: {len(official)} tensors of {network.name}, {network.classifier_name}")
     missing = left_out(network)
-    click.echo(f"left out, official keys that models of ssaseg do not have: {len(missing) or 'none'}")
+    echo(f"left out, official keys that models of ssaseg do not have: {len(missing) or 'none'}")
     for key, reason in missing.items():
-        click.echo(f"  {key} ({reason})")
+        echo(f"  {key} ({reason})")
     return 0
 
 

@@ -9,11 +9,11 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import click
 import torch
 from torch import Tensor
 
 from ssaseg.cli.errors import CommandError
+from ssaseg.cli.printing import echo
 from ssaseg.models import Segmenter
 from ssaseg.models.checkpoint import deploy_tensors, load_strict, save_deploy
 
@@ -46,9 +46,9 @@ def write_deploy(source: Path, destination: Path, network: Segmenter, metadata: 
     save_deploy(destination, network, metadata)
     before, after = (path.stat().st_size / 2**20 for path in (source, destination))
     dropped = len(network.state_dict()) - len(tensors)
-    click.echo(f"{source}: {network.name}, {network.classifier_name}, {network.num_classes} classes, {before:.1f} MiB")
-    click.echo(f"largest difference of the logits on random images: {summary}")
-    click.echo(f"wrote {destination}: {after:.1f} MiB, float16, without {dropped} training-only tensors")
+    echo(f"{source}: {network.name}, {network.classifier_name}, {network.num_classes} classes, {before:.1f} MiB")
+    echo(f"largest difference of the logits on random images: {summary}")
+    echo(f"wrote {destination}: {after:.1f} MiB, float16, without {dropped} training-only tensors")
     return 0
 
 

@@ -18,7 +18,6 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import click
 import cv2
 import numpy as np
 import torch
@@ -26,6 +25,7 @@ from torch import Tensor
 from torch.export import ExportedProgram
 
 from ssaseg.cli.errors import CommandError
+from ssaseg.cli.printing import echo
 from ssaseg.datasets.colour import normalize, to_planes
 from ssaseg.datasets.decoding import read_image
 from ssaseg.datasets.pairs import IMAGE_SUFFIXES
@@ -113,7 +113,7 @@ def write_export(source: Path, destination: Path, model: Segmenter, metadata: Ma
     pictures = _user_images(form.verify, metadata["protocol"])
     plain, folded = (_deployed(source, each, metadata, form) for each in (model, fold(model)))
     any_size = "any size" if form.size is None else "{} x {} pixels".format(*form.size)
-    click.echo(f"{source}: {model.name}, {model.classifier_name}, {model.num_classes} classes; {any_size}")
+    echo(f"{source}: {model.name}, {model.classifier_name}, {model.num_classes} classes; {any_size}")
     with PoolByProducts() if kind == ".onnx" else nullcontext():
         program = _program(source, folded, form)
     header = {key: metadata[key] for key in ("model", "classifier", "classes", "palette", "mean", "std", "protocol")}
@@ -125,9 +125,7 @@ def write_export(source: Path, destination: Path, model: Segmenter, metadata: Ma
     _verify(destination, plain, run, cases(form, metadata, pictures, smallest(program)))
     write_atomic(destination, content)
     least = "" if form.size else ", images of at least {} x {} pixels".format(*smallest(program))
-    click.echo(
-        f"wrote {destination}: {len(content) / 2**20:.1f} MiB, {form.input} to {form.output}, any batch size{least}"
-    )
+    echo(f"wrote {destination}: {len(content) / 2**20:.1f} MiB, {form.input} to {form.output}, any batch size{least}")
     return 0
 
 
@@ -258,7 +256,7 @@ def _verify(destination: Path, plain: Deployed, run: Run, tried: Iterator[Case])
                 f"{destination}: not written, because it does not run on {title}\n{reason}", 3
             ) from error
         found = difference(plain, images, got)
-        click.echo(f"  {title:32} {found}")
+        echo(f"  {title:32} {found}")
         if not found.passes:
             raise CommandError(
                 f"{destination}: not written, because PyTorch computes another result on {title}\n"

@@ -4,9 +4,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-import click
-
 from ssaseg.cli.errors import CommandError
+from ssaseg.cli.printing import echo
 from ssaseg.cli.weights.classes import describe_rows, keep_rows, names_in, rows_by_name
 from ssaseg.cli.weights.foreign import Weights, count_rows, read_weights
 from ssaseg.cli.weights.matching import (
@@ -53,7 +52,7 @@ def load_pretrained(model: Segmenter, path: str | Path, classes: Sequence[str] |
     found, tensors = match(model, weights, describe_source(Path(path), weights, reading), other)
     found = replace(found, rows=lines)
     if found.backbone_share < PRETRAINED_SHARE:
-        click.echo(found, err=True)
+        echo(str(found), err=True)
         looks = best_guess(*likely_model(weights)) if header is None else f"its header says {header.get('model')}"
         raise CommandError(
             f"model.pretrained={path}: only {of_all(*found.backbone)} of the backbone's tensors match {model.name}\n"
