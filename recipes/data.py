@@ -7,6 +7,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, Strict, model_valid
 from ssaseg.recipes.fields import (
     MOST_SCENES,
     Byte,
+    ClassName,
     Colour,
     NonEmpty,
     Positive,
@@ -93,12 +94,12 @@ class Data(Section):
     mask_suffix: NonEmpty = Field(
         default=".png", description="end of a mask's file name, in place of the image's suffix"
     )
-    classes: Annotated[tuple[NonEmpty, ...], Strict(False)] = Field(
+    classes: Annotated[tuple[ClassName, ...], Strict(False)] = Field(
         default=(),
         description="list of 2 to 255 class names, in the order of the train ids; for coco_json, the default is the "
         "classes in its files; not for synthetic and published data sets, whose classes are fixed",
     )
-    background: NonEmpty | None = Field(
+    background: ClassName | None = Field(
         default=None, description="class of pixels without annotation, for coco_json; null: these pixels are ignored"
     )
     palette: Annotated[tuple[Colour, ...], Strict(False)] | None = Field(

@@ -34,6 +34,8 @@ Byte = Annotated[int, Field(ge=0, le=255)]
 Share = Annotated[float, Field(ge=0, lt=1)]
 Text = Annotated[str, Field(max_length=4096), AfterValidator(_one_line)]
 NonEmpty = Annotated[str, Field(min_length=1, max_length=4096), AfterValidator(_one_line)]
+# As annotation tools and data sets have it: what prints it shows control characters by their codes.
+ClassName = Annotated[str, Field(min_length=1, max_length=4096)]
 # Not strict: a strict section would refuse lists for tuples, `on` for true, and the text keys of JSON.
 Switch = Annotated[bool, Strict(False)]
 RawId = Annotated[int, Strict(False), Field(ge=0, le=255)]

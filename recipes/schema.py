@@ -12,6 +12,7 @@ from pydantic import BeforeValidator, Field, Strict, model_validator
 from ssaseg.recipes.data import Data
 from ssaseg.recipes.fields import (
     LARGEST_BATCH_AREA,
+    ClassName,
     Count,
     HeightWidth,
     Images,
@@ -261,7 +262,7 @@ class Loss(Section):
         default={},
         description="name of a loss -> its weight, if not the default; 0 switches the loss off",
     )
-    class_weights: dict[NonEmpty, NotNegative] = Field(
+    class_weights: dict[ClassName, NotNegative] = Field(
         default={},
         description="class name -> factor of its pixels in every cross entropy; other classes have 1. The main cross "
         "entropy is divided by the number of pixels (mmsegmentation 0.30), the others by the sum of the factors",
