@@ -155,8 +155,8 @@ VALUES = [
 @pytest.mark.parametrize("name", ["demo", "camvid-seaformer_b-ssa"])
 def test_any_value_of_any_key_ends_in_a_recipe_or_a_message(name: str) -> None:
     recipe = load_recipe(name).model_dump(mode="json")
-    for at in leaves(recipe):
-        for value in VALUES:
+    for number, at in enumerate(leaves(recipe)):
+        for value in VALUES[number % 3 :: 3]:  # the fuzzer tries the others
             changed = json.loads(json.dumps(recipe))
             section = changed
             for key in at[:-1]:
