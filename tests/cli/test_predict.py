@@ -260,7 +260,10 @@ def test_a_second_ctrl_c_leaves_whole_files(checkpoint: Path, tmp_path: Path, mo
     out = tmp_path / "out"
     with pytest.raises(KeyboardInterrupt):
         run_predict(checkpoint, [str(tmp_path / "in")], out, ("index", "rle"), False, "cpu")
-    assert set(files(out)) - {"rle.json"} == {f"index/{index}.png" for index in range(4)}
+    written = set(files(out)) - {"rle.json"}
+    assert written <= {f"index/{index}.png" for index in range(4)}  # those that were being written may be missing
+    for name in written:
+        Image.open(out / name).load()
     assert labelled_images(out / "rle.json") <= {f"{index}.png" for index in range(4)}
     monkeypatch.undo()
     assert run_predict(checkpoint, [str(tmp_path / "in")], out, ("index", "rle"), True, "cpu") == 0

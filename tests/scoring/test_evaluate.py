@@ -286,7 +286,7 @@ def test_options_change_the_protocol_and_the_report_says_so(
         (["--slide", "64", "80"], "protocol: test.stride: expected at most test.crop, [64, 64], got [80, 80]"),
         (["--slide", "64", "32", "--whole"], "give either --slide or --whole"),
         (["--ratios", "0.5;1"], "'0.5;1' is not a list of numbers such as 0.5,1,1.5"),
-        (["--ratios", "0"], "protocol: test.ratios[0]: expected a number above 0"),
+        (["--ratios", "0"], "protocol: test.ratios[0]: expected 0.01 or more"),
     ],
 )
 def test_options_that_are_no_protocol(checkpoint: Path, options: list[str], message: str) -> None:

@@ -159,7 +159,7 @@ def test_keys_that_older_checkpoints_lack_have_their_defaults() -> None:
         ({"mode": "slide", "crop": [16, 64], "stride": [1, 1]}, "test.crop[0]: expected 32 or more, got 16"),
         ({"mode": "tiles"}, "test.mode: expected 'whole' or 'slide', got 'tiles'"),
         ({"ratios": []}, "test.ratios: expected a list of at least 1, got []"),
-        ({"ratios": [1.0, 0.0]}, "test.ratios[1]: expected a number above 0, got 0.0"),
+        ({"ratios": [1.0, 0.0]}, "test.ratios[1]: expected 0.01 or more, got 0.0"),
         ({"size": 3}, "unknown key test.size"),
     ],
 )
