@@ -6,6 +6,7 @@ import os
 import resource
 import signal
 import sys
+import tempfile
 import threading
 import time
 import traceback
@@ -146,6 +147,8 @@ def read_ahead(work: Work, keys: Iterable[Any], workers: int, pin_memory: bool =
     Raises WorkerError where a worker ended, where an item is missing for too long, and where no file can be opened.
     """
     others = active_children()
+    if workers:
+        _require_short(tempfile.gettempdir())
     try:
         work.make_notes(workers)
         with warnings.catch_warnings():
@@ -172,6 +175,19 @@ def read_ahead(work: Work, keys: Iterable[Any], workers: int, pin_memory: bool =
     finally:
         # This is the only reference: the workers end here, even if the traceback of an error keeps this frame alive.
         del iterator
+
+
+def _require_short(folder: str) -> None:
+    """Raises WorkerError where Python's sockets in the folder for temporary files would have names that are too long.
+
+    Their names have 32 characters more, and the system allows about 104.
+    """
+    if len(os.fsencode(folder)) > 70:
+        raise WorkerError(
+            f"{folder}: this folder for temporary files has too long a name for the sockets of workers\n"
+            "expected at most 70 characters\n"
+            "set a shorter one, such as TMPDIR=/tmp, or use train.workers=0"
+        )
 
 
 def _loader(work: Work, keys: Iterable[Any], workers: int, pin_memory: bool) -> DataLoader[Any]:

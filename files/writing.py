@@ -102,8 +102,12 @@ class FolderLock:
             self.file = self._open()
             # The process that held the lock before deletes the file when it ends: then the locked file has no name.
             if self._is_current():
-                os.truncate(self.file, 0)
-                os.write(self.file, f"process {os.getpid()} on {platform.node()}\n".encode())
+                try:
+                    os.truncate(self.file, 0)
+                    os.write(self.file, f"process {os.getpid()} on {platform.node()}\n".encode())
+                except OSError as error:  # a full disk
+                    os.close(self.file)
+                    raise OSError(error.errno, error.strerror, str(self.path)) from None
                 return
             os.close(self.file)
 

@@ -165,7 +165,9 @@ def _setting(argument: str) -> tuple[Keys, Any]:
     if not equals or not all(keys) or len(keys) > DEEPEST:
         raise RecipeError(f"{brief(argument)}: expected key=value\nfor example optim.lr=1e-3 or augment.crop=[360,480]")
     if keys == ("extends",):
-        raise RecipeError(f"{argument}: extends can only be written in a file\ngive the keys themselves as key=value")
+        raise RecipeError(
+            f"{brief(argument)}: extends can only be written in a file\ngive the keys themselves as key=value"
+        )
     try:
         value, _ = _parse(text, "")
     except RecipeError as error:

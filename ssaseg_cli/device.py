@@ -22,7 +22,7 @@ def select_device(name: str) -> "torch.device":
 
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-        if name == "cpu" and LAUNCHED in os.environ:
+        if name == "cpu" and LAUNCHED in os.environ and "RANK" in os.environ:
             raise CommandError("--gpus: PyTorch finds no GPU\nuse --device cpu to run the processes on the CPU")
     if name == "cuda" and not torch.cuda.is_available():
         why = "this PyTorch is built without CUDA" if torch.version.cuda is None else "PyTorch finds no GPU"

@@ -19,6 +19,7 @@ from typing import Any
 
 from ssaseg.cli.device import LAUNCHED, count_cores
 from ssaseg.cli.errors import CommandError
+from ssaseg.files.text import printable
 
 # The command, as `python -m ssaseg.cli` would run it, but without the current directory in Python's search path: a file
 # there may have the name of one of our modules.
@@ -53,6 +54,35 @@ def needs_ranks(gpus: int | None) -> bool:
             "if --gpus should start them, run `env -u RANK ssaseg ...`"
         )
     return False
+
+
+def require_environment() -> None:
+    """Raises CommandError if RANK is set, but its companions are not as torchrun or `--gpus` set them."""
+    fix = "start several processes with --gpus or torchrun, or one with `env -u RANK ssaseg ...`"
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
+        text = os.environ.get(name, "0")
+        if not (text.isascii() and text.isdecimal() and len(text) < 7):
+            raise CommandError(f"{name}={printable(text)[:100]}: set in the environment\nexpected a number\n{fix}")
+    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    if rank >= size:
+        raise CommandError(f"RANK={rank}, WORLD_SIZE={size}: set in the environment\nexpected a smaller rank\n{fix}")
+    missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+    if LAUNCHED not in os.environ:
+        if missing:
+            raise CommandError(f"RANK={rank} is set in the environment, but not {missing[0]}\nexpected both\n{fix}")
+        return
+    folder = Path(os.environ[LAUNCHED])
+    try:
+        facts = folder.stat()
+        own = facts.st_uid == os.getuid() and not facts.st_mode & 0o77 and (folder / SECRET).is_file()
+    except (OSError, ValueError):
+        own = False
+    if not own:
+        raise CommandError(
+            f"{LAUNCHED}={printable(str(folder))[:100]}: set in the environment, but not by --gpus\n"
+            f"expected a folder that only you can enter, where the ranks meet\n"
+            f"unset it; {fix}"
+        )
 
 
 def run_launch(count: int) -> int:

@@ -26,6 +26,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ssaseg.cli.device import LAUNCHED
 from ssaseg.cli.errors import CommandError, muted
+from ssaseg.cli.ranks.launcher import require_environment
 from ssaseg.cli.ranks.lost import first_line, is_alive, is_late, is_loss, print_any_error
 from ssaseg.cli.ranks.messages import pack, unpack
 from ssaseg.cli.ranks.rendezvous import meet, require_own
@@ -289,11 +290,13 @@ def connect(device: torch.device) -> Ranks:
     """Connects with the other ranks that torchrun's environment (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_*) describes.
 
     Without that environment there is one rank. `device`: only its type is used; `Ranks.device` is this rank's own.
-    Raises CommandError if there are fewer GPUs than ranks, or if the ranks do not connect.
+    Raises CommandError if there are fewer GPUs than ranks, if the environment is not complete, or if the ranks do not
+    connect.
     """
-    size = int(os.environ.get("WORLD_SIZE", "1"))
-    if size == 1 or "RANK" not in os.environ:
+    if "RANK" not in os.environ or os.environ.get("WORLD_SIZE", "1") == "1":
         return Ranks(device)
+    require_environment()
+    size = int(os.environ["WORLD_SIZE"])
     backend = "gloo"
     if device.type == "cuda":
         device, several = own_gpu(

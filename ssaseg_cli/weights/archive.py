@@ -30,6 +30,8 @@ def read_archive(path: Path) -> Any:
         file.seek(0)
         size = os.fstat(file.fileno()).st_size
         archive = open_archive(file, size, most=size)
+        if not archive.checked:
+            raise ValueError("it has no checksums")
         return _Builder(archive, 2 * size).build(archive.content)
 
 

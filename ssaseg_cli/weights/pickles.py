@@ -8,13 +8,16 @@ than their buffer. The opcodes are decoded by Python's `pickletools`.
 
 import pickletools
 from collections.abc import Callable, Mapping
+from io import BytesIO
 from typing import Any, BinaryIO, cast
 
 from ssaseg.cli.weights.stand_ins import (
+    NESTED,
     STORAGES,
     Array,
     Dtype,
     Inert,
+    Name,
     Refused,
     Storage,
     Typed,
@@ -28,6 +31,7 @@ from ssaseg.cli.weights.stand_ins import (
 )
 
 MOST_OPCODES = 1_000_000  # a checkpoint of 1,600 tensors and their optimiser's state has about 100,000
+LEGACY_MAGIC = 0x1950A86A20F9469CFC6C  # the first pickle in a file of torch.save before PyTorch 1.6
 LARGEST_PICKLE = 2**30  # bytes; tensors are not part of it, NumPy arrays are
 
 
@@ -48,8 +52,8 @@ class Window:
         return content
 
     def readline(self) -> bytes:
-        """The next line, or its first 64 KiB."""
-        content = self.file.readline(min(2**16, self.left))
+        """The next line; protocol 0 writes a whole array as one."""
+        content = self.file.readline(self.left)
         self.left -= len(content)
         self.at += len(content)
         return content
@@ -62,9 +66,10 @@ class Window:
 class Machine:
     """Reads the pickles of one file, one after the other. `storages`: those that were named, by key."""
 
-    def __init__(self) -> None:
+    def __init__(self, left: int | None = None, inner: bool = False) -> None:
+        """left: opcodes that may follow, if fewer than usual. inner: of bytes in a pickle, which hold no others."""
         self.storages: dict[str, Storage] = {}
-        self.left = MOST_OPCODES
+        self.left, self.inner = MOST_OPCODES if left is None else left, inner
         self.copied = 0  # bytes that calls have made of texts
 
     def load(self, window: Window) -> Any:
@@ -117,15 +122,17 @@ class Machine:
 
     def extend(self, items: list[Any]) -> None:
         """Appends to the list on top of the stack."""
-        if type(self.stack[-1]) is not list:
+        if type(self.stack[-1]) is list:
+            self.stack[-1].extend(items)
+        elif not isinstance(self.stack[-1], Inert):
             raise Unreadable("values that are appended to something else than a list")
-        self.stack[-1].extend(items)
 
     def update(self, items: list[Any]) -> None:
         """Sets keys and values of the mapping on top of the stack."""
-        if type(self.stack[-1]) is not dict:
+        if type(self.stack[-1]) is dict:
+            self.stack[-1].update((key_of(key), value) for key, value in zip(items[::2], items[1::2], strict=True))
+        elif not isinstance(self.stack[-1], Inert):
             raise Unreadable("keys that are set in something else than a mapping")
-        self.stack[-1].update((key_of(key), value) for key, value in zip(items[::2], items[1::2], strict=True))
 
     def dict(self, _: Any) -> None:
         """Makes a mapping of keys and values."""
@@ -141,13 +148,31 @@ class Machine:
     def reduce(self, _: Any) -> None:
         """Calls a function with a tuple of arguments; or makes an object of a type."""
         arguments, function = self.stack.pop(), self.stack.pop()
-        made = call(function, arguments)
+        nested = isinstance(function, Name) and function.text == NESTED and not self.inner
+        made = self.storage_in(*arguments) if nested else call(function, arguments)
         # The same long argument may be given again and again.
         self.copied += len(made) if isinstance(made, bytes) else 0
         self.left -= len(made) if isinstance(made, dict | tuple) else 0
         if self.copied > self.limit:
             raise Unreadable("more bytes than the pickle has")
         self.stack.append(made)
+
+    def storage_in(self, content: Any) -> Typed:
+        """A storage as Python's `pickle` writes it: bytes, in which it is saved as before PyTorch 1.6."""
+        if type(content) is not bytes:
+            raise Unreadable("a storage that is not bytes")
+        self.copied += len(content)
+        if self.copied > self.limit:
+            raise Unreadable("more bytes than the pickle has")
+        window, machine = Window(BytesIO(content), len(content)), Machine(self.left, inner=True)
+        magic, _protocol, _system, made, keys = (machine.load(window) for _ in range(5))
+        self.left, at = machine.left, window.tell() + 8
+        if magic != LEGACY_MAGIC or type(made) is not Typed or keys != [made.storage.key]:
+            raise Unreadable("bytes that hold no storage")
+        size = made.storage.length * made.storage.itemsize
+        if len(content) != at + size or int.from_bytes(content[at - 8 : at], "little") != made.storage.length:
+            raise Unreadable("a storage of another length")
+        return Typed(Storage("", made.storage.itemsize, made.storage.length, content[at:]), made.dtype)
 
     def build(self, _: Any) -> None:
         """Gives an object its state; only NumPy's need it."""

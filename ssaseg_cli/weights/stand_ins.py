@@ -113,17 +113,40 @@ ODD_TENSORS = {
 }
 # The type of mmengine's curves. Their pickles look up methods with `getattr`, which here gives None for everything.
 CURVES = "mmengine.logging.history_buffer.HistoryBuffer"
-# What may be called or made, and gives an object without content.
+NESTED = "torch.storage._load_from_bytes"  # a storage in Python's own pickles; `pickles` reads it
+# What may be called or made, and gives an object without content: what training scripts save beside the weights.
 INERT = {
-    "argparse.Namespace", CURVES, "builtins.complex", "builtins.set", "builtins.frozenset", "torch.device",
-    "torch.serialization._get_layout", "numpy._core.multiarray.scalar",
+    "argparse.Namespace", "types.SimpleNamespace", CURVES, "builtins.complex", "builtins.set", "builtins.frozenset",
+    "builtins.slice", "builtins.range", "builtins.xrange", "collections.deque", "torch.device",
+    "torch.torch_version.TorchVersion", "torch.serialization._get_layout", "numpy._core.multiarray.scalar",
+    *(f"datetime.{name}" for name in ("datetime", "date", "time", "timedelta", "timezone")),
+    *(f"pathlib{module}.{pure}{system}Path" for module in ("", "._local") for pure in ("", "Pure")
+      for system in ("Posix", "Windows")),
+    *(f"omegaconf.{name}" for name in (
+        "listconfig.ListConfig", "dictconfig.DictConfig", "base.ContainerMetadata", "base.Metadata",
+        *(f"nodes.{kind}Node" for kind in ("Any", "String", "Integer", "Float", "Boolean", "Path", "Enum", "Bytes")))),
 }  # fmt: skip
-# What is only an argument of other calls.
+# Mappings of other libraries, which are read as plain ones: they may hold the weights.
+MAPPINGS = {
+    "collections.OrderedDict", "collections.Counter", "collections.defaultdict", "addict.addict.Dict", "builtins.dict",
+    "easydict.EasyDict", "mmcv.utils.config.ConfigDict", "mmengine.config.config.ConfigDict", "yacs.config.CfgNode",
+    *(f"{package}.AttributeDict" for package in (
+        "pytorch_lightning.utilities.parsing", "lightning.pytorch.utilities.parsing", "lightning_fabric.utilities.data",
+        "lightning.fabric.utilities.data")),
+}  # fmt: skip
+# What is only an argument of other calls, or a value beside the weights.
 ARGUMENTS = {
-    "numpy.ndarray", "torch.Tensor", "torch.nn.parameter.Parameter", "torch.nn.parameter.Buffer",
-    "builtins.int", "builtins.float", "builtins.list", "builtins.dict", "builtins.str", "torch.per_tensor_affine",
-    "torch.per_tensor_symmetric", "torch.per_channel_affine", "torch.per_channel_symmetric",
-    "torch.per_channel_affine_float_qparams",
+    "numpy.ndarray", "torch.Tensor", "torch.nn.parameter.Parameter", "torch.nn.parameter.Buffer", "typing.Any",
+    *(f"builtins.{name}" for name in ("int", "float", "bool", "list", "tuple", "str", "Ellipsis")),
+    *(f"numpy.{name}" for name in (
+        "float16", "float32", "float64", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64",
+        "bool", "bool_", "str_", "bytes_", "object_")),
+    "torch.per_tensor_affine", "torch.per_tensor_symmetric", "torch.per_channel_affine",
+    "torch.per_channel_symmetric", "torch.per_channel_affine_float_qparams",
+    *(f"torch.optim.lr_scheduler.OneCycleLR{name}" for name in ("", "._annealing_cos", "._annealing_linear")),
+    *(f"torch.optim.swa_utils.SWALR{name}" for name in ("", "._cosine_anneal", "._linear_anneal")),
+    *(f"{package}.callbacks.{name}" for package in ("pytorch_lightning", "lightning.pytorch") for name in (
+        "model_checkpoint.ModelCheckpoint", "early_stopping.EarlyStopping", "lr_monitor.LearningRateMonitor")),
 }  # fmt: skip
 
 
@@ -155,7 +178,7 @@ def of_type(function: Any, kind: Any, arguments: Any, *_: Any) -> Any:
 
 
 def mapping(*arguments: Any) -> dict[Any, Any]:
-    """`OrderedDict`, `Counter` and `defaultdict`, the latter without its factory; Python 2 gave a list of pairs."""
+    """Those in `MAPPINGS`; `defaultdict` without its factory; Python 2 gave a list of pairs."""
     made: dict[Any, Any] = {}
     for argument in arguments:
         if not isinstance(argument, Name) and argument is not None:
@@ -244,7 +267,7 @@ CALLS: Mapping[str, Callable[..., Any]] = {
     "torch._utils._rebuild_parameter_with_state": lambda data, *_: data,
     "torch._tensor._rebuild_from_type_v2": of_type,
     "torch.Size": sizes_of,
-    **dict.fromkeys(("collections.OrderedDict", "collections.Counter", "collections.defaultdict"), mapping),
+    **dict.fromkeys(MAPPINGS, mapping),
     **dict.fromkeys(("builtins.bytes", "builtins.bytearray"), bytes_of),
     "_codecs.encode": encoded,
     "builtins.getattr": lambda *_: None,
@@ -252,7 +275,7 @@ CALLS: Mapping[str, Callable[..., Any]] = {
     "numpy._core.multiarray._reconstruct": lambda *_: Array(),
     "numpy._core.numeric._frombuffer": from_buffer,
 }
-KNOWN = {*CALLS, *INERT, *ARGUMENTS, *ODD_TENSORS, *DTYPES, *STORAGES}
+KNOWN = {NESTED, *CALLS, *INERT, *ARGUMENTS, *ODD_TENSORS, *DTYPES, *STORAGES}
 
 
 def name_of(module: str, name: str) -> Name:

@@ -10,6 +10,7 @@ Sources: PyTorch's `torch/serialization.py`; the zip format's APPNOTE 6.3.
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from stat import S_ISREG
 from typing import Any, BinaryIO
 from zipfile import ZIP_STORED, ZipFile, ZipInfo
 
@@ -17,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ssaseg.cli.weights.pickles import Machine, Window
+from ssaseg.cli.weights.pickles import LEGACY_MAGIC, Machine, Window
 from ssaseg.cli.weights.stand_ins import Array, Storage, Unreadable, product
 
 LARGEST_FILE = 2**32  # bytes, of which an optimiser's state may be most
@@ -25,7 +26,7 @@ LARGEST_WEIGHTS = 2**30  # bytes of the storages that are read; the largest netw
 LARGEST_DIRECTORY = 2**23  # bytes; of 1,600 tensors it has about 110,000
 TINY = 1024  # elements that a tensor may have more than its storage
 
-LEGACY_MAGIC, LEGACY_PROTOCOL = 0x1950A86A20F9469CFC6C, 1001
+LEGACY_PROTOCOL = 1001
 LOCAL_HEADER = struct.Struct("<4s5H3L2H")
 END, END_64, LOCATOR_64 = struct.Struct("<4s4H2LH"), struct.Struct("<4sQ2H2L4Q"), struct.Struct("<4sLQL")
 
@@ -51,6 +52,7 @@ class Archive:
     most: int  # bytes of the storages that may be read
     read: dict[str, bytearray] = field(default_factory=dict)  # the storages that were read
     taken: int = 0  # bytes that were read
+    checked: bool = False  # by checksums
 
     def tensor(self, array: Array) -> Tensor:
         """The tensor that `array` describes; float8 as float32. Raises Unreadable with the reason if it is not a dense
@@ -131,11 +133,15 @@ def _zip(file: BinaryIO, size: int, most: int) -> Archive:
         folder = found[0].filename.removesuffix("data.pkl")
         if f"{folder}constants.pkl" in starts:
             raise Unreadable("a TorchScript archive, which is a program")
-        changed = archive.testzip()
+        # torch.serialization.set_crc32_options(False) writes 0 for each record.
+        checked = any(info.CRC for info in infos)
+        changed = archive.testzip() if checked else None
         if changed is not None:
             raise Changed(changed)
-        if f"{folder}byteorder" in starts and archive.read(f"{folder}byteorder").strip() != b"little":
-            raise Unreadable("written on a machine of another byte order")
+        if f"{folder}byteorder" in starts:
+            file.seek(starts[f"{folder}byteorder"])
+            if file.read(archive.getinfo(f"{folder}byteorder").file_size).strip() != b"little":
+                raise Unreadable("written on a machine of another byte order")
     file.seek(starts[found[0].filename])
     content = Machine().load(Window(file, found[0].file_size))
     data = f"{folder}data/"
@@ -144,7 +150,7 @@ def _zip(file: BinaryIO, size: int, most: int) -> Archive:
         for info in infos
         if info.filename.startswith(data)
     }
-    return Archive(file, content, places, most)
+    return Archive(file, content, places, most, checked=checked)
 
 
 def _require_small_directory(file: BinaryIO, size: int) -> None:
@@ -176,11 +182,10 @@ def _require_plain(file: BinaryIO, archive: ZipFile) -> dict[str, int]:
         end = starts[name] + info.file_size
         if info.flag_bits & 8:  # the sizes are repeated after the content
             file.seek(end)
-            wide = info.file_size > 0xFFFFFFFF
-            after = struct.pack("<4sLQQ" if wide else "<4sLLL", b"PK\x07\x08", info.CRC, *[info.file_size] * 2)
-            if file.read(len(after)) != after:
+            after = _repeated(info, file.read(24))
+            if after == 0:
                 raise Changed(name)
-            end += len(after)
+            end += after
     if end != archive.start_dir:
         raise Unreadable("an archive with something between its records and its directory")
     makers = {
@@ -188,9 +193,19 @@ def _require_plain(file: BinaryIO, archive: ZipFile) -> dict[str, int]:
         for info in archive.infolist()
         if not info.is_dir()
     }
-    if len(makers) > 1 or any(info.volume or info.internal_attr > 1 for info in archive.infolist()):
+    # Files that were packed again may differ in their permissions.
+    unix = all(system == 3 and S_ISREG(attributes >> 16) for _, system, attributes in makers)
+    if (len(makers) > 1 and not unix) or any(info.volume or info.internal_attr > 1 for info in archive.infolist()):
         raise Changed("its directory")
     return starts
+
+
+def _repeated(info: ZipInfo, found: bytes) -> int:
+    """Bytes of a record's checksum and sizes after its content, in 32 or 64 bits; 0 if they are not there."""
+    sizes = [info.file_size] * 2
+    wide = struct.pack("<4sLQQ", b"PK\x07\x08", info.CRC, *sizes)
+    narrow = struct.pack("<4sLLL", b"PK\x07\x08", info.CRC, *(size & 0xFFFFFFFF for size in sizes))
+    return next((len(each) for each in (wide, narrow) if found.startswith(each)), 0)
 
 
 def _require_end(file: BinaryIO, size: int, archive: ZipFile) -> None:
@@ -227,7 +242,7 @@ def _content_start(file: BinaryIO, info: ZipInfo) -> int:
     own = file.read(name)
     padding = file.read(extra)
     stamp = ((date >> 9) + 1980, date >> 5 & 15, date & 31, time >> 11, time >> 5 & 63, (time & 31) * 2)
-    later = flags & 8 and not (crc or packed or full)  # they follow the content
+    later = flags & 8 and not crc and {packed, full} <= {0, 0xFFFFFFFF}  # they follow the content
     sizes_fit = later or (crc == info.CRC and all(each in (info.file_size, 0xFFFFFFFF) for each in (packed, full)))
     same = (version, flags, method, stamp) == (
         info.extract_version + 256 * info.reserved, info.flag_bits, info.compress_type, info.date_time,
@@ -240,13 +255,14 @@ def _content_start(file: BinaryIO, info: ZipInfo) -> int:
 
 def _is_padding(extra: bytes) -> bool:
     """Whether the extra fields of a record are known ones. PyTorch fills a field FB with one letter, so that storages
-    start at multiples of 64; others are 64-bit sizes, and the times and owners of Info-ZIP.
+    start at multiples of 64; others are 64-bit sizes, and the times and owners of Info-ZIP and NTFS.
     """
+    known = (b"FB", b"\x01\x00", b"\x0a\x00", b"UT", b"UX", b"Ux", b"ux")
     while extra:
         kind, length = extra[:2], int.from_bytes(extra[2:4], "little")
         content, extra = extra[4 : 4 + length], extra[4 + length :]
         filled = kind != b"FB" or len(set(content)) < 2
-        if kind not in (b"FB", b"\x01\x00", b"UT", b"ux") or len(content) != length or not filled:
+        if kind not in known or len(content) != length or not filled:
             return False
     return True
 

@@ -5,6 +5,7 @@ import itertools
 import os
 import resource
 import signal
+import tempfile
 import threading
 import time
 from functools import partial
@@ -243,6 +244,14 @@ def test_files_that_cannot_be_opened_anywhere(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(Tensor, "share_memory_", no_files)
     with pytest.raises(WorkerError, match="ulimit -n"):
         next(eval_loader(scenes, None, None, workers=1))
+
+
+def test_a_long_name_of_the_temporary_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sockets in it would have too long a name: a thread prints a traceback, and the items do not come."""
+    monkeypatch.setattr(tempfile, "tempdir", "/tmp/" + 80 * "d")
+    stream = eval_loader(SyntheticScenes(2, 64, 64, 0, "train"), None, None, workers=1)
+    with pytest.raises(WorkerError, match="TMPDIR"):
+        next(iter(stream))
 
 
 def few_files(more: int) -> None:

@@ -1,5 +1,6 @@
 """Files in folders of other people: links, FIFOs, devices and locks end in an error, and nothing else is touched."""
 
+import errno
 import os
 import subprocess
 import sys
@@ -135,6 +136,17 @@ def test_a_lock_file_that_is_something_else_is_refused(tmp_path: Path, kind: str
         FolderLock(folder)
     assert victim.read_text() == "my key"
     assert not (tmp_path / "new").exists()
+
+
+def test_a_lock_file_on_a_full_disk_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(writing.os, "write", full)
+    with pytest.raises(OSError, match=r"No space.*\.lock"):
+        FolderLock(tmp_path)
+    monkeypatch.undo()
+    FolderLock(tmp_path).release()
 
 
 def test_appending_follows_no_link_and_waits_for_no_fifo(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from ssaseg.cli.device import select_device
 from ssaseg.cli.errors import CommandError
 from ssaseg.cli.main import cli
 from ssaseg.cli.ranks import launcher as launch
+from ssaseg.cli.ranks.ranks import connect
 
 
 def launched(monkeypatch: pytest.MonkeyPatch, script: str, wish: int | None = None) -> int:
@@ -55,10 +56,42 @@ def test_one_process_of_a_job_system_is_not_taken_for_many(monkeypatch: pytest.M
     assert result.stderr.startswith("error: --gpus 8: RANK is set")
 
 
+@pytest.mark.parametrize(
+    ("variables", "told"),
+    [
+        ({"RANK": "x"}, "RANK=x"),
+        ({"WORLD_SIZE": "9" * 99}, "WORLD_SIZE=999"),
+        ({"LOCAL_RANK": "-1"}, "LOCAL_RANK=-1"),
+        ({"RANK": "2"}, "a smaller rank"),
+        ({"MASTER_ADDR": "localhost"}, "MASTER_PORT"),
+        ({launch.LAUNCHED: "/nowhere"}, "unset it"),
+        ({launch.LAUNCHED: "/"}, "unset it"),
+        ({launch.LAUNCHED: ""}, "unset it"),
+    ],
+)
+def test_an_environment_that_nobody_has_made_for_ranks(
+    monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], told: str
+) -> None:
+    """It would end in a traceback, or wait for half an hour."""
+    for name, value in {"RANK": "0", "WORLD_SIZE": "2", **variables}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(CommandError, match=told) as found:
+        connect(torch.device("cpu"))
+    assert str(found.value).count("\n") == 2
+
+
+def test_a_folder_of_ranks_without_a_rank_is_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setenv(launch.LAUNCHED, "/nowhere")
+    monkeypatch.delenv("RANK", raising=False)
+    assert select_device("auto").type == "cpu"
+
+
 def test_gpus_without_a_gpu_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert select_device("auto").type == "cpu"
     monkeypatch.setenv(launch.LAUNCHED, "1")
+    monkeypatch.setenv("RANK", "0")
     assert select_device("cpu").type == "cpu"
     with pytest.raises(CommandError, match=r"--gpus: PyTorch finds no GPU\nuse --device cpu"):
         select_device("auto")

@@ -1,9 +1,18 @@
 """Checkpoints as training scripts wrap them: under any key, with prefixes, averaged, as NumPy arrays, safetensors."""
 
+import argparse
+import io
+import itertools
+import pickle
+import zipfile
+from collections import deque
+from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, BinaryIO, cast
 
 import numpy as np
+import pickled as p
 import pytest
 import torch
 from click.testing import CliRunner
@@ -204,3 +213,91 @@ def test_too_many_or_too_long_names(tmp_path: Path) -> None:
         torch.save(state, tmp_path / "a.pth")
         with pytest.raises(CommandError, match="expected at most 20000"):
             read_weights(tmp_path / "a.pth")
+
+
+# ---- what training scripts save beside the weights, and ordinary ways to save again --------------------------------
+
+BESIDE = {
+    "paths": argparse.Namespace(out=Path("/x"), device=torch.device("cpu"), when=datetime.now(timezone.utc)),
+    "version": torch.__version__,
+    "schedule": {"anneal_func": torch.optim.lr_scheduler.OneCycleLR._annealing_cos},  # of PyTorch 1.x
+    "python": [deque([1, 2], maxlen=3), slice(1, 2), range(3), SimpleNamespace(a=1), {1, 2}, ..., 1 + 2j],
+    "numpy": [np.float32, np.dtype("float32"), np.int64(3), np.array(["a", {}], dtype=object), np.random.get_state()],
+}
+
+
+@pytest.mark.parametrize("name", BESIDE)
+@pytest.mark.parametrize("protocol", [2, 4])
+def test_harmless_values_beside_the_weights(tmp_path: Path, name: str, protocol: int) -> None:
+    torch.save({"state_dict": STATE, "args": BESIDE[name]}, tmp_path / "a.pth", pickle_protocol=protocol)
+    same(read_weights(tmp_path / "a.pth").tensors)
+
+
+@pytest.mark.parametrize("package", ["pytorch_lightning.utilities.parsing.AttributeDict", "easydict.EasyDict"])
+def test_mappings_of_other_libraries(tmp_path: Path, package: str) -> None:
+    made = p.name(package) + b")\x81" + b"(" + p.text("state_dict") + p.mapping({"backbone.x": p.tensor()}) + b"u"
+    p.archive(tmp_path / "a.pth", made)
+    assert read_weights(tmp_path / "a.pth").nesting == "state_dict"
+
+
+@pytest.mark.parametrize("protocol", range(6))
+@pytest.mark.parametrize("arrays", [True, False])
+def test_a_state_dict_of_pickle(tmp_path: Path, protocol: int, arrays: bool) -> None:
+    """Tensors are then files of torch.save in bytes."""
+    long = torch.rand(20_000)  # in protocol 0 a line of more than 64 KiB
+    state = {**STATE, "backbone.long": long}
+    content = {key: value.numpy() for key, value in state.items()} if arrays else state
+    (tmp_path / "a.pth").write_bytes(pickle.dumps(content, protocol))
+    found = read_weights(tmp_path / "a.pth").tensors
+    assert torch.equal(found.pop("backbone.long"), long)
+    same(found)
+
+
+def test_bytes_that_hold_no_storage(tmp_path: Path) -> None:
+    good = io.BytesIO()
+    torch.save(torch.arange(4.0).untyped_storage(), good, _use_new_zipfile_serialization=False)
+    nested = p.call("torch.storage._load_from_bytes", p.raw(good.getvalue()))
+    for content in (b"", good.getvalue()[:-1], good.getvalue() + b"x", p.pickled(nested)):
+        made = p.tensor(of=p.call("torch.storage._load_from_bytes", p.raw(content)))
+        (tmp_path / "a.pth").write_bytes(p.pickled(p.mapping({"backbone.x": made})))
+        with pytest.raises(CommandError, match=r"is not a PyTorch checkpoint|_load_from_bytes"):
+            read_weights(tmp_path / "a.pth")
+
+
+def test_archives_that_were_packed_again(tmp_path: Path) -> None:
+    class Stream:
+        """Cannot be sought in: checksums and sizes then follow each record."""
+
+        def __init__(self, file: BinaryIO) -> None:
+            self.write, self.flush = file.write, file.flush
+
+    path, again = tmp_path / "a.pth", tmp_path / "again.pth"
+    torch.save({"state_dict": STATE}, path)
+    for streamed, wide, modes in itertools.product([False, True], repeat=3):
+        with (
+            zipfile.ZipFile(path) as old,
+            again.open("wb") as file,
+            zipfile.ZipFile(cast(Any, Stream(file)) if streamed else file, "w") as new,
+        ):
+            for number, name in enumerate(old.namelist()):
+                info = zipfile.ZipInfo(name)
+                info.external_attr = (0o100600 + (number % 2 * modes and 0o44)) << 16
+                with new.open(info, "w", force_zip64=wide) as record:
+                    record.write(old.read(name))
+        same(read_weights(again).tensors)
+
+
+def test_an_archive_without_checksums(tmp_path: Path) -> None:
+    from torch.serialization import set_crc32_options
+
+    try:
+        set_crc32_options(False)
+        torch.save({"state_dict": STATE}, tmp_path / "a.pth")
+    finally:
+        set_crc32_options(True)
+    same(read_weights(tmp_path / "a.pth").tensors)
+
+
+def same(found: dict[str, Tensor]) -> None:
+    assert found.keys() == STATE.keys()
+    assert all(torch.equal(found[key].to(value.dtype), value) for key, value in STATE.items())
