@@ -31,6 +31,7 @@ FORMATS: dict[str, tuple[tuple[int, bytes], ...]] = {
 MAX_PIXELS = 2**28  # of an image in a data set: 268 million, 0.8 GB as colours
 Image.MAX_IMAGE_PIXELS = MAX_PIXELS  # Pillow warns above it and refuses twice as many; ours comes first
 warnings.filterwarnings("ignore", module=r"PIL\.")  # Pillow's warnings about damaged files do not name the file
+cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)  # as little as OpenCV's, of up to seven lines
 
 
 def read_image(path: Path, max_pixels: int = MAX_PIXELS) -> np.ndarray:
@@ -154,12 +155,29 @@ def _require_size(path: Path, data: bytes, max_pixels: int) -> None:
 
 def _decode(data: bytes, flags: int) -> np.ndarray | None:
     """The image that OpenCV decodes from the bytes of a file; None where it cannot. Raises MemoryError."""
+    if data[:4] == b"\x89PNG":
+        data = _without_profile(data)
     try:
         return cv2.imdecode(np.frombuffer(data, np.uint8), flags) if data else None
     except cv2.error as error:
         if error.code == cv2.Error.StsNoMem:
             raise MemoryError("not enough memory to decode an image") from None
         return None
+
+
+def _without_profile(data: bytes) -> bytes:
+    """A PNG file without its colour profile, which OpenCV does not use. If it is damaged, libpng prints its name, with
+    the control characters in it, on stderr.
+    """
+    at = len(b"\x89PNG\r\n\x1a\n")
+    kept, start = [], 0
+    while data.find(b"iCCP", at) >= 0 and data[at + 4 : at + 8] not in (b"", b"IDAT"):
+        end = at + 12 + int.from_bytes(data[at : at + 4], "big")  # length, name, content, checksum
+        if data[at + 4 : at + 8] == b"iCCP":
+            kept.append(data[start:at])
+            start = end
+        at = end
+    return b"".join([*kept, data[start:]]) if kept else data
 
 
 def _require_end(path: Path, data: bytes) -> None:

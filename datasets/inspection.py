@@ -9,6 +9,7 @@ import numpy as np
 
 from ssaseg.datasets.base import DataError, Dataset, PairFacts, Problem
 from ssaseg.datasets.decoding import header_size, read_complete, read_image
+from ssaseg.files.text import describe
 
 
 def inspect_loaded(dataset: Dataset, index: int) -> PairFacts:
@@ -16,7 +17,7 @@ def inspect_loaded(dataset: Dataset, index: int) -> PairFacts:
     try:
         raw = dataset.load_raw(index)[1]
     except (DataError, OSError) as error:
-        return PairFacts([Problem("error", str(error), "pair that cannot be read")], None, None, None)
+        return PairFacts([Problem("error", describe(error), "pair that cannot be read")], None, None, None)
     counts, problems = count_ids(raw), []
     if counts[~dataset.valid_raw].any():
         problems = [Problem("error", str(dataset.label_error(index)), "ids out of range")]

@@ -20,6 +20,7 @@ from ssaseg.datasets.base import IGNORED, DataError, PairFacts, Problem, default
 from ssaseg.datasets.decoding import read_image, read_mask
 from ssaseg.datasets.inspection import count_ids, image_size
 from ssaseg.files.reading import read_file
+from ssaseg.files.text import describe
 
 Decoded = tuple[np.ndarray, np.ndarray, np.ndarray | None]  # image, raw ids, colours of a palette file
 
@@ -121,7 +122,7 @@ class PairDataset:
         problems: list[Problem] = []
 
         def add(error: Exception, kind: str) -> None:
-            problems.append(Problem("error", str(error), kind))
+            problems.append(Problem("error", describe(error), kind))
 
         size = None
         try:

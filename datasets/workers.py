@@ -173,8 +173,11 @@ def read_ahead(work: Work, keys: Iterable[Any], workers: int, pin_memory: bool =
             process.terminate()
         raise
     finally:
-        # This is the only reference: the workers end here, even if the traceback of an error keeps this frame alive.
-        del iterator
+        # The workers end here. PyTorch does it in a destructor, where an exception, as of a second Ctrl-C, would be
+        # printed with a traceback and lost.
+        end = getattr(iterator, "_shutdown_workers", None)  # an iterator without workers has none
+        if end is not None:
+            end()
 
 
 def _require_short(folder: str) -> None:

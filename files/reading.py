@@ -19,8 +19,8 @@ def open_file(path: str | os.PathLike[str], limit: int | None = None) -> BinaryI
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError as error:
-        if error.errno == errno.ENXIO:  # a socket
-            raise OSError(errno.EINVAL, "not a regular file", str(path)) from None
+        if error.errno == errno.ENXIO:
+            raise OSError(errno.EINVAL, "not a regular file, but a socket or a device", str(path)) from None
         raise
     except ValueError:  # a NUL byte in the name
         raise OSError(errno.EINVAL, "not a file name", str(path)) from None

@@ -17,6 +17,14 @@ def printable(text: str, kept: str = "") -> str:
     return UNSAFE.sub(lambda found: found[0] if found[0] in kept else escape(found[0]), text)
 
 
+def describe(error: Exception) -> str:
+    """The text of an error; of an OSError its file and the reason, where Python's text starts with "[Errno 22]"."""
+    if not isinstance(error, OSError):
+        return str(error)
+    reason = error.strerror or str(error)
+    return reason if error.filename is None else f"{printable(str(error.filename))}: {reason}"
+
+
 def escape(character: str) -> str:
     r"""`\x1b`, `\u202e`, or the byte `\xff` that half of a surrogate pair stands for."""
     code = ord(character)

@@ -28,7 +28,7 @@ def write_atomic(path: Path, content: bytes, sync: bool = True, root: Path | Non
     """
     temporary = None
     try:
-        target = path.resolve() if root is None else below(path, root)
+        target = Path(os.path.realpath(path)) if root is None else below(path, root)
         target.parent.mkdir(parents=True, exist_ok=True)
         if root is None and target.exists() and not (target.is_file() or target.is_dir()):
             target.write_bytes(content)
@@ -53,7 +53,7 @@ def write_atomic(path: Path, content: bytes, sync: bool = True, root: Path | Non
 
 def below(path: Path, root: Path) -> Path:
     """`path` without links in its folder. Raises OSError if `root` does not exist or the folder lies outside it."""
-    real, folder = root.resolve(strict=True), path.parent.resolve()
+    real, folder = os.path.realpath(root, strict=True), Path(os.path.realpath(path.parent))
     if not folder.is_relative_to(real) or path.name in ("", ".."):
         raise OSError(errno.ELOOP, f"a link or '..' leads out of {root}", str(path))
     return folder / path.name

@@ -97,7 +97,7 @@ SCHEMA: Mapping[str, tuple[Callable[[Any], bool], str]] = {
     "classifier": (_is_name, "the name of a classifier"),
     "classes": (
         lambda value: _are(_is_name)(value) and 1 <= len(value) <= MOST_CLASSES,
-        f"a list of 1 to {MOST_CLASSES} texts",
+        f"a list of 1 to {MOST_CLASSES} texts of at most {LONGEST_NAME} letters, without halves of letters",
     ),
     "palette": (lambda value: value is None or _are(_is_colour)(value), "null or a list of [R, G, B], each 0 to 255"),
     "mean": (_are(lambda each: _is_number(each, -1e6, 1e6), 3), "three numbers from -1e6 to 1e6"),

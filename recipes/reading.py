@@ -5,6 +5,7 @@ Scalars follow YAML 1.2. PyYAML follows YAML 1.1, in which `1e-3` is text, `off`
 
 import contextlib
 import difflib
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -120,7 +121,8 @@ def read_recipe(path: Path, above: tuple[Path, ...] = (), read: list[Path] | Non
     if len(read) > MOST_FILES:
         what = f"extends more than {MOST_FILES} recipes, directly or through others"
         raise RecipeError(f"{read[0]}: {what}\nwrite them into one file: ssaseg recipes copy")
-    if path.resolve() in above:
+    here = Path(os.path.realpath(path))
+    if here in above:
         chain = " -> ".join(one.name for one in (*above, path))
         raise RecipeError(f"{path}: the recipe extends itself: {chain}\nremove one of these extends")
     own = _read_file(path)
@@ -135,7 +137,7 @@ def read_recipe(path: Path, above: tuple[Path, ...] = (), read: list[Path] | Non
             base_path = recipe_file(base, beside=path.parent)
         except RecipeError as error:
             raise RecipeError(f"{own.places[('extends',)]}: extends: {error}") from None
-        layer = _merge(layer, read_recipe(base_path, (*above, path.resolve()), read))
+        layer = _merge(layer, read_recipe(base_path, (*above, here), read))
     layer.values.pop("name", None)  # names are not inherited: two runs would have the same folder
     return _merge(layer, own)
 

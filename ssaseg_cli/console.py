@@ -46,7 +46,7 @@ def json_target(json_out: str | None) -> str | None:
     """
     if json_out in (None, "-", "/dev/stdout"):
         return json_out and "-"
-    path = Path(str(json_out)).resolve()  # of a link, the folder of its target is written to
+    path = Path(os.path.realpath(str(json_out)))  # of a link, the folder of its target is written to
     if not json_out:
         wrong = "is empty"
     elif path.is_dir():

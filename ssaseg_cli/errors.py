@@ -3,7 +3,9 @@
 import contextlib
 import errno
 import os
+import signal
 import sys
+import threading
 from collections.abc import Iterator
 from typing import Any, NoReturn
 
@@ -11,7 +13,7 @@ import click
 
 from ssaseg.cli.printing import echo, lenient_streams
 from ssaseg.cli.signals import ended_by_sigterm
-from ssaseg.files.text import printable
+from ssaseg.files.text import describe
 
 
 class CommandError(Exception):
@@ -36,15 +38,21 @@ class CommandGroup(click.Group):
 
     def main(self, *args: Any, **extra: Any) -> NoReturn:
         extra["standalone_mode"] = False
+        codes: list[int] = []
         try:
-            with ended_by_sigterm(), lenient_streams():
-                code = super().main(*args, **extra)
-        except Exception as error:
-            if os.environ.get("SSASEG_DEBUG") == "1":
-                raise
-            # Before the ranks have connected, each rank of a machine has the same error: only the first one prints it.
-            with muted(os.environ.get("LOCAL_RANK", "0") != "0"):
-                code = print_error(error)
+            try:
+                with ended_by_sigterm() as codes, lenient_streams():
+                    code = super().main(*args, **extra)
+            except Exception as error:
+                if codes:
+                    sys.exit(codes[0])
+                if os.environ.get("SSASEG_DEBUG") == "1":
+                    raise
+                # Before the ranks have connected, each rank has the same error: only the first of a machine prints it.
+                with muted(os.environ.get("LOCAL_RANK", "0") != "0"):
+                    code = print_error(error)
+        except KeyboardInterrupt:  # a second Ctrl-C, while the first one was reported
+            code = 130
         ranks = sys.modules.get("ssaseg.cli.ranks.ranks")  # None unless the command uses ranks: it imports torch
         if ranks is not None and ranks.met:
             ranks.leave(code or 0)
@@ -64,6 +72,8 @@ def muted(quiet: bool) -> Iterator[None]:
 def print_error(error: Exception) -> int:
     """Print an error that the user can fix and return its exit code. Any other error is a bug: it is raised again."""
     if isinstance(error, click.Abort):  # click's name for Ctrl-C
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGINT, signal.SIG_IGN)  # the process ends now: a second one would be a traceback
         echo("stopped", err=True)
         return 130
     if isinstance(error, click.UsageError) and error.ctx is not None:
@@ -75,8 +85,7 @@ def print_error(error: Exception) -> int:
     elif isinstance(error, click.ClickException):
         lines, code = error.format_message(), error.exit_code
     elif isinstance(error, OSError):
-        where = f"{printable(str(error.filename))}: " if error.filename is not None else ""
-        lines, code = f"{where}{error.strerror or error}", 2
+        lines, code = describe(error), 2
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             lines += "\nfree some space on that disk, then run the command again"
     elif isinstance(error, CommandError):

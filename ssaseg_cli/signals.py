@@ -12,14 +12,16 @@ from ssaseg.cli.printing import echo
 
 
 @contextlib.contextmanager
-def ended_by_sigterm() -> Iterator[None]:
+def ended_by_sigterm() -> Iterator[list[int]]:
     """Inside this context SIGTERM raises SystemExit(143), so that open files are closed and temporary files removed.
-    A command that must first finish something replaces the handler for that time (`StopSignal`).
+    A command that must first finish something replaces the handler for that time (`StopSignal`). Yields a list that
+    then holds the exit code: a library that is interrupted in C++ may raise an error of its own instead.
 
     Does nothing in one of several ranks: it may be waiting in C++ for the others, where no exception reaches it.
     """
+    codes: list[int] = []
     if "RANK" in os.environ or threading.current_thread() is not threading.main_thread():
-        yield
+        yield codes
         return
     own = os.getpid()
 
@@ -28,14 +30,16 @@ def ended_by_sigterm() -> Iterator[None]:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
             return
+        signal.signal(number, signal.SIG_IGN)  # the process ends now: a second one would interrupt the cleaning up
+        codes.append(128 + number)
         echo("stopped", err=True)
         sys.exit(128 + number)
 
     before = signal.signal(signal.SIGTERM, end)
     try:
-        yield
+        yield codes
     finally:
-        if signal.getsignal(signal.SIGTERM) is end:  # otherwise it stays ignored: `StopSignal.ignore_signals`
+        if signal.getsignal(signal.SIGTERM) is end:  # otherwise it stays ignored: the process ends
             signal.signal(signal.SIGTERM, before)
 
 

@@ -105,6 +105,12 @@ def calls_of(file: Path) -> Iterator[tuple[str, int]]:
                 yield f".{node.func.attr}", node.lineno
 
 
+@pytest.mark.parametrize("part", FOLDERS)
+def test_links_in_a_circle_are_no_traceback(part: str) -> None:
+    """Path.resolve() raises RuntimeError for them before Python 3.13; os.path.realpath() raises nothing."""
+    assert [str(file) for file in files_of(part) if any(name == ".resolve" for name, _ in calls_of(file))] == []
+
+
 @pytest.mark.parametrize("part", [part for part in FOLDERS if part != "files"])
 def test_files_are_read_and_text_is_printed_in_one_place(part: str) -> None:
     wrong = [

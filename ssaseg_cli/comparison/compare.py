@@ -102,13 +102,13 @@ def run_compare(runs: Sequence[Path], out: Path, json_out: str | None) -> int:
     for note in notes:
         echo(f"note: {note}", err=True)
     echo(f"wrote {out}", err=json_out == "-")
-    return 0 if len(read) == len({folder.resolve() for folder in runs}) else 1
+    return 0 if len(read) == len({os.path.realpath(folder) for folder in runs}) else 1
 
 
 # ---- reading -----------------------------------------------------------------------------------------------------
 def open_runs(folders: Sequence[Path]) -> list[Run]:
     """Every run folder once, in the order given; warns about other folders. Raises CommandError if there is no run."""
-    distinct = list({folder.resolve(): folder for folder in reversed(folders)}.values())[::-1]
+    distinct = list({os.path.realpath(folder): folder for folder in reversed(folders)}.values())[::-1]
     missing = [folder for folder in distinct if not (folder / "metrics.jsonl").is_file()]
     expected = "expected folders that `ssaseg train` wrote"
     if len(missing) == len(distinct):
@@ -122,7 +122,7 @@ def open_runs(folders: Sequence[Path]) -> list[Run]:
 
 def short_names(folders: Sequence[Path]) -> list[str]:
     """The last part of each path, or as many last parts as are needed to make the names different."""
-    parts = [folder.resolve().parts for folder in folders]
+    parts = [Path(os.path.realpath(folder)).parts for folder in folders]
     for depth in range(1, max(map(len, parts)) + 1):
         names = [os.path.join(*part[-depth:]) for part in parts]
         if len(set(names)) == len(names):

@@ -18,6 +18,7 @@ from ssaseg.datasets.check import Findings, Problem, require_same_classes
 from ssaseg.datasets.pairs import PairDataset, first_names
 from ssaseg.datasets.published import LAYOUTS
 from ssaseg.datasets.survey import COMMON_FOLDERS
+from ssaseg.files.text import describe
 from ssaseg.recipes import Recipe, RecipeError, list_recipes, load_recipe
 
 SPLITS = ("train", "val")
@@ -183,8 +184,7 @@ def check_split(split: str, target: Target) -> tuple[dict[str, Any], Findings]:
     try:
         dataset = target.splits[split]()
     except (DataError, OSError) as error:
-        text = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) else str(error)
-        findings = Findings(0, problems=[Problem("error", text, "cannot be opened")])
+        findings = Findings(0, problems=[Problem("error", describe(error), "cannot be opened")])
         return {"split": split, "pairs": 0, "classes": [], "raw_ids": [], **_problems(findings)}, findings
     findings = read_through(dataset, f"checked {split}")
     expected = target.counts.get(split)

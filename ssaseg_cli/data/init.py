@@ -2,6 +2,7 @@
 
 import contextlib
 import difflib
+import os
 import shlex
 from pathlib import Path
 
@@ -58,8 +59,8 @@ def run_init(root: Path, out: Path | None, model: str, classifier: str) -> int:
 def _target(root: Path, out: Path | None) -> Path:
     """The recipe's file. It must be new, in a folder that exists, and not among the data unless `out` says so."""
     if out is None:
-        out = Path(f"{root.resolve().name.lstrip('.') or 'own'}.yaml")
-        if Path.cwd().is_relative_to(root.resolve()):
+        out = Path(f"{Path(os.path.realpath(root)).name.lstrip('.') or 'own'}.yaml")
+        if Path.cwd().is_relative_to(os.path.realpath(root)):
             raise CommandError(
                 f"{out}: would be written among the data, in {Path.cwd()}\n"
                 f"run the command in another folder, or request this file: --out {shlex.quote(str(out))}"

@@ -140,7 +140,7 @@ def _steps(plan: Plan, workers: int) -> Generator[str, None, None]:
 
 def _place(source: Path, target: Path) -> None:
     """Puts the image at `target`: as a hard link, which takes no space, or as a copy where links are not possible."""
-    real = source.resolve()
+    real = Path(os.path.realpath(source))
     if target.is_file():
         size, expected = target.stat().st_size, real.stat().st_size
         if size != expected:  # this command leaves only complete files: a user's file, which is not overwritten

@@ -112,7 +112,7 @@ def _folders(own: OwnData, lists: dict[str, Path]) -> Iterator[str]:
         folders = f"images: {_quote(images)}, masks: {_quote(masks)}"
         names = None
         if lists:  # relative to the root
-            names = os.path.relpath(lists[split].resolve(), own.root.resolve())
+            names = os.path.relpath(os.path.realpath(lists[split]), os.path.realpath(own.root))
         elif own.found.lists:
             names = own.found.lists[split]
         yield f"  {split}: {{{folders}{f', names: {_quote(names)}' if names else ''}}}"

@@ -7,6 +7,7 @@ Axes: K classes, H×W pixels of an image.
 """
 
 import os
+import signal
 import threading
 import time
 from collections import deque
@@ -276,8 +277,10 @@ def leave_if_busy(stop: StopSignal) -> None:
     busy = [thread for thread in threading.enumerate() if thread.name.startswith(THREAD_NAME)]
     for thread in busy:
         thread.join(max(0, limit - time.monotonic()))
-    if stop.saved and any(thread.is_alive() for thread in busy):
+    alive = any(thread.is_alive() for thread in busy)
+    if stop.saved and (alive or stop.number == signal.SIGTERM):  # of Ctrl-C the command's end prints it
         echo("stopped", err=True)
+    if stop.saved and alive:
         os._exit(stop.exit_code)
 
 

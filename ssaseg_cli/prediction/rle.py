@@ -59,9 +59,13 @@ def from_line(line: bytes) -> Any:
 
 
 def read_lines(file: BinaryIO) -> Iterator[bytes]:
-    """The lines of a file; a longer line than `LONGEST_LINE` comes in pieces."""
+    """The lines of a file. A longer line than `LONGEST_LINE`, as of a sparse file of terabytes, is cut off and is the
+    last one.
+    """
     while line := file.readline(LONGEST_LINE):
         yield line
+        if len(line) == LONGEST_LINE and not line.endswith(b"\n"):
+            return
 
 
 @contextmanager

@@ -55,6 +55,8 @@ def _where(given: str) -> str:
 def _expand(given: str) -> list[tuple[Path, str]]:
     """(file, path below the input) of one file, folder or pattern. Of a pattern, paths start at the first wildcard."""
     path = Path(given)
+    if not given:  # as of "$FOLDER", a variable that is not set; Path("") is the current folder
+        raise CommandError("INPUT is empty\ngive a file, a folder or a pattern; . is the current folder")
     if os.path.isdir(path):
         return [(each, each.relative_to(path).as_posix()) for each in walk(path) if _is_image(each)]
     if os.path.lexists(path):

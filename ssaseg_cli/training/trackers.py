@@ -177,7 +177,7 @@ class WandB(Tracker):
             project=os.environ.get("WANDB_PROJECT", "ssaseg"),
             dir=str(self.folder),
             id=known,
-            name=self.folder.resolve().name,
+            name=Path(os.path.realpath(self.folder)).name,
             resume="allow",
             config=self.recipe.model_dump(mode="json"),
             settings={"console": "off"},  # W&B must not capture what ssaseg prints

@@ -2,7 +2,9 @@
 
 import errno
 import inspect
+import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -155,8 +157,22 @@ def test_ctrl_c_a_bug_and_the_debug_switch(
     def raise_(error: BaseException) -> None:
         raise error
 
-    fake(loop, "run_train", lambda **_: raise_(KeyboardInterrupt()))
-    assert run("train", "demo").exit_code == 130
+    def swallow() -> None:  # as a library in C++ that is interrupted
+        with pytest.raises(SystemExit):
+            signal.raise_signal(signal.SIGTERM)
+        raise ValueError("could not determine the shape")
+
+    before = [(each, signal.getsignal(each)) for each in (signal.SIGINT, signal.SIGTERM)]
+    try:
+        fake(loop, "run_train", lambda **_: raise_(KeyboardInterrupt()))
+        assert run("train", "demo").exit_code == 130
+        signal.raise_signal(signal.SIGINT)  # a second one, while the process ends
+        fake(loop, "run_train", lambda **_: swallow())
+        assert run("train", "demo").exit_code == 143
+        signal.raise_signal(signal.SIGTERM)
+    finally:
+        for each, handler in before:
+            signal.signal(each, handler)
     fake(loop, "run_train", lambda **_: raise_(SystemExit(143)))
     assert run("train", "demo").exit_code == 143
     fake(loop, "run_train", lambda **_: raise_(ZeroDivisionError("a bug")))
@@ -282,6 +298,11 @@ def test_json_that_cannot_be_written_is_told_first(tmp_path: Path, monkeypatch: 
     for given, said in {"": "is empty", str(tmp_path): "is a folder", str(file / "x"): "no such folder"}.items():
         with pytest.raises(CommandError, match=f"--json.*{said}\ngive a file"):
             json_target(given)
+    (circle := tmp_path / "circle").symlink_to("circle")
+    with pytest.raises(CommandError, match="no such folder"):
+        json_target(str(circle / "x"))
+    write_json(json_target(str(circle)), {"a": 1})
+    assert json.loads(circle.read_text()) == {"a": 1}
     monkeypatch.setattr(os, "access", lambda *_: False)  # modes do not bind root
     with pytest.raises(CommandError, match="its folder cannot be written"):
         json_target(str(file))

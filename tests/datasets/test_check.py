@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -247,3 +248,13 @@ def test_a_mask_with_alpha_is_to_lose_it(tmp_path: Path) -> None:
     Image.new("LA", (4, 3), (1, 255)).save(tmp_path / "mask.png")
     with pytest.raises(DataError, match=r"2 channels \(mode LA\)(.|\n)*save the mask without alpha"):
         read_mask(tmp_path / "mask.png")
+
+
+def test_what_is_not_a_file_is_named_first(tmp_path: Path) -> None:
+    dataset = make(tmp_path, [mask(0, 1), mask(2)])
+    for file in (dataset.image_files[0], dataset.mask_files[1]):
+        file.unlink()
+        os.mkfifo(file)
+    assert texts(check_dataset(dataset), "error") == [
+        f"{file}: not a regular file, but a FIFO" for file in (dataset.image_files[0], dataset.mask_files[1])
+    ]

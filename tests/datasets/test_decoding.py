@@ -159,3 +159,31 @@ def test_what_is_not_a_regular_file_is_not_read(tmp_path: Path) -> None:
             with pytest.raises(OSError, match="not a regular file"):
                 read(tmp_path / name)
         assert header_size(tmp_path / name) is None
+
+
+# ---- what decoders print -----------------------------------------------------------------------------------------
+def _chunk(kind: bytes, content: bytes) -> bytes:
+    return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+
+def test_decoders_print_nothing_of_a_file(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """libpng prints the name of a damaged colour profile, OpenCV up to seven lines about a file."""
+    rng = np.random.default_rng(0)
+    pixels = rng.integers(0, 256, (20, 30, 3), dtype=np.uint8)
+    plain = cv2.imencode(".png", pixels)[1].tobytes()
+    profile = zlib.compress(struct.pack(">I", 3000) + rng.bytes(2996))
+    named = _chunk(b"iCCP", b"x\x1b]0;title\x07\0\0" + profile)
+    file = tmp_path / "a.png"
+    for content in (plain[:33] + named + plain[33:], plain[:33] + named * 2 + plain[33:] + b"iCCP"):
+        file.write_bytes(content)
+        assert (read_image(file) == pixels).all()
+    for cut in (b"", b"\0\0", b"\xff\xff\xff\xff", b"\0\0\0\x05iCCP"):  # of the list of chunks
+        file.write_bytes(plain[:33] + cut + b"iCCP" + b"IEND")
+        with pytest.raises(DataError, match="damaged image"):
+            read_image(file)
+    file.write_bytes(b"P6 9000 20 255\n")
+    with pytest.raises(DataError, match="damaged image"):
+        read_image(file)
+    printed = capfd.readouterr().err
+    assert "\x1b" not in printed
+    assert "OpenCV" not in printed

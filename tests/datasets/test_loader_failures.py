@@ -10,6 +10,7 @@ import threading
 import time
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -28,6 +29,7 @@ from changes import (
 from forked import Forked
 from safetensors.torch import load_file
 from torch import Tensor
+from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from ssaseg.cli import signals
 from ssaseg.cli.data.reading import read_through
@@ -301,3 +303,18 @@ def test_a_signal_ends_the_wait_of_an_evaluation(monkeypatch: pytest.MonkeyPatch
         with pytest.raises(signals.Interrupted), stop.ending_waits():
             time.sleep(5)
     assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
+
+
+def test_a_second_ctrl_c_while_workers_end_is_not_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    end = _MultiProcessingDataLoaderIter._shutdown_workers
+
+    def interrupted(iterator: Any) -> None:
+        monkeypatch.undo()
+        end(iterator)
+        raise KeyboardInterrupt
+
+    stream = eval_loader(SyntheticScenes(4, 64, 64), None, None, workers=1)
+    next(stream)
+    monkeypatch.setattr(_MultiProcessingDataLoaderIter, "_shutdown_workers", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        stream.close()  # type: ignore[attr-defined]

@@ -18,7 +18,7 @@ from predicting import files, picture, save_checkpoint, write
 
 from ssaseg.cli.errors import CommandError
 from ssaseg.cli.main import cli
-from ssaseg.cli.prediction import predict
+from ssaseg.cli.prediction import predict, rle
 from ssaseg.cli.prediction.predict import run_predict
 from ssaseg.cli.prediction.skipping import skip_reason
 from ssaseg.cli.prediction.sources import find_sources
@@ -352,3 +352,20 @@ def test_names_with_control_characters(checkpoint: Path, tmp_path: Path, capsys:
         with pytest.raises(CommandError) as caught:
             find_sources([given], tmp_path / "out")
         assert "\x1b" not in str(caught.value)
+
+
+def test_an_empty_input_is_not_the_current_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path / "x.png")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(CommandError, match="INPUT is empty"):
+        find_sources([""], tmp_path / "out")
+    assert len(find_sources(["."], tmp_path / "out")) == 1
+
+
+def test_a_line_without_end_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rle, "LONGEST_LINE", 2**10)
+    with (tmp_path / "sparse").open("w+b") as file:
+        file.write(b"x" * (2**10 - 1) + b"\n")
+        file.truncate(2**42)
+        file.seek(0)
+        assert [len(line) for line in rle.read_lines(file)] == [2**10, 2**10]
