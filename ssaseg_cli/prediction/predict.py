@@ -13,7 +13,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from contextlib import closing
+from contextlib import closing, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, TypeVar
@@ -26,6 +26,7 @@ from ssaseg.cli.device import count_cores, select_device
 from ssaseg.cli.errors import CommandError
 from ssaseg.cli.prediction.journal import Existing, Journal, Result, checkpoint_sum, file_result, made_of, rle_result
 from ssaseg.cli.prediction.kinds import KINDS, Style, is_needed, style_of
+from ssaseg.cli.prediction.limit import memory_limit
 from ssaseg.cli.prediction.rle import LONGEST_LINE, rle_lines
 from ssaseg.cli.prediction.skipping import lacks_memory, skip_reason
 from ssaseg.cli.prediction.sources import Source, find_sources
@@ -114,7 +115,8 @@ def run_predict(
             with stop:
                 inference = Inference(model.to(chosen).eval(), protocol, metadata["mean"], metadata["std"], chosen)
                 labeller = Labeller(inference, out, save, style, journal, code, max_pixels)
-                done = label_all(labeller, sources, stop)
+                with memory_limit() if chosen.type == "cpu" else nullcontext():  # CUDA reserves addresses of its own
+                    done = label_all(labeller, sources, stop)
     except (KeyboardInterrupt, SystemExit):
         leave_if_busy(stop)
         raise
