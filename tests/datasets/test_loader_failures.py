@@ -3,7 +3,6 @@
 import errno
 import itertools
 import os
-import resource
 import signal
 import tempfile
 import threading
@@ -20,6 +19,7 @@ import torch
 from changes import (
     Change,
     command,
+    few_files,
     file_damaged_in_steps,
     impatient_with_workers,
     waiting_at,
@@ -254,12 +254,6 @@ def test_a_long_name_of_the_temporary_folder(monkeypatch: pytest.MonkeyPatch) ->
     stream = eval_loader(SyntheticScenes(2, 64, 64, 0, "train"), None, None, workers=1)
     with pytest.raises(WorkerError, match="TMPDIR"):
         next(iter(stream))
-
-
-def few_files(more: int) -> None:
-    """The process may open as many files as it has open, and `more`."""
-    limit = len(os.listdir("/proc/self/fd")) + more
-    resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit))
 
 
 @pytest.mark.parametrize("more", [8, 14])

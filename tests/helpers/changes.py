@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import os
+import resource
 import signal
 import sys
 import threading
@@ -199,3 +200,9 @@ SCRIPTS: dict[str, Change] = {
 
 if __name__ == "__main__":  # python changes.py CHANGE WORDS: a process like a user's
     command(sys.argv[2:], SCRIPTS[sys.argv[1]])
+
+
+def few_files(more: int) -> None:
+    """The process may open as many files as it has open, and `more`."""
+    limit = len(os.listdir("/proc/self/fd")) + more
+    resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit))
