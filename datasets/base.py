@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
-from ssaseg.files.text import printable
+from ssaseg.files.text import cut, printable
 
 if TYPE_CHECKING:
     import numpy as np
@@ -135,8 +135,7 @@ def require_below(where: str, name: str) -> None:
 
 def brief(value: object) -> str:
     """A value from a file, for a message: one line of at most 60 characters, also for huge or deeply nested values."""
-    text = printable(_SHORT.repr(value))
-    return text if len(text) <= 60 else f"{text[:57]}..."
+    return cut(printable(_SHORT.repr(value)))
 
 
 def file_sizes(files: Iterable[Path]) -> list[str]:

@@ -17,6 +17,11 @@ def printable(text: str, kept: str = "") -> str:
     return UNSAFE.sub(lambda found: found[0] if found[0] in kept else escape(found[0]), text)
 
 
+def cut(text: str, most: int = 60) -> str:
+    """At most the first `most` characters of a text, for a message; three dots stand for the rest."""
+    return text if len(text) <= most else f"{text[: most - 3]}..."
+
+
 def describe(error: Exception) -> str:
     """The text of an error; of an OSError its file and the reason, where Python's text starts with "[Errno 22]"."""
     if not isinstance(error, OSError):

@@ -5,6 +5,7 @@ import errno
 import fcntl
 import os
 import platform
+import re
 import secrets
 import stat
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import TextIO
 NO_LINK = os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 
 PARTIAL = ".partial"  # suffix of temporary files
+TEMPORARY = re.compile(r"\.[0-9a-f]{16}" + re.escape(PARTIAL))  # their names, see `make_temporary`
 
 
 def write_atomic(path: Path, content: bytes, sync: bool = True, root: Path | None = None) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 
 from ssaseg.files.reading import read_text
-from ssaseg.files.text import printable
+from ssaseg.files.text import cut, printable
 
 FOLDER = Path(__file__).parent
 COMMAND_LINE = "command line"
@@ -303,11 +303,9 @@ def _scalar(loader: _Loader, node: yaml.Node, source: str) -> Any:
 
 def short(value: object) -> str:
     """A value as text for an error message: at most 60 characters; null becomes "nothing"."""
-    text = "nothing" if value is None else repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
+    return cut("nothing" if value is None else repr(value))
 
 
 def brief(key: object, most: int = 60) -> str:
     """A key or a name as text for an error message: on one line, at most `most` characters."""
-    text = printable(str(key))
-    return text if len(text) <= most else f"{text[: most - 3]}..."
+    return cut(printable(str(key)), most)

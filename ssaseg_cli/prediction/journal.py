@@ -25,11 +25,10 @@ from ssaseg.cli.prediction.rle import from_line, naming, read_lines, read_rle, r
 from ssaseg.cli.printing import echo
 from ssaseg.files.reading import open_file, read_file
 from ssaseg.files.text import printable
-from ssaseg.files.writing import NO_LINK, PARTIAL, FolderInUse, FolderLock
+from ssaseg.files.writing import NO_LINK, TEMPORARY, FolderInUse, FolderLock
 
 RECORD, COMMON_LOCK, RLE = ".predict.jsonl", ".predict.lock", "rle.json"
 OF_A_COMMAND = re.compile(r"\.predict-[0-9a-f]{16}\.(jsonl|lock)")
-TEMPORARY = re.compile(r"\.[0-9a-f]{16}" + re.escape(PARTIAL))
 LONGEST_WAIT = 600  # for a command that adds its results to the common files [s]
 
 
@@ -225,7 +224,7 @@ def take_over(out: Path) -> None:
             path.unlink()
         # Temporary files of a command that still runs must stay; without locks nobody knows whether one runs.
         if dead and len(dead) == len(journals) and all(lock.supported for lock in dead.values()):
-            delete_temporaries(out)
+            delete_results_in_work(out)
     finally:
         for lock in dead.values():
             lock.release()
@@ -271,7 +270,7 @@ def read_journal(file: BinaryIO) -> Iterator[tuple[list[Result], tuple[str, list
                     yield results, (name, [to_line(entry) for entry in objects])
 
 
-def delete_temporaries(out: Path) -> None:
+def delete_results_in_work(out: Path) -> None:
     """Deletes temporary files in `out` and its folders of results. Only while no other command writes there."""
     for top in [out, *(out / kind for kind in KINDS if not (out / kind).is_symlink())]:
         for folder, subfolders, names in os.walk(top):  # without following links

@@ -135,6 +135,7 @@ def run_predict(
 def left_to_do(found: Sequence[Source], out: Path, save: Sequence[str], code: str, skip_existing: bool) -> list[Source]:
     """The images whose results do not all exist, or were made of something else; all images without skip_existing."""
     keys = {source: [key_of(kind, source) for kind in save] for source in found} if skip_existing else {}
+    # Read in any case: a record or rle.json that cannot be read is an error now, not after hours.
     existing = Existing(out, {key for each in keys.values() for key in each}, "rle" in save)
     if not skip_existing:
         return list(found)

@@ -66,7 +66,8 @@ def run_train(
             run = stack.enter_context(open_run(out, recipe, resume, restarted, ranks.size))
             recipe, stored, lock = run.recipe, run.stored, run.lock
         sent, stored = ranks.broadcast((recipe.model_dump(mode="json"), stored))
-        recipe = parse_recipe(sent, str(out))
+        if not ranks.main:
+            recipe = parse_recipe(sent, str(out))
         job = build_job(recipe, out, ranks, stored, check)
         if ranks.main:
             describe(job)

@@ -12,7 +12,6 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import changes
@@ -22,7 +21,7 @@ import pytest
 import torch
 from changes import Change
 from click.testing import CliRunner
-from forked import Forked
+from forked_ranks import in_ranks
 from rank_work import gradients, meet_twice, wait_in_vain, write_gradients
 from tiny import TINY
 from torch.distributed import run
@@ -180,17 +179,6 @@ TEACHER = ("teacher_ce", "teacher_dice", "response", "semantic", "spatial")
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-
-
-def in_ranks(monkeypatch: pytest.MonkeyPatch, count: int, function: Callable[..., object], *given: Any) -> int:
-    """Exit code of `function(*given)`, run by `count` ranks."""
-
-    def begin(work: Callable[..., object], env: dict[str, str], start_new_session: bool) -> Forked:
-        return Forked(work, env=env)
-
-    monkeypatch.setattr(launch, "own_command", lambda: partial(function, *given))
-    monkeypatch.setattr(launch, "subprocess", SimpleNamespace(Popen=begin))
-    return launch.run_launch(count)
 
 
 def train_words(out: Path, *words: str) -> list[str]:

@@ -4,32 +4,20 @@ import pickle
 import socket
 import threading
 import time
-from collections.abc import Callable
 from datetime import timedelta
-from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import numpy as np
 import psutil
 import pytest
 import torch
 from forked import Forked
+from forked_ranks import in_ranks
 from rank_work import Evil, exchange, meet_at, play_rank_1, show_another_secret
 
 from ssaseg.cli.errors import CommandError
 from ssaseg.cli.ranks import launcher
 from ssaseg.cli.ranks.messages import pack, unpack
-
-
-def in_ranks(monkeypatch: pytest.MonkeyPatch, function: Callable[..., object], *given: Any) -> int:
-    def begin(work: Callable[..., object], env: dict[str, str], start_new_session: bool) -> Forked:
-        return Forked(work, env=env)
-
-    monkeypatch.setattr(launcher, "own_command", lambda: partial(function, *given))
-    monkeypatch.setattr(launcher, "subprocess", SimpleNamespace(Popen=begin))
-    return launcher.run_launch(2)
 
 
 def listening_ports() -> dict[int, str]:
@@ -61,7 +49,7 @@ def test_an_attacker_finds_no_port_to_join_at(monkeypatch: pytest.MonkeyPatch, t
     attacker = threading.Thread(target=attack)
     attacker.start()
     try:
-        code = in_ranks(monkeypatch, exchange, tmp_path, 2.0)
+        code = in_ranks(monkeypatch, 2, exchange, tmp_path, 2.0)
     finally:
         done.set()
         attacker.join()
@@ -76,7 +64,7 @@ def test_a_process_without_the_secret_is_refused(
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(launcher, "GRACE", 0.2)
-    assert in_ranks(monkeypatch, show_another_secret) != 0
+    assert in_ranks(monkeypatch, 2, show_another_secret) != 0
     assert "has connected as rank" in capfd.readouterr().err
 
 
