@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 RUN := runs/demo
 
-.PHONY: setup demo test fuzz lint types docs clean
+.PHONY: setup demo test parity fuzz lint types docs clean
 
 setup: $(VENV)/.installed
 
@@ -26,6 +26,10 @@ demo: setup
 # A process a core, and each file's tests in one of them, which share what is built for them.
 test: setup
 	$(BIN)/pytest --numprocesses=auto --dist=loadfile --no-loadscope-reorder
+
+# All networks against figures of the official code; the tests have the light ones. Takes 5 GB and some minutes.
+parity: setup
+	SSASEG_PARITY=1 $(BIN)/pytest -q --durations=0 tests/models/test_general.py
 
 # Random files and command lines against what reads them, SECONDS of each kind. The tests have a short run of it.
 SECONDS ?= 60

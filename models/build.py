@@ -8,15 +8,20 @@ from ssaseg.models.classifiers.base import Classifier, Loss, LossOptions, Option
 from ssaseg.models.classifiers.linear import LinearClassifier
 from ssaseg.models.classifiers.ssa import SSAClassifier
 from ssaseg.models.decoder import FURTHER_WEIGHT
-from ssaseg.models.networks import afformer, cgrseg, seaformer, segnext
+from ssaseg.models.networks import afformer, cgrseg, fcn, ocrnet, seaformer, segformer, segnext, upernet
 from ssaseg.models.networks.family import Family, Parts
 from ssaseg.models.segmenter import Segmenter
 
 FAMILIES: Mapping[str, Family] = {
     "afformer": afformer.FAMILY,
     "cgrseg": cgrseg.FAMILY,
+    "fcn": fcn.FAMILY,
+    "ocrnet": ocrnet.FAMILY,
     "seaformer": seaformer.FAMILY,
+    "segformer": segformer.FAMILY,
     "segnext": segnext.FAMILY,
+    "upernet": upernet.FAMILY,
+    "vit_adapter": upernet.ADAPTER_FAMILY,
 }
 CLASSIFIERS: dict[str, type[Classifier]] = {"linear": LinearClassifier, "ssa": SSAClassifier}
 

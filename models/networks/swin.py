@@ -1,0 +1,200 @@
+"""Swin transformer: attention within windows of 7×7 positions that every second block shifts.
+
+Source: "Swin Transformer" (Liu et al., ICCV 2021, arXiv 2103.14030), as in mmsegmentation 0.30, `SwinTransformer`.
+
+Axes: N images, C channels, H×W positions, M windows of P = 49 positions.
+"""
+
+from dataclasses import dataclass
+from itertools import product
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ssaseg.models.layers import DropPath, drop_path_rates
+from ssaseg.models.rows import Row, rows_of
+
+WINDOW = 7
+SHIFT = WINDOW // 2
+MLP_RATIO = 4
+MASKED = -100.0  # added to the attention between positions that are not neighbours in the image
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One size: channels of the first stage, blocks and heads per stage."""
+
+    width: int
+    depths: tuple[int, int, int, int]
+    heads: tuple[int, int, int, int]
+
+
+VARIANTS = {
+    "t": Variant(96, (2, 2, 6, 2), (3, 6, 12, 24)),
+    "s": Variant(96, (2, 2, 18, 2), (3, 6, 12, 24)),
+    "b": Variant(128, (2, 2, 18, 2), (4, 8, 16, 32)),
+    "l": Variant(192, (2, 2, 18, 2), (6, 12, 24, 48)),
+}
+
+
+def relative_index() -> Tensor:
+    """For each pair of positions in a window, the row of the bias table: int64 (P,P), (dy+6)·13 + dx+6."""
+    places = torch.tensor([*product(range(WINDOW), repeat=2)])
+    difference = places[:, None] - places[None] + WINDOW - 1
+    return difference[..., 0] * (2 * WINDOW - 1) + difference[..., 1]
+
+
+def to_windows(x: Tensor) -> Tensor:
+    """(N,H,W,...) with H and W multiples of 7 → (N,M,P,...)."""
+    x = x.unflatten(2, (-1, WINDOW)).unflatten(1, (-1, WINDOW)).transpose(2, 3)
+    return x.flatten(3, 4).flatten(1, 2)
+
+
+def from_windows(x: Tensor, height: int, width: int) -> Tensor:
+    """The inverse of `to_windows`."""
+    x = x.unflatten(2, (WINDOW, WINDOW)).unflatten(1, (height // WINDOW, width // WINDOW)).transpose(2, 3)
+    return x.flatten(3, 4).flatten(1, 2)
+
+
+def shifted_mask(height: int, width: int, device: torch.device) -> Tensor:
+    """What is added to the attention after a shift: (M,1,P,P), 0 or MASKED."""
+
+    def regions(side: int) -> Tensor:
+        places = torch.arange(side, device=device)
+        return (places >= side - WINDOW).long() + (places >= side - SHIFT).long()
+
+    region = regions(height)[:, None] * 3 + regions(width)[None]
+    windows = to_windows(region[None])[0]
+    apart = windows[:, :, None] != windows[:, None, :]
+    return torch.where(apart, MASKED, 0.0)[:, None]
+
+
+class WindowAttention(nn.Module):
+    """Multi-head attention within each window, with a learnt bias for each relative position."""
+
+    index: Tensor
+
+    def __init__(self, channels: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.bias_table = nn.Parameter(torch.zeros((2 * WINDOW - 1) ** 2, heads))
+        nn.init.trunc_normal_(self.bias_table, std=0.02)
+        self.register_buffer("index", relative_index(), persistent=False)
+        self.qkv = nn.Linear(channels, 3 * channels)
+        self.project = nn.Linear(channels, channels)
+
+    def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        """(N,M,P,C), mask (M,1,P,P) → (N,M,P,C)."""
+        query, key, value = self.qkv(x).unflatten(3, (3, self.heads, -1)).permute(3, 0, 1, 4, 2, 5)
+        bias = self.bias_table[self.index].permute(2, 0, 1)
+        bias = bias if mask is None else bias + mask
+        mixed = F.scaled_dot_product_attention(query, key, value, bias.to(query.dtype).expand(*query.shape[:4], -1))
+        return self.project(mixed.transpose(2, 3).flatten(3))
+
+
+class Block(nn.Module):
+    """Window attention and an MLP, both residual and after a norm."""
+
+    def __init__(self, channels: int, heads: int, shifted: bool, drop_path: float) -> None:
+        super().__init__()
+        self.shifted = shifted
+        self.attention_norm = nn.LayerNorm(channels)
+        self.attention = WindowAttention(channels, heads)
+        self.mlp_norm = nn.LayerNorm(channels)
+        self.expand = nn.Linear(channels, MLP_RATIO * channels)
+        self.project = nn.Linear(MLP_RATIO * channels, channels)
+        self.drop_path = DropPath(drop_path)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N,H,W,C) → (N,H,W,C)."""
+        x = x + self.drop_path(self.attend(self.attention_norm(x)))
+        return x + self.drop_path(self.project(F.gelu(self.expand(self.mlp_norm(x)))))
+
+    def attend(self, x: Tensor) -> Tensor:
+        """Padding with zeros, which take part as keys and values; shift, attention, and back. (N,H,W,C), the same."""
+        height, width = x.shape[1:3]
+        x = F.pad(x, (0, 0, 0, -width % WINDOW, 0, -height % WINDOW))
+        tall, wide = x.shape[1:3]
+        mask = None
+        if self.shifted:
+            x = x.roll((-SHIFT, -SHIFT), (1, 2))
+            mask = shifted_mask(tall, wide, x.device)
+        x = from_windows(self.attention(to_windows(x), mask), tall, wide)
+        if self.shifted:
+            x = x.roll((SHIFT, SHIFT), (1, 2))
+        return x[:, :height, :width]
+
+
+class Merge(nn.Module):
+    """Half the resolution: 2×2 positions become one, with twice the channels.
+
+    The order of the four inputs is that of `unfold`: channel by channel, not position by position.
+    """
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(4 * channels)
+        self.reduce = nn.Linear(4 * channels, 2 * channels, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N,H,W,C) → (N,⌈H/2⌉,⌈W/2⌉,2C)."""
+        x = F.pad(x, (0, 0, 0, x.shape[2] % 2, 0, x.shape[1] % 2))
+        x = x.unflatten(2, (-1, 2)).unflatten(1, (-1, 2))  # (N,h,2,w,2,C)
+        return self.reduce(self.norm(x.permute(0, 1, 3, 5, 2, 4).flatten(3)))
+
+
+class Swin(nn.Module):
+    """Backbone: four stages at strides 4, 8, 16, 32."""
+
+    def __init__(self, variant: Variant, drop_path: float | None = None) -> None:
+        super().__init__()
+        rates = iter(drop_path_rates(0.3 if drop_path is None else drop_path, variant.depths))
+        self.channels = tuple(variant.width * 2**k for k in range(4))
+        self.embed = nn.Conv2d(3, variant.width, 4, 4)
+        self.embed_norm = nn.LayerNorm(variant.width)
+        self.stages = nn.ModuleList(
+            nn.Sequential(*(Block(width, heads, k % 2 == 1, next(rates)) for k in range(depth)))
+            for width, depth, heads in zip(self.channels, variant.depths, variant.heads, strict=True)
+        )
+        self.merges = nn.ModuleList(Merge(width) for width in self.channels[:-1])
+        self.norms = nn.ModuleList(nn.LayerNorm(width) for width in self.channels)
+        for layer in self.modules():
+            if isinstance(layer, nn.Linear):
+                nn.init.trunc_normal_(layer.weight, std=0.02)
+                if layer.bias is not None:
+                    nn.init.zeros_(layer.bias)
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        """(N,3,H,W) → four maps (N,C,⌈H/s⌉,⌈W/s⌉), finest first: s = 4, 8, 16, 32."""
+        height, width = images.shape[-2:]
+        x = self.embed(F.pad(images, (0, -width % 4, 0, -height % 4)))
+        x = self.embed_norm(x.permute(0, 2, 3, 1))
+        maps = []
+        for k, (stage, norm) in enumerate(zip(self.stages, self.norms, strict=True)):
+            if k:
+                x = self.merges[k - 1](x)
+            x = stage(x)
+            maps.append(norm(x).permute(0, 3, 1, 2))
+        return maps
+
+
+ROWS: list[Row] = [
+    Row("backbone.embed", "backbone.patch_embed.projection"),
+    Row("backbone.embed_norm", "backbone.patch_embed.norm"),
+    *rows_of(
+        "backbone.stages.{}.{}",
+        "backbone.stages.{}.blocks.{}",
+        {
+            "attention_norm": "norm1",
+            "attention.bias_table": "attn.w_msa.relative_position_bias_table",
+            "attention.qkv": "attn.w_msa.qkv",
+            "attention.project": "attn.w_msa.proj",
+            "mlp_norm": "norm2",
+            "expand": "ffn.layers.0.0",
+            "project": "ffn.layers.1",
+        },
+    ),
+    *rows_of("backbone.merges.{}", "backbone.stages.{}.downsample", {"norm": "norm", "reduce": "reduction"}),
+    Row("backbone.norms.{}", "backbone.norm{}"),
+]

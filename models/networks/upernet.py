@@ -1,0 +1,104 @@
+"""UPerNet: pyramid pooling, and a feature pyramid at a quarter of the resolution, on Swin or ViT-Adapter.
+
+Source: "Unified Perceptual Parsing" (Xiao et al., ECCV 2018, arXiv 1807.10221), as in mmsegmentation 0.30, `UPerHead`.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ssaseg.models.decoder import Decoder
+from ssaseg.models.layers import ConvNorm, init_conv_module, resize_bilinear
+from ssaseg.models.networks import swin, vit_adapter
+from ssaseg.models.networks.family import Family, Parts
+from ssaseg.models.networks.fcn import AUXILIARY_HEADS, AUXILIARY_LOSSES, AUXILIARY_ROWS, auxiliary_head
+from ssaseg.models.rows import Row, conv_norm
+
+POOLS = (1, 2, 3, 6)  # sides of the maps that the coarsest map is pooled to
+VARIANTS = {f"upernet_swin_{size}": variant for size, variant in swin.VARIANTS.items()}
+
+
+class UPerDecoder(Decoder):
+    """Pyramid pooling of the coarsest of four maps, then a feature pyramid from coarse to fine, then all together."""
+
+    stride = 4
+
+    def __init__(self, inputs: Sequence[int], channels: int = 512) -> None:
+        super().__init__()
+        self.channels = channels
+        *finer, last = inputs
+        self.pools = nn.ModuleList(ConvNorm(last, channels) for _ in POOLS)
+        self.pooled = ConvNorm(last + channels * len(POOLS), channels, 3)
+        self.laterals = nn.ModuleList(ConvNorm(width, channels) for width in finer)
+        self.smooth = nn.ModuleList(ConvNorm(channels, channels, 3) for _ in finer)
+        self.merge = ConvNorm(channels * len(inputs), channels, 3)
+        init_conv_module(self)
+
+    def forward(self, maps: Sequence[Tensor]) -> Tensor:
+        """Four maps, finest first → feature (N,channels,H/4,W/4)."""
+        *finer, last = maps
+        levels = [F.relu(lateral(each)) for lateral, each in zip(self.laterals, finer, strict=True)]
+        levels.append(self.pool(last))
+        for k in range(len(levels) - 1, 0, -1):  # one after the other: each level has all coarser ones in it
+            levels[k - 1] = levels[k - 1] + resize_bilinear(levels[k], levels[k - 1].shape[-2:])
+        smooth = [F.relu(conv(level)) for conv, level in zip(self.smooth, levels[:-1], strict=True)]
+        size = levels[0].shape[-2:]
+        return F.relu(self.merge(torch.cat([resize_bilinear(each, size) for each in [*smooth, levels[-1]]], dim=1)))
+
+    def pool(self, x: Tensor) -> Tensor:
+        """(N,C,h,w) → (N,channels,h,w), with the means of the map in 1, 4, 9 and 36 parts."""
+        size = x.shape[-2:]
+        means = [F.relu(conv(F.adaptive_avg_pool2d(x, side))) for conv, side in zip(self.pools, POOLS, strict=True)]
+        return F.relu(self.pooled(torch.cat([x, *(resize_bilinear(mean, size) for mean in means)], dim=1)))
+
+
+def build(name: str, num_classes: int, drop_path: float | None = None) -> Parts:
+    """Backbone, decoder and auxiliary head of a variant in `VARIANTS`."""
+    backbone = swin.Swin(VARIANTS[name], drop_path)
+    head = auxiliary_head(backbone.channels[2], 2, 16, num_classes)
+    return Parts(backbone, UPerDecoder(backbone.channels), {"aux": head})
+
+
+DECODER_ROWS: list[Row] = [
+    *conv_norm("decoder.pools.{}", "decode_head.psp_modules.{}.1"),
+    *conv_norm("decoder.pooled", "decode_head.bottleneck"),
+    *conv_norm("decoder.laterals.{}", "decode_head.lateral_convs.{}"),
+    *conv_norm("decoder.smooth.{}", "decode_head.fpn_convs.{}"),
+    *conv_norm("decoder.merge", "decode_head.fpn_bottleneck"),
+]
+
+FAMILY = Family(
+    variants=VARIANTS,
+    build=build,
+    rows=[*swin.ROWS, *DECODER_ROWS, *AUXILIARY_ROWS],
+    mark="backbone.stages.0.blocks.0.attn.w_msa",
+    heads=AUXILIARY_HEADS,
+    losses=AUXILIARY_LOSSES,
+    left_out={
+        "backbone.stages.*.attn.w_msa.relative_position_index": "indices that follow from the size of the window"
+    },
+)
+
+
+# ---- with ViT-Adapter --------------------------------------------------------------------------------------------
+
+ADAPTERS = {f"upernet_vit_adapter_{size}": variant for size, variant in vit_adapter.VARIANTS.items()}
+
+
+def build_adapter(name: str, num_classes: int, drop_path: float | None = None) -> Parts:
+    """Backbone, decoder and auxiliary head of a variant in `ADAPTERS`."""
+    backbone = vit_adapter.ViTAdapter(ADAPTERS[name], drop_path)
+    head = auxiliary_head(backbone.channels[2], 2, 16, num_classes)
+    return Parts(backbone, UPerDecoder(backbone.channels), {"aux": head})
+
+
+ADAPTER_FAMILY = Family(
+    variants=ADAPTERS,
+    build=build_adapter,
+    rows=[*vit_adapter.ROWS, *DECODER_ROWS, *AUXILIARY_ROWS],
+    mark="backbone.spm.",
+    heads=AUXILIARY_HEADS,
+    losses=AUXILIARY_LOSSES,
+)
