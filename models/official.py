@@ -4,7 +4,7 @@ Source: SSA-Seg (commit e67fc2f) on mmsegmentation 0.30. Keys start with `backbo
 and classifier. ImageNet checkpoints have the backbone's keys without this prefix.
 """
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 
 from ssaseg.models.build import FAMILIES, family_of
 from ssaseg.models.classifiers.base import Classifier
@@ -23,19 +23,33 @@ CLASSES_KEY = "decode_head.conv_seg.weight"
 SSA_KEY = "decode_head.center_pos.weight"
 
 
-def official_entries(model: Segmenter, imagenet: bool = False) -> list[Entry]:
-    """All tensors of a model from `build_model`, in the order of its state dict; `imagenet`: only its backbone."""
-    family, keys = family_of(model.name), list(model.state_dict())
-    if imagenet:
-        rows = family.rows if family.imagenet is None else family.imagenet
-        return entries(rows, [key for key in keys if key.startswith("backbone.")])
-    return entries([*family.rows, *_classifier_rows(model)], keys)
+def official_entries(model: Segmenter, backbone: bool = False, layout: str = "") -> list[Entry]:
+    """Tensors of a model from `build_model`, in the order of its state dict.
+
+    Args:
+        model: the model.
+        backbone: whether only the tensors of its backbone.
+        layout: the name of a `Layout` of its family, whose names are given instead of official ones; a tensor without
+            a name there is left out. A name that the family does not have means official names.
+    """
+    family = family_of(model.name)
+    keys = [key for key in model.state_dict() if not backbone or key.startswith("backbone.")]
+    own = next((each for each in family.layouts if each.name == layout), None)
+    if own is None:
+        return entries([*family.rows, *_classifier_rows(model, family.heads)], keys)
+    rows = [*own.rows, *_classifier_rows(model, own.heads)]
+    return entries(rows, [key for key in keys if any(row.names_of(key) for row in rows)])
 
 
-def _classifier_rows(model: Segmenter) -> list[Row]:
-    heads = family_of(model.name).heads
+def layout_of(keys: Collection[str]) -> str:
+    """The name of the `Layout` that a file's keys have, with `backbone.`; "" for official names."""
+    found = (each for family in FAMILIES.values() for each in family.layouts if any(map(each.mark.match, keys)))
+    return next((each.name for each in found), "")
+
+
+def _classifier_rows(model: Segmenter, heads: Mapping[str, str]) -> list[Row]:
     found = [(prefix, module) for prefix, module in model.named_modules() if isinstance(module, Classifier)]
-    return [row.below(prefix, heads[prefix]) for prefix, module in found for row in module.ROWS]
+    return [row.below(prefix, heads[prefix]) for prefix, module in found if prefix in heads for row in module.ROWS]
 
 
 def official_keys(model: Segmenter) -> dict[str, str]:
@@ -56,11 +70,14 @@ def aliases(model: Segmenter, keys: Collection[str]) -> dict[str, list[str]]:
     return family_of(model.name).aliases(keys)
 
 
-def left_out(model: Segmenter) -> dict[str, str]:
+def left_out(model: Segmenter, layout: str = "") -> dict[str, str]:
     """Official tensors that a model leaves out because nothing computes with them: key (`*`: any text) → what it is.
 
-    Reading a file accepts them; an exported file does not have them.
+    Reading a file accepts them; an exported file does not have them. `layout`: as in `official_entries`.
     """
     family = family_of(model.name)
+    for each in family.layouts:
+        if each.name == layout:
+            return dict(each.left_out)
     found = {f"{family.heads['classifier']}.{key}": reason for key, reason in model.classifier.LEFT_OUT.items()}
     return {**found, **family.left_out}

@@ -228,7 +228,7 @@ FAMILY = Family(
         "backbone.*.attention_bias_idxs": "indices into these biases",
         "backbone.*.attention_bias_idxs_seg": "indices that follow from the grid's size",
     },
-    not_pretrained=("attention_biases_seg",),
+    not_pretrained=("*.attention_biases_seg",),
     plain=GuidedClassifier,
     build_plain=build_guided,
 )

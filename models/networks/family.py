@@ -22,6 +22,17 @@ class Parts(NamedTuple):
 
 
 @dataclass(frozen=True)
+class Layout:
+    """Names that another program gives to a family's tensors. A file of a backbone has them after "backbone."."""
+
+    name: str  # of the program, for messages
+    mark: re.Pattern[str]  # fits the beginning of some key of every such file, and of no other file
+    rows: Sequence[Row]  # of the backbone; of a whole network if the program writes such files
+    heads: Mapping[str, str] = field(default_factory=dict)  # as `Family.heads`; empty: only backbones
+    left_out: Mapping[str, str] = field(default_factory=dict)  # unused keys (`*`: any text) → why
+
+
+@dataclass(frozen=True)
 class Family:
     """All that the rest of the program knows of a family. It is at the end of the network's file.
 
@@ -33,13 +44,13 @@ class Family:
     build: Callable[[str, int, float | None], Parts]  # (name, number of classes, drop path; None: the network's own)
     rows: Sequence[Row]  # of backbone, decoder and auxiliary decoders
     mark: str  # beginning of official backbone keys of this family, and of no other family
-    imagenet: Sequence[Row] | None = None  # of an ImageNet file, after "backbone."; None: as `rows`
+    layouts: Sequence[Layout] = ()  # of files that other programs write
     # Our prefix of each classifier → the official one.
     heads: Mapping[str, str] = field(default_factory=lambda: {"classifier": "decode_head"})
     # Losses of auxiliary heads and a first stage: name → meaning.
     losses: Mapping[str, str] = field(default_factory=dict)
     left_out: Mapping[str, str] = field(default_factory=dict)  # unused official keys (`*`: any text) → why
-    not_pretrained: tuple[str, ...] = ()  # ends of official keys that ImageNet files do not have
+    not_pretrained: tuple[str, ...] = ()  # official keys (`*`: any text) that ImageNet files do not have
     renamed: Sequence[tuple[re.Pattern[str], str]] = ()  # other official names of a tensor → the name in `rows`
     # From a network's official keys: key → other names under which the official code looks for the same tensor.
     aliases: Callable[[Collection[str]], dict[str, list[str]]] = lambda keys: {}

@@ -6,7 +6,7 @@ large as the file, and every number that is read is a number of that file.
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from ssaseg.files.reading import open_file
 from ssaseg.files.text import printable
 from ssaseg.models.checkpoint import FLOATS, INTEGERS, read_outline, read_tensors, require_finite
 from ssaseg.models.header import SCHEMA, parse_header
-from ssaseg.models.official import NOT_USED, canonical
+from ssaseg.models.official import NOT_USED, canonical, layout_of
 
 MOST_TENSORS = 20_000  # the largest network here has 1,600
 LONGEST_KEY = 500  # characters
@@ -50,6 +50,7 @@ class Weights:
     header: dict[str, Any] | None = None  # metadata of a file of ours
     meta: Mapping[str, Any] | None = None  # what an official file says about itself: classes, palette
     notes: tuple[str, ...] = ()  # phrases for the user: what was taken, what was changed
+    layout: str = ""  # the program whose names the keys are; "": official names, or ours
 
     @property
     def is_backbone(self) -> bool:
@@ -70,7 +71,8 @@ def read_weights(path: Path) -> Weights:
     require_finite(weights.tensors, str(path))
     if weights.header is not None:
         return weights
-    return Weights(_official(path, weights.tensors), weights.nesting, None, weights.meta, weights.notes)
+    tensors = _official(path, weights.tensors)
+    return replace(weights, tensors=tensors, layout=layout_of(tensors))
 
 
 def _read_safetensors(path: Path) -> Weights:

@@ -6,14 +6,17 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from ssaseg.cli.weights.foreign import Weights
 from ssaseg.files.text import KEPT, printable
 from ssaseg.models import Segmenter, build_model, list_models
 from ssaseg.models.build import FAMILIES, family_of
+from ssaseg.models.networks.family import Family
 from ssaseg.models.official import COUNTERS, NOT_USED, left_out, official_entries, official_keys
 from ssaseg.models.rows import Entry, Row
 
@@ -102,9 +105,11 @@ def match(
             tensors |= entry.take(found)
     known = {name for entry in wanted for name in entry.theirs}
     left = [key for key in found if key not in known and not key.endswith(COUNTERS)]
-    patterns = left_out(model)
+    patterns = left_out(model, weights.layout)
     not_used = [key for key in left if _is_known(key, patterns)]
     unexpected = [key for key in left if key not in not_used]
+    named = {key for entry in wanted for key in entry.ours}
+    unnamed = [key for key in backbone_keys(own) if key not in named and not key.endswith(COUNTERS)]
     backbone = [len(backbone_keys(names)) for names in (matched, missing, misshapen, unexpected)]
     result = Match(
         heading=heading,
@@ -113,7 +118,7 @@ def match(
         unexpected=unexpected,
         misshapen=misshapen,
         not_used=not_used,
-        fresh=[name for entry in wanted for name in entry.theirs if name in fresh],
+        fresh=[*(name for entry in wanted for name in entry.theirs if name in fresh), *unnamed],
         backbone=(backbone[0], sum(backbone)),
     )
     return result, tensors
@@ -123,11 +128,12 @@ def _fresh_names(model: Segmenter, weights: Weights, wanted: Sequence[Entry], ot
     """Names of tensors that are not taken from the file: they belong to other classes, or are in no ImageNet file."""
     if not weights.is_backbone:
         return set(other)
-    official, ends = official_keys(model), family_of(model.name).not_pretrained
+    official, patterns = official_keys(model), family_of(model.name).not_pretrained
     return {
         entry.theirs[0]
         for entry in wanted
-        if ends and official[entry.ours[0]].endswith(ends) and entry.theirs[0] not in weights.tensors
+        if any(fnmatchcase(official[entry.ours[0]], each) for each in patterns)
+        and entry.theirs[0] not in weights.tensors
     }
 
 
@@ -135,7 +141,7 @@ def file_entries(model: Segmenter, weights: Weights, whole: bool = False) -> lis
     """The model's tensors with their names in the file; if the file is a backbone, only those, unless `whole`."""
     backbone = weights.is_backbone and not whole
     if weights.header is None:
-        return official_entries(model, imagenet=backbone)
+        return official_entries(model, backbone, weights.layout)
     keys = [key for key in model.state_dict() if not backbone or key.startswith("backbone.")]
     return [Entry((key,), (key,), Row(key, key)) for key in keys]
 
@@ -181,17 +187,32 @@ def best_guess(name: str, fitting: float) -> str:
 
 
 def likely_model(weights: Weights) -> tuple[str, float]:
-    """The network whose backbone fits official tensors best, and the share that fits, 0 to 1; "" and 0 if none fits."""
-    marked = [each for each in FAMILIES.values() if any(key.startswith(each.mark) for key in weights.tensors)]
+    """The network whose backbone fits a file's tensors best, and the share that fits, 0 to 1; "" and 0 if none fits."""
+    marked = [each for each in FAMILIES.values() if _has_mark(each, weights)]
     candidates = [name for name in list_models() if family_of(name) in marked]
     shares = {name: match(_outline(name), weights)[0].backbone_share for name in candidates}
     best = max(shares, key=lambda name: shares[name], default="")
     return best, shares.get(best, 0.0)
 
 
+def _has_mark(family: Family, weights: Weights) -> bool:
+    if weights.layout:
+        return any(each.name == weights.layout for each in family.layouts)
+    return any(key.startswith(family.mark) for key in weights.tensors)
+
+
 @cache
 def _outline(name: str) -> Segmenter:
     """A network that has only keys and shapes, and no memory for weights."""
-    with torch.random.fork_rng(devices=[]):
-        # Not built on the meta device: its first random draw loads PyTorch's compiler, which takes a second.
-        return build_model(name, 2, "linear").to("meta")
+    with torch.device("meta"), _NoValues():
+        return build_model(name, 2, "linear")
+
+
+class _NoValues(TorchFunctionMode):
+    """Leaves out initial values: their first random draw on the meta device loads PyTorch's compiler, which is slow."""
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if getattr(function, "__module__", "") == "torch.nn.init":
+            return args[0] if args else kwargs["tensor"]
+        return function(*args, **kwargs)

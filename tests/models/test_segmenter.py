@@ -1,5 +1,6 @@
 """Networks with auxiliary heads and a first stage, and classifiers with state of their own: the contract's corners."""
 
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from ssaseg.models.classifiers.base import Alone, Classifier
 from ssaseg.models.classifiers.linear import LinearClassifier
 from ssaseg.models.decoder import AuxiliaryHead, Decoder
 from ssaseg.models.deploy import fold
-from ssaseg.models.networks.family import Family, Parts
+from ssaseg.models.networks.family import Family, Layout, Parts
 from ssaseg.models.official import official_entries, official_keys
 from ssaseg.models.rows import Row
 
@@ -205,7 +206,7 @@ def test_a_deploy_form_is_not_taken_for_a_whole_one(tmp_path: Path) -> None:
 def test_an_imagenet_file_may_have_names_and_layouts_of_its_own(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """`Family.imagenet`: here its convolutions are called otherwise, and one is a matrix."""
+    """`Family.layouts`: here its convolutions are called otherwise, one is a matrix, and a norm has no name."""
     rows = (
         Row("backbone.fine", "backbone.patch.proj", lambda *v: tuple(v), lambda *v: tuple(v)),
         Row(
@@ -215,21 +216,23 @@ def test_an_imagenet_file_may_have_names_and_layouts_of_its_own(
             lambda weight: (weight.reshape(8, 24),),
         ),
         Row("backbone.coarse.0.bias", "backbone.merge.bias"),
-        Row("backbone.coarse.1", "backbone.merge.norm"),
     )
-    family = replace(fake("fake_plain", {}), imagenet=rows)
+    family = replace(fake("fake_plain", {}), layouts=[Layout("other", re.compile("backbone.merge.matrix"), rows)])
     monkeypatch.setitem(FAMILIES, "fake_plain", family)  # type: ignore[index]
     torch.manual_seed(1)
     source, start = (build_model("fake_plain", CLASSES) for _ in range(2))
     state: dict[str, Tensor] = {}
-    for entry in official_entries(source, imagenet=True):
+    for entry in official_entries(source, backbone=True, layout="other"):
         state |= entry.give(source.state_dict())
     torch.save({key.removeprefix("backbone."): value for key, value in state.items()}, tmp_path / "imagenet.pth")
     assert "merge.matrix" in torch.load(tmp_path / "imagenet.pth", weights_only=True)
     found = load_pretrained(start, tmp_path / "imagenet.pth")
     assert found.complete
+    norm = [f"backbone.coarse.1.{name}" for name in ("weight", "bias", "running_mean", "running_var")]
+    assert found.fresh == norm
     for key, value in source.backbone.state_dict().items():
-        assert torch.equal(value, start.backbone.state_dict()[key]), key
+        if f"backbone.{key}" not in (*norm, "backbone.coarse.1.num_batches_tracked"):
+            assert torch.equal(value, start.backbone.state_dict()[key]), key
 
 
 def test_options_are_handed_to_the_classifier() -> None:
