@@ -6,21 +6,21 @@ and classifier. ImageNet checkpoints have the backbone's keys without this prefi
 
 from collections.abc import Collection, Mapping
 
+from torch import Tensor
+
 from ssaseg.models.build import FAMILIES, family_of
 from ssaseg.models.classifiers.base import Classifier
-from ssaseg.models.rows import Entry, Row, entries
+from ssaseg.models.networks.family import Family, Layout
+from ssaseg.models.rows import Entry, Row, entries, several
 from ssaseg.models.segmenter import Segmenter
 
 # Prefixes of keys that no network here uses, and what these tensors are.
 NOT_USED = {
     "auxiliary_head.": "a training-only head that these configurations do not have",
-    **dict.fromkeys(("cls_head.", "dist_head.", "head.", "linear.", "norm."), "the ImageNet classifier"),
+    **dict.fromkeys(("cls_head.", "dist_head.", "fc.", "head.", "linear.", "norm."), "the ImageNet classifier"),
 }
 # Last parts of keys of counters. A file may have them or not.
 COUNTERS = ("num_batches_tracked",)
-# Official keys that show what a file is. The first: any segmentation network; the second: one with the SSA classifier.
-CLASSES_KEY = "decode_head.conv_seg.weight"
-SSA_KEY = "decode_head.center_pos.weight"
 
 
 def official_entries(model: Segmenter, backbone: bool = False, layout: str = "") -> list[Entry]:
@@ -34,17 +34,47 @@ def official_entries(model: Segmenter, backbone: bool = False, layout: str = "")
     """
     family = family_of(model.name)
     keys = [key for key in model.state_dict() if not backbone or key.startswith("backbone.")]
-    own = next((each for each in family.layouts if each.name == layout), None)
+    own = _layout(family, layout)
     if own is None:
         return entries([*family.rows, *_classifier_rows(model, family.heads)], keys)
-    rows = [*own.rows, *_classifier_rows(model, own.heads)]
+    rows = [*own.rows, *_classifier_rows(model, own.heads or family.heads)]
+    if not own.heads:
+        rows += [row for row in family.rows if not several(row.ours)[0].startswith("backbone.")]
     return entries(rows, [key for key in keys if any(row.names_of(key) for row in rows)])
 
 
 def layout_of(keys: Collection[str]) -> str:
     """The name of the `Layout` that a file's keys have, with `backbone.`; "" for official names."""
-    found = (each for family in FAMILIES.values() for each in family.layouts if any(map(each.mark.match, keys)))
+    found = (each for family in FAMILIES.values() for each in family.layouts if each.fits(keys))
     return next((each.name for each in found), "")
+
+
+def layout_for(model: Segmenter, name: str) -> Layout | None:
+    """The layout of this name in the model's family; None if it has none."""
+    return _layout(family_of(model.name), name)
+
+
+def _layout(family: Family, name: str) -> Layout | None:
+    return next((each for each in family.layouts if each.name == name), None)
+
+
+def families_like(keys: Collection[str], layout: str) -> list[Family]:
+    """The families whose mark, or whose layout, a file has."""
+    if layout:
+        return [family for family in FAMILIES.values() if _layout(family, layout)]
+    return [family for family in FAMILIES.values() if any(key.startswith(family.mark) for key in keys)]
+
+
+def refusal(tensors: Mapping[str, Tensor], layout: str) -> str:
+    """Why no network can use a file with the marks of one: lines for the user; "" if there is no reason."""
+    return next((reason for each in families_like(tensors, layout) if (reason := each.refuse(tensors))), "")
+
+
+def main_head(keys: Collection[str]) -> str:
+    """The official prefix of the main classifier in a file: of a cascade, that of the last stage."""
+    prefixes = {family.heads["classifier"] for family in FAMILIES.values()}
+    found = [each for each in prefixes if any(key.startswith(f"{each}.") for key in keys)]
+    return max(found, key=len, default="decode_head")
 
 
 def _classifier_rows(model: Segmenter, heads: Mapping[str, str]) -> list[Row]:
@@ -70,14 +100,16 @@ def aliases(model: Segmenter, keys: Collection[str]) -> dict[str, list[str]]:
     return family_of(model.name).aliases(keys)
 
 
-def left_out(model: Segmenter, layout: str = "") -> dict[str, str]:
-    """Official tensors that a model leaves out because nothing computes with them: key (`*`: any text) → what it is.
+def left_out(model: Segmenter, layout: str = "", backbone: bool = False) -> dict[str, str]:
+    """Tensors that a model leaves out because nothing computes with them: official key (`*`: any text) → what it is.
 
-    Reading a file accepts them; an exported file does not have them. `layout`: as in `official_entries`.
+    Reading a file accepts them; an exported file does not have them. `layout`: as in `official_entries`. `backbone`:
+    whether to add those that only ImageNet files have.
     """
     family = family_of(model.name)
-    for each in family.layouts:
-        if each.name == layout:
-            return dict(each.left_out)
     found = {f"{family.heads['classifier']}.{key}": reason for key, reason in model.classifier.LEFT_OUT.items()}
-    return {**found, **family.left_out}
+    found |= family.left_out
+    if backbone:
+        found |= family.pretrained_only
+    own = _layout(family, layout)
+    return found if own is None else found | dict(own.left_out)

@@ -5,7 +5,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from torch import nn
+from torch import Tensor, nn
 
 from ssaseg.models.classifiers.base import Classifier
 from ssaseg.models.classifiers.linear import LinearClassifier
@@ -28,8 +28,18 @@ class Layout:
     name: str  # of the program, for messages
     mark: re.Pattern[str]  # fits the beginning of some key of every such file, and of no other file
     rows: Sequence[Row]  # of the backbone; of a whole network if the program writes such files
-    heads: Mapping[str, str] = field(default_factory=dict)  # as `Family.heads`; empty: only backbones
+    without: re.Pattern[str] | None = None  # fits the beginning of no key of such files; for files that `mark` fits too
+    # As `Family.heads`; empty: `rows` are of the backbone, and everything else has official names.
+    heads: Mapping[str, str] = field(default_factory=dict)
     left_out: Mapping[str, str] = field(default_factory=dict)  # unused keys (`*`: any text) → why
+    # Key in the file → a function that brings its value to the shape of the network's, as far as that is possible.
+    resized: Mapping[str, Callable[[Tensor, Sequence[int]], Tensor]] = field(default_factory=dict)
+    note: str = ""  # for the user of such a file
+
+    def fits(self, keys: Collection[str]) -> bool:
+        """Whether a file with these keys has these names."""
+        other = self.without is not None and any(map(self.without.match, keys))
+        return not other and any(map(self.mark.match, keys))
 
 
 @dataclass(frozen=True)
@@ -51,7 +61,10 @@ class Family:
     losses: Mapping[str, str] = field(default_factory=dict)
     left_out: Mapping[str, str] = field(default_factory=dict)  # unused official keys (`*`: any text) → why
     not_pretrained: tuple[str, ...] = ()  # official keys (`*`: any text) that ImageNet files do not have
+    pretrained_only: Mapping[str, str] = field(default_factory=dict)  # unused keys of ImageNet files, as `left_out`
     renamed: Sequence[tuple[re.Pattern[str], str]] = ()  # other official names of a tensor → the name in `rows`
+    # Why no network of the family can use a file, in lines: what it has, what is expected, the fix; "": it may be used.
+    refuse: Callable[[Mapping[str, Tensor]], str] = lambda tensors: ""
     # From a network's official keys: key → other names under which the official code looks for the same tensor.
     aliases: Callable[[Collection[str]], dict[str, list[str]]] = lambda keys: {}
     # The plain classifier of the family, which `linear` means, and the function that builds the parts for it.

@@ -13,7 +13,7 @@ from ssaseg.models.classifiers.linear import LinearClassifier
 from ssaseg.models.decoder import AuxiliaryHead, Decoder
 from ssaseg.models.layers import ConvNorm, init_conv_module
 from ssaseg.models.networks.family import Family, Parts
-from ssaseg.models.networks.resnet import DEPTHS, ROWS, ResNet
+from ssaseg.models.networks.resnet import DEPTHS, LAYOUTS, ROWS, ResNet
 from ssaseg.models.rows import Row, conv_norm
 
 VARIANTS = {f"fcn_{name}": depths for name, depths in DEPTHS.items()}
@@ -68,6 +68,7 @@ FAMILY = Family(
         *AUXILIARY_ROWS,
     ],
     mark="backbone.stem.",
+    layouts=LAYOUTS,
     heads=AUXILIARY_HEADS,
     losses=AUXILIARY_LOSSES,
 )

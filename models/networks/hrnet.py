@@ -151,3 +151,8 @@ ROWS: list[Row] = [
         )
     ),
 ]
+# In ImageNet files; also those of timm, whose names are the same.
+PRETRAINED_ONLY = dict.fromkeys(
+    [f"backbone.{part}.*" for part in ("incre_modules", "downsamp_modules", "final_layer", "classifier")],
+    "the ImageNet classifier",
+)

@@ -17,7 +17,7 @@ from ssaseg.models.classifiers.linear import LinearClassifier
 from ssaseg.models.decoder import Decoder
 from ssaseg.models.layers import ConvNorm, init_conv_module, resize_bilinear
 from ssaseg.models.networks.family import Family, Parts
-from ssaseg.models.networks.hrnet import ROWS, WIDTHS, HRNet
+from ssaseg.models.networks.hrnet import PRETRAINED_ONLY, ROWS, WIDTHS, HRNet
 from ssaseg.models.rows import conv_norm
 
 VARIANTS = {f"ocrnet_{name}": widths for name, widths in WIDTHS.items()}
@@ -119,4 +119,5 @@ FAMILY = Family(
     mark="backbone.transition1.",
     heads={"classifier": "decode_head.1", "decoder.classifier": "decode_head.0"},
     losses={"first_ce": "cross entropy of the first stage"},
+    pretrained_only=PRETRAINED_ONLY,
 )

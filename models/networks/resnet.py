@@ -6,10 +6,13 @@ Tricks" (He et al., arXiv 1812.01187); stride and dilations: mmsegmentation 0.30
 Axes: N images, C channels, H×W pixels.
 """
 
+import re
+
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ssaseg.models.layers import ConvNorm, init_conv_module
+from ssaseg.models.networks.family import Layout
 from ssaseg.models.rows import Row, rows_of
 
 EXPANSION = 4  # a block's output has 4 times the channels of its 3×3 convolution
@@ -78,11 +81,35 @@ BOTTLENECK_ROWS = {
     "shortcut.conv": "downsample.0",
     "shortcut.norm": "downsample.1",
 }
+STAGE_ROWS = rows_of("backbone.stages.{}.{}", "backbone.layer{+1}.{}", BOTTLENECK_ROWS)
 ROWS: list[Row] = [
     *rows_of(
         "backbone.stem",
         "backbone.stem",
         {"0.conv": "0", "0.norm": "1", "2.conv": "3", "2.norm": "4", "4.conv": "6", "4.norm": "7"},
     ),
-    *rows_of("backbone.stages.{}.{}", "backbone.layer{+1}.{}", BOTTLENECK_ROWS),
+    *STAGE_ROWS,
 ]
+LAYOUTS = (
+    Layout(
+        name="timm's ResNet-C",
+        mark=re.compile(r"backbone\.conv1\.0\.weight"),
+        rows=[
+            *rows_of(
+                "backbone.stem",
+                "backbone.conv1",
+                {"0.conv": "0", "0.norm": "1", "2.conv": "3", "2.norm": "4", "4.conv": "6"},
+            ),
+            Row("backbone.stem.4.norm", "backbone.bn1"),
+            *STAGE_ROWS,
+        ],
+    ),
+    Layout(
+        name="torchvision's ResNet",
+        mark=re.compile(r"backbone\.layer4\.0\.conv1\.weight"),
+        without=re.compile(r"backbone\.(stem|conv1\.0)\."),
+        rows=STAGE_ROWS,
+        left_out=dict.fromkeys(("backbone.conv1.weight", "backbone.bn1.*"), "the stem of one 7×7 convolution"),
+        note="not ResNet v1c: its stem, one 7×7 convolution, is not used; three 3×3 convolutions get new weights",
+    ),
+)

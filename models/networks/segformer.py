@@ -7,6 +7,7 @@ Axes: N images, C channels, H×W pixels, P = H·W positions.
 """
 
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -16,8 +17,8 @@ from torch.nn import functional as F
 
 from ssaseg.models.decoder import Decoder
 from ssaseg.models.layers import ConvNorm, Depthwise, DropPath, drop_path_rates, init_conv_module, resize_bilinear
-from ssaseg.models.networks.family import Family, Parts
-from ssaseg.models.rows import conv_norm, rows_of
+from ssaseg.models.networks.family import Family, Layout, Parts
+from ssaseg.models.rows import Row, conv_norm, rows_of
 
 HEADS = (1, 2, 5, 8)
 REDUCTIONS = (8, 4, 2, 1)  # of the sides of the map that keys and values are taken from
@@ -186,6 +187,64 @@ def build(name: str, num_classes: int, drop_path: float | None = None) -> Parts:
     return Parts(backbone, SegFormerDecoder(backbone.channels))
 
 
+def fuse(query: Tensor, rest: Tensor) -> tuple[Tensor]:
+    """Query (C,...), key and value (2C,...) → (3C,...)."""
+    return (torch.cat([query, rest]),)
+
+
+def split(value: Tensor) -> tuple[Tensor, Tensor]:
+    """The inverse of `fuse`."""
+    channels = value.shape[0] // 3
+    return value[:channels].clone(), value[channels:].clone()
+
+
+def to_conv(value: Tensor) -> tuple[Tensor]:
+    """The weight of a linear layer as that of a 1×1 convolution."""
+    return (value[:, :, None, None],)
+
+
+def to_linear(value: Tensor) -> tuple[Tensor]:
+    """The inverse of `to_conv`."""
+    return (value.flatten(1),)
+
+
+_BLOCK, _NVIDIA_BLOCK = "backbone.stages.{}.blocks.{}", "backbone.block{+1}.{}"
+NVIDIA = Layout(
+    name="NVIDIA's MiT",
+    mark=re.compile(r"backbone\.block1\.0\.attn\.q\."),
+    rows=[
+        *rows_of("backbone.stages.{}", "backbone.patch_embed{+1}", {"embed": "proj", "embed_norm": "norm"}),
+        Row("backbone.stages.{}.norm", "backbone.norm{+1}"),
+        *rows_of(
+            _BLOCK,
+            _NVIDIA_BLOCK,
+            {
+                "attention_norm": "norm1",
+                "attention.project": "attn.proj",
+                "attention.reduce": "attn.sr",
+                "attention.norm": "attn.norm",
+                "mlp_norm": "norm2",
+                "mlp.expand.bias": "mlp.fc1.bias",
+                "mlp.depthwise": "mlp.dwconv.dwconv",
+                "mlp.project.bias": "mlp.fc2.bias",
+            },
+        ),
+        *(
+            Row(
+                f"{_BLOCK}.attention.qkv_{kind}",
+                (f"{_NVIDIA_BLOCK}.attn.q.{kind}", f"{_NVIDIA_BLOCK}.attn.kv.{kind}"),
+                fuse,
+                split,
+            )
+            for kind in ("weight", "bias")
+        ),
+        *(
+            Row(f"{_BLOCK}.mlp.{ours}.weight", f"{_NVIDIA_BLOCK}.mlp.{theirs}.weight", to_conv, to_linear)
+            for ours, theirs in (("expand", "fc1"), ("project", "fc2"))
+        ),
+    ],
+)
+
 FAMILY = Family(
     variants=VARIANTS,
     build=build,
@@ -215,4 +274,5 @@ FAMILY = Family(
         *conv_norm("decoder.merge", "decode_head.fusion_conv"),
     ],
     mark="backbone.layers.0.0.projection",
+    layouts=[NVIDIA],
 )

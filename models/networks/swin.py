@@ -5,6 +5,9 @@ Source: "Swin Transformer" (Liu et al., ICCV 2021, arXiv 2103.14030), as in mmse
 Axes: N images, C channels, H×W positions, M windows of P = 49 positions.
 """
 
+import math
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import product
 
@@ -13,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ssaseg.models.layers import DropPath, drop_path_rates
+from ssaseg.models.networks.family import Layout
 from ssaseg.models.rows import Row, rows_of
 
 WINDOW = 7
@@ -198,3 +202,69 @@ ROWS: list[Row] = [
     *rows_of("backbone.merges.{}", "backbone.stages.{}.downsample", {"norm": "norm", "reduce": "reduction"}),
     Row("backbone.norms.{}", "backbone.norm{}"),
 ]
+INDICES = "indices that follow from the size of the window"
+NOT_PRETRAINED = ("backbone.norm?.*",)
+# Files that mmsegmentation converted have official names, and these.
+PRETRAINED_ONLY = {"backbone.stages.*.attn_mask": "masks that follow from the size of the image"}
+
+
+def from_positions(value: Tensor) -> tuple[Tensor]:
+    """(...,4C) of `Merge`: the authors' order, left column before right one, of the positions' channels → ours."""
+    return (value.unflatten(-1, (2, 2, -1)).transpose(-1, -3).flatten(-3),)
+
+
+def to_positions(value: Tensor) -> tuple[Tensor]:
+    """The inverse of `from_positions`."""
+    return (value.unflatten(-1, (-1, 2, 2)).transpose(-1, -3).flatten(-3),)
+
+
+def _layout(name: str, merged: str, mark: str) -> Layout:
+    """Names of the authors and of timm, which differ in the stage that a `Merge` belongs to."""
+    return Layout(
+        name=name,
+        mark=re.compile(re.escape(mark)),
+        rows=[
+            Row("backbone.embed", "backbone.patch_embed.proj"),
+            Row("backbone.embed_norm", "backbone.patch_embed.norm"),
+            *rows_of(
+                "backbone.stages.{}.{}",
+                "backbone.layers.{}.blocks.{}",
+                {
+                    "attention_norm": "norm1",
+                    "attention.bias_table": "attn.relative_position_bias_table",
+                    "attention.qkv": "attn.qkv",
+                    "attention.project": "attn.proj",
+                    "mlp_norm": "norm2",
+                    "expand": "mlp.fc1",
+                    "project": "mlp.fc2",
+                },
+            ),
+            Row("backbone.merges.{}.norm", f"{merged}.norm", from_positions, to_positions),
+            Row("backbone.merges.{}.reduce", f"{merged}.reduction", from_positions, to_positions),
+            Row("backbone.norms.{}", "backbone.norm{}"),
+        ],
+        left_out={
+            "backbone.layers.*.attn.relative_position_index": INDICES,
+            "backbone.layers.*.attn_mask": "masks that follow from the size of the image",
+        },
+    )
+
+
+LAYOUTS = (
+    _layout("Swin's authors", "backbone.layers.{}.downsample", "backbone.layers.0.downsample.reduction.weight"),
+    _layout("timm's Swin", "backbone.layers.{+1}.downsample", "backbone.layers.3.downsample.reduction.weight"),
+)
+
+
+def refuse(tensors: Mapping[str, Tensor]) -> str:
+    """Names the window of a file if it is another one; else ""."""
+    tables = (value.shape[0] for key, value in tensors.items() if key.endswith("relative_position_bias_table"))
+    rows = next((rows for rows in tables if rows != (2 * WINDOW - 1) ** 2), None)
+    if rows is None:
+        return ""
+    side = (math.isqrt(rows) + 1) // 2
+    return (
+        f"Swin with windows of {side}×{side} positions (relative_position_bias_table has {rows} rows)\n"
+        f"expected {WINDOW}×{WINDOW}, {(2 * WINDOW - 1) ** 2} rows\n"
+        f"give the file for window {WINDOW} and images of 224 pixels, such as swin_base_patch4_window7_224"
+    )

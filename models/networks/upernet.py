@@ -76,9 +76,11 @@ FAMILY = Family(
     mark="backbone.stages.0.blocks.0.attn.w_msa",
     heads=AUXILIARY_HEADS,
     losses=AUXILIARY_LOSSES,
-    left_out={
-        "backbone.stages.*.attn.w_msa.relative_position_index": "indices that follow from the size of the window"
-    },
+    left_out={"backbone.stages.*.attn.w_msa.relative_position_index": swin.INDICES},
+    not_pretrained=swin.NOT_PRETRAINED,
+    pretrained_only=swin.PRETRAINED_ONLY,
+    layouts=swin.LAYOUTS,
+    refuse=swin.refuse,
 )
 
 
@@ -99,6 +101,7 @@ ADAPTER_FAMILY = Family(
     build=build_adapter,
     rows=[*vit_adapter.ROWS, *DECODER_ROWS, *AUXILIARY_ROWS],
     mark="backbone.spm.",
+    layouts=[vit_adapter.PLAIN],
     heads=AUXILIARY_HEADS,
     losses=AUXILIARY_LOSSES,
 )

@@ -8,6 +8,7 @@ after the other), L levels, S = 4 samples.
 """
 
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -17,6 +18,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from ssaseg.models.layers import ConvNorm, Depthwise, DropPath, drop_path_rates, init_fan_out
+from ssaseg.models.networks.family import Layout
 from ssaseg.models.rows import Row, conv_norm, rows_of
 
 EPS = 1e-6  # of every LayerNorm
@@ -326,10 +328,9 @@ _EXTRACTOR = {
     "depthwise": "ffn.dwconv.dwconv",
     "project": "ffn.fc2",
 }
-ROWS: list[Row] = [
+PLAIN_ROWS: list[Row] = [
     Row("backbone.embed", "backbone.patch_embed.proj"),
     Row("backbone.positions", "backbone.pos_embed"),
-    Row("backbone.levels", "backbone.level_embed"),
     *rows_of(
         "backbone.blocks.{}",
         "backbone.blocks.{}",
@@ -337,13 +338,16 @@ ROWS: list[Row] = [
             "attention_norm": "norm1",
             "attention.qkv": "attn.qkv",
             "attention.project": "attn.proj",
-            "attention_scale": "gamma1",
             "mlp_norm": "norm2",
             "expand": "mlp.fc1",
             "project": "mlp.fc2",
-            "mlp_scale": "gamma2",
         },
     ),
+]
+ROWS: list[Row] = [
+    *PLAIN_ROWS,
+    *rows_of("backbone.blocks.{}", "backbone.blocks.{}", {"attention_scale": "gamma1", "mlp_scale": "gamma2"}),
+    Row("backbone.levels", "backbone.level_embed"),
     *(row for k, at in enumerate((0, 3, 6)) for row in (
         Row(f"backbone.prior.stem.{2 * k}.conv", f"backbone.spm.stem.{at}"),
         Row(f"backbone.prior.stem.{2 * k}.norm", f"backbone.spm.stem.{at + 1}"),
@@ -363,3 +367,33 @@ ROWS: list[Row] = [
     Row("backbone.up", "backbone.up"),
     Row("backbone.norms.{}", "backbone.norm{+1}"),
 ]  # fmt: skip
+
+
+def resize_positions(value: Tensor, shape: Sequence[int]) -> Tensor:
+    """Position embeddings (1,1+P,C), or those of DeiT with two tokens before them, for a square of another size.
+
+    As the authors resize them: bicubic. Returns them unchanged if they are not of a square, or have other channels.
+    """
+    if value.dim() != 3 or value.shape[0] != 1 or value.shape[2] != shape[2]:
+        return value
+    old, new = (math.isqrt(count) for count in (value.shape[1], shape[1] - 1))
+    if not 0 < value.shape[1] - old**2 <= 2:
+        return value
+    first, maps = value[:, :1], value[:, -(old**2) :]
+    if old != new:
+        resized = F.interpolate(maps.mT.unflatten(2, (old, old)).float(), (new, new), mode="bicubic")
+        maps = resized.flatten(2).mT.to(value.dtype)
+    return torch.cat([first, maps], dim=1)
+
+
+PLAIN = Layout(
+    name="timm's ViT",
+    mark=re.compile(r"backbone\.blocks\.0\.attn\.qkv\.weight"),
+    without=re.compile(r"backbone\.spm\."),
+    rows=PLAIN_ROWS,
+    left_out={
+        **dict.fromkeys(("backbone.cls_token", "backbone.dist_token"), "a token that only a classifier reads"),
+        "backbone.head_dist.*": "the ImageNet classifier",
+    },
+    resized={"backbone.pos_embed": resize_positions},
+)

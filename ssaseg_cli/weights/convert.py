@@ -29,7 +29,7 @@ from ssaseg.files.writing import write_atomic
 from ssaseg.models import Segmenter, build_model, list_models, load_model, save_model
 from ssaseg.models.checkpoint import write_tensors
 from ssaseg.models.header import MOST_CLASSES, CheckpointError
-from ssaseg.models.official import CLASSES_KEY, SSA_KEY, aliases, left_out, official_entries
+from ssaseg.models.official import aliases, left_out, official_entries
 
 BACKBONE_FORMAT = "ssaseg-backbone-1"
 
@@ -183,16 +183,13 @@ def open_any(request: Request) -> Opened:
 
 def open_official(request: Request, weights: Weights, name: str) -> Opened:
     """A whole official segmentation network."""
-    source, classes = request.source, count_rows(weights.tensors.get(CLASSES_KEY))
+    source, key = request.source, weights.classes_key
+    classes = count_rows(weights.tensors.get(key))
     if classes == 0:
-        raise CommandError(
-            f"{source}: has no {CLASSES_KEY}\nexpected it, with one row for each class, to count the classes"
-        )
+        raise CommandError(f"{source}: has no {key}\nexpected it, with one row for each class, to count the classes")
     if classes > MOST_CLASSES:
-        raise CommandError(
-            f"{source}: {CLASSES_KEY} has {classes} rows\nexpected one for each class, up to {MOST_CLASSES}"
-        )
-    network = fresh(name, classes, request.classifier or ("ssa" if SSA_KEY in weights.tensors else "linear"))
+        raise CommandError(f"{source}: {key} has {classes} rows\nexpected one for each class, up to {MOST_CLASSES}")
+    network = fresh(name, classes, request.classifier or ("ssa" if weights.ssa_key in weights.tensors else "linear"))
     heading = describe_source(source, weights, f"{name}, {network.classifier_name}, {classes} classes")
     found, tensors = match(network, weights, heading)
     echo(str(found))
@@ -244,9 +241,10 @@ def explain_mismatch(source: Path, weights: Weights, network: Segmenter, found: 
         f"{source}: does not fit {network.name} with {network.classifier_name}: {len(found.missing)} missing, "
         f"{len(found.unexpected)} unexpected, {len(found.misshapen)} of another shape"
     )
-    holds_ssa = SSA_KEY in weights.tensors
+    key = weights.ssa_key
+    holds_ssa = key in weights.tensors
     if found.backbone_share == 1 and holds_ssa != (network.classifier_name == "ssa"):
-        looks, other = (f"it has {SSA_KEY}", "ssa") if holds_ssa else (f"it has no {SSA_KEY}", "linear")
+        looks, other = (f"it has {key}", "ssa") if holds_ssa else (f"it has no {key}", "linear")
         return f"{first}\nit looks like {other}: {looks}\nuse --classifier {other}"
     name, fitting = likely_model(weights)
     if name != network.name and fitting > found.backbone_share:

@@ -21,7 +21,7 @@ from ssaseg.files.reading import open_file
 from ssaseg.files.text import printable
 from ssaseg.models.checkpoint import FLOATS, INTEGERS, read_outline, read_tensors, require_finite
 from ssaseg.models.header import SCHEMA, parse_header
-from ssaseg.models.official import NOT_USED, canonical, layout_of
+from ssaseg.models.official import NOT_USED, canonical, layout_of, main_head, refusal
 
 MOST_TENSORS = 20_000  # the largest network here has 1,600
 LONGEST_KEY = 500  # characters
@@ -57,13 +57,24 @@ class Weights:
         """Whether it has no decoder and no classifier, like an ImageNet checkpoint."""
         return not any(key.startswith(("decode_head.", "classifier.")) for key in self.tensors)
 
+    @property
+    def classes_key(self) -> str:
+        """Name of the main classifier's weight, which has one row for each class; a file need not have it."""
+        return f"{'classifier' if self.header is not None else main_head(self.tensors)}.conv_seg.weight"
+
+    @property
+    def ssa_key(self) -> str:
+        """Name of a tensor that an official file has if its classifier is SSA's."""
+        return f"{main_head(self.tensors)}.center_pos.weight"
+
 
 def read_weights(path: Path) -> Weights:
     """Reads a pickle (.pth, .pth.tar, zip or legacy) or a safetensors file, ours or official.
 
     Raises FileNotFoundError. Raises CommandError if the file is truncated, changed or too large, holds a type that is
-    not known, has no weights, has a tensor that is not a dense block of numbers, or has one tensor under two names with
-    different values. Raises CheckpointError for a header of ours that is not valid, and for values that are not finite.
+    not known, has no weights, has a tensor that is not a dense block of numbers, has one tensor under two names with
+    different values, or is of a variant that no network here can be. Raises CheckpointError for a header of ours that
+    is not valid, and for values that are not finite.
     """
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such checkpoint")
@@ -72,7 +83,11 @@ def read_weights(path: Path) -> Weights:
     if weights.header is not None:
         return weights
     tensors = _official(path, weights.tensors)
-    return replace(weights, tensors=tensors, layout=layout_of(tensors))
+    layout = layout_of(tensors)
+    reason = refusal(tensors, layout)
+    if reason:
+        raise CommandError(f"{path}: {reason}")
+    return replace(weights, tensors=tensors, layout=layout)
 
 
 def _read_safetensors(path: Path) -> Weights:

@@ -1,6 +1,8 @@
 """Fits the tensors of a file to a network: what matched, what did not, and which network they look like."""
 
 import math
+import re
+from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -15,12 +17,20 @@ from torch.overrides import TorchFunctionMode
 from ssaseg.cli.weights.foreign import Weights
 from ssaseg.files.text import KEPT, printable
 from ssaseg.models import Segmenter, build_model, list_models
-from ssaseg.models.build import FAMILIES, family_of
-from ssaseg.models.networks.family import Family
-from ssaseg.models.official import COUNTERS, NOT_USED, left_out, official_entries, official_keys
+from ssaseg.models.build import family_of
+from ssaseg.models.official import (
+    COUNTERS,
+    NOT_USED,
+    families_like,
+    layout_for,
+    left_out,
+    official_entries,
+    official_keys,
+)
 from ssaseg.models.rows import Entry, Row
 
 LISTED = 8  # how many names of each list are shown
+NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")  # in a name
 
 
 @dataclass(frozen=True)
@@ -38,6 +48,7 @@ class Match:
     not_used: Sequence[str]  # known tensors that a model does not compute with
     fresh: Sequence[str]  # these keep their initial values: in no ImageNet file, or of other classes
     backbone: tuple[int, int]  # matched; wanted or unexpected (so a deeper network of the same widths does not match)
+    notes: Sequence[str] = ()  # what was changed, or is special
     rows: Sequence[str] = ()  # lines that say which classes the classifier's rows are kept for
 
     @property
@@ -60,8 +71,24 @@ class Match:
             **({"new weights": self.fresh} if self.fresh else {}),
         }
         lines = [self.heading, f"  matched      {of_all(len(self.matched), wanted)}; backbone {of_all(*self.backbone)}"]
-        lines += [f"  {title:12} {len(names)}{': ' if names else ''}{_listed(names)}" for title, names in lists.items()]
+        for title, names in lists.items():
+            shown = self._grouped(names) if names is self.not_used or names is self.fresh else names
+            lines.append(f"  {title:12} {len(names)}{': ' if names else ''}{_listed(shown)}")
+        lines += [f"  note         {note}" for note in self.notes]
         return printable("\n".join([*lines, *self.rows]), KEPT)
+
+    def _grouped(self, names: Sequence[str]) -> Sequence[str]:
+        """Long lists in short: one name, with `*`, for a part of which nothing matched, and for equal names."""
+        if len(names) <= LISTED:
+            return names
+        used = {_part(name) for name in self.matched}
+        groups = Counter(NUMBER.sub("*", name) if _part(name) in used else f"{_part(name)}.*" for name in names)
+        return [f"{name} ({count})" for name, count in groups.items()]
+
+
+def _part(name: str) -> str:
+    """The part of a network that a tensor belongs to: the first two parts of its name."""
+    return ".".join(name.split(".")[:2])
 
 
 def of_all(count: int, wanted: int) -> str:
@@ -82,8 +109,9 @@ def match(
     A file that holds only a backbone is fitted to the model's backbone only. `other`: the file's names of tensors that
     belong to other classes than the model's; they are not taken.
     """
-    own, found = model.state_dict(), weights.tensors
+    own = model.state_dict()
     wanted = file_entries(model, weights)
+    found, notes = _resized(own, weights, wanted, model)
     fresh = _fresh_names(model, weights, wanted, other)
     tensors: dict[str, Tensor] = {}
     matched: list[str] = []
@@ -105,7 +133,7 @@ def match(
             tensors |= entry.take(found)
     known = {name for entry in wanted for name in entry.theirs}
     left = [key for key in found if key not in known and not key.endswith(COUNTERS)]
-    patterns = left_out(model, weights.layout)
+    patterns = left_out(model, weights.layout, weights.is_backbone)
     not_used = [key for key in left if _is_known(key, patterns)]
     unexpected = [key for key in left if key not in not_used]
     named = {key for entry in wanted for key in entry.ours}
@@ -120,8 +148,26 @@ def match(
         not_used=not_used,
         fresh=[*(name for entry in wanted for name in entry.theirs if name in fresh), *unnamed],
         backbone=(backbone[0], sum(backbone)),
+        notes=notes,
     )
     return result, tensors
+
+
+def _resized(
+    own: Mapping[str, Tensor], weights: Weights, wanted: Sequence[Entry], model: Segmenter
+) -> tuple[Mapping[str, Tensor], list[str]]:
+    """The file's tensors, those of another shape resized where that is known to work; and notes for the user."""
+    layout = layout_for(model, weights.layout)
+    if layout is None:
+        return weights.tensors, []
+    found, notes = dict(weights.tensors), [layout.note] if layout.note else []
+    for entry in wanted:
+        for name in set(entry.theirs) & layout.resized.keys() & found.keys():
+            shape, before = entry.give(own)[name].shape, found[name]
+            found[name] = layout.resized[name](before, shape)
+            if found[name].shape != before.shape:
+                notes.append(f"{name} resized from {tuple(before.shape)} to {tuple(shape)}")
+    return found, notes
 
 
 def _fresh_names(model: Segmenter, weights: Weights, wanted: Sequence[Entry], other: Collection[str]) -> set[str]:
@@ -188,17 +234,11 @@ def best_guess(name: str, fitting: float) -> str:
 
 def likely_model(weights: Weights) -> tuple[str, float]:
     """The network whose backbone fits a file's tensors best, and the share that fits, 0 to 1; "" and 0 if none fits."""
-    marked = [each for each in FAMILIES.values() if _has_mark(each, weights)]
+    marked = families_like(weights.tensors, weights.layout)
     candidates = [name for name in list_models() if family_of(name) in marked]
     shares = {name: match(_outline(name), weights)[0].backbone_share for name in candidates}
     best = max(shares, key=lambda name: shares[name], default="")
     return best, shares.get(best, 0.0)
-
-
-def _has_mark(family: Family, weights: Weights) -> bool:
-    if weights.layout:
-        return any(each.name == weights.layout for each in family.layouts)
-    return any(key.startswith(family.mark) for key in weights.tensors)
 
 
 @cache

@@ -19,7 +19,6 @@ from ssaseg.cli.weights.matching import (
     of_all,
 )
 from ssaseg.models import CheckpointError, Segmenter
-from ssaseg.models.official import CLASSES_KEY
 
 PRETRAINED_SHARE = 0.95  # of the backbone's tensors, that a pre-trained file must have
 
@@ -42,7 +41,7 @@ def load_pretrained(model: Segmenter, path: str | Path, classes: Sequence[str] |
     reading = f"{model.name} to start from"
     if weights.is_backbone:
         reading += ", only the backbone"
-    rows = count_rows(weights.tensors.get(CLASSES_KEY if header is None else "classifier.conv_seg.weight"))
+    rows = count_rows(weights.tensors.get(weights.classes_key))
     if rows not in (0, model.num_classes):
         reading += f"; the file has {rows} classes, the model {model.num_classes}"
     lines: list[str] = []
