@@ -8,7 +8,17 @@ from ssaseg.models.classifiers.base import Classifier, Loss, LossOptions, Option
 from ssaseg.models.classifiers.linear import LinearClassifier
 from ssaseg.models.classifiers.ssa import SSAClassifier
 from ssaseg.models.decoder import FURTHER_WEIGHT
-from ssaseg.models.networks import afformer, cgrseg, fcn, ocrnet, seaformer, segformer, segnext, upernet
+from ssaseg.models.networks import (
+    afformer,
+    cgrseg,
+    fcn,
+    ocrnet,
+    seaformer,
+    segformer,
+    segformer_nvidia,
+    segnext,
+    upernet,
+)
 from ssaseg.models.networks.family import Family, Parts
 from ssaseg.models.segmenter import Segmenter
 
@@ -19,6 +29,7 @@ FAMILIES: Mapping[str, Family] = {
     "ocrnet": ocrnet.FAMILY,
     "seaformer": seaformer.FAMILY,
     "segformer": segformer.FAMILY,
+    "segformer_nvidia": segformer_nvidia.FAMILY,
     "segnext": segnext.FAMILY,
     "upernet": upernet.FAMILY,
     "vit_adapter": upernet.ADAPTER_FAMILY,

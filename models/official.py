@@ -5,6 +5,7 @@ and classifier. ImageNet checkpoints have the backbone's keys without this prefi
 """
 
 from collections.abc import Collection, Mapping
+from dataclasses import replace
 
 from torch import Tensor
 
@@ -36,8 +37,8 @@ def official_entries(model: Segmenter, backbone: bool = False, layout: str = "")
     keys = [key for key in model.state_dict() if not backbone or key.startswith("backbone.")]
     own = _layout(family, layout)
     if own is None:
-        return entries([*family.rows, *_classifier_rows(model, family.heads)], keys)
-    rows = [*own.rows, *_classifier_rows(model, own.heads or family.heads)]
+        return entries([*family.rows, *_classifier_rows(model, family)], keys)
+    rows = [*own.rows, *_classifier_rows(model, own if own.heads else family)]
     if not own.heads:
         rows += [row for row in family.rows if not several(row.ours)[0].startswith("backbone.")]
     return entries(rows, [key for key in keys if any(row.names_of(key) for row in rows)])
@@ -77,9 +78,17 @@ def main_head(keys: Collection[str]) -> str:
     return max(found, key=len, default="decode_head")
 
 
-def _classifier_rows(model: Segmenter, heads: Mapping[str, str]) -> list[Row]:
+def last_layer(layout: str) -> str:
+    """The name of the layer with one row for each class in files of a `Layout`."""
+    named = (each.last for family in FAMILIES.values() if (each := _layout(family, layout)) and each.heads)
+    return next(named, "conv_seg")
+
+
+def _classifier_rows(model: Segmenter, names: Family | Layout) -> list[Row]:
     found = [(prefix, module) for prefix, module in model.named_modules() if isinstance(module, Classifier)]
-    return [row.below(prefix, heads[prefix]) for prefix, module in found if prefix in heads for row in module.ROWS]
+    rows = [(prefix, row) for prefix, module in found if prefix in names.heads for row in module.ROWS]
+    own = [(prefix, replace(row, theirs=names.last) if row.theirs == "conv_seg" else row) for prefix, row in rows]
+    return [row.below(prefix, names.heads[prefix]) for prefix, row in own]
 
 
 def official_keys(model: Segmenter) -> dict[str, str]:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 Names = str | tuple[str, ...]
@@ -130,3 +131,14 @@ def conv_norm(ours: str, theirs: str, conv: str = "conv", norm: str = "bn") -> t
 def rows_of(ours: str, theirs: str, names: Mapping[str, str]) -> list[Row]:
     """One row for each of `names` (our name → theirs), below the two prefixes."""
     return [Row(f"{ours}.{own}", f"{theirs}.{other}") for own, other in names.items()]
+
+
+def query_key_value(ours: str, theirs: str) -> Row:
+    """One tensor (3C,...) of ours that is three (C,...) in the files of `transformers`; `*` stands for their names."""
+    names = tuple(theirs.replace("*", name) for name in ("query", "key", "value"))
+    return Row(
+        ours,
+        names,
+        lambda *parts: (torch.cat(parts),),
+        lambda whole: tuple(part.clone() for part in whole.chunk(3)),
+    )

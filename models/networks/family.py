@@ -31,6 +31,7 @@ class Layout:
     without: re.Pattern[str] | None = None  # fits the beginning of no key of such files; for files that `mark` fits too
     # As `Family.heads`; empty: `rows` are of the backbone, and everything else has official names.
     heads: Mapping[str, str] = field(default_factory=dict)
+    last: str = "conv_seg"  # as `Family.last`
     left_out: Mapping[str, str] = field(default_factory=dict)  # unused keys (`*`: any text) → why
     # Key in the file → a function that brings its value to the shape of the network's, as far as that is possible.
     resized: Mapping[str, Callable[[Tensor, Sequence[int]], Tensor]] = field(default_factory=dict)
@@ -57,6 +58,7 @@ class Family:
     layouts: Sequence[Layout] = ()  # of files that other programs write
     # Our prefix of each classifier → the official one.
     heads: Mapping[str, str] = field(default_factory=lambda: {"classifier": "decode_head"})
+    last: str = "conv_seg"  # official name of the last layer of each of these heads
     # Losses of auxiliary heads and a first stage: name → meaning.
     losses: Mapping[str, str] = field(default_factory=dict)
     left_out: Mapping[str, str] = field(default_factory=dict)  # unused official keys (`*`: any text) → why

@@ -1,7 +1,8 @@
 """SegFormer: the hierarchical transformer MiT with a decoder of 1×1 convolutions.
 
 Source: "SegFormer" (Xie et al., NeurIPS 2021, arXiv 2105.15203), as in mmsegmentation 0.30, `MixVisionTransformer` and
-`SegformerHead`. There the decoder has norms and 256 channels in every size; that of the authors' code has neither.
+`SegformerHead`. There the decoder has norms and 256 channels in every size; for that of the authors' code see
+`segformer_nvidia`.
 
 Axes: N images, C channels, H×W pixels, P = H·W positions.
 """
@@ -18,7 +19,7 @@ from torch.nn import functional as F
 from ssaseg.models.decoder import Decoder
 from ssaseg.models.layers import ConvNorm, Depthwise, DropPath, drop_path_rates, init_conv_module, resize_bilinear
 from ssaseg.models.networks.family import Family, Layout, Parts
-from ssaseg.models.rows import Row, conv_norm, rows_of
+from ssaseg.models.rows import Row, conv_norm, query_key_value, rows_of
 
 HEADS = (1, 2, 5, 8)
 REDUCTIONS = (8, 4, 2, 1)  # of the sides of the map that keys and values are taken from
@@ -136,7 +137,7 @@ class Stage(nn.Module):
 class MiT(nn.Module):
     """Backbone: four stages at strides 4, 8, 16, 32."""
 
-    def __init__(self, variant: Variant, drop_path: float | None = None) -> None:
+    def __init__(self, variant: Variant, drop_path: float | None = None, eps: float = EPS) -> None:
         super().__init__()
         rates = iter(drop_path_rates(0.1 if drop_path is None else drop_path, variant.depths))
         self.channels = variant.widths
@@ -151,6 +152,8 @@ class MiT(nn.Module):
                 nn.init.normal_(layer.weight, 0.0, (2.0 / fan_out) ** 0.5)
                 if layer.bias is not None:
                     nn.init.zeros_(layer.bias)
+            elif isinstance(layer, nn.LayerNorm):
+                layer.eps = eps
 
     def forward(self, images: Tensor) -> list[Tensor]:
         """(N,3,H,W) → four maps (N,C,⌈H/s⌉,⌈W/s⌉), finest first: s = 4, 8, 16, 32."""
@@ -244,6 +247,53 @@ NVIDIA = Layout(
         ),
     ],
 )
+# In the files `segformer.encoder` stands where `backbone.encoder` stands here: see `renamed`.
+TRANSFORMERS = Layout(
+    name="transformers' SegFormer",
+    mark=re.compile(r"backbone\.encoder\.patch_embeddings\.0\."),
+    rows=[
+        *rows_of(
+            "backbone.stages.{}",
+            "backbone.encoder",
+            {
+                "embed": "patch_embeddings.{}.proj",
+                "embed_norm": "patch_embeddings.{}.layer_norm",
+                "norm": "layer_norm.{}",
+            },
+        ),
+        *rows_of(
+            _BLOCK,
+            "backbone.encoder.block.{}.{}",
+            {
+                "attention_norm": "layer_norm_1",
+                "attention.project": "attention.output.dense",
+                "attention.reduce": "attention.self.sr",
+                "attention.norm": "attention.self.layer_norm",
+                "mlp_norm": "layer_norm_2",
+                "mlp.expand.bias": "mlp.dense1.bias",
+                "mlp.depthwise": "mlp.dwconv.dwconv",
+                "mlp.project.bias": "mlp.dense2.bias",
+            },
+        ),
+        *(
+            query_key_value(
+                f"{_BLOCK}.attention.qkv_{kind}", f"backbone.encoder.block.{{}}.{{}}.attention.self.*.{kind}"
+            )
+            for kind in ("weight", "bias")
+        ),
+        *(
+            Row(
+                f"{_BLOCK}.mlp.{ours}.weight",
+                f"backbone.encoder.block.{{}}.{{}}.mlp.{theirs}.weight",
+                to_conv,
+                to_linear,
+            )
+            for ours, theirs in (("expand", "dense1"), ("project", "dense2"))
+        ),
+    ],
+    left_out={"backbone.classifier.*": "the ImageNet classifier"},
+)
+TRANSFORMERS_RENAMED = (re.compile(r"^(backbone\.)?segformer\."), "backbone.")
 
 FAMILY = Family(
     variants=VARIANTS,
@@ -274,5 +324,6 @@ FAMILY = Family(
         *conv_norm("decoder.merge", "decode_head.fusion_conv"),
     ],
     mark="backbone.layers.0.0.projection",
-    layouts=[NVIDIA],
+    layouts=[NVIDIA, TRANSFORMERS],
+    renamed=[TRANSFORMERS_RENAMED],
 )

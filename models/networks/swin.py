@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from ssaseg.models.layers import DropPath, drop_path_rates
 from ssaseg.models.networks.family import Layout
-from ssaseg.models.rows import Row, rows_of
+from ssaseg.models.rows import Row, query_key_value, rows_of
 
 WINDOW = 7
 SHIFT = WINDOW // 2
@@ -254,6 +254,39 @@ LAYOUTS = (
     _layout("Swin's authors", "backbone.layers.{}.downsample", "backbone.layers.0.downsample.reduction.weight"),
     _layout("timm's Swin", "backbone.layers.{+1}.downsample", "backbone.layers.3.downsample.reduction.weight"),
 )
+TRANSFORMERS_ROWS: list[Row] = [
+    Row("backbone.embed", "backbone.embeddings.patch_embeddings.projection"),
+    Row("backbone.embed_norm", "backbone.embeddings.norm"),
+    *rows_of(
+        "backbone.stages.{}.{}",
+        "backbone.encoder.layers.{}.blocks.{}",
+        {
+            "attention_norm": "layernorm_before",
+            "attention.bias_table": "attention.self.relative_position_bias_table",
+            "attention.project": "attention.output.dense",
+            "mlp_norm": "layernorm_after",
+            "expand": "intermediate.dense",
+            "project": "output.dense",
+        },
+    ),
+    *(
+        query_key_value(
+            f"backbone.stages.{{}}.{{}}.attention.qkv.{kind}",
+            f"backbone.encoder.layers.{{}}.blocks.{{}}.attention.self.*.{kind}",
+        )
+        for kind in ("weight", "bias")
+    ),
+    *(
+        Row(
+            f"backbone.merges.{{}}.{ours}",
+            f"backbone.encoder.layers.{{}}.downsample.{theirs}",
+            from_positions,
+            to_positions,
+        )
+        for ours, theirs in (("norm", "norm"), ("reduce", "reduction"))
+    ),
+    Row("backbone.norms.{}", "backbone.hidden_states_norms.stage{+1}"),
+]
 
 
 def refuse(tensors: Mapping[str, Tensor]) -> str:

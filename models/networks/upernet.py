@@ -3,7 +3,9 @@
 Source: "Unified Perceptual Parsing" (Xiao et al., ECCV 2018, arXiv 1807.10221), as in mmsegmentation 0.30, `UPerHead`.
 """
 
+import re
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +14,7 @@ from torch.nn import functional as F
 from ssaseg.models.decoder import Decoder
 from ssaseg.models.layers import ConvNorm, init_conv_module, resize_bilinear
 from ssaseg.models.networks import swin, vit_adapter
-from ssaseg.models.networks.family import Family, Parts
+from ssaseg.models.networks.family import Family, Layout, Parts
 from ssaseg.models.networks.fcn import AUXILIARY_HEADS, AUXILIARY_LOSSES, AUXILIARY_ROWS, auxiliary_head
 from ssaseg.models.rows import Row, conv_norm
 
@@ -69,6 +71,25 @@ DECODER_ROWS: list[Row] = [
     *conv_norm("decoder.merge", "decode_head.fpn_bottleneck"),
 ]
 
+TRANSFORMERS = Layout(
+    name="transformers' Swin",
+    mark=re.compile(r"backbone\.embeddings\.patch_embeddings\.projection"),
+    rows=[
+        *swin.TRANSFORMERS_ROWS,
+        *(
+            replace(row, theirs=str(row.theirs).replace(".bn", ".batch_norm"))
+            for row in (*DECODER_ROWS, *AUXILIARY_ROWS)
+        ),
+    ],
+    heads=AUXILIARY_HEADS,
+    last="classifier",
+    left_out={
+        "backbone.encoder.layers.*.attention.self.relative_position_index": swin.INDICES,
+        "backbone.layernorm.*": "a norm that segmentation does not use",
+        "backbone.classifier.*": "the ImageNet classifier",
+    },
+)
+
 FAMILY = Family(
     variants=VARIANTS,
     build=build,
@@ -79,7 +100,9 @@ FAMILY = Family(
     left_out={"backbone.stages.*.attn.w_msa.relative_position_index": swin.INDICES},
     not_pretrained=swin.NOT_PRETRAINED,
     pretrained_only=swin.PRETRAINED_ONLY,
-    layouts=swin.LAYOUTS,
+    layouts=[*swin.LAYOUTS, TRANSFORMERS],
+    # `backbone.swin` in files of transformers 5, `swin` in ImageNet files.
+    renamed=[(re.compile(r"^(backbone\.)?swin\."), "backbone.")],
     refuse=swin.refuse,
 )
 

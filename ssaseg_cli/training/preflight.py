@@ -17,8 +17,8 @@ from ssaseg.recipes import Recipe
 
 
 def require_start(path: Path) -> None:
-    """Raises CommandError if `model.pretrained` is not a file. Called before the slower check of the labels."""
-    if not path.is_file():
+    """Raises CommandError if `model.pretrained` is not there. Called before the slower check of the labels."""
+    if not (path.is_file() or path.is_dir()):
         raise CommandError(
             f"model.pretrained={path}: no such checkpoint\n"
             "download it to this path (`ssaseg recipes show` prints the source), or use model.pretrained=FILE\n"

@@ -18,7 +18,8 @@ from ssaseg.models.checkpoint import numbered
 
 SEPARATORS = re.compile("[;,]")  # between the synonyms of one class: "car;auto", "building, edifice"
 
-RUN_METADATA = ("recipe", "step", "scores")  # metadata of the training run, which is wrong for other classes
+# Metadata of the training run and of its labels, which are wrong for other classes.
+RUN_METADATA = ("recipe", "step", "scores", "reduce_zero_label")
 
 
 # ---- names -------------------------------------------------------------------------------------------------------
@@ -103,6 +104,22 @@ def dataset_metadata(name: str, option: str = "--dataset") -> dict[str, Any]:
         "std": list(data.std),
         "protocol": recipe.test.model_dump(mode="json"),
     }
+
+
+def ignores_zero(metadata: Mapping[str, Any]) -> bool:
+    """Whether label 0 is ignored in the data of a checkpoint, so that label 1 is class 0, as far as that is known.
+
+    As a folder of transformers has stated it, or by the checkpoint's recipe, or by the published data set that has its
+    classes.
+    """
+    if "reduce_zero_label" in metadata:
+        return bool(metadata["reduce_zero_label"])
+    data = (metadata["recipe"] or {}).get("data")
+    if isinstance(data, dict):
+        known = [layout for name, layout in LAYOUTS.items() if name == data.get("dataset")]
+        return known[0].reduce_zero_label if known else data.get("reduce_zero_label") is True
+    same = [each for each in LAYOUTS.values() if label_space(each.labels).classes == metadata["classes"]]
+    return bool(same) and same[0].reduce_zero_label
 
 
 def requested_classes(value: str) -> dict[str, Any]:

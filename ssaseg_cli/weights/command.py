@@ -5,12 +5,12 @@ from typing import Any
 
 import click
 
-from ssaseg.cli.options import CLASSIFIERS, existing_file
+from ssaseg.cli.options import CLASSIFIERS
 
 
 @click.command()
-@click.argument("source", type=existing_file)
-@click.argument("destination", type=click.Path(dir_okay=False, path_type=Path))
+@click.argument("source", type=click.Path(exists=True, path_type=Path))
+@click.argument("destination", type=click.Path(path_type=Path))
 @click.option("--model", metavar="NAME", help="Network of official weights; checkpoints of ssaseg name it.")
 @click.option("--classifier", type=CLASSIFIERS, help="Classifier of official weights; checkpoints of ssaseg name it.")
 @click.option(
@@ -37,7 +37,8 @@ def convert(
     """Convert official weights to ssaseg's format, or back, or export a model.
 
     The suffix of DESTINATION decides the format: .safetensors (ssaseg's), .pth (official names), .onnx or .pt2
-    (torch.export). Prints which keys matched, were missing, were unexpected or had another shape. An .onnx or .pt2 file
+    (torch.export); without a suffix, or where a folder is, a folder of Hugging Face transformers. SOURCE may be such a
+    folder too. Prints which keys matched, were missing, were unexpected or had another shape. An .onnx or .pt2 file
     is for other programs: it has no training-only weights, and accepts any batch size and image size. It is compared
     with PyTorch before it is written.
 
@@ -50,6 +51,7 @@ def convert(
     Example:
       ssaseg convert official.pth ours.safetensors --model seaformer_b --classifier ssa
       ssaseg convert ours.safetensors official.pth
+      ssaseg convert segformer-b0-ade-folder ours.safetensors
       ssaseg convert ade20k.pth start.safetensors --classes camvid-seaformer_b-ssa
       ssaseg convert ours.safetensors ours.onnx --input rgb --output labels
       ssaseg convert ours.safetensors small.safetensors --deploy

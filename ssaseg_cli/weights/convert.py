@@ -18,10 +18,11 @@ from torch import Tensor
 
 from ssaseg.cli.errors import CommandError
 from ssaseg.cli.printing import echo
-from ssaseg.cli.weights.classes import follow_names, own_classes, requested_classes
+from ssaseg.cli.weights.classes import follow_names, ignores_zero, own_classes, requested_classes
 from ssaseg.cli.weights.deploy import write_deploy
 from ssaseg.cli.weights.export import Form, write_export
 from ssaseg.cli.weights.foreign import Weights, count_rows, read_weights
+from ssaseg.cli.weights.huggingface import write_folder
 from ssaseg.cli.weights.matching import Match, best_guess, describe_source, likely_model, match
 from ssaseg.cli.weights.pretrained import PRETRAINED_SHARE
 from ssaseg.files.text import printable
@@ -59,7 +60,7 @@ class Opened(NamedTuple):
 
     name: str
     network: Segmenter | None
-    metadata: dict[str, Any]  # of a network; empty if its classes have no names
+    metadata: dict[str, Any]  # of a network; without `classes` if these have no names
     backbone: dict[str, Tensor]
     complete: bool = True  # everything matched
 
@@ -85,7 +86,8 @@ def run_convert(
     form: Mapping[str, Any] | None = None,
 ) -> int:
     """Converts weights. The suffix of `destination` decides the format: .safetensors ours, .pth official names, .onnx
-    and .pt2 exports, for which `form` has those fields of `Form` that were given.
+    and .pt2 exports, for which `form` has those fields of `Form` that were given; without a suffix, and for a folder
+    that exists, a folder of transformers.
 
     `model`, `classifier`: None reads them from the file. `dataset`: a published data set or a recipe that names the
     classes of official weights. `classes`: the new classes of a .safetensors file, see `requested_classes`; the rows of
@@ -105,11 +107,12 @@ def run_convert(
 
 def find_writer(request: Request) -> Writer:
     """The writer of the destination. Raises CommandError for an unknown suffix, and for options of other writers."""
-    suffix, destination = request.destination.suffix.lower(), request.destination
+    destination = request.destination
+    suffix = FOLDER if destination.is_dir() else destination.suffix.lower()
     if suffix not in WRITERS:
         raise CommandError(
-            f"{destination}: cannot convert to {destination.suffix or 'a file without suffix'}\n"
-            "expected .safetensors (ssaseg's format), .pth (official names), .onnx or .pt2"
+            f"{destination}: cannot convert to {destination.suffix}\n"
+            "expected .safetensors (ssaseg's format), .pth (official names), .onnx, .pt2 or a folder (transformers)"
         )
     if destination.exists() and destination.samefile(request.source):
         raise CommandError(f"{destination}: source and destination are the same file\ngive the result another name")
@@ -136,9 +139,11 @@ def open_ours(request: Request) -> Opened:
     """A checkpoint of ours. Raises CommandError if an option contradicts it, or for a deploy form, except to export."""
     source = request.source
     try:
+        if source.is_dir():
+            raise CheckpointError(f"{source}: a folder")
         network, metadata = load_model(source)
     except CheckpointError:
-        if source.suffix.lower() == ".safetensors":
+        if source.suffix.lower() == ".safetensors" and not source.is_dir():
             raise
         raise CommandError(
             f"{source}: is not a checkpoint of ssaseg\nconvert it first: ssaseg convert {source} OURS.safetensors"
@@ -197,6 +202,10 @@ def open_official(request: Request, weights: Weights, name: str) -> Opened:
         raise CommandError(explain_mismatch(source, weights, network, found))
     network.load_state_dict(tensors, strict=False)
     metadata = own_classes(source, request.dataset, weights.meta or {}, classes)
+    if weights.stated is not None:
+        metadata = {**weights.stated.metadata, **metadata}
+        for line in weights.stated.lines:
+            echo(line)
     return Opened(name, network, metadata, {}, found.complete)
 
 
@@ -215,6 +224,11 @@ def model_name(source: Path, weights: Weights, given: str | None) -> str:
 
     Raises CommandError if `given` is not a network, or if it is None and the file does not fit one network completely.
     """
+    stated = None if weights.stated is None else weights.stated.model
+    if stated is not None and (given is None or (given != stated and not weights.is_backbone)):
+        if given is None:
+            return stated
+        raise CommandError(f"{source}: its config.json says {stated}, --model says {given}\nleave --model out")
     if given in list_models():
         return str(given)
     if given is not None:
@@ -261,7 +275,7 @@ def change_classes(request: Request, opened: Opened) -> tuple[Opened, bool]:
     if request.classes is None or opened.network is None:
         return opened, True
     requested = requested_classes(request.classes)
-    if not opened.metadata:
+    if "classes" not in opened.metadata:
         raise CommandError(
             f"{request.source}: its classes have no names, so --classes can keep none\ngive their names with --dataset"
         )
@@ -304,6 +318,16 @@ def write_official(request: Request, opened: Opened) -> int:
     return 0
 
 
+def write_transformers(request: Request, opened: Opened) -> int:
+    """Writes one of our checkpoints as a folder of transformers."""
+    network, metadata = whole(opened), opened.metadata
+    lost = write_folder(request.destination, network, metadata, ignores_zero(metadata))
+    echo(f"wrote {request.destination}: {network.name} for transformers, {network.num_classes} classes")
+    for line in lost:
+        echo(line)
+    return 0
+
+
 def write_small(request: Request, opened: Opened) -> int:
     """Writes the deploy form of one of our checkpoints."""
     return write_deploy(request.source, request.destination, whole(opened), opened.metadata)
@@ -321,10 +345,12 @@ def whole(opened: Opened) -> Segmenter:
 
 
 EXPORTS = (".onnx", ".pt2")
+FOLDER = ""  # stands for a suffix
 OFFICIAL_ONLY = ("--dataset", "--allow-partial")
 WRITERS = {
     ".safetensors": Writer(write_ours, False, frozenset({"--dataset", "--classes", "--allow-partial"}), "leave it out"),
     ".pth": Writer(write_official, True, frozenset(), "leave it out, or convert to .safetensors first"),
+    FOLDER: Writer(write_transformers, True, frozenset(), "leave it out, or convert to .safetensors first"),
     **dict.fromkeys(
         EXPORTS,
         Writer(

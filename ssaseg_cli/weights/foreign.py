@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ssaseg.cli.errors import CommandError
+from ssaseg.cli.weights.huggingface import Stated, read_stated, weights_file
 from ssaseg.cli.weights.stand_ins import Array, Inert, Refused, Unreadable
 from ssaseg.cli.weights.torch_files import FLOAT8, LARGEST_FILE, LARGEST_WEIGHTS, Archive, Changed, open_archive
 from ssaseg.cli.weights.unwrapping import find_weights, list_content, prefix_note, without_prefix
@@ -21,7 +22,7 @@ from ssaseg.files.reading import open_file
 from ssaseg.files.text import printable
 from ssaseg.models.checkpoint import FLOATS, INTEGERS, read_outline, read_tensors, require_finite
 from ssaseg.models.header import SCHEMA, parse_header
-from ssaseg.models.official import NOT_USED, canonical, layout_of, main_head, refusal
+from ssaseg.models.official import NOT_USED, canonical, last_layer, layout_of, main_head, refusal
 
 MOST_TENSORS = 20_000  # the largest network here has 1,600
 LONGEST_KEY = 500  # characters
@@ -51,6 +52,7 @@ class Weights:
     meta: Mapping[str, Any] | None = None  # what an official file says about itself: classes, palette
     notes: tuple[str, ...] = ()  # phrases for the user: what was taken, what was changed
     layout: str = ""  # the program whose names the keys are; "": official names, or ours
+    stated: Stated | None = None  # what a folder of transformers says about itself
 
     @property
     def is_backbone(self) -> bool:
@@ -60,7 +62,9 @@ class Weights:
     @property
     def classes_key(self) -> str:
         """Name of the main classifier's weight, which has one row for each class; a file need not have it."""
-        return f"{'classifier' if self.header is not None else main_head(self.tensors)}.conv_seg.weight"
+        if self.header is not None:
+            return "classifier.conv_seg.weight"
+        return f"{main_head(self.tensors)}.{last_layer(self.layout)}.weight"
 
     @property
     def ssa_key(self) -> str:
@@ -69,7 +73,7 @@ class Weights:
 
 
 def read_weights(path: Path) -> Weights:
-    """Reads a pickle (.pth, .pth.tar, zip or legacy) or a safetensors file, ours or official.
+    """Reads a pickle (.pth, .pth.tar, zip or legacy) or a safetensors file, ours or official, or a transformers folder.
 
     Raises FileNotFoundError. Raises CommandError if the file is truncated, changed or too large, holds a type that is
     not known, has no weights, has a tensor that is not a dense block of numbers, has one tensor under two names with
@@ -78,6 +82,7 @@ def read_weights(path: Path) -> Weights:
     """
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such checkpoint")
+    path = weights_file(path) if path.is_dir() else path
     weights = _read_safetensors(path) if path.suffix.lower() == ".safetensors" else _read_pickle(path)
     require_finite(weights.tensors, str(path))
     if weights.header is not None:
@@ -87,7 +92,21 @@ def read_weights(path: Path) -> Weights:
     reason = refusal(tensors, layout)
     if reason:
         raise CommandError(f"{path}: {reason}")
-    return replace(weights, tensors=tensors, layout=layout)
+    return _with_stated(path, replace(weights, tensors=tensors, layout=layout))
+
+
+def _with_stated(path: Path, weights: Weights) -> Weights:
+    """Adds what a folder of transformers says. Raises CommandError if it names another number of classes."""
+    stated = read_stated(path)
+    if stated is None:
+        return weights
+    rows = count_rows(weights.tensors.get(weights.classes_key))
+    if stated.classes is not None and len(stated.classes) != rows:
+        raise CommandError(
+            f"{path}: {weights.classes_key} has {rows} rows, id2label in config.json has {len(stated.classes)} names\n"
+            "expected one name for each row"
+        )
+    return replace(weights, meta={"classes": stated.classes}, stated=stated)
 
 
 def _read_safetensors(path: Path) -> Weights:

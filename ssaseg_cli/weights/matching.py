@@ -57,6 +57,11 @@ class Match:
         return self.backbone[0] / max(self.backbone[1], 1)
 
     @property
+    def strangers(self) -> int:
+        """How many names only one side has."""
+        return len(self.missing) + len(self.unexpected)
+
+    @property
     def complete(self) -> bool:
         """Whether every tensor matched, and every other tensor in the file is known not to be used."""
         return not (self.missing or self.unexpected or self.misshapen)
@@ -236,9 +241,10 @@ def likely_model(weights: Weights) -> tuple[str, float]:
     """The network whose backbone fits a file's tensors best, and the share that fits, 0 to 1; "" and 0 if none fits."""
     marked = families_like(weights.tensors, weights.layout)
     candidates = [name for name in list_models() if family_of(name) in marked]
-    shares = {name: match(_outline(name), weights)[0].backbone_share for name in candidates}
-    best = max(shares, key=lambda name: shares[name], default="")
-    return best, shares.get(best, 0.0)
+    found = {name: match(_outline(name), weights)[0] for name in candidates}
+    # Some networks have the same backbone, and differ in the decoder.
+    best = max(found, key=lambda name: (found[name].backbone_share, -found[name].strangers), default="")
+    return best, found[best].backbone_share if best else 0.0
 
 
 @cache
