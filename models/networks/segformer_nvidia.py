@@ -31,7 +31,7 @@ class Variant(segformer.Variant):
 
 
 VARIANTS = {
-    f"{name}_nvidia": Variant(backbone.base, backbone.depths, 256 if name.endswith(("b0", "b1")) else 768)
+    name.replace("_", "_nvidia_"): Variant(backbone.base, backbone.depths, 256 if name[-2:] in ("b0", "b1") else 768)
     for name, backbone in segformer.VARIANTS.items()
 }
 

@@ -2,7 +2,7 @@
 
 A folder holds the weights (model.safetensors or pytorch_model.bin), `config.json` (network and class names) and
 `preprocessor_config.json` (size, mean and std of images, meaning of label 0). The names of the tensors are those of the
-layouts in `models.networks`. Source: transformers 4.57 and 5.24, `SegformerConfig`, `UperNetConfig`, `SwinConfig`,
+layouts in `models.networks`. Source: transformers 5.24, `SegformerConfig`, `UperNetConfig`, `SwinConfig`,
 `SegformerImageProcessor`. Values that are missing there have these classes' defaults.
 """
 
@@ -50,7 +50,7 @@ SWIN: Mapping[str, Any] = {
     "layer_norm_eps": 1e-5,
 }
 STAGES = ["stage1", "stage2", "stage3", "stage4"]
-UPERNET: Mapping[str, Any] = {
+UPERNET: dict[str, Any] = {
     "hidden_size": 512,
     "pool_scales": list(upernet.POOLS),
     "use_auxiliary_head": True,
@@ -160,7 +160,7 @@ def _segformer(path: Path, config: Mapping[str, Any], whole: bool) -> str:
         raise _wrong(path, "depths, hidden_sizes", given, f"those of B0 to B5: {known}")
     if not whole:
         return name
-    name = f"{name}_nvidia"
+    name = name.replace("_", "_nvidia_")
     channels = segformer_nvidia.VARIANTS[name].channels
     _require(path, {"decoder_hidden_size": config.get("decoder_hidden_size", 256)}, {"decoder_hidden_size": channels})
     return name
@@ -285,7 +285,7 @@ def write_folder(folder: Path, network: Segmenter, metadata: Mapping[str, Any], 
     if layout is None or network.classifier_name != "linear":
         raise CommandError(
             f"{folder}: transformers has no {network.name} with {network.classifier_name}\n"
-            "expected segformer_*_nvidia or upernet_swin_*, with linear\n"
+            "expected segformer_nvidia_* or upernet_swin_*, with linear\n"
             "give the name of a file: .safetensors (ssaseg's format), .pth (official names), .onnx or .pt2"
         )
     state, prefix = network.state_dict(), LAYOUTS[layout.name]

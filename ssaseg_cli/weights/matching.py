@@ -259,6 +259,7 @@ class _NoValues(TorchFunctionMode):
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if getattr(function, "__module__", "") == "torch.nn.init":
+        drawn = getattr(function, "__name__", "") in ("normal_", "uniform_")  # which some of the initialisers call
+        if drawn or getattr(function, "__module__", "") == "torch.nn.init":
             return args[0] if args else kwargs["tensor"]
         return function(*args, **kwargs)

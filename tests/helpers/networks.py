@@ -2,11 +2,13 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import pytest
 
-from ssaseg.models.networks import afformer, cgrseg, efficientformer, seaformer, segnext
+from ssaseg.cli.weights import huggingface
+from ssaseg.models.networks import afformer, cgrseg, efficientformer, seaformer, segnext, swin, upernet
 
 # A network of each family with every part and next to no blocks: an export's time goes with their number.
 TINY: dict[str, tuple[Any, Any]] = {
@@ -49,4 +51,16 @@ def tiny_networks() -> Iterator[None]:
             patch.setitem(module.VARIANTS, name, variant)
         grid = efficientformer.Variant(widths=(8, 8, 16, 16), expansions=((), (), (2,), ()), attention=1, drop_path=0.0)
         patch.setitem(efficientformer.VARIANTS, "x", grid)
+        yield
+
+
+@contextmanager
+def tiny_swin() -> Iterator[None]:
+    """Makes `build_model` know upernet_swin_x, which has every part of UPerNet with Swin."""
+    with pytest.MonkeyPatch.context() as patch:
+        variant = swin.Variant(width=24, depths=(2, 2, 2, 2), heads=(1, 2, 4, 8))
+        patch.setattr(upernet, "UPerDecoder", partial(upernet.UPerDecoder, channels=32))
+        patch.setitem(huggingface.UPERNET, "hidden_size", 32)
+        patch.setitem(swin.VARIANTS, "x", variant)
+        patch.setitem(upernet.VARIANTS, "upernet_swin_x", variant)
         yield

@@ -14,7 +14,8 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 SMALLEST = (
     "afformer_t", "cgrseg_t", "seaformer_t", "segnext_t",
-    "fcn_r50", "ocrnet_hr18", "segformer_b0", "upernet_swin_t", "upernet_vit_adapter_t",
+    "fcn_r50", "ocrnet_hr18", "segformer_b0", "segformer_nvidia_b0", "upernet_swin_t",
+    "upernet_vit_adapter_t",
 )  # of each family  # fmt: skip
 CPU = torch.device("cpu")
 

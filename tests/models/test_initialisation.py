@@ -48,8 +48,10 @@ def truncated(weight: Tensor, bias: Tensor | None) -> None:
     assert not bias.any()
 
 
-HEAVY = ("fcn_r101", "ocrnet_hr48", "segformer_b3", "segformer_b4", "segformer_b5", "upernet_swin_b", "upernet_swin_l",
-         "upernet_vit_adapter_b", "upernet_vit_adapter_l")  # as their smaller ones, and seconds each  # fmt: skip
+HEAVY = (
+    "fcn_r101", "ocrnet_hr48", "segformer_b3", "segformer_b4", "segformer_b5", "upernet_swin_b", "upernet_swin_l",
+    *(f"segformer_nvidia_b{k}" for k in range(1, 6)), "upernet_vit_adapter_b", "upernet_vit_adapter_l",
+)  # as their smaller ones, and seconds each  # fmt: skip
 
 
 @pytest.mark.parametrize("name", sorted(set(list_models()) - set(HEAVY)))
@@ -61,7 +63,7 @@ def test_norms_and_classifier_start(name: str) -> None:
         if isinstance(module, nn.BatchNorm2d | nn.GroupNorm | nn.LayerNorm):
             assert (module.weight == (id(module) not in silent)).all()
             assert not module.bias.any()
-            small = isinstance(module, nn.LayerNorm) and name.startswith(("afformer", "segformer", "upernet_vit"))
+            small = isinstance(module, nn.LayerNorm) and name.startswith(("afformer", "segformer_b", "upernet_vit"))
             assert module.eps == (1e-6 if small else 1e-5)
         if isinstance(module, nn.BatchNorm2d):
             assert (module.momentum, module.affine, module.track_running_stats) == (0.1, True, True)

@@ -24,7 +24,7 @@ from ssaseg.cli.weights.matching import likely_model
 from ssaseg.cli.weights.pretrained import load_pretrained
 from ssaseg.datasets.labels import label_space
 from ssaseg.models import CLASSIFIERS, Segmenter, build_model, list_models, load_model, save_model
-from ssaseg.models.official import canonical, left_out, official_keys
+from ssaseg.models.official import canonical, left_out, official_entries
 
 CAMVID = "camvid-seaformer_b-ssa"
 
@@ -41,7 +41,8 @@ def network(name: str, classes: int = 3, classifier: str = "linear", seed: int =
 
 def official_state(model: Segmenter) -> dict[str, Tensor]:
     state = model.state_dict()
-    return {theirs: state[ours].clone().contiguous() for ours, theirs in official_keys(model).items()}
+    given = {name: value for entry in official_entries(model) for name, value in entry.give(state).items()}
+    return {name: value.clone().contiguous() for name, value in given.items()}
 
 
 def bare_backbone(model: Segmenter) -> dict[str, Tensor]:
