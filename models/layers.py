@@ -3,10 +3,13 @@
 Axes: N images, C channels, H×W pixels.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _NormBase
+from torch.utils.checkpoint import checkpoint
 
 
 class ConvNorm(nn.Sequential):
@@ -74,6 +77,22 @@ class DropPath(nn.Module):
 
     def extra_repr(self) -> str:
         return f"rate={self.rate:g}"
+
+
+class Checkpointed(nn.Module):
+    """Base of modules whose blocks can compute activations again in the backward pass instead of keeping them.
+
+    `checkpointing` turns it on for training. Gradients stay the same, also behind DropPath: the second pass draws the
+    same random numbers. Modules with BatchNorm can't be part of it, since they would update their statistics twice.
+    """
+
+    checkpointing = False
+
+    def run(self, block: nn.Module, *given: Any) -> Any:
+        """`block(*given)`, without keeping what is computed inside if `checkpointing` is on."""
+        if self.checkpointing and block.training and torch.is_grad_enabled():
+            return checkpoint(block, *given, use_reentrant=False)
+        return block(*given)
 
 
 def resize_bilinear(maps: Tensor, size: tuple[int, int] | torch.Size) -> Tensor:

@@ -232,6 +232,11 @@ class Train(Section):
         default=False,
         description="torch.compile for the network in training: takes minutes at the start, then steps are faster",
     )
+    checkpointing: Switch = Field(
+        default=False,
+        description="activation checkpointing: the backbone's blocks compute their activations again in the backward "
+        "pass, which needs less memory and more time; only for SegFormer, UPerNet with Swin, and ViT-Adapter",
+    )
     prefetch: Switch = Field(
         default=True, description="copy and prepare the next batch on the GPU during the current step"
     )

@@ -17,7 +17,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ssaseg.models.decoder import Decoder
-from ssaseg.models.layers import ConvNorm, Depthwise, DropPath, drop_path_rates, init_conv_module, resize_bilinear
+from ssaseg.models.layers import (
+    Checkpointed,
+    ConvNorm,
+    Depthwise,
+    DropPath,
+    drop_path_rates,
+    init_conv_module,
+    resize_bilinear,
+)
 from ssaseg.models.networks.family import Family, Layout, Parts
 from ssaseg.models.rows import Row, conv_norm, query_key_value, rows_of
 
@@ -113,7 +121,7 @@ class Block(nn.Module):
         return x + self.drop_path(self.mlp(self.mlp_norm(x), size))
 
 
-class Stage(nn.Module):
+class Stage(Checkpointed):
     """Overlapping patches of a quarter (first stage) or half the resolution, blocks, and a norm."""
 
     def __init__(self, inputs: int, channels: int, patch: int, heads: int, reduction: int, rates: list[float]) -> None:
@@ -130,7 +138,7 @@ class Stage(nn.Module):
         size = x.shape[-2:]
         x = self.embed_norm(x.flatten(2).mT)
         for block in self.blocks:
-            x = block(x, size)
+            x = self.run(block, x, size)
         return self.norm(x).mT.unflatten(2, size)
 
 

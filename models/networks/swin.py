@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ssaseg.models.layers import DropPath, drop_path_rates
+from ssaseg.models.layers import Checkpointed, DropPath, drop_path_rates
 from ssaseg.models.networks.family import Layout
 from ssaseg.models.rows import Row, query_key_value, rows_of
 
@@ -148,7 +148,7 @@ class Merge(nn.Module):
         return self.reduce(self.norm(x.permute(0, 1, 3, 5, 2, 4).flatten(3)))
 
 
-class Swin(nn.Module):
+class Swin(Checkpointed):
     """Backbone: four stages at strides 4, 8, 16, 32."""
 
     def __init__(self, variant: Variant, drop_path: float | None = None) -> None:
@@ -178,7 +178,8 @@ class Swin(nn.Module):
         for k, (stage, norm) in enumerate(zip(self.stages, self.norms, strict=True)):
             if k:
                 x = self.merges[k - 1](x)
-            x = stage(x)
+            for block in stage.children():
+                x = self.run(block, x)
             maps.append(norm(x).permute(0, 3, 1, 2))
         return maps
 

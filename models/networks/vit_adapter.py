@@ -15,9 +15,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
-from ssaseg.models.layers import ConvNorm, Depthwise, DropPath, drop_path_rates, init_fan_out
+from ssaseg.models.layers import Checkpointed, ConvNorm, Depthwise, DropPath, drop_path_rates, init_fan_out
 from ssaseg.models.networks.family import Layout
 from ssaseg.models.rows import Row, conv_norm, rows_of
 
@@ -34,7 +33,9 @@ Sizes = Sequence[tuple[int, int]]  # (height, width) of each level
 @dataclass(frozen=True)
 class Variant:
     """One size. `positions`: side of the map of position embeddings; `value_share`: channels that deformable attention
-    samples, as a fraction of all.
+    samples, as a fraction of all. Source: the authors' configurations for ADE20K, segmentation/configs/ade20k (commit
+    fd64a51): upernet_deit_adapter_{tiny,small,base}, upernet_augreg_adapter_large. Their augreg_adapter_base has 24
+    positions a side, because its ImageNet weights were trained at 384x384.
     """
 
     width: int
@@ -182,7 +183,7 @@ class Extractor(nn.Module):
         return self.project(F.gelu(torch.cat(mixed, dim=1)))
 
 
-class Interaction(nn.Module):
+class Interaction(Checkpointed):
     """Injector, blocks of the transformer (which it does not own), extractor."""
 
     def __init__(self, channels: int, heads: int, value_share: float, drop_path: float, extractors: int) -> None:
@@ -194,11 +195,11 @@ class Interaction(nn.Module):
         self, x: Tensor, branch: Tensor, blocks: Sequence[nn.Module], own: Tensor, every: Tensor, sizes: Sizes
     ) -> tuple[Tensor, Tensor]:
         """(N,P,C) and the branch (N,Q,C) → both. `own`, `every`: places (P,2) and (Q,2)."""
-        x = self.injector(x, own, branch, sizes)
+        x = self.run(self.injector, x, own, branch, sizes)
         for block in blocks:
-            x = block(x)
+            x = self.run(block, x)
         for extractor in self.extractors:
-            branch = extractor(branch, every, x, sizes)
+            branch = self.run(extractor, branch, every, x, sizes)
         return x, branch
 
 
@@ -236,13 +237,12 @@ def centres(sizes: Sizes, device: torch.device) -> Tensor:
 
 
 class ViTAdapter(nn.Module):
-    """Backbone: four maps at strides 4, 8, 16, 32. `checkpointing`: blocks compute again in the backward pass."""
+    """Backbone: four maps at strides 4, 8, 16, 32."""
 
     def __init__(self, variant: Variant, drop_path: float | None = None) -> None:
         super().__init__()
         width, last = variant.width, variant.drop_path if drop_path is None else drop_path
         self.channels = (width,) * 4
-        self.checkpointing = False
         self.embed = nn.Conv2d(3, width, PATCH, PATCH)
         self.positions = nn.Parameter(torch.zeros(1, variant.positions**2 + 1, width))
         self.levels = nn.Parameter(torch.zeros(3, width))
@@ -287,10 +287,7 @@ class ViTAdapter(nn.Module):
         outputs = []
         for k, interaction in enumerate(self.interactions):
             blocks = list(self.blocks)[k * step : (k + 1) * step]
-            if self.checkpointing and self.training:
-                x, branch = checkpoint(interaction, x, branch, blocks, own, every, sizes, use_reentrant=False)
-            else:
-                x, branch = interaction(x, branch, blocks, own, every, sizes)
+            x, branch = interaction(x, branch, blocks, own, every, sizes)
             outputs.append(x.mT.unflatten(2, size))
         maps = self.together(finest, branch, sizes, outputs)
         return [each[..., : -(-height // s), : -(-width // s)] for each, s in zip(maps, STRIDES, strict=True)]

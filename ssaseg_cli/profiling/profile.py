@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
@@ -28,6 +29,7 @@ from ssaseg.cli.errors import CommandError
 from ssaseg.cli.printing import echo
 from ssaseg.models import CLASSIFIERS, Segmenter, build_model, list_models, load_model
 from ssaseg.models.labelling import label_map
+from ssaseg.models.networks import segformer
 from ssaseg.models.segmenter import is_below
 
 CLASSES = 150  # of a network that is given by name: the classes of ADE20K, as in published figures
@@ -47,6 +49,9 @@ COUNTINGS = {
 
 # An activation counts as one operation per element. The official networks compute a hard sigmoid with a ReLU6 module.
 ACTIVATIONS = {F.relu, F.relu6, F.leaky_relu, F.hardsigmoid}
+
+# (our module, its part) that lies inside `nn.MultiheadAttention` in the official networks, where no hook is called.
+FUSED = ((segformer.Attention, "project"),)
 
 POOLINGS = (nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveMaxPool2d, nn.AdaptiveAvgPool2d)
 
@@ -133,15 +138,18 @@ def _models(target: str, classifier: str | None, classes: int | None) -> list[Se
 def count(model: Segmenter, image: Tensor) -> dict[str, Any]:
     """Parameters, and giga multiply-accumulates of one pass over `image` (1,3,H,W), of a model from `_models`.
 
-    `parameters_deployed` does not count what only training uses, such as SSA's teacher branch.
+    `parameters_deployed` does not count what only training uses: SSA's teacher branch and auxiliary heads, whose own
+    number is `parameters_auxiliary`.
     """
     dropped = model.training_only()
     sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
-    with torch.inference_mode(), FlopCounterMode(display=False) as operations:
+    # The flop counter does not know the fused attention of CPUs. As matrix products, it is counted everywhere.
+    with torch.inference_mode(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as operations:
         modules = count_modules(model, image.cpu())
     return {
         "parameters": sum(sizes.values()),
         "parameters_deployed": sum(size for name, size in sizes.items() if not is_below(name, dropped)),
+        "parameters_auxiliary": sum(size for name, size in sizes.items() if is_below(name, ["auxiliary"])),
         "gmacs": {EVERY_OPERATION: operations.get_total_flops() / 2e9, MODULES_ONLY: modules / 1e9},
     }
 
@@ -167,7 +175,8 @@ def count_modules(model: nn.Module, image: Tensor) -> int:
                 total += output.numel()
             return output
 
-    hooks = [module.register_forward_hook(add) for module in model.modules()]
+    fused = [getattr(module, name) for module in model.modules() for kind, name in FUSED if isinstance(module, kind)]
+    hooks = [module.register_forward_hook(add) for module in model.modules() if module not in fused]
     try:
         with Activations():
             model(image)
@@ -182,6 +191,9 @@ def module_operations(module: nn.Module, given: Any, output: Any) -> int:
     if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
         per_output = module.weight[0].numel() + (module.bias is not None)
         return output.numel() * per_output
+    if isinstance(module, nn.ConvTranspose2d):
+        per_input = module.weight[0].numel() * given.shape[1]
+        return given[:, 0].numel() * per_input + (output.numel() if module.bias is not None else 0)
     if isinstance(module, nn.Linear):
         return given.numel() * module.out_features
     if isinstance(module, nn.GroupNorm | nn.LayerNorm):

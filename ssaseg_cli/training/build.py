@@ -131,7 +131,7 @@ def build_network(recipe: Recipe, classes: Sequence[str]) -> Segmenter:
     if loss.ohem is not None:
         options = replace(options, ohem_threshold=loss.ohem.threshold, ohem_min_kept=loss.ohem.min_kept)
     try:
-        return build_model(
+        model = build_model(
             recipe.model.name,
             len(classes),
             recipe.model.classifier,
@@ -143,6 +143,24 @@ def build_network(recipe: Recipe, classes: Sequence[str]) -> Segmenter:
         )
     except ValueError as error:
         raise CommandError(f"recipe {recipe.name}, model: {error}") from None
+    if recipe.train.checkpointing:
+        turn_on_checkpointing(model)
+    return model
+
+
+def turn_on_checkpointing(model: Segmenter) -> None:
+    """Lets the blocks of the network compute activations again. Raises CommandError if it has no such blocks."""
+    from ssaseg.models.layers import Checkpointed
+
+    modules = [module for module in model.modules() if isinstance(module, Checkpointed)]
+    if not modules:
+        raise CommandError(
+            f"train.checkpointing: true: not possible with {model.name}\n"
+            "expected a SegFormer, a UPerNet with Swin or with ViT-Adapter: their blocks have no BatchNorm\n"
+            "use train.checkpointing=false; train.micro_batch and train.amp also save memory"
+        )
+    for module in modules:
+        module.checkpointing = True
 
 
 def choose_micro_batch(job: Job, rank_batch: int) -> None:

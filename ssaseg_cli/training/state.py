@@ -25,6 +25,7 @@ FREE_KEYS = {
     "data.cache": "",  # the same pixels, from memory
     "train.workers": "",  # a sample depends only on the seed and its position
     "train.prefetch": "",  # the same batches, earlier on the device
+    "train.checkpointing": "",  # the same gradients, with activations that are computed twice
     "train.log_every": "",
     "train.save_every": "",
     "train.keep": "",

@@ -336,9 +336,9 @@ def test_readme_commands_exist_with_their_options() -> None:
         assert used <= known, words
 
 
-@pytest.mark.parametrize("name", list_recipes())
-def test_every_recipe_builds(name: str) -> None:
-    recipe = load_recipe(name)
+def test_every_recipe_builds() -> None:
+    networks = {(recipe.model.name, recipe.model.classifier) for recipe in map(load_recipe, list_recipes())}
+    assert len(networks) > 30
     with torch.device("meta"):
-        model = build_model(recipe.model.name, max(len(recipe.data.classes), 2), recipe.model.classifier)
-    assert all(parameter.is_meta for parameter in model.parameters())
+        for name, classifier in networks:
+            assert all(parameter.is_meta for parameter in build_model(name, 2, classifier).parameters())

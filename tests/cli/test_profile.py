@@ -15,7 +15,9 @@ from ssaseg.cli.main import cli
 from ssaseg.cli.profiling import paper_table as papertable
 from ssaseg.cli.profiling import profile as profiling
 from ssaseg.cli.profiling.profile import EVERY_OPERATION, MODULES_ONLY, LiveTensors, count_modules, run_profile
-from ssaseg.models import build_model, save_model
+from ssaseg.models import Segmenter, build_model, save_model
+from ssaseg.models.classifiers.linear import LinearClassifier
+from ssaseg.models.networks import vit_adapter
 
 # SeaFormer-B, 150 classes, 512×512: parameters, those of inference, and GMACs in both countings; computed with the
 # official code (commit e67fc2f), torch 2.13's flop counter and mmcv 1.7.2's `get_model_complexity_info`.
@@ -92,6 +94,7 @@ def test_modules_are_counted_by_mmcvs_rules() -> None:
     cases: list[tuple[nn.Module, tuple[int, ...], int]] = [
         (nn.Conv2d(6, 9, 3, stride=2, padding=1, groups=3), (1, 6, 8, 8), 9 * 16 * (2 * 9 + 1)),
         (nn.Conv2d(6, 9, 1, bias=False), (1, 6, 5, 4), 9 * 20 * 6),
+        (nn.ConvTranspose2d(6, 8, 2, 2, groups=2), (1, 6, 5, 4), 20 * 6 * 4 * 4 + 8 * 80),
         (nn.Linear(7, 3), (2, 5, 7), 70 * 3),  # mmcv leaves the bias out
         (nn.BatchNorm2d(4), (1, 4, 3, 3), 0),
         (nn.LayerNorm(4), (3, 4), 24),
@@ -105,6 +108,23 @@ def test_modules_are_counted_by_mmcvs_rules() -> None:
     for module, shape, expected in cases:
         with torch.inference_mode():
             assert count_modules(module.eval(), torch.ones(shape)) == expected, module
+
+
+def test_a_projection_inside_the_official_attention_is_not_counted() -> None:
+    """SegFormer-B0 with the plain classifier: mmcv 1.7.2's own number for mmsegmentation 0.30."""
+    with torch.device("meta"):
+        model = build_model("segformer_b0", 150, "linear").eval()
+        model.classifier.forward = nn.Sequential(model.classifier.conv_seg)  # type: ignore[method-assign]
+        assert count_modules(model, torch.empty(1, 3, 512, 512)) == 6_986_989_568
+
+
+def test_fused_attention_is_counted() -> None:
+    """A block of ViT-Adapter-T by hand, since the flop counter passes over the attention that CPUs compute."""
+    block = vit_adapter.Block(192, 3, 0.0).eval().requires_grad_(False)
+    model = Segmenter(block, nn.Identity(), LinearClassifier(192, 2))  # type: ignore[arg-type]
+    model.forward = block.forward  # type: ignore[method-assign]
+    found = profiling.count(model, torch.zeros(1, 64, 192))["gmacs"][EVERY_OPERATION]
+    assert found * 1e9 == pytest.approx(12 * 64 * 192**2 + 2 * 64**2 * 192)
 
 
 def test_live_tensors_follow_what_is_freed() -> None:
@@ -126,7 +146,7 @@ def test_paper_table(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Mon
 
     Every published row's figures are looked at in models/test_networks.py.
     """
-    assert sum(map(len, papertable.PAPER.values())) == 12
+    assert sum(map(len, papertable.PAPER.values())) == 26
     some = {"afformer_b": "linear", "seaformer_b": "ssa", "cgrseg_l": "linear"}
     paper = {name: {kind: papertable.PAPER[name][kind]} for name, kind in some.items()}
     monkeypatch.setattr(papertable, "PAPER", paper)
@@ -145,6 +165,22 @@ def test_paper_table(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Mon
     table = capsys.readouterr().out
     for cell in ("3.004 (+0.1 %)", "8.734 (-0.8 %)", "14.899 (-0.0 %)", "66,048", "43.3"):
         assert cell in table
+
+
+def test_paper_table_says_what_is_not_known(capsys: pytest.CaptureFixture[str]) -> None:
+    counts = {"parameters_deployed": 70_000_000, "parameters_auxiliary": 1_660_000,
+              "gmacs": {EVERY_OPERATION: 171.1, MODULES_ONLY: 165.0}}  # fmt: skip
+    row = papertable.describe("ocrnet_hr48", "linear", counts) | TIMINGS
+    assert row["parameters"] == 71.66
+    assert row["deviation_percent"] == {"parameters": None, "gmacs": pytest.approx(0.121, abs=1e-3)}
+    papertable.print_paper_table(
+        {"rows": [row], "classes": 150, "size": [512, 512], **profiling.conditions(torch.device("cpu"), 1)}
+    )
+    out = capsys.readouterr().out
+    cells = next(line for line in out.splitlines() if "ocrnet_hr48 linear" in line).split()
+    assert "71.660" in cells
+    assert cells.count("-") == 2  # parameters and latency
+    assert "8.7 M parameters are a misprint" in out
 
 
 def test_paper_table_runs_and_is_told_apart() -> None:

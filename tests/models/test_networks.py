@@ -5,6 +5,7 @@ import copy
 import functools
 import json
 import math
+import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,6 +25,7 @@ LIGHT = [name for name in list_models() if name.startswith(("afformer", "cgrseg"
 SMALLEST = ("afformer_t", "cgrseg_t", "seaformer_t", "segnext_t")
 OFFICIAL: dict[str, Any] = json.loads((GOLDEN / "variants.json").read_text())
 SIZES = {"t": "tiny", "s": "small", "b": "base", "l": "large"}  # in the official names, except CGRSeg's
+TRIED = (("upernet_swin_t", "ssa"), ("upernet_vit_adapter_l", "ssa"))  # of the general models; all: `make parity`
 NEVER_USED = {"afformer": 66048}  # parameters that only the official network builds: its head's layer `align`
 
 # Parameters [M] and GMACs at 512×512 with 150 classes, as their authors publish them, and the counting that gives them.
@@ -144,16 +146,26 @@ def test_counts_are_the_published_ones(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "classifier"), [(name, classifier) for name, rows in paper_table.PAPER.items() for classifier in rows]
+    ("name", "classifier"),
+    [
+        (name, classifier)
+        for name, rows in paper_table.PAPER.items()
+        for classifier in rows
+        if any(rows[classifier]) and (name in LIGHT or (name, classifier) in TRIED or os.environ.get("SSASEG_PARITY"))
+    ],
 )
 def test_counts_are_the_papers(name: str, classifier: str) -> None:
-    """Every row of SSA-Seg's table, as `profile --paper-table` has it: within 1 % and 3 %."""
+    """Every row of SSA-Seg's table, as `profile --paper-table` has it: within 1 % and 3 %, general models 0.1 %."""
     found = counts(name, classifier)
     gmacs = {EVERY_OPERATION: found.macs / 1e9, MODULES_ONLY: found.modules / 1e9}
-    deployed = found.parameters - found.teacher
-    row = paper_table.describe(name, classifier, {"parameters_deployed": deployed, "gmacs": gmacs})
-    assert abs(row["parameters"] / row["paper"]["parameters"] - 1) < 0.01
-    assert abs(row["gmacs"][MODULES_ONLY] / row["paper"]["gmacs"] - 1) < 0.03
+    sizes = {"parameters_deployed": found.parameters - found.teacher, "parameters_auxiliary": 0}
+    row = paper_table.describe(name, classifier, {**sizes, "gmacs": gmacs})
+    general = name not in LIGHT
+    if name == "ocrnet_hr48" and classifier == "ssa":  # printed as 8.7
+        assert row["parameters"] == pytest.approx(71.66, abs=0.01)
+    elif row["paper"]["parameters"]:
+        assert abs(row["deviation_percent"]["parameters"]) < (0.1 if general else 1)
+    assert abs(row["deviation_percent"]["gmacs"]) < (0.15 if general else 3)
     assert row["gmacs"][EVERY_OPERATION] > 0.9 * row["paper"]["gmacs"]
 
 
