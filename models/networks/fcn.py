@@ -69,6 +69,7 @@ FAMILY = Family(
     ],
     mark="backbone.stem.",
     layouts=LAYOUTS,
+    not_pretrained=("backbone.stem.*",),  # where the file came from torchvision
     heads=AUXILIARY_HEADS,
     losses=AUXILIARY_LOSSES,
 )

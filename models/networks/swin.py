@@ -44,9 +44,10 @@ VARIANTS = {
 
 def relative_index() -> Tensor:
     """For each pair of positions in a window, the row of the bias table: int64 (P,P), (dy+6)·13 + dx+6."""
-    places = torch.tensor([*product(range(WINDOW), repeat=2)])
+    # On the CPU: arithmetic on the meta device loads PyTorch's compiler.
+    places = torch.tensor([*product(range(WINDOW), repeat=2)], device="cpu")
     difference = places[:, None] - places[None] + WINDOW - 1
-    return difference[..., 0] * (2 * WINDOW - 1) + difference[..., 1]
+    return (difference[..., 0] * (2 * WINDOW - 1) + difference[..., 1]).to(torch.get_default_device())
 
 
 def to_windows(x: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 Source: "Unified Perceptual Parsing" (Xiao et al., ECCV 2018, arXiv 1807.10221), as in mmsegmentation 0.30, `UPerHead`.
 """
 
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import replace
@@ -119,12 +120,48 @@ def build_adapter(name: str, num_classes: int, drop_path: float | None = None) -
     return Parts(backbone, UPerDecoder(backbone.channels), {"aux": head})
 
 
+# The convolutional branch, and the scales of layers.
+ADAPTER_PARTS = tuple(
+    f"backbone.{part}" for part in ("level_embed", "spm.*", "interactions.*", "up.*", "norm?.*", "blocks.*.gamma?")
+)
+
+
+def resize_positions(value: Tensor, shape: Sequence[int]) -> Tensor:
+    """Position embeddings (1,1+P,C), or those of DeiT with two tokens before them, for a square of another size.
+
+    As the authors resize them: bicubic. Returns them unchanged if they are not of a square, or have other channels.
+    """
+    if value.dim() != 3 or value.shape[0] != 1 or value.shape[2] != shape[2]:
+        return value
+    old, new = (math.isqrt(count) for count in (value.shape[1], shape[1] - 1))
+    if not 0 < value.shape[1] - old**2 <= 2:
+        return value
+    first, maps = value[:, :1], value[:, -(old**2) :]
+    if old != new:
+        resized = F.interpolate(maps.mT.unflatten(2, (old, old)).float(), (new, new), mode="bicubic")
+        maps = resized.flatten(2).mT.to(value.dtype)
+    return torch.cat([first, maps], dim=1)
+
+
+PLAIN_VIT = Layout(
+    name="timm's ViT",
+    mark=re.compile(r"backbone\.blocks\.0\.attn\.qkv\.weight"),
+    without=re.compile(r"backbone\.spm\."),
+    rows=vit_adapter.PLAIN_ROWS,
+    left_out={
+        **dict.fromkeys(("backbone.cls_token", "backbone.dist_token"), "a token that only a classifier reads"),
+        "backbone.head_dist.*": "the ImageNet classifier",
+    },
+    resized={"backbone.pos_embed": resize_positions},
+)
+
 ADAPTER_FAMILY = Family(
     variants=ADAPTERS,
     build=build_adapter,
     rows=[*vit_adapter.ROWS, *DECODER_ROWS, *AUXILIARY_ROWS],
     mark="backbone.spm.",
-    layouts=[vit_adapter.PLAIN],
+    layouts=[PLAIN_VIT],
+    not_pretrained=ADAPTER_PARTS,
     heads=AUXILIARY_HEADS,
     losses=AUXILIARY_LOSSES,
 )

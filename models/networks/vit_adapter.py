@@ -8,7 +8,6 @@ after the other), L levels, S = 4 samples.
 """
 
 import math
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -17,7 +16,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ssaseg.models.layers import Checkpointed, ConvNorm, Depthwise, DropPath, drop_path_rates, init_fan_out
-from ssaseg.models.networks.family import Layout
 from ssaseg.models.rows import Row, conv_norm, rows_of
 
 EPS = 1e-6  # of every LayerNorm
@@ -108,10 +106,10 @@ class DeformableAttention(nn.Module):
 
     def reset(self) -> None:
         """The official start: every head looks in a direction of its own, 1 to 4 positions far, with equal weights."""
-        angles = torch.arange(self.heads) * (2 * math.pi / self.heads)
+        angles = torch.arange(self.heads, device="cpu") * (2 * math.pi / self.heads)
         directions = torch.stack([angles.cos(), angles.sin()], dim=1)
         directions = directions / directions.abs().amax(dim=1, keepdim=True)
-        places = directions[:, None, None] * torch.arange(1, SAMPLES + 1)[:, None]
+        places = directions[:, None, None] * torch.arange(1, SAMPLES + 1, device="cpu")[:, None]
         with torch.no_grad():
             self.offsets.bias.copy_(places.expand(-1, self.levels, -1, -1).flatten())
         for layer in (self.offsets, self.weights):
@@ -364,33 +362,3 @@ ROWS: list[Row] = [
     Row("backbone.up", "backbone.up"),
     Row("backbone.norms.{}", "backbone.norm{+1}"),
 ]  # fmt: skip
-
-
-def resize_positions(value: Tensor, shape: Sequence[int]) -> Tensor:
-    """Position embeddings (1,1+P,C), or those of DeiT with two tokens before them, for a square of another size.
-
-    As the authors resize them: bicubic. Returns them unchanged if they are not of a square, or have other channels.
-    """
-    if value.dim() != 3 or value.shape[0] != 1 or value.shape[2] != shape[2]:
-        return value
-    old, new = (math.isqrt(count) for count in (value.shape[1], shape[1] - 1))
-    if not 0 < value.shape[1] - old**2 <= 2:
-        return value
-    first, maps = value[:, :1], value[:, -(old**2) :]
-    if old != new:
-        resized = F.interpolate(maps.mT.unflatten(2, (old, old)).float(), (new, new), mode="bicubic")
-        maps = resized.flatten(2).mT.to(value.dtype)
-    return torch.cat([first, maps], dim=1)
-
-
-PLAIN = Layout(
-    name="timm's ViT",
-    mark=re.compile(r"backbone\.blocks\.0\.attn\.qkv\.weight"),
-    without=re.compile(r"backbone\.spm\."),
-    rows=PLAIN_ROWS,
-    left_out={
-        **dict.fromkeys(("backbone.cls_token", "backbone.dist_token"), "a token that only a classifier reads"),
-        "backbone.head_dist.*": "the ImageNet classifier",
-    },
-    resized={"backbone.pos_embed": resize_positions},
-)

@@ -23,7 +23,7 @@ from ssaseg.cli.weights.deploy import write_deploy
 from ssaseg.cli.weights.export import Form, write_export
 from ssaseg.cli.weights.foreign import Weights, count_rows, read_weights
 from ssaseg.cli.weights.huggingface import write_folder
-from ssaseg.cli.weights.matching import Match, best_guess, describe_source, likely_model, match
+from ssaseg.cli.weights.matching import Match, best_guess, describe_source, likely_model, match, outline
 from ssaseg.cli.weights.pretrained import PRETRAINED_SHARE
 from ssaseg.files.text import printable
 from ssaseg.files.writing import write_atomic
@@ -211,7 +211,7 @@ def open_official(request: Request, weights: Weights, name: str) -> Opened:
 
 def open_backbone(request: Request, weights: Weights, name: str) -> Opened:
     """A pre-trained backbone without decoder and classifier."""
-    network = fresh(name, 2, "linear")
+    network = outline(name)
     found, tensors = match(network, weights, describe_source(request.source, weights, f"{name}, only the backbone"))
     echo(str(found))
     if found.backbone_share < PRETRAINED_SHARE and not (request.allow_partial and found.matched):

@@ -151,7 +151,8 @@ def match(
         unexpected=unexpected,
         misshapen=misshapen,
         not_used=not_used,
-        fresh=[*(name for entry in wanted for name in entry.theirs if name in fresh), *unnamed],
+        fresh=[key for entry in wanted for key in entry.theirs if key in fresh and not key.endswith(COUNTERS)]
+        + unnamed,
         backbone=(backbone[0], sum(backbone)),
         notes=notes,
     )
@@ -241,25 +242,28 @@ def likely_model(weights: Weights) -> tuple[str, float]:
     """The network whose backbone fits a file's tensors best, and the share that fits, 0 to 1; "" and 0 if none fits."""
     marked = families_like(weights.tensors, weights.layout)
     candidates = [name for name in list_models() if family_of(name) in marked]
-    found = {name: match(_outline(name), weights)[0] for name in candidates}
+    found = {name: match(outline(name), weights)[0] for name in candidates}
     # Some networks have the same backbone, and differ in the decoder.
     best = max(found, key=lambda name: (found[name].backbone_share, -found[name].strangers), default="")
     return best, found[best].backbone_share if best else 0.0
 
 
 @cache
-def _outline(name: str) -> Segmenter:
-    """A network that has only keys and shapes, and no memory for weights."""
+def outline(name: str) -> Segmenter:
+    """A network with two classes that has only keys and shapes, and no memory for weights."""
     with torch.device("meta"), _NoValues():
         return build_model(name, 2, "linear")
 
 
 class _NoValues(TorchFunctionMode):
-    """Leaves out initial values: their first random draw on the meta device loads PyTorch's compiler, which is slow."""
+    """Leaves out all that changes a tensor in place, such as initial values.
+
+    The first random draw or arithmetic on the meta device loads PyTorch's compiler, which takes seconds.
+    """
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        drawn = getattr(function, "__name__", "") in ("normal_", "uniform_")  # which some of the initialisers call
-        if drawn or getattr(function, "__module__", "") == "torch.nn.init":
+        name = getattr(function, "__name__", "")
+        if name.endswith("_") and not name.endswith("__"):
             return args[0] if args else kwargs["tensor"]
         return function(*args, **kwargs)

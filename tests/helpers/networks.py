@@ -8,12 +8,22 @@ from typing import Any
 import pytest
 
 from ssaseg.cli.weights import huggingface
-from ssaseg.models.networks import afformer, cgrseg, efficientformer, seaformer, segnext, swin, upernet
+from ssaseg.models.networks import (
+    afformer,
+    cgrseg,
+    efficientformer,
+    seaformer,
+    segformer_nvidia,
+    segnext,
+    swin,
+    upernet,
+)
 
 # A network of each family with every part and next to no blocks: an export's time goes with their number.
 TINY: dict[str, tuple[Any, Any]] = {
     "afformer_x": (afformer, afformer.Variant(widths=(16, 16, 24, 24), depths=(1, 1, 1, 1), channels=32)),
     "cgrseg_x": (cgrseg, cgrseg.Variant(backbone="x", channels=32, context=1, band=3)),
+    "segformer_nvidia_x": (segformer_nvidia, segformer_nvidia.Variant(base=8, depths=(1, 1, 1, 1), channels=16)),
     "seaformer_x": (
         seaformer,
         seaformer.Variant(
