@@ -1,6 +1,7 @@
 """The sides of networks.py, each in its own process: `python network_sides.py SIDE` answers one question per line.
 
-`ours` and `plain` differ in the package that they import. `mmseg` runs in the interpreter that has mmsegmentation.
+`ours` and `plain` differ in the package that they import. `mmseg` and `transformers` run in interpreters that have
+these packages: see network_peers.py.
 """
 
 import json
@@ -13,9 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from network_peers import peer_network, versions
 from torch import Tensor, nn
 
-SIDES = ("ours", "plain", "mmseg")
+PEERS = ("mmseg", "transformers")
+SIDES = ("ours", "plain", *PEERS)
 THREADS = 2
 PASSES = 3  # passes of a side before the next side's turn
 
@@ -53,7 +56,7 @@ def our_network(case: Case) -> nn.Module:
 
 
 def in_form(model: Any, form: str) -> nn.Module:
-    if form == "eager":
+    if form in ("eager", "ssa"):
         return model
     from ssaseg.models.deploy import fold
     from ssaseg.models.fast import accelerate
@@ -65,29 +68,18 @@ def in_form(model: Any, form: str) -> nn.Module:
     return accelerate(model, torch.float32 if form == "compiled" else None)
 
 
-def mmseg_network(case: Case) -> nn.Module:
-    """mmsegmentation's SegNeXt, from the configuration in its package; without SyncBN, since there is one process."""
-    sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "fixtures"))
-    from make_mmseg_stub import stub_mmcv_ops
+def official_weights(model: Any) -> dict[str, dict[str, Tensor]]:
+    """The tensors of our network under the names of other programs: mmsegmentation's, and those that its family has."""
+    from ssaseg.models.build import family_of
+    from ssaseg.models.official import official_entries
 
-    stub_mmcv_ops()
-    import mmseg
-    from mmengine import Config
-    from mmengine.model import revert_sync_batchnorm
-    from mmseg.registry import MODELS
-    from mmseg.utils import register_all_modules
-
-    register_all_modules()
-    file = f"segnext_mscan-{case.model.removeprefix('segnext_')}_1xb16-adamw-160k_ade20k-512x512.py"
-    config = Config.fromfile(Path(mmseg.__file__).parent / ".mim" / "configs" / "segnext" / file).model
-    config.backbone.init_cfg = config.data_preprocessor = None
-    config.decode_head.num_classes = case.classes
-    model = revert_sync_batchnorm(MODELS.build(config)).eval().requires_grad_(False)
-    return Chain(model.backbone, model.decode_head)
-
-
-class Chain(nn.Sequential):
-    """A backbone and its head."""
+    layouts = ["", *(layout.name for layout in family_of(model.name).layouts)]
+    state = model.state_dict()
+    named = {name: official_entries(model, layout=name) for name in layouts}
+    return {
+        name: {key: value for entry in found for key, value in entry.give(state).items()}
+        for name, found in named.items()
+    }
 
 
 @torch.no_grad()
@@ -105,10 +97,17 @@ def serve(side: str) -> None:
         answer: Any = None
         if question == "build":
             case, form = Case(**given["case"]), given["form"]
-            model = mmseg_network(case) if side == "mmseg" else our_network(case)
-            images, networks[form] = case.images(), in_form(model, form)
-            answer, logits = once(form)
+            images = case.images()
+            if side in PEERS:
+                networks[form], same = peer_network(side, case, given["weights"])
+            else:
+                model, same = our_network(case), 1.0
+                if given["weights"] and form == "eager":
+                    torch.save(official_weights(model), given["weights"])
+                networks[form] = in_form(model, form)
+            first, logits = once(form)
             torch.save(logits.float().contiguous(), given["logits"])
+            answer = [first, same]
         elif question == "time":
             answer = [1e3 * once(given["form"])[0] for _ in range(PASSES)]
         elif question == "forget":
@@ -129,10 +128,8 @@ def seconds(work: Callable[[], Any]) -> tuple[float, Any]:
 
 
 def about(side: str) -> dict[str, str]:
-    if side == "mmseg":
-        import mmseg
-
-        return {"mmsegmentation": mmseg.__version__, "its torch": torch.__version__}
+    if side in PEERS:
+        return versions(side)
     import ssaseg.models.build
 
     return {"from": str(ssaseg.models.__file__)}

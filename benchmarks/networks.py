@@ -1,16 +1,22 @@
-"""Networks: ours against mmsegmentation 1.2.2 and against our own first version, plain and on the fast path.
+"""Networks: ours against mmsegmentation 1.2.2, transformers and our own first version, plain and on the fast path.
 
     python benchmarks/networks.py --mmseg-python PATH_TO_PYTHON          # writes benchmarks/results/networks.json
+    python benchmarks/networks.py --general --mmseg-python PYTHON --transformers-python PYTHON  # its part "general"
     python benchmarks/networks.py --checkpoint X.safetensors --images DIR  # also the labels of the fast path
     python benchmarks/networks.py --device cuda [--model NAME ...]       # latencies on a GPU instead
     python benchmarks/networks.py --smoke                                # small and quick, writes nothing
 
 Protocol: 2 threads, one image of 512×512, 150 classes, float32 unless stated. Each side has its own process: `ours`,
 `plain` (this repository at the commit --plain, exported by git), `mmseg` (the environment that
-tests/fixtures/make_mmseg_metrics.py describes, in eager float32). The sides run in turn, so that the machine's load is
-the same for all. A time is the median of its rounds; a ratio is the median of the rounds' ratios. Ours has several
-forms: `eager`, as built; `folded`; `bf16`, the fast path without its compiler; `compiled`, the fast path in float32;
-`fast`, the full `accelerate`. Our sides have the same weights and must agree if they compute in float32.
+tests/fixtures/make_mmseg_metrics.py describes, in eager float32), `transformers` (any version, with the same PyTorch).
+The sides run in turn, so that the machine's load is the same for all. A time is the median of its rounds; a ratio is
+the median of the rounds' ratios. Ours has several forms: `eager`, as built; `folded`; `bf16`, the fast path without its
+compiler; `compiled`, the fast path in float32; `fast`, the full `accelerate`; `ssa`, as built with this classifier. Our
+sides have the same weights and must agree if they compute in float32. Peers have our weights where our families know
+the peer's names; the results say for which share of the tensors, and how far apart the logits are. SegFormer's head in
+transformers is NVIDIA's: where no variant of ours has it, only the backbones do the same work.
+
+--general measures the paper's other networks, and what SSA costs on top of linear in each family, beside the paper.
 
 Roofline: network_roofline.py explains the bounds. "measured/bound" relates the eager network to all its operations, and
 the compiled networks to the products only.
@@ -29,13 +35,14 @@ import tempfile
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from network_peers import peer_of
 from network_roofline import reached, roofline
-from network_sides import THREADS, Case, in_form, our_network, seconds
+from network_sides import PEERS, THREADS, Case, in_form, our_network, seconds
 
 ROOT = Path(__file__).parents[1]
 SIDES = Path(__file__).with_name("network_sides.py")
@@ -43,12 +50,17 @@ RESULTS = Path(__file__).parent / "results" / "networks.json"
 PLAIN = "59d4974"  # the commit before any network was optimised for speed
 TOLERANCE = 1e-3  # of the largest logit, between float32 sides
 GOALS = {"mmseg/eager": 1.0, "plain/eager": 1.0, "mmseg/fast": 3.0, "plain/fast": 2.0, "labels": 0.995}
+GENERAL_GOALS = {"mmseg/eager": 1.0, "transformers/eager": 1.0, "eager/fast": 1.8}
 FORMS = ("eager", "folded", "bf16", "compiled", "fast")
 
 # The linear classifier, because mmsegmentation has only this one.
 CASES = [Case("segnext_t", "linear")] + [
     Case(name, "ssa") for name in ("segnext_t", "afformer_b", "cgrseg_b", "seaformer_b")
 ]
+GENERAL = [
+    Case(name, "linear") for name in ("segformer_b0_nvidia", "segformer_b0", "upernet_swin_t", "ocrnet_hr18", "fcn_r50")
+]
+COST_ROUNDS = 3  # the largest network takes 10 s a pass
 
 
 # ---- the sides ---------------------------------------------------------------------------------------------------
@@ -107,15 +119,14 @@ def plain_package(revision: str, folder: Path) -> Path | None:
 
 
 @contextmanager
-def workers(mmseg_python: Path | None, revision: str, smoke: bool) -> Iterator[dict[str, Worker]]:
+def workers(peers: dict[str, Path | None], revision: str | None) -> Iterator[dict[str, Worker]]:
     """The sides that can run on this machine, by name."""
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         found = {"ours": Worker("ours", sys.executable, folder)}
-        if plain := None if smoke else plain_package(revision, folder):
+        if plain := revision and plain_package(revision, folder):
             found["plain"] = Worker("plain", sys.executable, folder, plain)
-        if mmseg_python:
-            found["mmseg"] = Worker("mmseg", mmseg_python, folder)
+        found |= {name: Worker(name, python, folder) for name, python in peers.items() if python}
         for worker in found.values():
             stack.callback(worker.close)
         if plain and not found["plain"].ask("about")["from"].startswith(str(plain)):
@@ -129,14 +140,14 @@ def workers(mmseg_python: Path | None, revision: str, smoke: bool) -> Iterator[d
 def measure(case: Case, sides: dict[str, Worker], forms: tuple[str, ...], rounds: int) -> dict[str, Any]:
     """Runs all sides and forms in turn: first pass, median, ratios, and the differences of the results."""
     turns = {form: (sides["ours"], form) for form in forms}
-    if "plain" in sides:
-        turns["plain"] = (sides["plain"], "eager")
-    if "mmseg" in sides and case.model.startswith("segnext"):
-        turns["mmseg"] = (sides["mmseg"], "eager")
-    first, logits = {}, {}
+    peer = peer_of(case.model)
+    turns |= {side: (sides[side], "eager") for side in ("plain", peer) if side in sides}
+    first, same, logits = {}, {}, {}
     for name, (worker, form) in turns.items():
-        file = worker.folder / "logits.pt"
-        first[name] = worker.ask("build", case=asdict(case), form=form, logits=str(file))
+        file, weights = worker.folder / "logits.pt", worker.folder / "weights.pt"
+        built = replace(case, classifier="ssa") if form == "ssa" else case
+        given = {"case": asdict(built), "form": form, "logits": str(file), "weights": str(weights) if peer else None}
+        first[name], same[name] = worker.ask("build", **given)
         logits[name] = torch.load(file)
         progress(f"{case.model} {case.classifier} {name}: first pass {first[name]:.1f} s")
     times: dict[str, list[float]] = defaultdict(list)
@@ -155,15 +166,16 @@ def measure(case: Case, sides: dict[str, Worker], forms: tuple[str, ...], rounds
         "all [ms]": times,
         "ratios": {
             f"{slow}/{quick}": statistics.median(a / b for a, b in zip(times[slow], times[quick], strict=True))
-            for slow in ("mmseg", "plain", "eager")
+            for slow in (*PEERS, "plain", "eager")
             for quick in forms
             if slow in times and slow != quick
         },
         "apart, of the largest logit": {
             name: ((found - base).abs().max() / base.abs().max()).item()
             for name, found in logits.items()
-            if name != "mmseg"  # it has other weights
+            if name != "ssa" and found.shape == base.shape
         },
+        "tensors with our weights": same,
     }
 
 
@@ -176,7 +188,7 @@ def show(result: dict[str, Any]) -> None:
     case, median = result["case"], result["median [ms]"]
     print(f"{case['model']} {case['classifier']}, {case['side']}×{case['side']}")
     for name, spent in median.items():
-        ratios = [(slow, result["ratios"].get(f"{slow}/{name}")) for slow in ("mmseg", "plain")]
+        ratios = [(slow, result["ratios"].get(f"{slow}/{name}")) for slow in (*PEERS, "plain", "eager")]
         said = [f"{slow}/it {ratio:.2f}{verdict(f'{slow}/{name}', ratio)}" for slow, ratio in ratios if ratio]
         print(f"  {name:9}{spent:8.1f} ms, first pass {result['first pass [s]'][name]:5.1f} s  " + "  ".join(said))
 
@@ -200,11 +212,12 @@ def verdict(what: str, value: float) -> str:
 
 def on_cpu(options: argparse.Namespace, cases: list[Case]) -> dict[str, Any]:
     torch.set_num_threads(THREADS)
-    forms = ("eager", "folded", "bf16") if options.smoke else FORMS
+    forms = ("eager", "folded", "bf16", "ssa") if options.smoke else (*FORMS, "ssa") if options.general else FORMS
+    peers = {"mmseg": options.mmseg_python, "transformers": options.transformers_python}
     measured, labels = [], {}
-    with workers(options.mmseg_python, options.plain, options.smoke) as sides:
-        missing = {side: "not measured" for side in ("mmseg", "plain") if side not in sides}
-        about = sides["mmseg"].ask("about") if "mmseg" in sides else {}
+    with workers(peers, None if options.smoke or options.general else options.plain) as sides:
+        missing = {side: "not measured" for side in (*peers, "plain") if side not in sides}
+        about = {key: value for side in PEERS if side in sides for key, value in sides[side].ask("about").items()}
         speed: dict[str, float] = {}
         for case in cases:
             # The best of all measurements: while another program runs, the speed is too low for a bound.
@@ -213,6 +226,7 @@ def on_cpu(options: argparse.Namespace, cases: list[Case]) -> dict[str, Any]:
             }
             measured.append(measure(case, sides, forms, options.rounds))
             show(measured[-1])
+        costs = ssa_costs(sides["ours"]) if options.general and not options.smoke else {}
         for file in options.checkpoint:
             given = {"checkpoint": str(file), "images": str(options.images), "count": options.count}
             found = sides["ours"].ask("agree", **given, compiled=False if options.smoke else None)
@@ -229,9 +243,28 @@ def on_cpu(options: argparse.Namespace, cases: list[Case]) -> dict[str, Any]:
         }
         show_bounds(result)
     print("reached: " + ", ".join(f"{name} {value / 1e9:.1f} G" for name, value in speed.items()))
-    return {"threads": THREADS, "missing": missing, "versions": about, "reached": speed, "cases": measured} | {
-        "same labels, eager float32 and fast": labels
-    }
+    return {"threads": THREADS, "missing": missing, "versions": about, "reached": speed, "cases": measured} | (
+        {"cost of ssa": costs} if options.general else {"same labels, eager float32 and fast": labels}
+    )
+
+
+def ssa_costs(ours: Worker) -> dict[str, Any]:
+    """ssa's latency divided by linear's, for the networks of the paper's table, ours on this CPU beside the paper's."""
+    from ssaseg.cli.profiling.paper_table import PAPER
+
+    costs = {}
+    for name, rows in PAPER.items():
+        if {"linear", "ssa"} <= rows.keys():
+            result = measure(Case(name, "linear"), {"ours": ours}, ("eager", "ssa"), COST_ROUNDS)
+            median, published = result["median [ms]"], [rows[kind].latency for kind in ("linear", "ssa")]
+            cost = costs[name] = {
+                "ours": 1 / result["ratios"]["eager/ssa"],
+                "ours [ms]": [median["eager"], median["ssa"]],
+                "paper": published[1] / published[0] if all(published) else None,
+                "paper [ms]": published,
+            }
+            print(f"{name}: ssa/linear {cost['ours']:.3f}, paper {cost['paper'] or math.nan:.3f}", flush=True)
+    return costs
 
 
 @torch.no_grad()
@@ -260,6 +293,8 @@ def main() -> int:
     """Measures, prints, writes; returns 1 if sides that compute in float32 disagree."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--mmseg-python", type=Path, help="Python interpreter with mmsegmentation 1.2.2")
+    parser.add_argument("--transformers-python", type=Path, help="Python interpreter with transformers")
+    parser.add_argument("--general", action="store_true", help="the paper's other networks, and the cost of ssa")
     parser.add_argument(
         "--plain", default=PLAIN, metavar="COMMIT", help="commit of the plain first version (default %(default)s)"
     )
@@ -275,6 +310,12 @@ def main() -> int:
         parser.error("--checkpoint needs --images")
     with tempfile.TemporaryDirectory() as folder:
         cases = CASES
+        if options.general:
+            from ssaseg.models import list_models
+
+            cases = [case for case in GENERAL if case.model in list_models()]
+            GOALS.clear()
+            GOALS.update(GENERAL_GOALS)
         if options.smoke:
             GOALS.clear()  # they are for trained weights and large images
             cases = [Case("seaformer_t", "ssa", 5, 64), Case("afformer_t", "linear", 5, 64)]
@@ -315,8 +356,8 @@ def write(options: argparse.Namespace, found: dict[str, Any]) -> None:
     """Writes the results; keeps those of the other device. On a GPU, networks may be measured one by one."""
     results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     command = f"python benchmarks/networks.py --device {options.device} --rounds {options.rounds}"
-    if options.mmseg_python:
-        command += " --mmseg-python PYTHON"
+    command += " --general" * options.general + " --mmseg-python PYTHON" * bool(options.mmseg_python)
+    command += " --transformers-python PYTHON" * bool(options.transformers_python)
     if options.checkpoint:
         command += "".join(f" --checkpoint {file.parent.name}/{file.name}" for file in options.checkpoint)
         command += f" --images DIR --count {options.count}"
@@ -325,7 +366,11 @@ def write(options: argparse.Namespace, found: dict[str, Any]) -> None:
     if options.device == "cuda" and results.get("cuda", {}).get("versions") == versions:
         found["median [ms]"] = results["cuda"]["median [ms]"] | found["median [ms]"]
     # A load average above the number of cores: other programs ran at the same time.
-    results[options.device] = {**head, "load average": os.getloadavg()[0], **rounded(found)}
+    results["general" if options.general else options.device] = {
+        **head,
+        "load average": os.getloadavg()[0],
+        **rounded(found),
+    }
     RESULTS.parent.mkdir(exist_ok=True)
     RESULTS.write_text(json.dumps(results, indent=1) + "\n")
 

@@ -60,6 +60,7 @@ def build_model(
     group: int = 4,
     loss: LossOptions | None = None,
     options: Mapping[str, Any] | None = None,
+    compat: bool = False,
 ) -> Segmenter:
     """A network in training mode, with random weights, initialised as in the official run without pre-training.
 
@@ -72,17 +73,22 @@ def build_model(
         group: number of images over which SSA's teacher takes class means.
         loss: changes of the losses; used in training only.
         options: options of the classifier, see its `OPTIONS`.
+        compat: trains as the official code where the network does not do so by default, see `Family.compat`.
 
     Raises:
-        ValueError: an unknown name, or a number out of its range.
+        ValueError: an unknown name, a number out of its range, or `compat` for a network that has no such difference.
     """
     family, kind = family_of(name), classifier_of(name, classifier)
+    if compat and not family.compat:
+        raise ValueError(f"{name} has no use for compat: it already trains as the official code\nset it to false")
     if num_classes < 1:
         raise ValueError(f"num_classes is {num_classes}, expected at least 1")
     unknown = next((option for option in options or {} if option not in kind.OPTIONS), None)
     if unknown is not None:
         raise ValueError(f"classifier {classifier} has no option {unknown!r}\nknown: {_listed(kind.OPTIONS)}")
     parts = _parts(family, kind, name, num_classes, drop_path)
+    if compat:
+        parts.decoder.use_compat()
     head = kind(parts.decoder.channels, num_classes, dropout, loss, group, **(options or {}))
     weights = loss.weights if loss else {}
     known = facts(name, classifier).losses
@@ -125,10 +131,11 @@ class Facts(NamedTuple):
     losses: Mapping[str, Loss]  # by name: the classifier's, auxiliary heads' and first stage's
     options: Mapping[str, Option]
     uses_groups: bool  # whether a micro-batch must consist of whole groups
+    compat: str  # what `compat` does; empty: nothing differs, and it is an error
 
 
 def facts(name: str, classifier: str) -> Facts:
     """Losses, options and groups of a network with a classifier. Raises ValueError for an unknown name."""
     kind, family = classifier_of(name, classifier), family_of(name)
     further = {loss: Loss(FURTHER_WEIGHT, meaning) for loss, meaning in family.losses.items()}
-    return Facts({**kind.LOSSES, **further}, kind.OPTIONS, kind.uses_groups)
+    return Facts({**kind.LOSSES, **further}, kind.OPTIONS, kind.uses_groups, family.compat)

@@ -26,6 +26,13 @@ class Decoder(nn.Module):
         """
         return self(maps), {}
 
+    def use_compat(self) -> None:
+        """From now on, training does what `Family.compat` says. Only decoders of families that have it override this.
+
+        Inference does not change.
+        """
+        raise NotImplementedError
+
 
 class AuxiliaryHead(nn.Module):
     """A second decoder and classifier on the backbone's maps, for training only."""

@@ -14,7 +14,8 @@ from ssaseg.recipes.schema import Recipe
 
 # Facts about a network with its classifier. `losses`: by name, each with its default `weight`. `options`: by name, each
 # with `default` (values must have its type), `meaning`, `least`, `most` and `choices`. `uses_groups`: whether images
-# form groups of `distill.group`, which a micro-batch must not split.
+# form groups of `distill.group`, which a micro-batch must not split. `compat`: what `model.compat` does; empty:
+# nothing.
 Facts = Any
 Known = Callable[[str, str], Facts]  # (network, classifier) → facts; raises ValueError for an unknown name
 
@@ -32,12 +33,16 @@ def check_classifier(recipe: Recipe, known: Known | None, source: str, places: M
 
     facts = None
     # Called only if a key depends on the facts: it may import PyTorch, which takes time.
-    if known is not None and (recipe.loss.weights or recipe.model.options or isinstance(recipe.train.micro_batch, int)):
+    model, micro = recipe.model, recipe.train.micro_batch
+    if known is not None and (recipe.loss.weights or model.options or model.compat or isinstance(micro, int)):
         try:
             facts = known(recipe.model.name, recipe.model.classifier)
         except ValueError as error:
             raise RecipeError(f"recipe {recipe.name}, model: {error}") from None
         _check_names(recipe, facts, wrong)
+        if model.compat and not facts.compat:
+            expected = f"false, as {model.name} already trains as the official code"
+            raise wrong(("model", "compat"), True, expected, "remove the key")
     _check_micro_batch(recipe, facts is not None and facts.uses_groups, wrong)
 
 

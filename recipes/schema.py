@@ -42,6 +42,11 @@ class Model(Section):
     dropout: Share = Field(
         default=0.1, description="share of feature channels dropped before the classifier in training"
     )
+    compat: Switch = Field(
+        default=False,
+        description="train as the official code where the default differs: ocrnet updates the statistics of its first "
+        "stage's BatchNorm twice a step; an error for other networks",
+    )
     pretrained: NonEmpty | None = Field(
         default=None, description="checkpoint that the training starts from; null: random weights"
     )

@@ -381,7 +381,7 @@ def cosine_logits(feature: Tensor, prototypes: Tensor, pixels: Tensor | None = N
     `pixels`: `pixel_directions` of the feature, if already computed.
     """
     pixels = pixel_directions(feature) if pixels is None else pixels
-    return 15 * (directions(prototypes) @ pixels.transpose(1, 2)).unflatten(2, feature.shape[-2:])
+    return (directions(prototypes) @ pixels.transpose(1, 2)).mul_(15).unflatten(2, feature.shape[-2:])
 
 
 def resize_labels(labels: Tensor, size: tuple[int, int] | torch.Size) -> Tensor:

@@ -63,7 +63,18 @@ class SSAClassifier(Classifier):
 
     def forward(self, feature: Tensor) -> Tensor:
         """(N,C,h,w) → logits (N,K,h,w) in [−15, 15], float32."""
-        return self.adapt(feature).logits
+        if torch.is_grad_enabled():
+            return self.adapt(feature).logits
+        # The same arithmetic in the place of one tensor: at a quarter of the resolution they are the largest of all.
+        with torch.autocast(feature.device.type, enabled=False):
+            feature = feature.float()
+            spatial_feature = self.spatial_conv(feature)
+            coarse = self.conv_seg(self.dropout(feature))
+            prototypes = self._prototypes(feature, spatial_feature, coarse)[2]
+            del coarse
+            pixels = spatial_feature.add_(feature).flatten(2).transpose(1, 2)
+            pixels.div_(pixels.norm(dim=2, keepdim=True) + losses.EPS)
+            return losses.cosine_logits(feature, prototypes, pixels)
 
     def stages(self, feature: Tensor) -> tuple[Tensor, Tensor | None]:
         """(N,C,h,w) → final and coarse logits, both (N,K,h,w), in one pass."""
@@ -76,20 +87,23 @@ class SSAClassifier(Classifier):
             feature = feature.float()
             coarse = self.conv_seg(self.dropout(feature))
             spatial_feature = self.spatial_conv(feature)
-            scores = coarse.flatten(2)  # (N,K,P)
-            by_class = scores.softmax(dim=1)
-            mass = by_class.sum(dim=2, keepdim=True) + losses.EPS
-            semantic_mean = by_class @ feature.flatten(2).transpose(1, 2) / mass  # (N,K,C)
-            spatial_mean = scores.softmax(dim=2) @ spatial_feature.flatten(2).transpose(1, 2)  # (N,K,C)
-            # Trained weights depend on the orders, which differ: for semantic prototypes the image's mean comes first,
-            # for spatial ones the fixed table.
-            semantic, spatial, prototypes = self.student(
-                (semantic_mean, self.semantic_prototypes), (self.spatial_prototypes, spatial_mean)
-            )
+            semantic, spatial, prototypes = self._prototypes(feature, spatial_feature, coarse)
             adapted = feature + spatial_feature
             pixels = losses.pixel_directions(adapted)
             logits = losses.cosine_logits(adapted, prototypes, pixels)
             return Adapted(coarse, spatial_feature, adapted, pixels, semantic, spatial, logits)
+
+    def _prototypes(self, feature: Tensor, spatial_feature: Tensor, coarse: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Features (N,C,h,w) and logits (N,K,h,w) → adapted prototypes S', P' and Z, all (N,K,C)."""
+        scores = coarse.flatten(2)  # (N,K,P)
+        by_class = scores.softmax(dim=1)
+        mass = by_class.sum(dim=2, keepdim=True) + losses.EPS
+        semantic_mean = by_class @ feature.flatten(2).transpose(1, 2) / mass  # (N,K,C)
+        del by_class  # as large as the logits
+        spatial_mean = scores.softmax(dim=2) @ spatial_feature.flatten(2).transpose(1, 2)  # (N,K,C)
+        # Trained weights depend on the orders, which differ: for semantic prototypes the image's mean comes first,
+        # for spatial ones the fixed table.
+        return self.student((semantic_mean, self.semantic_prototypes), (self.spatial_prototypes, spatial_mean))
 
     @property
     def semantic_prototypes(self) -> Tensor:

@@ -61,6 +61,7 @@ class Family:
     last: str = "conv_seg"  # official name of the last layer of each of these heads
     # Losses of auxiliary heads and a first stage: name → meaning.
     losses: Mapping[str, str] = field(default_factory=dict)
+    compat: str = ""  # what `compat=True` of `build_model` does as the official code; empty: nothing differs
     left_out: Mapping[str, str] = field(default_factory=dict)  # unused official keys (`*`: any text) → why
     not_pretrained: tuple[str, ...] = ()  # official keys (`*`: any text) that ImageNet files do not have
     pretrained_only: Mapping[str, str] = field(default_factory=dict)  # unused keys of ImageNet files, as `left_out`

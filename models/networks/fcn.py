@@ -34,9 +34,9 @@ class FCNDecoder(Decoder):
         x = maps[self.level]
         feature = x
         for conv in self.convs:
-            feature = F.relu(conv(feature))
+            feature = F.relu(conv(feature), inplace=True)
         if self.merge is not None:
-            feature = F.relu(self.merge(torch.cat([x, feature], dim=1)))
+            feature = F.relu(self.merge(torch.cat([x, feature], dim=1)), inplace=True)
         return feature
 
 

@@ -31,7 +31,7 @@ class BasicBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N,C,H,W) → (N,C,H,W)."""
-        return F.relu(x + self.second(F.relu(self.first(x))))
+        return F.relu(self.second(F.relu(self.first(x), inplace=True)).add_(x), inplace=True)
 
 
 class Down(nn.Sequential):
@@ -44,7 +44,7 @@ class Down(nn.Sequential):
         """(N,C,H,W) → (N,outputs,⌈H/2^steps⌉,⌈W/2^steps⌉)."""
         *others, last = self
         for conv in others:
-            x = F.relu(conv(x))
+            x = F.relu(conv(x), inplace=True)
         return last(x)
 
 
@@ -84,7 +84,7 @@ class Exchange(nn.Module):
                 path = resize_bilinear(path, size)  # where a side is no multiple of the stride
             total = path if total is None else total + path
         assert total is not None
-        return F.relu(total)
+        return F.relu(total, inplace=True)
 
 
 class HRNet(nn.Module):
@@ -93,8 +93,9 @@ class HRNet(nn.Module):
     def __init__(self, widths: tuple[int, int, int, int]) -> None:
         super().__init__()
         self.stem = nn.Sequential(
-            ConvNorm(3, STEM, 3, stride=2), nn.ReLU(), ConvNorm(STEM, STEM, 3, stride=2), nn.ReLU()
-        )
+            ConvNorm(3, STEM, 3, stride=2), nn.ReLU(inplace=True),
+            ConvNorm(STEM, STEM, 3, stride=2), nn.ReLU(inplace=True),
+        )  # fmt: skip
         self.first = nn.Sequential(*(Bottleneck(STEM if k == 0 else 4 * STEM, STEM, 1, 1) for k in range(BLOCKS)))
         self.enter = nn.ModuleList(
             [
@@ -113,11 +114,11 @@ class HRNet(nn.Module):
     def forward(self, images: Tensor) -> list[Tensor]:
         """(N,3,H,W) → four maps (N,C,⌈H/s⌉,⌈W/s⌉), finest first: s = 4, 8, 16, 32."""
         x = self.first(self.stem(images))
-        maps = [F.relu(self.enter[0](x)), F.relu(self.enter[1](x))]
+        maps = [F.relu(self.enter[0](x), inplace=True), F.relu(self.enter[1](x), inplace=True)]
         for number, stage in enumerate(self.stages):
             if number:
-                maps.append(F.relu(self.enter[number + 1](maps[-1])))
-            for module in stage:  # type: ignore[union-attr]
+                maps.append(F.relu(self.enter[number + 1](maps[-1]), inplace=True))
+            for module in stage.children():
                 maps = module(maps)
         return maps
 

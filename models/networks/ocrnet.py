@@ -32,7 +32,7 @@ class Project(nn.Sequential):
     def forward(self, x: Tensor) -> Tensor:
         """(N,C,H,W) → (N,C',H,W)."""
         for conv in self:
-            x = F.relu(conv(x))
+            x = F.relu(conv(x), inplace=True)
         return x
 
 
@@ -58,7 +58,11 @@ class RegionContext(nn.Module):
 
 
 class OCRDecoder(Decoder):
-    """A cascade: the first stage's logits say which positions make up the feature of each class."""
+    """A cascade: the first stage's logits say which positions make up the feature of each class.
+
+    mmsegmentation computes the first stage twice in each training step, with the same batch, so the statistics of its
+    norm move twice. Here it is computed once. After `use_compat`, one update counts as two.
+    """
 
     stride = 4
 
@@ -71,16 +75,27 @@ class OCRDecoder(Decoder):
         self.context = RegionContext(channels, inner)
         init_conv_module(self)
         self.classifier: LinearClassifier = LinearClassifier(width, num_classes, dropout=0.0)
+        self.compat = False
+
+    def use_compat(self) -> None:
+        """Two updates of the first norm's statistics with the same batch are one with the momentum 1 - (1 - m)²."""
+        norm = self.first.norm
+        assert norm.momentum is not None
+        norm.momentum = 1 - (1 - norm.momentum) ** 2
+        self.compat = True
 
     def forward(self, maps: Sequence[Tensor]) -> Tensor:
         """Four maps, finest first → feature (N,channels,H/4,W/4)."""
         x = self.together(maps)
-        return self.second(x, self.classifier(F.relu(self.first(x))))
+        return self.second(x, self.classifier(F.relu(self.first(x), inplace=True)))
 
     def training_step(self, maps: Sequence[Tensor], labels: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """The feature, and the loss `first_ce`; gradients of the second stage reach the first one's logits."""
         x = self.together(maps)
-        step = self.classifier.training_step(F.relu(self.first(x)), labels)
+        norm = self.first.norm
+        if self.compat and norm.training and norm.num_batches_tracked is not None:
+            norm.num_batches_tracked.add_(1)  # and one more in its forward
+        step = self.classifier.training_step(F.relu(self.first(x), inplace=True), labels)
         return self.second(x, step.logits), {"first_ce": step.losses["main_ce"]}
 
     def together(self, maps: Sequence[Tensor]) -> Tensor:
@@ -90,7 +105,7 @@ class OCRDecoder(Decoder):
 
     def second(self, x: Tensor, logits: Tensor) -> Tensor:
         """The feature, from all maps and the first stage's logits (N,K,H,W)."""
-        feature = F.relu(self.squeeze(x))
+        feature = F.relu(self.squeeze(x), inplace=True)
         shares = logits.flatten(2).softmax(dim=-1)  # over positions
         regions = (shares @ feature.flatten(2).mT).mT.unsqueeze(3)
         return self.context(feature, regions)
@@ -120,4 +135,5 @@ FAMILY = Family(
     heads={"classifier": "decode_head.1", "decoder.classifier": "decode_head.0"},
     losses={"first_ce": "cross entropy of the first stage"},
     pretrained_only=PRETRAINED_ONLY,
+    compat="the statistics of the first stage's BatchNorm are updated twice a step",
 )

@@ -37,8 +37,9 @@ class Bottleneck(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N,C,H,W) → (N,4·planes,⌈H/stride⌉,⌈W/stride⌉)."""
-        branch = self.expand(F.relu(self.spatial(F.relu(self.reduce(x)))))
-        return F.relu(branch + self.shortcut(x))
+        # In place: a norm's backward pass does not need its output.
+        branch = F.relu(self.spatial(F.relu(self.reduce(x), inplace=True)), inplace=True)
+        return F.relu(self.expand(branch).add_(self.shortcut(x)), inplace=True)
 
 
 class ResNet(nn.Module):
@@ -47,8 +48,8 @@ class ResNet(nn.Module):
     def __init__(self, depths: tuple[int, int, int, int]) -> None:
         super().__init__()
         self.stem = nn.Sequential(
-            ConvNorm(3, 32, 3, stride=2), nn.ReLU(), ConvNorm(32, 32, 3), nn.ReLU(), ConvNorm(32, 64, 3), nn.ReLU(),
-            nn.MaxPool2d(3, stride=2, padding=1),
+            ConvNorm(3, 32, 3, stride=2), nn.ReLU(inplace=True), ConvNorm(32, 32, 3), nn.ReLU(inplace=True),
+            ConvNorm(32, 64, 3), nn.ReLU(inplace=True), nn.MaxPool2d(3, stride=2, padding=1),
         )  # fmt: skip
         self.stages = nn.ModuleList()
         inputs = 64

@@ -188,8 +188,9 @@ class SegFormerDecoder(Decoder):
     def forward(self, maps: Sequence[Tensor]) -> Tensor:
         """Maps, finest first → feature (N,256,H/4,W/4)."""
         size = maps[0].shape[-2:]
-        projected = [F.relu(project(each)) for project, each in zip(self.projects, maps, strict=True)]
-        return F.relu(self.merge(torch.cat([resize_bilinear(each, size) for each in projected], dim=1)))
+        projected = [F.relu(project(each), inplace=True) for project, each in zip(self.projects, maps, strict=True)]
+        together = torch.cat([resize_bilinear(each, size) for each in projected], dim=1)
+        return F.relu(self.merge(together), inplace=True)
 
 
 def build(name: str, num_classes: int, drop_path: float | None = None) -> Parts:

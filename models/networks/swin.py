@@ -50,9 +50,15 @@ def relative_index() -> Tensor:
     return (difference[..., 0] * (2 * WINDOW - 1) + difference[..., 1]).to(torch.get_default_device())
 
 
+def parts(side: int, size: int) -> int:
+    """Number of parts of `size` that cover a side. Divided like this, an export can follow a symbolic side."""
+    return (side + size - 1) // size
+
+
 def to_windows(x: Tensor) -> Tensor:
     """(N,H,W,...) with H and W multiples of 7 → (N,M,P,...)."""
-    x = x.unflatten(2, (-1, WINDOW)).unflatten(1, (-1, WINDOW)).transpose(2, 3)
+    rows, columns = (parts(side, WINDOW) for side in x.shape[1:3])
+    x = x.unflatten(2, (columns, WINDOW)).unflatten(1, (rows, WINDOW)).transpose(2, 3)
     return x.flatten(3, 4).flatten(1, 2)
 
 
@@ -91,11 +97,15 @@ class WindowAttention(nn.Module):
 
     def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
         """(N,M,P,C), mask (M,1,P,P) → (N,M,P,C)."""
-        query, key, value = self.qkv(x).unflatten(3, (3, self.heads, -1)).permute(3, 0, 1, 4, 2, 5)
-        bias = self.bias_table[self.index].permute(2, 0, 1)
-        bias = bias if mask is None else bias + mask
-        mixed = F.scaled_dot_product_attention(query, key, value, bias.to(query.dtype).expand(*query.shape[:4], -1))
-        return self.project(mixed.transpose(2, 3).flatten(3))
+        images, windows = x.shape[:2]
+        # Images and windows are one axis: PyTorch's fused kernel takes tensors of four axes only.
+        qkv = self.qkv(x).flatten(0, 1)
+        query, key, value = qkv.unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        bias = self.bias_table[self.index].permute(2, 0, 1)[None]
+        if mask is not None:
+            bias = (bias + mask).repeat(images, 1, 1, 1)
+        mixed = F.scaled_dot_product_attention(query, key, value, bias.to(query.dtype))
+        return self.project(mixed.transpose(1, 2).flatten(2).unflatten(0, (images, windows)))
 
 
 class Block(nn.Module):
@@ -119,8 +129,8 @@ class Block(nn.Module):
     def attend(self, x: Tensor) -> Tensor:
         """Padding with zeros, which take part as keys and values; shift, attention, and back. (N,H,W,C), the same."""
         height, width = x.shape[1:3]
-        x = F.pad(x, (0, 0, 0, -width % WINDOW, 0, -height % WINDOW))
-        tall, wide = x.shape[1:3]
+        tall, wide = (parts(side, WINDOW) * WINDOW for side in (height, width))
+        x = F.pad(x, (0, 0, 0, wide - width, 0, tall - height))
         mask = None
         if self.shifted:
             x = x.roll((-SHIFT, -SHIFT), (1, 2))
@@ -144,8 +154,10 @@ class Merge(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N,H,W,C) → (N,⌈H/2⌉,⌈W/2⌉,2C)."""
-        x = F.pad(x, (0, 0, 0, x.shape[2] % 2, 0, x.shape[1] % 2))
-        x = x.unflatten(2, (-1, 2)).unflatten(1, (-1, 2))  # (N,h,2,w,2,C)
+        height, width = x.shape[1:3]
+        rows, columns = parts(height, 2), parts(width, 2)
+        x = F.pad(x, (0, 0, 0, 2 * columns - width, 0, 2 * rows - height))
+        x = x.unflatten(2, (columns, 2)).unflatten(1, (rows, 2))  # (N,h,2,w,2,C)
         return self.reduce(self.norm(x.permute(0, 1, 3, 5, 2, 4).flatten(3)))
 
 
@@ -173,7 +185,7 @@ class Swin(Checkpointed):
     def forward(self, images: Tensor) -> list[Tensor]:
         """(N,3,H,W) → four maps (N,C,⌈H/s⌉,⌈W/s⌉), finest first: s = 4, 8, 16, 32."""
         height, width = images.shape[-2:]
-        x = self.embed(F.pad(images, (0, -width % 4, 0, -height % 4)))
+        x = self.embed(F.pad(images, (0, 4 * parts(width, 4) - width, 0, 4 * parts(height, 4) - height)))
         x = self.embed_norm(x.permute(0, 2, 3, 1))
         maps = []
         for k, (stage, norm) in enumerate(zip(self.stages, self.norms, strict=True)):

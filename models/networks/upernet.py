@@ -42,19 +42,21 @@ class UPerDecoder(Decoder):
     def forward(self, maps: Sequence[Tensor]) -> Tensor:
         """Four maps, finest first → feature (N,channels,H/4,W/4)."""
         *finer, last = maps
-        levels = [F.relu(lateral(each)) for lateral, each in zip(self.laterals, finer, strict=True)]
+        levels = [F.relu(lateral(each), inplace=True) for lateral, each in zip(self.laterals, finer, strict=True)]
         levels.append(self.pool(last))
         for k in range(len(levels) - 1, 0, -1):  # one after the other: each level has all coarser ones in it
             levels[k - 1] = levels[k - 1] + resize_bilinear(levels[k], levels[k - 1].shape[-2:])
-        smooth = [F.relu(conv(level)) for conv, level in zip(self.smooth, levels[:-1], strict=True)]
+        smooth = [F.relu(conv(level), inplace=True) for conv, level in zip(self.smooth, levels[:-1], strict=True)]
         size = levels[0].shape[-2:]
-        return F.relu(self.merge(torch.cat([resize_bilinear(each, size) for each in [*smooth, levels[-1]]], dim=1)))
+        together = torch.cat([resize_bilinear(each, size) for each in [*smooth, levels[-1]]], dim=1)
+        return F.relu(self.merge(together), inplace=True)
 
     def pool(self, x: Tensor) -> Tensor:
         """(N,C,h,w) → (N,channels,h,w), with the means of the map in 1, 4, 9 and 36 parts."""
         size = x.shape[-2:]
         means = [F.relu(conv(F.adaptive_avg_pool2d(x, side))) for conv, side in zip(self.pools, POOLS, strict=True)]
-        return F.relu(self.pooled(torch.cat([x, *(resize_bilinear(mean, size) for mean in means)], dim=1)))
+        together = torch.cat([x, *(resize_bilinear(mean, size) for mean in means)], dim=1)
+        return F.relu(self.pooled(together), inplace=True)
 
 
 def build(name: str, num_classes: int, drop_path: float | None = None) -> Parts:

@@ -273,12 +273,14 @@ class ViTAdapter(nn.Module):
         The authors' code takes multiples of 32 only. Other images are padded with zeros here, and the maps cut.
         """
         height, width = images.shape[-2:]
-        images = F.pad(images, (0, -width % 32, 0, -height % 32))
+        # Sizes as products, so that an export can follow symbolic ones.
+        rows, columns = ((side + STRIDES[-1] - 1) // STRIDES[-1] for side in (height, width))
+        images = F.pad(images, (0, columns * STRIDES[-1] - width, 0, rows * STRIDES[-1] - height))
         finest, *coarser = self.prior(images)
-        sizes = [(each.shape[-2], each.shape[-1]) for each in coarser]
+        sizes = [(factor * rows, factor * columns) for factor in (4, 2, 1)]
         branch = torch.cat([each.flatten(2).mT + self.levels[k] for k, each in enumerate(coarser)], dim=1)
         x = self.embed(images)
-        size = (x.shape[-2], x.shape[-1])
+        size = sizes[1]
         x = x.flatten(2).mT + self.position_map(size)
         own, every = centres([size], x.device), centres(sizes, x.device)
         step = len(self.blocks) // INTERACTIONS

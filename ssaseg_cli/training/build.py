@@ -140,6 +140,7 @@ def build_network(recipe: Recipe, classes: Sequence[str]) -> Segmenter:
             group=recipe.distill.group,
             loss=options,
             options=recipe.model.options,
+            compat=recipe.model.compat,
         )
     except ValueError as error:
         raise CommandError(f"recipe {recipe.name}, model: {error}") from None

@@ -45,7 +45,8 @@ NEEDED = ("onnx", "onnxscript", "onnxruntime")
 
 # Height and width that a graph for any size is traced with [pixels]. A network skips a resize if the size is already
 # right. With this size no resize is skipped, so the graph has all of them. One that is not needed later has no effect.
-EXAMPLE = (160, 224)
+# And no map has one window of 7×7 alone in a row or column, as PyTorch takes a length of 1 for a fixed one.
+EXAMPLE = (291, 483)
 
 TOLERANCE = 1e-4  # of logits, relative to the largest if that is above 1
 

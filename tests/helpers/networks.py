@@ -1,23 +1,32 @@
 """Networks for tests whose point is not the network."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import pytest
 
 from ssaseg.cli.weights import huggingface
+from ssaseg.models.build import FAMILIES
 from ssaseg.models.networks import (
     afformer,
     cgrseg,
     efficientformer,
+    fcn,
+    hrnet,
+    ocrnet,
+    resnet,
     seaformer,
+    segformer,
     segformer_nvidia,
     segnext,
     swin,
     upernet,
+    vit_adapter,
 )
+from ssaseg.models.networks.family import Parts
 
 # A network of each family with every part and next to no blocks: an export's time goes with their number.
 TINY: dict[str, tuple[Any, Any]] = {
@@ -49,16 +58,67 @@ TINY: dict[str, tuple[Any, Any]] = {
             fuse=(24,),
         ),
     ),
+    "segformer_x": (segformer, segformer.Variant(base=8, depths=(1, 1, 1, 1))),
     "segnext_x": (segnext, segnext.Variant(widths=(8, 8, 16, 16), depths=(0, 0, 0, 1), channels=32, bases=4)),
+}
+
+
+def _fcn(classes: int, drop_path: float | None) -> Parts:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(resnet, "PLANES", (4, 4, 8, 8))
+        backbone = resnet.ResNet((1, 1, 2, 2))
+    decoder = fcn.FCNDecoder(backbone.channels[3], 16, convs=2, level=3, stride=8, concat=True)
+    return Parts(backbone, decoder, {"aux": fcn.auxiliary_head(backbone.channels[2], 2, 8, classes)})
+
+
+def _ocrnet(classes: int, drop_path: float | None) -> Parts:
+    with pytest.MonkeyPatch.context() as patch:
+        for constant, value in {"MODULES": (1, 1, 1), "BLOCKS": 1, "STEM": 8}.items():
+            patch.setattr(hrnet, constant, value)
+        backbone = hrnet.HRNet((4, 8, 8, 16))
+    return Parts(backbone, ocrnet.OCRDecoder(backbone.channels, classes, channels=16, inner=8))
+
+
+def _upernet(backbone: Any, classes: int) -> Parts:
+    head = fcn.auxiliary_head(backbone.channels[2], 2, 16, classes)
+    return Parts(backbone, upernet.UPerDecoder(backbone.channels, channels=16), {"aux": head})
+
+
+SWIN = swin.Variant(width=8, depths=(2, 1, 1, 1), heads=(1, 2, 2, 4))
+ADAPTER = vit_adapter.Variant(
+    width=16, depth=4, heads=2, deformable_heads=4, value_share=0.5, drop_path=0.1, positions=4
+)
+# Those whose variants do not say all widths: name → family, and what builds its parts.
+BUILT: dict[str, tuple[str, Callable[[int, float | None], Parts]]] = {
+    "fcn_x": ("fcn", _fcn),
+    "ocrnet_x": ("ocrnet", _ocrnet),
+    "upernet_swin_x": ("upernet", lambda classes, drop_path: _upernet(swin.Swin(SWIN, drop_path), classes)),
+    "upernet_vit_adapter_x": (
+        "vit_adapter",
+        lambda classes, drop_path: _upernet(vit_adapter.ViTAdapter(ADAPTER, drop_path), classes),
+    ),
 }
 
 
 @contextmanager
 def tiny_networks() -> Iterator[None]:
-    """Makes `build_model` know the names of `TINY`."""
+    """Makes `build_model` know the names of `TINY` and `BUILT`."""
     with pytest.MonkeyPatch.context() as patch:
         for name, (module, variant) in TINY.items():
             patch.setitem(module.VARIANTS, name, variant)
+        for name, (key, build) in BUILT.items():
+            family = FAMILIES[key]
+            patch.setitem(
+                FAMILIES,  # type: ignore[arg-type]
+                key,
+                replace(
+                    family,
+                    variants={**family.variants, name: None},
+                    build=lambda known, classes, drop_path=None, name=name, build=build, family=family: (
+                        build(classes, drop_path) if known == name else family.build(known, classes, drop_path)
+                    ),
+                ),
+            )
         grid = efficientformer.Variant(widths=(8, 8, 16, 16), expansions=((), (), (2,), ()), attention=1, drop_path=0.0)
         patch.setitem(efficientformer.VARIANTS, "x", grid)
         yield

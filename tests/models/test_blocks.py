@@ -2,12 +2,15 @@
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from ssaseg.models.classifiers.ssa import SSAClassifier
 from ssaseg.models.networks import segnext
 from ssaseg.models.networks.efficientformer import HEADS, Attention
 from ssaseg.models.networks.seaformer import SeaBlock
@@ -125,3 +128,32 @@ def test_attention_at_any_size(stride: int, size: tuple[int, int]) -> None:
         expected = attention.project(F.gelu(out))
     assert found.shape == x.shape
     assert torch.allclose(found, expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max()))
+
+
+class Storages(TorchDispatchMode):
+    """Collects the addresses of storages that operations make with at least as many float32 values as `elements`."""
+
+    def __init__(self, elements: int) -> None:
+        super().__init__()
+        self.elements, self.made = elements, []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, Tensor) and result.untyped_storage().nbytes() >= 4 * self.elements:
+            self.made.append(result)  # kept, so that no address is used twice
+        return result
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_ssa_without_gradients_makes_one_tensor_as_large_as_the_feature(layout: torch.memory_format) -> None:
+    """And gives the same bits as with gradients; the feature, which other heads may read, keeps its values."""
+    torch.manual_seed(0)
+    classifier = SSAClassifier(64, 5).eval()
+    feature = torch.randn(2, 64, 9, 11).contiguous(memory_format=layout)
+    given, expected = feature.clone(), classifier(feature)
+    with torch.no_grad(), Storages(feature.numel()) as large:
+        found = classifier(feature)
+    assert torch.equal(found, expected)
+    assert torch.equal(feature, given)
+    own = {each.untyped_storage().data_ptr() for each in large.made} - {feature.untyped_storage().data_ptr()}
+    assert len(own) <= 2  # the adapted feature, and the squares or copies of a single operation

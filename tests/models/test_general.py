@@ -8,12 +8,17 @@ import hashlib
 import json
 import math
 import os
+import re
+import time
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from golden_weights import INPUTS, filled
+from networks import BUILT, tiny_networks
 from places import GOLDEN
 from torch import nn
 
@@ -23,6 +28,7 @@ from ssaseg.models.official import official_entries
 
 FIGURES: dict[str, dict[str, Any]] = json.loads((GOLDEN / "general.json").read_text())
 ALL = bool(os.environ.get("SSASEG_PARITY"))
+STATUS = Path("/proc/self/status")  # of Linux
 LIGHT = ("segformer_b0", "ocrnet_hr18", "upernet_swin_t")  # the last with one classifier
 KNOWN = [tuple(key.split("/")) for key in FIGURES]
 
@@ -41,6 +47,16 @@ LOSSES = {
     "decode_0.loss_ce": "first_ce",
     "decode_1.loss_ce": "main_ce",
 }
+
+
+@pytest.fixture(autouse=True)
+def cost(request: pytest.FixtureRequest) -> Iterator[None]:
+    """`make parity` prints what each test took."""
+    began = time.perf_counter()
+    yield
+    if ALL:
+        now, most = (int(re.search(rf"{key}:\s+(\d+)", STATUS.read_text())[1]) / 2**20 for key in ("VmRSS", "VmHWM"))
+        print(f"\n{request.node.name}: {time.perf_counter() - began:.1f} s, {now:.1f} GB, so far at most {most:.1f} GB")
 
 
 @pytest.fixture(scope="module")
@@ -107,10 +123,12 @@ def test_losses_and_gradients(name: str, classifier: str, size: int, golden: Any
     assert math.hypot(*norms.values()) == pytest.approx(figures["grad_norm_total"], rel=1e-3)
 
 
-@pytest.mark.parametrize("name", ["fcn_r50", "segformer_b0", "ocrnet_hr18", "upernet_swin_t", "upernet_vit_adapter_t"])
+@pytest.mark.parametrize("name", [*BUILT, "segformer_x"])
 def test_any_size_from_64_and_training_in_bfloat16(name: str) -> None:
+    """Networks with every part and next to no blocks."""
     torch.manual_seed(0)
-    model = build_model(name, 3, "ssa")
+    with tiny_networks():
+        model = build_model(name, 3, "ssa")
     with torch.no_grad():
         for size in ((64, 64), (75, 101)):
             logits = model.eval()(torch.randn(1, 3, *size))

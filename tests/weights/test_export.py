@@ -1,6 +1,7 @@
 """Deploy forms: folding is exact, exports give what PyTorch gives, and what does not is not written."""
 
 import json
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ import onnxruntime
 import pytest
 import torch
 from click.testing import CliRunner, Result
-from networks import TINY, tiny_networks
+from networks import BUILT, TINY, tiny_networks
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -20,13 +21,18 @@ from ssaseg.datasets.exporting import export_scenes
 from ssaseg.models import Segmenter, build_model, list_models, load_model, save_model
 from ssaseg.models import deploy as deploy_module
 from ssaseg.models.checkpoint import write_tensors
-from ssaseg.models.deploy import Deployed, Normalize, PoolByProducts, fold, pool_by_products, trace
+from ssaseg.models.deploy import Deployed, Normalize, PoolByProducts, fold, pool_by_products, smallest, trace
 from ssaseg.models.layers import ConvNorm
 from ssaseg.models.networks import seaformer, segnext
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-SMALLEST = ("afformer_t", "cgrseg_t", "seaformer_t", "segnext_t")  # of each family
+# Of each family the smallest, or one of its parts with next to no blocks.
+SMALLEST = (
+    "afformer_t", "cgrseg_t", "seaformer_t", "segnext_t",
+    "fcn_x", "ocrnet_x", "segformer_x", "segformer_nvidia_x", "upernet_swin_x", "upernet_vit_adapter_x",
+)  # fmt: skip
+SLOW_TO_TRACE = ("upernet_swin_x", "upernet_vit_adapter_x")
 CLASSES = 5
 
 
@@ -78,7 +84,8 @@ RUN: dict[str, Callable[[Path, Tensor], Tensor]] = {".onnx": run_onnx, ".pt2": r
 
 def test_every_family_is_there() -> None:
     families = {name.rpartition("_")[0] for name in list_models()}
-    assert {name.rpartition("_")[0] for name in SMALLEST} == {name.rpartition("_")[0] for name in TINY} == families
+    small = [*TINY, *BUILT]
+    assert {name.rpartition("_")[0] for name in SMALLEST} == {name.rpartition("_")[0] for name in small} == families
 
 
 @pytest.mark.parametrize("classifier", ["linear", "ssa"])
@@ -243,6 +250,23 @@ def test_every_family_exports_for_any_size(name: str, classifier: str, tmp_path:
     assert result.exit_code == 0, result.output
     run = torch.export.load(tmp_path / "made.pt2").module()
     for pixels in (images(1, 192, 192), images(1, 512, 512), images(3, 99, 130)):
+        with torch.no_grad():
+            expected = model(pixels)
+        torch.testing.assert_close(
+            run(pixels), expected, rtol=0, atol=TOLERANCE * max(1.0, expected.abs().max().item())
+        )
+
+
+@pytest.mark.parametrize("name", [*BUILT, "segformer_x"])
+def test_graph_of_any_size_of_general_networks(name: str) -> None:
+    """With sides that are no multiples of windows and strides, with some that are, and with one window alone."""
+    if name in SLOW_TO_TRACE and not os.environ.get("SSASEG_PARITY"):
+        pytest.skip("takes half a minute: `make parity`")
+    model = fold(network(name, "linear"))
+    program = trace(Deployed(model), torch.zeros(2, 3, *export.EXAMPLE))
+    assert max(smallest(program)) <= 64
+    run = program.module()
+    for pixels in (images(1, 192, 448), images(3, 99, 130), images(1, 64, 64)):
         with torch.no_grad():
             expected = model(pixels)
         torch.testing.assert_close(
