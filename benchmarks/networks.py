@@ -53,8 +53,7 @@ PLAIN = "59d4974"  # the commit before any network was optimised for speed
 TOLERANCE = 1e-3  # of the largest logit, between float32 sides
 GOALS = {"mmseg/eager": 1.0, "plain/eager": 1.0, "mmseg/fast": 3.0, "plain/fast": 2.0, "labels": 0.995}
 GENERAL_GOALS = {"mmseg/eager": 1.0, "transformers/eager": 1.0, "eager/fast": 1.8}
-BF16 = ("bf16",) if has_bfloat16(torch.device("cpu")) else ()  # without it the fast path is in float32
-FORMS = ("eager", "folded", *BF16, "compiled", "fast")
+FORMS = ("eager", "folded", *("bf16",) * has_bfloat16(torch.device("cpu")), "compiled", "fast")
 
 # The linear classifier, because mmsegmentation has only this one.
 CASES = [Case("segnext_t", "linear")] + [
@@ -239,7 +238,7 @@ def on_cpu(options: argparse.Namespace, cases: list[Case]) -> dict[str, Any]:
     for case, result in zip(cases, measured, strict=True):
         bound = result["roofline"] = roofline(case, speed)
         kinds = {"eager": "all, float32", "compiled": "products, float32"}
-        kinds["fast"] = "products, bfloat16" if BF16 else kinds["compiled"]
+        kinds["fast"] = "products, bfloat16" if "bf16" in FORMS else kinds["compiled"]
         result["measured/bound"] = {
             form: result["median [ms]"][form] / bound["at least [ms]"][kind]
             for form, kind in kinds.items()
