@@ -32,7 +32,7 @@ test: setup
 parity: setup
 	SSASEG_PARITY=1 $(BIN)/pytest -q -s --durations=0 tests/models/test_general.py \
 		tests/models/test_networks.py::test_counts_are_the_papers
-	SSASEG_PARITY=1 $(BIN)/pytest -q -s --durations=0 -k general tests/weights/test_export.py
+	SSASEG_PARITY=1 $(BIN)/pytest -q -s --durations=0 -k any_size tests/weights/test_export.py
 	SSASEG_PARITY=1 $(BIN)/pytest -q -s --durations=0 -k learnt tests/training/test_families.py
 
 # Random files and command lines against what reads them, SECONDS of each kind. The tests have a short run of it.

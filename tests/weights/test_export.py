@@ -32,7 +32,8 @@ SMALLEST = (
     "afformer_t", "cgrseg_t", "seaformer_t", "segnext_t",
     "fcn_x", "ocrnet_x", "segformer_x", "segformer_nvidia_x", "upernet_swin_x", "upernet_vit_adapter_x",
 )  # fmt: skip
-SLOW_TO_TRACE = ("upernet_swin_x", "upernet_vit_adapter_x")
+# The tests trace CGRSeg, the hardest of the light networks, and the quickest of the general ones.
+SLOW_TO_TRACE = ("afformer_x", "segnext_x", "upernet_swin_x", "upernet_vit_adapter_x")
 CLASSES = 5
 
 
@@ -241,9 +242,15 @@ def test_export_of_one_size(checkpoint: Path, tmp_path: Path, suffix: str, outpu
             run_pt2(path, images(1, 96, 96))
 
 
+def skip_if_slow(name: str) -> None:
+    if name in SLOW_TO_TRACE and not os.environ.get("SSASEG_PARITY"):
+        pytest.skip("takes half a minute: `make parity`")
+
+
 @pytest.mark.parametrize(("name", "classifier"), [("afformer_x", "ssa"), ("cgrseg_x", "linear"), ("segnext_x", "ssa")])
 def test_every_family_exports_for_any_size(name: str, classifier: str, tmp_path: Path) -> None:
     """At 192 and 512 pixels some resizings meet the size that is there, as they do not in the example."""
+    skip_if_slow(name)
     model = network(name, classifier)
     save_model(tmp_path / "model.safetensors", model, {})
     result = convert(tmp_path / "model.safetensors", tmp_path / "made.pt2")
@@ -260,8 +267,7 @@ def test_every_family_exports_for_any_size(name: str, classifier: str, tmp_path:
 @pytest.mark.parametrize("name", [*BUILT, "segformer_x"])
 def test_graph_of_any_size_of_general_networks(name: str) -> None:
     """With sides that are no multiples of windows and strides, with some that are, and with one window alone."""
-    if name in SLOW_TO_TRACE and not os.environ.get("SSASEG_PARITY"):
-        pytest.skip("takes half a minute: `make parity`")
+    skip_if_slow(name)
     model = fold(network(name, "linear"))
     program = trace(Deployed(model), torch.zeros(2, 3, *export.EXAMPLE))
     assert max(smallest(program)) <= 64
