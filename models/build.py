@@ -56,7 +56,7 @@ def build_model(
     classifier: str = "ssa",
     *,
     drop_path: float | None = None,
-    dropout: float = 0.1,
+    dropout: float | None = None,
     group: int = 4,
     loss: LossOptions | None = None,
     options: Mapping[str, Any] | None = None,
@@ -69,7 +69,7 @@ def build_model(
         num_classes: at least 1.
         classifier: one of `CLASSIFIERS`.
         drop_path: in [0, 1); None: the network's default rate.
-        dropout: in [0, 1): fraction of channels dropped before the classifier.
+        dropout: in [0, 1): fraction of channels dropped before the classifier; None: the network's default.
         group: number of images over which SSA's teacher takes class means.
         loss: changes of the losses; used in training only.
         options: options of the classifier, see its `OPTIONS`.
@@ -89,6 +89,7 @@ def build_model(
     parts = _parts(family, kind, name, num_classes, drop_path)
     if compat:
         parts.decoder.use_compat()
+    dropout = family.dropout if dropout is None else dropout
     head = kind(parts.decoder.channels, num_classes, dropout, loss, group, **(options or {}))
     weights = loss.weights if loss else {}
     known = facts(name, classifier).losses

@@ -105,7 +105,7 @@ def resize_bilinear(maps: Tensor, size: tuple[int, int] | torch.Size) -> Tensor:
 def init_fan_out(module: nn.Module) -> None:
     """Convolutions ~ N(0, 2 / (kernel area · outputs / groups)), biases 0: He initialisation over the fan-out."""
     for layer in module.modules():
-        if isinstance(layer, nn.Conv2d):
+        if isinstance(layer, nn.Conv2d | nn.ConvTranspose2d):
             fan_out = layer.kernel_size[0] * layer.kernel_size[1] * layer.out_channels // layer.groups
             nn.init.normal_(layer.weight, 0.0, (2.0 / fan_out) ** 0.5)
             if layer.bias is not None:
@@ -117,6 +117,15 @@ def init_conv_module(module: nn.Module) -> None:
     for layer in module.modules():
         if isinstance(layer, nn.Conv2d):
             nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
+            if layer.bias is not None:
+                nn.init.zeros_(layer.bias)
+
+
+def init_linear(module: nn.Module) -> None:
+    """Linear layers ~ N(0, 0.02²), cut at ±2, biases 0: as in most vision transformers."""
+    for layer in module.modules():
+        if isinstance(layer, nn.Linear):
+            nn.init.trunc_normal_(layer.weight, std=0.02)
             if layer.bias is not None:
                 nn.init.zeros_(layer.bias)
 

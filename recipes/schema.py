@@ -39,8 +39,10 @@ class Model(Section):
     drop_path: Share | None = Field(
         default=None, description="share of residual branches dropped in training; null: the network's default"
     )
-    dropout: Share = Field(
-        default=0.1, description="share of feature channels dropped before the classifier in training"
+    dropout: Share | None = Field(
+        default=None,
+        description="share of feature channels dropped before the classifier in training, 0.1 before those of "
+        "auxiliary heads; null: the network's default, 0.1, for ocrnet 0",
     )
     compat: Switch = Field(
         default=False,

@@ -59,6 +59,7 @@ class Family:
     # Our prefix of each classifier → the official one.
     heads: Mapping[str, str] = field(default_factory=lambda: {"classifier": "decode_head"})
     last: str = "conv_seg"  # official name of the last layer of each of these heads
+    dropout: float = 0.1  # before the classifier, if the recipe does not say
     # Losses of auxiliary heads and a first stage: name → meaning.
     losses: Mapping[str, str] = field(default_factory=dict)
     compat: str = ""  # what `compat=True` of `build_model` does as the official code; empty: nothing differs

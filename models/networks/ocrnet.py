@@ -135,5 +135,6 @@ FAMILY = Family(
     heads={"classifier": "decode_head.1", "decoder.classifier": "decode_head.0"},
     losses={"first_ce": "cross entropy of the first stage"},
     pretrained_only=PRETRAINED_ONLY,
+    dropout=0.0,
     compat="the statistics of the first stage's BatchNorm are updated twice a step",
 )

@@ -25,14 +25,17 @@ DEPTHS = {"r50": (3, 4, 6, 3), "r101": (3, 4, 23, 3)}
 
 
 class Bottleneck(nn.Module):
-    """1×1, 3×3 and 1×1 convolution with a residual connection; the stride is that of the 3×3 convolution."""
+    """1×1, 3×3 and 1×1 convolution with a residual connection; the stride is that of the 3×3 convolution.
 
-    def __init__(self, inputs: int, planes: int, stride: int, dilation: int) -> None:
+    `norm_weight`: with 0, a block starts as its shortcut.
+    """
+
+    def __init__(self, inputs: int, planes: int, stride: int, dilation: int, norm_weight: float = 1.0) -> None:
         super().__init__()
         outputs = planes * EXPANSION
         self.reduce = ConvNorm(inputs, planes)
         self.spatial = ConvNorm(planes, planes, 3, stride, dilation=dilation)
-        self.expand = ConvNorm(planes, outputs)
+        self.expand = ConvNorm(planes, outputs, norm_weight=norm_weight)
         self.shortcut = ConvNorm(inputs, outputs, stride=stride) if stride > 1 or inputs != outputs else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -54,9 +57,9 @@ class ResNet(nn.Module):
         self.stages = nn.ModuleList()
         inputs = 64
         for planes, depth, stride, (first, rest) in zip(PLANES, depths, STRIDES, DILATIONS, strict=True):
-            blocks = [Bottleneck(inputs, planes, stride, first)]
+            blocks = [Bottleneck(inputs, planes, stride, first, norm_weight=0.0)]
             inputs = planes * EXPANSION
-            blocks += [Bottleneck(inputs, planes, 1, rest) for _ in range(depth - 1)]
+            blocks += [Bottleneck(inputs, planes, 1, rest, norm_weight=0.0) for _ in range(depth - 1)]
             self.stages.append(nn.Sequential(*blocks))
         self.channels = tuple(planes * EXPANSION for planes in PLANES)
         init_conv_module(self)

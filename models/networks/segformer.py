@@ -7,7 +7,6 @@ Source: "SegFormer" (Xie et al., NeurIPS 2021, arXiv 2105.15203), as in mmsegmen
 Axes: N images, C channels, H×W pixels, P = H·W positions.
 """
 
-import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,6 +23,8 @@ from ssaseg.models.layers import (
     DropPath,
     drop_path_rates,
     init_conv_module,
+    init_fan_out,
+    init_linear,
     resize_bilinear,
 )
 from ssaseg.models.networks.family import Family, Layout, Parts
@@ -68,7 +69,6 @@ class Attention(nn.Module):
         self.qkv_bias = nn.Parameter(torch.zeros(3 * channels))
         nn.init.xavier_uniform_(self.qkv_weight)
         self.project = nn.Linear(channels, channels)
-        nn.init.zeros_(self.project.bias)
         if reduction > 1:
             self.reduce = nn.Conv2d(channels, channels, reduction, reduction)
             self.norm = nn.LayerNorm(channels, eps=EPS)
@@ -154,13 +154,10 @@ class MiT(nn.Module):
             Stage(inputs[k], inputs[k + 1], 3 if k else 7, HEADS[k], REDUCTIONS[k], [next(rates) for _ in range(depth)])
             for k, depth in enumerate(variant.depths)
         )
+        init_fan_out(self)
+        init_linear(self)
         for layer in self.modules():
-            if isinstance(layer, nn.Conv2d):  # N(0, 2 / fan-out), as the official code
-                fan_out = math.prod(layer.kernel_size) * layer.out_channels // layer.groups
-                nn.init.normal_(layer.weight, 0.0, (2.0 / fan_out) ** 0.5)
-                if layer.bias is not None:
-                    nn.init.zeros_(layer.bias)
-            elif isinstance(layer, nn.LayerNorm):
+            if isinstance(layer, nn.LayerNorm):
                 layer.eps = eps
 
     def forward(self, images: Tensor) -> list[Tensor]:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ssaseg.models.layers import Checkpointed, DropPath, drop_path_rates
+from ssaseg.models.layers import Checkpointed, DropPath, drop_path_rates, init_linear
 from ssaseg.models.networks.family import Layout
 from ssaseg.models.rows import Row, query_key_value, rows_of
 
@@ -176,11 +176,7 @@ class Swin(Checkpointed):
         )
         self.merges = nn.ModuleList(Merge(width) for width in self.channels[:-1])
         self.norms = nn.ModuleList(nn.LayerNorm(width) for width in self.channels)
-        for layer in self.modules():
-            if isinstance(layer, nn.Linear):
-                nn.init.trunc_normal_(layer.weight, std=0.02)
-                if layer.bias is not None:
-                    nn.init.zeros_(layer.bias)
+        init_linear(self)
 
     def forward(self, images: Tensor) -> list[Tensor]:
         """(N,3,H,W) → four maps (N,C,⌈H/s⌉,⌈W/s⌉), finest first: s = 4, 8, 16, 32."""

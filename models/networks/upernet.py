@@ -32,6 +32,7 @@ class UPerDecoder(Decoder):
         super().__init__()
         self.channels = channels
         *finer, last = inputs
+        self.means = nn.ModuleList(nn.AdaptiveAvgPool2d(side) for side in POOLS)
         self.pools = nn.ModuleList(ConvNorm(last, channels) for _ in POOLS)
         self.pooled = ConvNorm(last + channels * len(POOLS), channels, 3)
         self.laterals = nn.ModuleList(ConvNorm(width, channels) for width in finer)
@@ -54,14 +55,18 @@ class UPerDecoder(Decoder):
     def pool(self, x: Tensor) -> Tensor:
         """(N,C,h,w) → (N,channels,h,w), with the means of the map in 1, 4, 9 and 36 parts."""
         size = x.shape[-2:]
-        means = [F.relu(conv(F.adaptive_avg_pool2d(x, side))) for conv, side in zip(self.pools, POOLS, strict=True)]
+        means = [F.relu(conv(mean(x))) for conv, mean in zip(self.pools, self.means, strict=True)]
         together = torch.cat([x, *(resize_bilinear(mean, size) for mean in means)], dim=1)
         return F.relu(self.pooled(together), inplace=True)
 
 
 def build(name: str, num_classes: int, drop_path: float | None = None) -> Parts:
     """Backbone, decoder and auxiliary head of a variant in `VARIANTS`."""
-    backbone = swin.Swin(VARIANTS[name], drop_path)
+    return with_decoder(swin.Swin(VARIANTS[name], drop_path), num_classes)
+
+
+def with_decoder(backbone: swin.Swin | vit_adapter.ViTAdapter, num_classes: int) -> Parts:
+    """A backbone with UPerNet's decoder, and the auxiliary head on its third map."""
     head = auxiliary_head(backbone.channels[2], 2, 16, num_classes)
     return Parts(backbone, UPerDecoder(backbone.channels), {"aux": head})
 
@@ -117,9 +122,7 @@ ADAPTERS = {f"upernet_vit_adapter_{size}": variant for size, variant in vit_adap
 
 def build_adapter(name: str, num_classes: int, drop_path: float | None = None) -> Parts:
     """Backbone, decoder and auxiliary head of a variant in `ADAPTERS`."""
-    backbone = vit_adapter.ViTAdapter(ADAPTERS[name], drop_path)
-    head = auxiliary_head(backbone.channels[2], 2, 16, num_classes)
-    return Parts(backbone, UPerDecoder(backbone.channels), {"aux": head})
+    return with_decoder(vit_adapter.ViTAdapter(ADAPTERS[name], drop_path), num_classes)
 
 
 # The convolutional branch, and the scales of layers.

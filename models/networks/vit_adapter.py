@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ssaseg.models.layers import Checkpointed, ConvNorm, Depthwise, DropPath, drop_path_rates, init_fan_out
+from ssaseg.models.layers import Checkpointed, ConvNorm, Depthwise, DropPath, drop_path_rates, init_fan_out, init_linear
 from ssaseg.models.rows import Row, conv_norm, rows_of
 
 EPS = 1e-6  # of every LayerNorm
@@ -256,13 +256,11 @@ class ViTAdapter(nn.Module):
         self._reset()
 
     def _reset(self) -> None:
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.trunc_normal_(module.weight, std=0.02)
-                nn.init.zeros_(module.bias)
-        init_fan_out(self.prior)
+        """Only of the adapter: the authors leave the transformer as PyTorch makes it, and its positions 0."""
+        for part in (self.prior, self.interactions, self.up):
+            init_fan_out(part)
+            init_linear(part)
         nn.init.normal_(self.levels)
-        nn.init.trunc_normal_(self.positions, std=0.02)
         for module in self.modules():
             if isinstance(module, DeformableAttention):
                 module.reset()

@@ -1,8 +1,8 @@
 """`ssaseg profile --paper-table`: what our networks cost, linear and ssa, beside the paper's figures.
 
 The paper: SSA-Seg (NeurIPS 2024, arXiv 2405.06525), the tables of its general and its lightweight models, for 150
-classes at 512×512. Figures of the general models with SSA are those of the authors' README. Without SSA, only some
-GMACs are known here.
+classes at 512×512. Figures of the general models with SSA are those of the authors' README, those of FCN and
+Swin-B the paper's. Without SSA, only some GMACs are known here.
 """
 
 from collections.abc import Sequence
@@ -55,9 +55,10 @@ PAPER: dict[str, dict[str, Published]] = {
 # Parameters that the official models have but never use. The paper counts them.
 NEVER_USED = {"afformer_b": 66_048}
 
-# Figures of the paper that no counting gives, and why.
-NOT_REPRODUCED = {
+# Printed below the table: figures of the paper that no counting gives, and networks that are not defined exactly.
+REMARKS = {
     "ocrnet_hr48": "the published 8.7 M parameters are a misprint: its convolutions alone have more than 60 M",
+    "segformer_b5": "the published 52.6 GMACs cannot be reproduced: the official code has 52.5 in this counting",
     "fcn_r101": "the authors have published neither its configuration nor its head with SSA. Ours, by mmsegmentation's "
     "configuration with 101 layers, has the paper's GMACs",
 }
@@ -143,7 +144,7 @@ def print_paper_table(report: dict[str, Any]) -> None:
         "parameters: as the paper counts them, without SSA's teacher and with auxiliary heads; in percent: our "
         "deviation from the paper; -: not known here"
     )
-    for name, reason in NOT_REPRODUCED.items():
+    for name, reason in REMARKS.items():
         echo(f"{name}: {reason}")
     for name, unused in NEVER_USED.items():
         echo(f"{name}: as in the paper, with {unused:,} parameters that the official model has but never uses")

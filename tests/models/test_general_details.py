@@ -233,12 +233,15 @@ def silent(path: str) -> Patch:
     return change
 
 
+def aux_of_other_channels(patch: pytest.MonkeyPatch, model: Any) -> None:
+    decoder = model.auxiliary["aux"].decoder
+    wrap(patch, decoder, "forward", lambda forward: lambda maps: forward([*maps[:2], maps[2].flip(1)]))
+
+
 UPER: dict[str, Patch] = {
     "no_top_down": no_top_down,
-    "other_pools": lambda patch, model: patch.setattr(upernet, "POOLS", (1, 2, 3, 5)),
-    "aux_of_another_map": lambda patch, model: wrap(
-        patch, model.auxiliary["aux"].decoder, "forward", lambda f: lambda maps: f([*maps[:2], maps[2].flip(1)])
-    ),
+    "other_pools": lambda patch, model: patch.setattr(model.decoder.means[3], "output_size", 5),
+    "aux_of_other_channels": aux_of_other_channels,
     "to_corners": to_corners,
     "tanh_gelu": tanh_gelu,
     "level_missing": silent("decoder.smooth.1"),
@@ -255,9 +258,7 @@ DETAILS: dict[str, dict[str, Patch]] = {
         "input_and_output_swapped": lambda patch, model: wrap(
             patch, model.decoder.merge, "forward", lambda f: lambda x: f(torch.cat(x.split((32, 16), 1)[::-1], 1))
         ),
-        "aux_of_another_map": lambda patch, model: wrap(
-            patch, model.auxiliary["aux"].decoder, "forward", lambda f: lambda maps: f([*maps[:2], maps[2].flip(1)])
-        ),
+        "aux_of_other_channels": aux_of_other_channels,
         "aux_weight": lambda patch, model: patch.setattr(model, "weights", {"aux_ce": 0.2}),
     },
     "segformer_x": {

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from ssaseg.models import Segmenter, build_model, list_models
 from ssaseg.models.layers import DropPath
 from ssaseg.models.networks.efficientformer import ConvMLP, RelativeBias, Residual
+from ssaseg.models.networks.resnet import Bottleneck
 from ssaseg.models.networks.seaformer import AxialAttention, SeaAttention
 
 
@@ -59,6 +60,9 @@ def test_norms_and_classifier_start(name: str) -> None:
     """Norms at the identity, with the official eps and momentum; the classifier by its own rules."""
     model = build_model(name, 150)
     silent = {id(m.project.norm) for m in model.modules() if isinstance(m, AxialAttention | SeaAttention)}
+    if name.startswith("fcn"):  # HRNet's blocks are not silent
+        silent = {id(m.expand.norm) for m in model.modules() if isinstance(m, Bottleneck)}
+        assert len(silent) == 16
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d | nn.GroupNorm | nn.LayerNorm):
             assert (module.weight == (id(module) not in silent)).all()
@@ -70,7 +74,7 @@ def test_norms_and_classifier_start(name: str) -> None:
         if isinstance(module, nn.GroupNorm):
             assert module.num_groups == 32
     classifier = model.classifier
-    assert classifier.dropout.p == 0.1
+    assert classifier.dropout.p == (0.0 if name.startswith("ocrnet") else 0.1)
     assert close_to(0.01, classifier.conv_seg.weight)
     assert not classifier.conv_seg.bias.any()
     assert close_to(1.0, classifier.spatial_prototypes)
@@ -133,9 +137,53 @@ def test_cgrseg_starts() -> None:
     assert not any(zero.any() for zero in (classifier.weigh.bias, classifier.leave.weight, classifier.leave.bias))
 
 
+@pytest.mark.parametrize("name", ["fcn_r50", "ocrnet_hr18", "segformer_b0", "upernet_swin_t"])
+def test_general_networks_start(name: str) -> None:
+    model = build_model(name, 150)
+    for layer in convolutions(model.decoder, *(head.decoder for head in model.auxiliary.values())):
+        if layer.bias is None:  # before a norm
+            he(layer, knows_groups=False)
+    for layer in convolutions(model.backbone):
+        if name.startswith("upernet"):
+            torchs_own(layer)
+        else:
+            he(layer, knows_groups=name.startswith("segformer"))
+    linear = [module for module in model.backbone.modules() if isinstance(module, nn.Linear)]
+    assert len(linear) == {"segformer_b0": 8, "upernet_swin_t": 4 * 12 + 3}.get(name, 0)
+    for layer in linear:
+        assert close_to(0.02, layer.weight)
+        assert layer.bias is None or not layer.bias.any()
+
+
+def test_vit_adapter_starts() -> None:
+    """The adapter by its authors' rules, the transformer as PyTorch makes it."""
+    backbone = build_model("upernet_vit_adapter_t", 150, "linear").backbone
+    for layer in convolutions(backbone.prior, backbone.interactions):
+        he(layer, knows_groups=True)
+    assert close_to(math.sqrt(2 / (2 * 2 * 192)), backbone.up.weight)
+    assert not backbone.up.bias.any()
+    assert close_to(1.0, backbone.levels)
+    assert not backbone.positions.any()
+    for block in backbone.blocks:
+        bound = 1 / math.sqrt(192)
+        assert close_to(bound / math.sqrt(3), block.expand.weight)
+        assert (block.attention_scale == 1).all()
+    for interaction in backbone.interactions:
+        assert not interaction.injector.scale.any()
+        for extractor in interaction.extractors:
+            truncated(extractor.expand.weight, extractor.expand.bias)
+            assert not extractor.attention.offsets.weight.any()
+            assert not extractor.attention.weights.weight.any()
+    rates = [sorted({m.rate for m in block.modules() if isinstance(m, DropPath)}) for block in backbone.blocks]
+    assert rates == [[pytest.approx(0.1 * k / 11)] for k in range(12)]
+    assert {m.rate for m in backbone.interactions.modules() if isinstance(m, DropPath)} == {0.1}
+
+
 @pytest.mark.parametrize(
     ("name", "depths", "rate"),
     [
+        ("segformer_b0", (2, 2, 2, 2), 0.1),
+        ("upernet_swin_t", (2, 2, 6, 2), 0.3),
         ("afformer_b", (2, 6, 2), 0.0),
         ("cgrseg_t", (3, 3, 9, 6), 0.0),
         ("cgrseg_b", (4, 4, 12, 8), 0.02),

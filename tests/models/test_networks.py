@@ -24,6 +24,7 @@ from ssaseg.models.networks.efficientformer import RelativeBias
 LIGHT = [name for name in list_models() if name.startswith(("afformer", "cgrseg", "seaformer", "segnext"))]
 SMALLEST = ("afformer_t", "cgrseg_t", "seaformer_t", "segnext_t")
 OFFICIAL: dict[str, Any] = json.loads((GOLDEN / "variants.json").read_text())
+GENERAL: dict[str, Any] = json.loads((GOLDEN / "general.json").read_text())
 SIZES = {"t": "tiny", "s": "small", "b": "base", "l": "large"}  # in the official names, except CGRSeg's
 TRIED = (("upernet_swin_t", "ssa"), ("upernet_vit_adapter_l", "ssa"))  # of the general models; all: `make parity`
 NEVER_USED = {"afformer": 66048}  # parameters that only the official network builds: its head's layer `align`
@@ -97,7 +98,8 @@ def counts(name: str, classifier: str) -> Counts:
         patch.setattr(torch, "autocast", lambda *given, **options: contextlib.nullcontext())  # knows no meta device
         with FlopCounterMode(display=False) as operations, Elementwise() as elementwise:
             model(image)
-        modules = count_modules(model, image) if classifier == "linear" or name in paper_table.PAPER else 0
+        needed = classifier == "linear" or name in paper_table.PAPER or f"{name}/{classifier}" in GENERAL
+        modules = count_modules(model, image) if needed else 0
     prefixes = tuple(f"classifier.{prefix}" for prefix in model.classifier.training_only())
     sizes = {key: parameter.numel() for key, parameter in model.named_parameters()}
     return Counts(
@@ -123,6 +125,14 @@ def test_counts_are_the_official_ones(name: str, classifier: str) -> None:
     # CGRSeg's guidance: there a matrix product weighs its 150 prototypes, here an elementwise one.
     elsewhere = 150 * {"t": 128, "b": 256, "l": 256}[size] if (family, classifier) == ("cgrseg", "linear") else 0
     assert found.macs == figures["macs_all"] - elsewhere
+
+
+@pytest.mark.parametrize("key", GENERAL)
+def test_counts_of_general_networks_are_the_official_ones(key: str) -> None:
+    """Both countings of multiply-accumulates, to the last one."""
+    found, figures = counts(*key.split("/")), GENERAL[key]
+    assert found.macs == figures["macs"]
+    assert found.modules / 1e9 == pytest.approx(figures["modules_gmacs"], rel=1e-9)
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
