@@ -170,7 +170,8 @@ def read_header(path: str | os.PathLike[str]) -> tuple[dict[str, Any], Outline]:
     Raises the same errors as `load_model`.
     """
     outline, header = read_outline(path)
-    metadata = parse_header(header, str(path)) if "format" in header else {}
+    ours = header.get("format", "").startswith('"')  # plain text in files of other programs, such as "pt"
+    metadata = parse_header(header, str(path)) if ours else {}
     if metadata.get("format") != FORMAT or not {"model", "classifier", "classes"} <= metadata.keys():
         raise CheckpointError(
             f"{path}: its header does not describe an ssaseg model (format {described(metadata.get('format'))})\n"

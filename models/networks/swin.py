@@ -301,7 +301,9 @@ TRANSFORMERS_ROWS: list[Row] = [
 
 def refuse(tensors: Mapping[str, Tensor]) -> str:
     """Names the window of a file if it is another one; else ""."""
-    tables = (value.shape[0] for key, value in tensors.items() if key.endswith("relative_position_bias_table"))
+    tables = (
+        len(table) for key, table in tensors.items() if key.endswith("relative_position_bias_table") and table.dim()
+    )
     rows = next((rows for rows in tables if rows != (2 * WINDOW - 1) ** 2), None)
     if rows is None:
         return ""

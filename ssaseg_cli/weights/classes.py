@@ -160,23 +160,28 @@ def _synonyms(name: str) -> set[str]:
 
 
 def keep_rows(
-    model: Segmenter, tensors: Mapping[str, Tensor], names: Mapping[str, str], rows: Sequence[int | None]
-) -> dict[str, Tensor]:
+    model: Segmenter, tensors: Mapping[str, Tensor], names: Mapping[str, str], rows: Sequence[int | None], classes: int
+) -> tuple[dict[str, Tensor], list[str]]:
     """A checkpoint's tensors, with class rows for `model`: row k is the checkpoint's row rows[k], or, if that is None,
-    the model's own.
+    the model's own. And the checkpoint's keys of class rows that are not those of its `classes`, which are not moved.
 
     `names`: our key → the checkpoint's key. A tensor that is missing, or has other channels, stays unchanged.
     """
+    others: list[str] = []
     kept = [k for k, row in enumerate(rows) if row is not None]
     taken = [row for row in rows if row is not None]
     own, found = model.state_dict(), dict(tensors)
     for key in model.class_rows():
         theirs = found.get(names.get(key, ""))
-        if theirs is not None and theirs.shape[1:] == own[key].shape[1:]:
-            value = own[key].clone()
-            value[kept] = theirs[taken].to(value.dtype)
-            found[names[key]] = value
-    return found
+        if theirs is None or theirs.dim() != own[key].dim() or theirs.shape[1:] != own[key].shape[1:]:
+            continue
+        if len(theirs) != classes:  # an auxiliary head may have been trained for others
+            others.append(names[key])
+            continue
+        value = own[key].clone()
+        value[kept] = theirs[taken].to(value.dtype)
+        found[names[key]] = value
+    return found, others
 
 
 def take_rows(network: Segmenter, rows: Sequence[int | None], fresh: Segmenter) -> None:

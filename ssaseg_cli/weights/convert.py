@@ -22,7 +22,7 @@ from ssaseg.cli.weights.classes import follow_names, ignores_zero, own_classes, 
 from ssaseg.cli.weights.deploy import write_deploy
 from ssaseg.cli.weights.export import Form, write_export
 from ssaseg.cli.weights.foreign import Weights, count_rows, read_weights
-from ssaseg.cli.weights.huggingface import write_folder
+from ssaseg.cli.weights.huggingface import weights_file, write_folder
 from ssaseg.cli.weights.matching import Match, best_guess, describe_source, likely_model, match, outline
 from ssaseg.cli.weights.pretrained import PRETRAINED_SHARE
 from ssaseg.files.text import printable
@@ -107,14 +107,21 @@ def run_convert(
 
 def find_writer(request: Request) -> Writer:
     """The writer of the destination. Raises CommandError for an unknown suffix, and for options of other writers."""
-    destination = request.destination
+    destination, source = request.destination, request.source
     suffix = FOLDER if destination.is_dir() else destination.suffix.lower()
     if suffix not in WRITERS:
         raise CommandError(
             f"{destination}: cannot convert to {destination.suffix}\n"
-            "expected .safetensors (ssaseg's format), .pth (official names), .onnx, .pt2 or a folder (transformers)"
+            "expected .safetensors (ssaseg's format), .pth (official names), .onnx, .pt2 or a folder (transformers):\n"
+            "a name without a suffix, or an empty folder that exists"
         )
-    if destination.exists() and destination.samefile(request.source):
+    if suffix == FOLDER and destination.exists() and not (destination.is_dir() and not any(destination.iterdir())):
+        raise CommandError(
+            f"{destination}: {'a folder that is not empty' if destination.is_dir() else 'a file without a suffix'}\n"
+            "expected a new or an empty folder, as nothing may be overwritten there\ngive another DESTINATION"
+        )
+    taken = weights_file(source) if source.is_dir() and suffix != FOLDER else source
+    if destination.exists() and destination.samefile(taken):
         raise CommandError(f"{destination}: source and destination are the same file\ngive the result another name")
     if request.deploy and suffix != ".safetensors":
         raise CommandError(
@@ -203,9 +210,13 @@ def open_official(request: Request, weights: Weights, name: str) -> Opened:
     network.load_state_dict(tensors, strict=False)
     metadata = own_classes(source, request.dataset, weights.meta or {}, classes)
     if weights.stated is not None:
+        stated = weights.stated.metadata.get("protocol")
         metadata = {**weights.stated.metadata, **metadata}
         for line in weights.stated.lines:
             echo(line)
+        if stated is not None and metadata["protocol"] != stated:
+            scale = metadata["protocol"]["scale"]
+            echo(f"  images       but these are the classes of a published data set, so as there: fitted into {scale}")
     return Opened(name, network, metadata, {}, found.complete)
 
 
@@ -261,10 +272,13 @@ def explain_mismatch(source: Path, weights: Weights, network: Segmenter, found: 
         looks, other = (f"it has {key}", "ssa") if holds_ssa else (f"it has no {key}", "linear")
         return f"{first}\nit looks like {other}: {looks}\nuse --classifier {other}"
     name, fitting = likely_model(weights)
+    if weights.stated is not None:
+        return f"{first}\nits config.json says {network.name}; {best_guess(name, fitting)}\ncorrect config.json"
     if name != network.name and fitting > found.backbone_share:
         return f"{first}\n{best_guess(name, fitting)}\nuse --model {name}"
     example = next(iter([*found.misshapen, *found.missing, *found.unexpected]))
-    return f"{first}\nthe first of them: {printable(example)}\nuse --allow-partial to convert what fits"
+    fix = "use --allow-partial to convert what fits" if found.matched else "give another file, or another --model"
+    return f"{first}\nthe first of them: {printable(example)}\n{fix}"
 
 
 # ---- new classes -----------------------------------------------------------------------------------------------------

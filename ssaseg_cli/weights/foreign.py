@@ -100,6 +100,11 @@ def _with_stated(path: Path, weights: Weights) -> Weights:
     stated = read_stated(path)
     if stated is None:
         return weights
+    if not weights.is_backbone and not stated.whole:
+        raise CommandError(
+            f"{path.parent}/config.json: architectures: got {stated.architecture}\n"
+            f"expected a segmentation network, as the weights have a decoder\ncorrect config.json"
+        )
     rows = count_rows(weights.tensors.get(weights.classes_key))
     if stated.classes is not None and len(stated.classes) != rows:
         raise CommandError(

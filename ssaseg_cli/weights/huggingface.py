@@ -19,6 +19,7 @@ from ssaseg.files.text import cut, describe, printable
 from ssaseg.files.writing import write_atomic
 from ssaseg.models import Segmenter
 from ssaseg.models.build import family_of
+from ssaseg.models.checkpoint import numbered
 from ssaseg.models.header import MOST_CLASSES, SCHEMA
 from ssaseg.models.networks import segformer, segformer_nvidia, swin, upernet
 from ssaseg.models.official import official_entries
@@ -73,6 +74,8 @@ IMAGENET = {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.2
 class Stated(NamedTuple):
     """What a folder says about its weights."""
 
+    architecture: str  # by the name in transformers
+    whole: bool  # a segmentation network, not only a backbone
     model: str  # a network of ssaseg; of a backbone, one with it
     classes: list[str] | None  # None: there are no names
     metadata: dict[str, Any]  # for our header: mean, std, protocol, reduce_zero_label
@@ -123,9 +126,9 @@ def read_stated(file: Path) -> Stated | None:
     else:
         model = _upernet(path, config) if whole else f"upernet_swin_{_swin(path, config)}"
     if not whole:
-        return Stated(model, None, {}, ())
+        return Stated(architecture, whole, model, None, {}, ())
     metadata, lines = _preprocessing(file.parent / PREPROCESSOR)
-    return Stated(model, _classes(path, config), metadata, lines)
+    return Stated(architecture, whole, model, _classes(path, config), metadata, lines)
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -188,7 +191,8 @@ def _upernet(path: Path, config: Mapping[str, Any]) -> str:
         raise _wrong(path, "backbone_config.model_type", got, '"swin"')
     _require(path, config, UPERNET)
     size = _swin(path, backbone, "backbone_config.")
-    _require(path, {"out_features": backbone.get("out_features")}, {"out_features": STAGES}, "backbone_config.")
+    if backbone.get("out_indices") != [1, 2, 3, 4]:  # the same in numbers
+        _require(path, {"out_features": backbone.get("out_features")}, {"out_features": STAGES}, "backbone_config.")
     width = 4 * swin.VARIANTS[size].width
     if config.get("auxiliary_in_channels") not in (None, width):
         raise _wrong(path, "auxiliary_in_channels", config["auxiliary_in_channels"], f"{width} or null")
@@ -206,8 +210,14 @@ def _classes(path: Path, config: Mapping[str, Any]) -> list[str] | None:
     names = [named[str(k)] for k in range(len(named))]
     fits, expected = SCHEMA["classes"]
     if not fits(names):
-        raise _wrong(path, "id2label", names[:MOST_CLASSES], expected, "correct the names")
-    return None if names == [f"LABEL_{k}" for k in range(len(names))] else names
+        got = names if len(names) <= MOST_CLASSES else f"{len(names)} names"
+        raise _wrong(path, "id2label", got, expected, "correct the names")
+    return None if names in (unnamed(len(names)), numbered(len(names))) else names
+
+
+def unnamed(classes: int) -> list[str]:
+    """The names that transformers gives to classes without names."""
+    return [f"LABEL_{k}" for k in range(classes)]
 
 
 def _preprocessing(path: Path) -> tuple[dict[str, Any], tuple[str, ...]]:
@@ -236,7 +246,11 @@ def _preprocessing(path: Path) -> tuple[dict[str, Any], tuple[str, ...]]:
         if not fits(scaled):
             raise _wrong(path, key, value, f"{expected}, divided by 255", "correct it")
         metadata[ours] = scaled
-    scale, line = _scale(path, config.get("size", 512)) if flag("do_resize", True) else (None, "not resized")
+    scale, line = (
+        _scale(path, 512 if config.get("size") is None else config["size"])
+        if flag("do_resize", True)
+        else (None, "not resized")
+    )
     metadata["protocol"] = {"scale": scale, "multiple": None}
     try:
         parse_protocol(metadata["protocol"], str(path))
@@ -259,7 +273,8 @@ def _scale(path: Path, size: Any) -> tuple[list[int], str]:
     form = next((form for form in forms if isinstance(given, dict) and all(given.get(key) for key in form)), None)
     sides = [] if form is None else [given[key] for key in form]
     if form is None or any(not isinstance(side, int) or isinstance(side, bool) for side in sides):
-        raise _wrong(path, "size", size, "height and width, or shortest_edge and longest_edge [pixels]", "correct it")
+        expected = "height and width, or shortest_edge and longest_edge [pixels]"
+        raise _wrong(path, "size", size, expected, "add what is missing; a large longest_edge sets no limit")
     stretched = ", aspect kept; transformers stretches them to this size" if form == forms[0] else ""
     return sides, f"fitted into {sides[0]}x{sides[1]}{stretched}"
 
@@ -295,6 +310,7 @@ def write_folder(folder: Path, network: Segmenter, metadata: Mapping[str, Any], 
         for name, value in entry.give(state).items()
     }
     classes = metadata["classes"]
+    classes = unnamed(len(classes)) if classes == numbered(len(classes)) else classes
     config = _config(network) | {
         "id2label": {str(k): name for k, name in enumerate(classes)},
         "label2id": {name: k for k, name in enumerate(classes)},
@@ -309,8 +325,8 @@ def write_folder(folder: Path, network: Segmenter, metadata: Mapping[str, Any], 
         "do_rescale": True,
         "rescale_factor": 1 / 255,
         "do_normalize": True,
-        "image_mean": [value / 255 for value in metadata["mean"]],
-        "image_std": [value / 255 for value in metadata["std"]],
+        "image_mean": [round(value / 255, 9) for value in metadata["mean"]],
+        "image_std": [round(value / 255, 9) for value in metadata["std"]],
         "do_reduce_labels": reduced,
     }
     folder.mkdir(parents=True, exist_ok=True)
@@ -319,7 +335,10 @@ def write_folder(folder: Path, network: Segmenter, metadata: Mapping[str, Any], 
         write_atomic(folder / name, (json.dumps(content, indent=2) + "\n").encode())
     usual = parse_protocol({}, "").model_dump(mode="json")
     lost = [f"{key}: {json.dumps(value)}" for key, value in protocol.items() if value != usual[key]]
-    return [f"left out, what transformers cannot hold: test.{', test.'.join(lost)}"] if lost else []
+    lines = [f"left out, what transformers cannot hold: test.{', test.'.join(lost)}"] if lost else []
+    if scale is not None:
+        lines.append(f"{PREPROCESSOR} is for transformers 5: version 4 can only stretch images to one size")
+    return lines
 
 
 # Our layouts of whole networks → what stands in files where they have `backbone.`.

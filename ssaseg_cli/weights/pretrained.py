@@ -49,7 +49,7 @@ def load_pretrained(model: Segmenter, path: str | Path, classes: Sequence[str] |
     if rows and not weights.is_backbone:
         weights, lines, other = _rows_for(model, weights, rows, classes)
     found, tensors = match(model, weights, describe_source(Path(path), weights, reading), other)
-    found = replace(found, rows=lines)
+    found = replace(found, rows=[*lines, *(weights.stated.lines if weights.stated else ())])
     if found.backbone_share < PRETRAINED_SHARE:
         echo(str(found), err=True)
         looks = best_guess(*likely_model(weights)) if header is None else f"its header says {header.get('model')}"
@@ -70,7 +70,9 @@ def _rows_for(
     that have class rows, if no row is kept.
     """
     names = file_names(model, weights)
-    of_classes = [names[key] for key in model.class_rows()]
+    of_classes = [names[key] for key in model.class_rows() if key in names]
+    if names.get("classifier.conv_seg.weight") != weights.classes_key:
+        return weights, [f"  rows new     all {model.num_classes}: the file has another kind of classifier"], of_classes
     source = names_in(weights.header, weights.meta or {}, rows)
     if source is not None and classes is not None:
         taken = rows_by_name(source, classes)
@@ -84,7 +86,8 @@ def _rows_for(
         lines = describe_rows(source, classes, taken)
         if taken == list(range(rows)):
             lines = [f"  rows kept    all {rows}: the same classes in the same order"]
-        return replace(weights, tensors=keep_rows(model, weights.tensors, names, taken)), lines, []
+        tensors, others = keep_rows(model, weights.tensors, names, taken, rows)
+        return replace(weights, tensors=tensors), lines, others
     side = "the file's classes" if source is None else "the model's classes"
     if rows == model.num_classes:
         return weights, [f"  rows kept    all {rows}, in their order, because {side} have no names"], []

@@ -100,3 +100,28 @@ def test_other_classifier_and_missing_classes(tmp_path: Path) -> None:
     del state["decode_head.1.conv_seg.weight"]
     torch.save(state, tmp_path / "official.pth")
     assert "has no decode_head.1.conv_seg.weight\n" in CliRunner().invoke(cli, words[:3]).output
+
+
+@pytest.mark.parametrize("rows", [1, 2, 9])
+def test_an_auxiliary_head_of_other_classes_keeps_its_weights(tmp_path: Path, rows: int) -> None:
+    """Its rows have no names. Two rows are as many as the classes of the model."""
+    state = official(network("upernet_swin_t", "linear", 4, seed=1))
+    for key in ("auxiliary_head.conv_seg.weight", "auxiliary_head.conv_seg.bias"):
+        state[key] = torch.ones(rows, *state[key].shape[1:])
+    torch.save({"state_dict": state, "meta": {"CLASSES": NAMES}}, tmp_path / "official.pth")
+    start = network("upernet_swin_t", "linear", 2, seed=2)
+    before = {key: value.clone() for key, value in start.state_dict().items()}
+    load_pretrained(start, tmp_path / "official.pth", ("car", "pole"))
+    after = start.state_dict()
+    for key in ("weight", "bias"):
+        further = f"auxiliary.aux.classifier.conv_seg.{key}"
+        assert torch.equal(after[further], before[further])
+        assert torch.equal(after[f"classifier.conv_seg.{key}"][0], state[f"decode_head.conv_seg.{key}"][2])
+
+
+def test_a_table_without_dimensions_is_an_error(tmp_path: Path) -> None:
+    state = official(network("upernet_swin_t", "linear", 4, seed=1))
+    state["backbone.stages.0.blocks.0.attn.w_msa.relative_position_bias_table"] = torch.tensor(1.0)
+    torch.save({"state_dict": state}, tmp_path / "official.pth")
+    result = CliRunner().invoke(cli, ["convert", str(tmp_path / "official.pth"), str(tmp_path / "x.safetensors")])
+    assert (result.exit_code, "Traceback" in result.output) == (2, False), result.output

@@ -23,7 +23,7 @@ from ssaseg.cli.main import cli
 from ssaseg.cli.training.preflight import require_start
 from ssaseg.cli.weights.pretrained import load_pretrained
 from ssaseg.datasets.labels import label_space
-from ssaseg.models import Segmenter, build_model, load_model, save_model
+from ssaseg.models import CheckpointError, Segmenter, build_model, load_model, save_model
 
 FIGURES: dict[str, list[float]] = json.loads((PROJECT / "tests" / "fixtures" / "transformers.json").read_text())
 NAMES = ("segformer_nvidia_b0", "upernet_swin_x")
@@ -164,13 +164,16 @@ def test_files_of_older_versions(tmp_path: Path) -> None:
 
 
 def test_published_classes_bring_their_colours_and_protocol(tmp_path: Path) -> None:
-    space = label_space("camvid")
-    folder = folder_of(tmp_path, network("segformer_nvidia_b0", 11), classes=space.classes)
-    done(folder, tmp_path / "back.safetensors")
+    space = label_space("pascal_context_59")
+    folder = folder_of(tmp_path, network("segformer_nvidia_b0", 59), classes=space.classes)
+    output = done(folder, tmp_path / "back.safetensors")
     metadata = load_model(tmp_path / "back.safetensors")[1]
     assert (metadata["palette"], metadata["protocol"]) == (space.palette, space.protocol)
-    change(folder / "config.json", id2label={str(k): f"LABEL_{k}" for k in range(11)})
-    assert "11 without names" in done(folder, tmp_path / "back.safetensors")
+    assert "a published data set, so as there: fitted into [520, 520]" in output
+    change(folder / "config.json", id2label={str(k): f"LABEL_{k}" for k in range(59)})
+    assert "59 without names" in done(folder, tmp_path / "back.safetensors")
+    done(tmp_path / "back.safetensors", tmp_path / "again")
+    assert json.loads((tmp_path / "again" / "config.json").read_text())["id2label"]["3"] == "LABEL_3"
     assert load_model(tmp_path / "back.safetensors")[1]["classes"][0] == "class_0"
     assert "give their names with --dataset" in convert(folder, tmp_path / "x.safetensors", "--classes", "a,b").output
 
@@ -183,7 +186,11 @@ def test_a_folder_to_start_from(tmp_path: Path, name: str) -> None:
     require_start(folder)
     start = network(name, 2, "linear")
     before = {key: value.clone() for key, value in start.state_dict().items()}
-    assert load_pretrained(start, folder, ["car", "lake"]).backbone_share == 1
+    found = load_pretrained(start, folder, ["car", "lake"])
+    assert found.backbone_share == 1
+    new = "rows new     all 2: the file has another kind of classifier"
+    assert (new in str(found), "rows kept    1: car" in str(found)) == (name != source.name, name == source.name)
+    assert "label 0 is class 0" in str(found)
     state, pretrained = start.state_dict(), source.state_dict()
     for key in state:
         if key.startswith("backbone.") or (name == source.name and key not in start.class_rows()):
@@ -306,6 +313,43 @@ def test_what_transformers_does_not_have_is_not_written(tmp_path: Path) -> None:
         assert (result.exit_code, f"transformers has no {name} with {classifier}" in result.output) == (2, True)
         assert not (tmp_path / "hf").exists()
     assert "cannot convert to .bin" in convert(tmp_path / "ours.safetensors", tmp_path / "x.bin").output
+
+
+def test_nothing_is_overwritten(tmp_path: Path) -> None:
+    """A folder of transformers is written only where nothing is; no file is written over the one that it is made of."""
+    source = network("segformer_nvidia_b0")
+    folder = folder_of(tmp_path, source)
+    before = {path: path.read_bytes() for path in [*folder.iterdir(), tmp_path / "ours.safetensors"]}
+    for destination in (folder, tmp_path, Path("")):
+        assert "a folder that is not empty\nexpected" in convert(tmp_path / "ours.safetensors", destination).output
+    assert "are the same file" in convert(folder, folder / "model.safetensors").output
+    (tmp_path / "plain").write_text("mine")
+    assert "a file without a suffix\nexpected" in convert(tmp_path / "ours.safetensors", tmp_path / "plain").output
+    assert (tmp_path / "plain").read_text() == "mine"
+    assert {path: path.read_bytes() for path in before} == before
+    (tmp_path / "empty.v2").mkdir()
+    done(tmp_path / "ours.safetensors", tmp_path / "empty.v2")
+    assert (tmp_path / "empty.v2" / "config.json").exists()
+
+
+def test_a_configuration_of_other_weights(tmp_path: Path) -> None:
+    folder = folder_of(tmp_path, network("segformer_nvidia_b0"))
+    config = folder / "config.json"
+    kept = config.read_text()
+    change(config, hidden_sizes=[64, 128, 320, 512])
+    output = convert(folder, tmp_path / "x.safetensors").output
+    assert "its config.json says segformer_nvidia_b1; its tensors look like segformer_nvidia_b0" in output
+    assert output.rstrip().endswith("correct config.json")
+    config.write_text(kept)
+    change(config, architectures=["SegformerForImageClassification"])
+    output = convert(folder, tmp_path / "x.safetensors").output
+    assert "architectures: got SegformerForImageClassification\nexpected a segmentation network" in output
+
+
+def test_a_file_of_transformers_is_no_checkpoint_yet(tmp_path: Path) -> None:
+    folder = folder_of(tmp_path, network("segformer_nvidia_b0"))
+    with pytest.raises(CheckpointError, match="convert official segmentation checkpoints with `ssaseg convert`"):
+        load_model(folder / "model.safetensors")
 
 
 def test_a_folder_is_not_converted_further_at_once(tmp_path: Path) -> None:
