@@ -5,10 +5,13 @@ import re
 import zlib
 from collections.abc import Callable
 
+import numpy as np
 import torch
-from torch import Tensor
+from places import GOLDEN
+from torch import Tensor, nn
 
 from ssaseg.models import Segmenter, build_model
+from ssaseg.models.layers import DropPath
 from ssaseg.models.official import official_keys
 
 INPUTS = {
@@ -50,3 +53,19 @@ def filled(name: str, classifier: str, make: Callable[..., Tensor] = weight) -> 
     if name.startswith("segnext"):
         model.decoder.bases_seed = 7
     return model.eval()
+
+
+def losses_on_stored_input(model: Segmenter, size: int) -> dict[str, float]:
+    """All losses on two images of `size`² pixels; their gradients are then in the parameters.
+
+    In training mode, but BatchNorm in evaluation mode, and nothing is dropped.
+    """
+    images = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(4321))
+    labels = torch.from_numpy(np.load(GOLDEN / "labels.npz")[f"labels_{size}"]).long()
+    for module in model.modules():
+        module.training = not isinstance(module, nn.BatchNorm2d | nn.Dropout2d | DropPath)
+    model.zero_grad()
+    losses = model(images, labels)
+    sum(losses.values()).backward()
+    model.eval()
+    return {name: value.item() for name, value in losses.items()}
