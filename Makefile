@@ -27,13 +27,14 @@ demo: setup
 test: setup
 	$(BIN)/pytest --numprocesses=auto --dist=loadfile --no-loadscope-reorder
 
-# All networks against figures of the official code, then exports and training of each family; the tests have the light
-# ones. Takes 5 GB and half an hour.
+# All networks against figures of the official code, exports and training of each family, and other slow tests; the
+# tests have the light ones. Takes 5 GB and half an hour.
 parity: setup
 	SSASEG_PARITY=1 $(BIN)/pytest -q -s --durations=0 tests/models/test_general.py \
 		tests/models/test_networks.py::test_counts_are_the_papers
 	SSASEG_PARITY=1 $(BIN)/pytest -q -s --durations=0 -k any_size tests/weights/test_export.py
 	SSASEG_PARITY=1 $(BIN)/pytest -q -s --durations=0 -k learnt tests/training/test_families.py
+	SSASEG_PARITY=1 $(BIN)/pytest -q --durations=0 -m slow
 
 # Random files and command lines against what reads them, SECONDS of each kind. The tests have a short run of it.
 SECONDS ?= 60

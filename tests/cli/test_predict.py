@@ -354,6 +354,7 @@ def test_in_order_works_ahead_but_not_far(threads: int) -> None:
     assert len(started) <= 10 + threads
 
 
+@pytest.mark.slow
 def test_memory_is_flat(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """2,000 images: over the last half the resident set grows by less than 1 KiB an image."""
     count = 2000

@@ -113,7 +113,10 @@ def counts(name: str, classifier: str) -> Counts:
 
 
 @pytest.mark.parametrize("classifier", CLASSIFIERS)
-@pytest.mark.parametrize("name", LIGHT)
+@pytest.mark.parametrize(
+    "name",
+    [name if name in (*SMALLEST, *paper_table.PAPER) else pytest.param(name, marks=pytest.mark.slow) for name in LIGHT],
+)
 def test_counts_are_the_official_ones(name: str, classifier: str) -> None:
     """Parameters of each part, less those never used, and multiply-accumulates, to the last one."""
     family, _, size = name.rpartition("_")

@@ -296,6 +296,7 @@ def test_a_killed_rank_ends_the_job_with_three_lines(
     assert (tmp_path / "run" / "state-3.pt").exists()
 
 
+@pytest.mark.slow
 def test_torchrun_goes_on_by_itself_and_ends_bit_for_bit(undisturbed: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     torchrun = [sys.executable, "-m", run.__name__, "--standalone", "--nproc-per-node", "2", "--max-restarts", "1"]

@@ -74,6 +74,7 @@ def log(out: Path) -> list[dict[str, Any]]:
     return [{key: value for key, value in json.loads(line).items() if key not in clocks} for line in lines]
 
 
+@pytest.mark.slow
 def test_ten_kills_change_no_bit(undisturbed: Path, tmp_path: Path) -> None:
     draw = random.Random(1)
     out = tmp_path / "run"

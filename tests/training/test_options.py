@@ -199,7 +199,7 @@ def test_compiled_training_has_the_same_losses_and_names(
     torch.testing.assert_close(found[1], found[0], rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("asked", [True, False])
+@pytest.mark.parametrize("asked", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_a_signal_that_ends_the_compiler_too_is_no_broken_compiler(
     tmp_path: Path, make_job: MakeJob, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], asked: bool
 ) -> None:

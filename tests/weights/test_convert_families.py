@@ -126,6 +126,7 @@ def test_two_values_of_one_tensor_are_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "ours.safetensors").exists()
 
 
+@pytest.mark.slow
 def test_every_network_is_recognised_by_keys_and_shapes() -> None:
     """Also where one backbone's tensors are part of another's: SegNeXt-B's are all in SegNeXt-L's."""
     for name in list_models():
