@@ -3,6 +3,7 @@
 Axes: N images, C channels, H×W pixels.
 """
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -93,6 +94,15 @@ class Checkpointed(nn.Module):
         if self.checkpointing and block.training and torch.is_grad_enabled():
             return checkpoint(block, *given, use_reentrant=False)
         return block(*given)
+
+
+def run_stages(stages: Iterable[nn.Module], x: Tensor) -> list[Tensor]:
+    """The outputs of stages that run one after the other, each with the output of the one before, from x (N,C,H,W)."""
+    maps = []
+    for stage in stages:
+        x = stage(x)
+        maps.append(x)
+    return maps
 
 
 def resize_bilinear(maps: Tensor, size: tuple[int, int] | torch.Size) -> Tensor:

@@ -41,7 +41,7 @@ def official_entries(model: Segmenter, backbone: bool = False, layout: str = "")
     rows = [*own.rows, *_classifier_rows(model, own if own.heads else family)]
     if not own.heads:
         rows += [row for row in family.rows if not several(row.ours)[0].startswith("backbone")]
-    return entries(rows, [key for key in keys if any(row.names_of(key) for row in rows)])
+    return entries(rows, keys, partial=True)
 
 
 def layout_of(keys: Collection[str]) -> str:

@@ -89,19 +89,21 @@ class Entry(NamedTuple):
         return dict(zip(self.theirs, values, strict=True))
 
 
-def entries(rows: Iterable[Row], keys: Iterable[str]) -> list[Entry]:
-    """The entries for the keys of a model, in the order of the keys.
+def entries(rows: Iterable[Row], keys: Iterable[str], partial: bool = False) -> list[Entry]:
+    """The entries for the keys of a model, in the order of the keys. `partial`: leaves out keys that fit no row.
 
-    Raises ValueError for a key that fits no row, or more than one.
+    Raises ValueError for a key that fits no row, unless `partial`, or more than one.
     """
-    return list(_entries(tuple(rows), tuple(keys)))
+    return list(_entries(tuple(rows), tuple(keys), partial))
 
 
 @lru_cache(maxsize=32)  # a conversion asks for those of one model several times: over 1,000 keys by over 100 rows
-def _entries(rows: tuple[Row, ...], keys: tuple[str, ...]) -> tuple[Entry, ...]:
+def _entries(rows: tuple[Row, ...], keys: tuple[str, ...], partial: bool) -> tuple[Entry, ...]:
     found: dict[tuple[str, ...], Entry] = {}
     for key in keys:
         fitting = [(row, names) for row in rows if (names := row.names_of(key)) is not None]
+        if partial and not fitting:
+            continue
         if len(fitting) != 1:
             raise ValueError(f"{key}: {len(fitting)} rows fit this key, expected 1: {[row.ours for row, _ in fitting]}")
         row, (ours, theirs) = fitting[0]

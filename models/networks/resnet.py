@@ -11,7 +11,7 @@ import re
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ssaseg.models.layers import ConvNorm, init_conv_module
+from ssaseg.models.layers import ConvNorm, init_conv_module, run_stages
 from ssaseg.models.networks.family import Layout
 from ssaseg.models.rows import Row, rows_of
 
@@ -66,12 +66,7 @@ class ResNet(nn.Module):
 
     def forward(self, images: Tensor) -> list[Tensor]:
         """(N,3,H,W) → four maps (N,C,⌈H/s⌉,⌈W/s⌉): C = 256, 512, 1024, 2048; s = 4, 8, 8, 8."""
-        maps = []
-        x = self.stem(images)
-        for stage in self.stages:
-            x = stage(x)
-            maps.append(x)
-        return maps
+        return run_stages(self.stages, self.stem(images))
 
 
 # Names of a `Bottleneck` → mmsegmentation's.

@@ -26,6 +26,7 @@ from ssaseg.models.layers import (
     init_fan_out,
     init_linear,
     resize_bilinear,
+    run_stages,
 )
 from ssaseg.models.networks.family import Family, Layout, Parts
 from ssaseg.models.rows import Row, conv_norm, query_key_value, rows_of
@@ -162,12 +163,7 @@ class MiT(nn.Module):
 
     def forward(self, images: Tensor) -> list[Tensor]:
         """(N,3,H,W) → four maps (N,C,⌈H/s⌉,⌈W/s⌉), finest first: s = 4, 8, 16, 32."""
-        maps = []
-        x = images
-        for stage in self.stages:
-            x = stage(x)
-            maps.append(x)
-        return maps
+        return run_stages(self.stages, images)
 
 
 class SegFormerDecoder(Decoder):

@@ -25,6 +25,7 @@ from ssaseg.models.layers import (
     init_conv_module,
     init_fan_out,
     resize_bilinear,
+    run_stages,
 )
 from ssaseg.models.networks.family import Family, Parts
 from ssaseg.models.rows import Row, conv_norm, rows_of
@@ -155,12 +156,7 @@ class MSCAN(nn.Module):
 
     def forward(self, images: Tensor) -> list[Tensor]:
         """(N,3,H,W) → maps (N,C,⌈H/s⌉,⌈W/s⌉), finest first: s = 8, 16, 32. The map at 1/4 is not returned."""
-        maps = []
-        x = images
-        for stage in self.stages:
-            x = stage(x)
-            maps.append(x)
-        return maps[1:]
+        return run_stages(self.stages, images)[1:]
 
 
 class LightHam(Decoder):

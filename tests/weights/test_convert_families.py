@@ -13,11 +13,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from click.testing import CliRunner, Result
+from converting import convert, done
 from places import GOLDEN
 from torch import Tensor
 
-from ssaseg.cli.main import cli
 from ssaseg.cli.weights.classes import rows_by_name
 from ssaseg.cli.weights.foreign import Weights, read_weights
 from ssaseg.cli.weights.matching import likely_model, outline
@@ -63,17 +62,6 @@ def official_file(name: str, classifier: str) -> dict[str, Tensor]:
             draw = torch.randint(0, 1000, sizes, generator=seeded).to(getattr(torch, dtype))
             state[key] = made.setdefault(canonical(key), draw)
     return state
-
-
-def convert(*words: str | Path) -> Result:
-    return CliRunner().invoke(cli, ["convert", *map(str, words)])
-
-
-def done(*words: str | Path) -> str:
-    """The output of a conversion that must succeed whole."""
-    result = convert(*words)
-    assert result.exit_code == 0, result.output
-    return result.output
 
 
 @pytest.mark.parametrize("classifier", CLASSIFIERS)

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from click.testing import CliRunner, Result
+from converting import convert, done
 from golden_weights import filled
 from networks import tiny_swin
 from places import PROJECT
@@ -19,7 +19,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ssaseg.cli.errors import CommandError
-from ssaseg.cli.main import cli
 from ssaseg.cli.training.preflight import require_start
 from ssaseg.cli.weights.pretrained import load_pretrained
 from ssaseg.datasets.labels import label_space
@@ -36,16 +35,6 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 def tiny() -> Iterator[None]:
     with tiny_swin():
         yield
-
-
-def convert(*words: str | Path) -> Result:
-    return CliRunner().invoke(cli, ["convert", *map(str, words)])
-
-
-def done(*words: str | Path) -> str:
-    result = convert(*words)
-    assert result.exit_code == 0, result.output
-    return result.output
 
 
 def network(name: str, classes: int = 3, classifier: str = "linear") -> Segmenter:
