@@ -9,11 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from click.testing import CliRunner, Result
+from converting import convert
 from torch import Tensor
 
 from ssaseg.cli.errors import CommandError
-from ssaseg.cli.main import cli
 from ssaseg.cli.weights.pretrained import load_pretrained
 from ssaseg.datasets.labels import label_space
 from ssaseg.models import CLASSIFIERS, CheckpointError, Segmenter, build_model, load_model, save_model
@@ -40,10 +39,6 @@ def imagenet_state(model: Segmenter) -> dict[str, Tensor]:
     official = official_state(model)
     bare = {key.removeprefix("backbone."): value for key, value in official.items() if key.startswith("backbone.")}
     return {**bare, "linear.weight": torch.rand(1000, 8), "linear.bias": torch.rand(1000)}
-
-
-def convert(*words: str | Path) -> Result:
-    return CliRunner().invoke(cli, ["convert", *map(str, words)])
 
 
 def assert_same(model: Segmenter, expected: dict[str, Tensor], section: str = "") -> None:

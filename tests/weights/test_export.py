@@ -9,12 +9,12 @@ from typing import Any
 import onnxruntime
 import pytest
 import torch
-from click.testing import CliRunner, Result
+from click.testing import Result
+from converting import convert
 from networks import BUILT, TINY, tiny_networks
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ssaseg.cli.main import cli
 from ssaseg.cli.weights import export
 from ssaseg.cli.weights.export import DIFFERING, TOLERANCE, Difference, difference
 from ssaseg.datasets.exporting import export_scenes
@@ -63,10 +63,6 @@ def network(name: str, classifier: str = "ssa", seed: int = 1) -> Segmenter:
 
 def images(batch: int, height: int, width: int, seed: int = 0) -> Tensor:
     return torch.randn(batch, 3, height, width, generator=torch.Generator().manual_seed(seed))
-
-
-def convert(*words: str | Path) -> Result:
-    return CliRunner().invoke(cli, ["convert", *map(str, words)])
 
 
 def run_onnx(path: Path, taken: Tensor) -> Tensor:

@@ -6,12 +6,11 @@ from typing import Any
 
 import pytest
 import torch
-from click.testing import CliRunner, Result
+from converting import convert
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ssaseg.cli.errors import CommandError
-from ssaseg.cli.main import cli
 from ssaseg.cli.weights.foreign import read_weights
 from ssaseg.cli.weights.matching import Match, match, outline
 from ssaseg.cli.weights.pretrained import load_pretrained
@@ -120,10 +119,6 @@ def vit_file(width: int = 192, positions: int = 197, distilled: bool = False) ->
         shapes |= linear(f"{at}.attn.qkv", width, 3 * width) | linear(f"{at}.attn.proj", width, width)
         shapes |= linear(f"{at}.mlp.fc1", width, 4 * width) | linear(f"{at}.mlp.fc2", 4 * width, width)
     return draws(shapes)
-
-
-def convert(*words: str | Path) -> Result:
-    return CliRunner().invoke(cli, ["convert", *map(str, words)])
 
 
 def converted(folder: Path, state: State, name: str) -> tuple[State, Match, str]:
