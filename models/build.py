@@ -5,7 +5,11 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 from ssaseg.models.classifiers.base import Classifier, Loss, LossOptions, Option
+from ssaseg.models.classifiers.cac import CACClassifier
+from ssaseg.models.classifiers.dnc import DNCClassifier
+from ssaseg.models.classifiers.gmmseg import GMMSegClassifier
 from ssaseg.models.classifiers.linear import LinearClassifier
+from ssaseg.models.classifiers.protoseg import ProtoSegClassifier
 from ssaseg.models.classifiers.ssa import SSAClassifier
 from ssaseg.models.decoder import FURTHER_WEIGHT
 from ssaseg.models.networks import (
@@ -34,7 +38,14 @@ FAMILIES: Mapping[str, Family] = {
     "upernet": upernet.FAMILY,
     "vit_adapter": upernet.ADAPTER_FAMILY,
 }
-CLASSIFIERS: dict[str, type[Classifier]] = {"linear": LinearClassifier, "ssa": SSAClassifier}
+CLASSIFIERS: dict[str, type[Classifier]] = {
+    "linear": LinearClassifier,
+    "ssa": SSAClassifier,
+    "cac": CACClassifier,
+    "protoseg": ProtoSegClassifier,
+    "gmmseg": GMMSegClassifier,
+    "dnc": DNCClassifier,
+}
 
 
 def list_models() -> list[str]:

@@ -163,6 +163,11 @@ class Classifier(nn.Module):
         there is no state.
         """
 
+    @classmethod
+    def bank_bytes(cls, channels: int, num_classes: int, **options: Any) -> int:
+        """Bytes of a memory of pixels that training keeps, with these options; 0 if there is none."""
+        return 0
+
     def training_only(self) -> tuple[str, ...]:
         """Names of parameters, buffers and modules of the classifier that inference never reads."""
         return ()

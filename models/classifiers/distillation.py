@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ssaseg.models.classifiers import losses
+from ssaseg.models.classifiers.adaptation import class_means, concatenate, squeeze, upsampled_terms
 
 
 class Adapted(NamedTuple):
@@ -31,25 +32,15 @@ class PrototypeProjections(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.semantic = _squeeze(channels)
-        self.spatial = _squeeze(channels)
+        self.semantic = squeeze(channels)
+        self.spatial = squeeze(channels)
         self.merge = nn.Linear(channels, channels, bias=False)
 
     def forward(self, semantic: tuple[Tensor, Tensor], spatial: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """Two pairs of prototypes, each (K,C) or (N,K,C), in the order of concatenation → S', P' and Z, all (N,K,C)."""
-        semantic_out = self.semantic(_concatenate(*semantic))
-        spatial_out = self.spatial(_concatenate(*spatial))
+        semantic_out = self.semantic(concatenate(*semantic))
+        spatial_out = self.spatial(concatenate(*spatial))
         return semantic_out, spatial_out, self.merge(semantic_out + spatial_out)
-
-
-def _squeeze(channels: int) -> nn.Sequential:
-    hidden = channels // 2
-    return nn.Sequential(nn.Linear(2 * channels, hidden, bias=False), nn.ReLU(), nn.Linear(hidden, channels))
-
-
-def _concatenate(first: Tensor, second: Tensor) -> Tensor:
-    """Along channels; (K,C) is repeated for each image of the other, (N,K,C)."""
-    return torch.cat(torch.broadcast_tensors(first, second), dim=-1)
 
 
 class Teaching(NamedTuple):
@@ -83,9 +74,9 @@ def teach(
     sums = one_hot @ feature.flatten(2).transpose(1, 2)  # (N,K,C)
     group_sums = torch.einsum("gn,nkc->gkc", members, sums)
     group_pixels = torch.einsum("gn,nkc->gkc", members, pixels)
-    semantic_mean = _means(group_sums, group_pixels, fixed_semantic)  # (G,K,C)
+    semantic_mean = class_means(group_sums, group_pixels, fixed_semantic)  # (G,K,C)
     spatial_sums = one_hot @ student.spatial_feature.flatten(2).transpose(1, 2)
-    spatial_mean = _means(spatial_sums, pixels, fixed_spatial)  # (N,K,C)
+    spatial_mean = class_means(spatial_sums, pixels, fixed_spatial)  # (N,K,C)
     # Here the mean comes first in both pairs, unlike in the student.
     semantic, spatial, prototypes = projections(
         (torch.einsum("gn,gkc->nkc", members, semantic_mean), fixed_semantic),
@@ -93,11 +84,6 @@ def teach(
     )
     logits = losses.cosine_logits(student.feature, prototypes, student.pixels)
     return Teaching(small, members, semantic, spatial, logits)
-
-
-def _means(sums: Tensor, pixels: Tensor, fallback: Tensor) -> Tensor:
-    """Class means; for a class without pixels, its row of `fallback` (K,C), detached."""
-    return torch.where(pixels > 0, sums / (pixels + losses.EPS), fallback.detach())
 
 
 def terms(
@@ -120,7 +106,7 @@ def terms(
         dice = bool(weights.get(f"{name}_dice"))
         if dice or weights[f"{name}_ce"]:
             counting = weighing if name == "main" else weighing._replace(threshold=None)
-            found |= _upsampled(name, logits, labels, pixels, members, pairs, dice, counting)
+            found |= upsampled_terms(name, logits, labels, pixels, members, pairs, dice, counting)
     if weights["response"]:
         found["response"] = losses.response_loss(student.logits, teacher.logits, teacher.labels, members)
     images = members.new_ones(len(labels))
@@ -131,27 +117,3 @@ def terms(
         per_image = losses.spatial_loss(student.spatial, teacher.spatial)
         found["spatial"] = losses.group_ratio(per_image, images, members)
     return {name: weight * found[name] for name, weight in weights.items() if weight and name in found}
-
-
-def _upsampled(
-    name: str,
-    logits: Tensor,
-    labels: Tensor,
-    pixels: Tensor,
-    members: Tensor,
-    pairs: Tensor | None,
-    dice: bool,
-    weighing: losses.Weighing,
-) -> dict[str, Tensor]:
-    """Cross entropy (and dice) of the logits of one branch, upsampled to the labels' size with align_corners=True."""
-    image = losses.full_resolution_terms(logits, labels, True, dice, pixels, weighing)
-    # The denominator of the main mean is the number of all pixels, ignored ones too (mmseg's avg_non_ignore=False),
-    # independent of class weights. That of the others is the sum of the weights of pixels that are not ignored.
-    all_pixels = torch.full_like(image.valid, float(labels[0].numel()))
-    counted = all_pixels if name == "main" else image.valid
-    found = {f"{name}_ce": losses.group_ratio(image.cross_entropy, counted, members)}
-    if dice:
-        # Without `pairs` this batch is the whole step. With it, the loop's mean over micro-batches gives the sum.
-        count = image.pairs.sum() if pairs is None else pairs
-        found[f"{name}_dice"] = image.dice.sum() / torch.where(count > 0, count, 1.0)
-    return found

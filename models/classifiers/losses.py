@@ -314,13 +314,13 @@ def one_hot_pixels(labels: Tensor, num_classes: int) -> Tensor:
     return (labels.flatten(1).unsqueeze(1) == torch.arange(num_classes, device=labels.device)[:, None]).float()
 
 
-def response_loss(logits: Tensor, teacher: Tensor, labels: Tensor, members: Tensor) -> Tensor:
-    """Boundary-aware response distillation at the logits' own resolution.
+def response_loss(logits: Tensor, teacher: Tensor, labels: Tensor, members: Tensor, edges: bool = True) -> Tensor:
+    """Response distillation at the logits' own resolution: SSA-Seg's, with `edges`; CAC's, without.
 
     logits and teacher (N,K,h,w), labels (N,h,w), members (G,N) → scalar. The target is half the teacher's softmax, half
-    the label. A pixel's weight is the teacher's entropy. For each class, the loss is the average of two means: over its
-    boundary and over its interior; a mean over no pixels is 0. Then the mean over the classes present in a group is
-    taken, and the mean over groups.
+    the label. A pixel's weight is the teacher's entropy. For each class, the loss is a mean over its pixels; with
+    `edges`, the average of two means: over its boundary and over its interior. A mean over no pixels is 0. Then the
+    mean over the classes present in a group is taken, and the mean over groups.
     """
     classes = logits.shape[1]
     valid = labels != IGNORE
@@ -330,12 +330,16 @@ def response_loss(logits: Tensor, teacher: Tensor, labels: Tensor, members: Tens
     # Ignored pixels take class 0 here; their weight, the entropy above, is 0.
     own = log_probability.gather(1, torch.where(valid, labels, 0).long().unsqueeze(1)).squeeze(1)
     pixel_loss = -0.5 * (probability * log_probability).sum(dim=1) - 0.5 * own  # (N,h,w)
-    edge = boundary_map(labels).float()
-    weights = torch.stack([entropy * edge, entropy * (1 - edge)], dim=-1).flatten(1, 2)  # (N,P,2)
-    summands = torch.cat([weights * pixel_loss.flatten(1).unsqueeze(-1), weights], dim=-1)  # (N,P,4)
+    if edges:
+        edge = boundary_map(labels).float()
+        weights = torch.stack([entropy * edge, entropy * (1 - edge)], dim=-1).flatten(1, 2)  # (N,P,2)
+    else:
+        weights = entropy.flatten(1).unsqueeze(-1)  # (N,P,1)
+    summands = torch.cat([weights * pixel_loss.flatten(1).unsqueeze(-1), weights], dim=-1)  # (N,P,4 or 2)
     one_hot = one_hot_pixels(labels, classes)
-    sums = torch.einsum("gn,nks->gks", members, one_hot @ summands)  # (G,K,4)
-    per_class = (sums[..., :2] / (sums[..., 2:] + EPS)).mean(dim=-1)  # (G,K)
+    sums = torch.einsum("gn,nks->gks", members, one_hot @ summands)  # (G,K,4 or 2)
+    weighted, weight = sums.chunk(2, dim=-1)
+    per_class = (weighted / (weight + EPS)).mean(dim=-1)  # (G,K)
     present = (members @ one_hot.sum(dim=-1) > 0).float()
     return ((per_class * present).sum(dim=1) / present.sum(dim=1).clamp(min=1.0)).mean()
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ssaseg.models.classifiers import distillation, losses
+from ssaseg.models.classifiers.adaptation import semantic_means
 from ssaseg.models.classifiers.base import Classifier, Loss, LossOptions, TrainingStep, class_convolution
 from ssaseg.models.classifiers.distillation import Adapted, PrototypeProjections
 from ssaseg.models.rows import Row
@@ -96,10 +97,7 @@ class SSAClassifier(Classifier):
     def _prototypes(self, feature: Tensor, spatial_feature: Tensor, coarse: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Features (N,C,h,w) and logits (N,K,h,w) → adapted prototypes S', P' and Z, all (N,K,C)."""
         scores = coarse.flatten(2)  # (N,K,P)
-        by_class = scores.softmax(dim=1)
-        mass = by_class.sum(dim=2, keepdim=True) + losses.EPS
-        semantic_mean = by_class @ feature.flatten(2).transpose(1, 2) / mass  # (N,K,C)
-        del by_class  # as large as the logits
+        semantic_mean = semantic_means(feature, scores)
         spatial_mean = scores.softmax(dim=2) @ spatial_feature.flatten(2).transpose(1, 2)  # (N,K,C)
         # Trained weights depend on the orders, which differ: for semantic prototypes the image's mean comes first,
         # for spatial ones the fixed table.

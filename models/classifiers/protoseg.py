@@ -1,0 +1,153 @@
+"""ProtoSeg's classifier: prototypes that are means of pixels, not learnt by gradient.
+
+Source: "Rethinking Semantic Segmentation: A Prototype View" (CVPR 2022, arXiv 2203.15102) and its official
+implementation (commit 1c4a778).
+
+Axes: N images, K classes, M prototypes per class, D channels of the embedding, h×w feature pixels, P = h·w, G groups.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ssaseg.models.classifiers.adaptation import upsampled_terms
+from ssaseg.models.classifiers.base import Loss, LossOptions, Option, Peers, TrainingStep
+from ssaseg.models.classifiers.losses import class_pixels
+from ssaseg.models.classifiers.prototypes import PrototypeClassifier, Scored, known_labels, new_prototypes
+from ssaseg.models.rows import Row
+
+
+class ProjectionHead(nn.Sequential):
+    """Two 1×1 convolutions with ReLU between; the result of each pixel is divided by its norm."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(nn.Conv2d(channels, channels, 1), nn.ReLU(), nn.Conv2d(channels, channels, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N,C,h,w) → (N,C,h,w)."""
+        return F.normalize(super().forward(x), dim=1)
+
+
+class ProtoSegClassifier(PrototypeClassifier):
+    """ProtoSeg: the logits of a class are its largest cosine with one of M prototypes, normalised over the classes.
+
+    A prototype is a moving average of the directions of pixels that were assigned to it and classified correctly. It
+    moves after the optimiser's step. A group of images (`distill.group`) is what one GPU had in the official training:
+    pixels are assigned within a group, and the prototypes of all groups are averaged. So a step of several
+    micro-batches or ranks is equal to one of a single batch.
+    """
+
+    LOSSES: ClassVar[Mapping[str, Loss]] = {
+        "main_ce": Loss(1.0, "cross entropy of the logits"),
+        "contrast": Loss(0.01, "cross entropy of a pixel's cosines with the prototypes of all classes"),
+        "distance": Loss(0.001, "squared distance of a pixel's cosine with its prototype from 1"),
+    }
+    OPTIONS: ClassVar[Mapping[str, Option]] = {
+        "prototypes": Option(10, "prototypes per class", least=1, most=65_535),
+        "momentum": Option(0.999, "of the prototypes", least=0, most=1),
+        "projection": Option(True, "whether two 1×1 convolutions come before the comparison"),
+        "assignment": Option(
+            "gumbel",
+            "which prototype a pixel moves: gumbel is the official code's, a random one that depends little on the "
+            "pixel; argmax is the best one, as in the paper",
+            choices=("gumbel", "argmax"),
+        ),
+    }
+    CLASS_ROWS: ClassVar[Sequence[str]] = ("prototypes", "mask_norm.weight", "mask_norm.bias")
+    ROWS: ClassVar[Sequence[Row]] = (
+        Row("prototypes", "prototypes"),
+        Row("projection", "proj_head.proj"),
+        Row("feat_norm", "feat_norm"),
+        Row("mask_norm", "mask_norm"),
+    )
+
+    prototypes: Tensor
+
+    def __init__(
+        self,
+        channels: int,
+        num_classes: int,
+        dropout: float = 0.1,
+        loss: LossOptions | None = None,
+        group: int = 4,
+        prototypes: int = 10,
+        momentum: float = 0.999,
+        projection: bool = True,
+        assignment: str = "gumbel",
+    ) -> None:
+        head = ProjectionHead(channels) if projection else None
+        super().__init__(channels, num_classes, dropout, loss, group, prototypes, channels, head)
+        self.momentum, self.assignment = momentum, assignment
+        self.register_buffer("prototypes", new_prototypes(num_classes, prototypes, channels))
+
+    def table(self) -> tuple[Tensor, ...]:
+        """The prototypes as unit vectors: (D,K,M)."""
+        return (F.normalize(self.prototypes, dim=-1).permute(2, 0, 1),)
+
+    def score(self, embedding: Tensor, table: tuple[Tensor, ...]) -> Tensor:
+        """Cosines. (…,D), (D,k) → (…,k)."""
+        return embedding @ table[0]
+
+    def training_step(self, feature: Tensor, labels: Tensor, totals: Tensor | None = None) -> TrainingStep:
+        """Logits and weighted losses; labels (N,H,W): integers in [0, K) or 255 = ignored.
+
+        The cross entropy upsamples with align_corners=True; all means are over the pixels that are not ignored.
+        """
+        with torch.autocast(feature.device.type, enabled=False):
+            scored = self.compare(feature, labels)
+            found = self.cross_entropy(scored, labels)
+            if self.weights.get("contrast"):
+                found["contrast"] = self.mean_over_pixels(scored.contrast, scored)
+            if self.weights.get("distance"):
+                found["distance"] = self.mean_over_pixels(scored.distance, scored)
+            terms = {name: self.weights[name] * loss for name, loss in found.items()}
+            with torch.no_grad():
+                return TrainingStep(scored.logits, terms, self.observe(scored))
+
+    def cross_entropy(self, scored: Scored, labels: Tensor) -> dict[str, Tensor]:
+        """The loss `main_ce`, unless its weight is 0."""
+        if not self.weights["main_ce"]:
+            return {}
+        pixels = class_pixels(labels, self.num_classes)
+        terms = upsampled_terms(
+            "other", scored.logits, labels, pixels, scored.members, None, dice=False, weighing=self.weighing
+        )
+        return {"main_ce": terms["other_ce"]}
+
+    def observe(self, scored: Scored) -> Any:
+        """For `update`: the sum over groups of the prototypes after this step (K,M,D), and the number of groups ()."""
+        shares = scored.assignment
+        if self.assignment == "gumbel":
+            shares = shares + gumbel_noise(shares)
+        chosen = known_labels(scored.labels)[0] * self.count + shares.argmax(dim=-1)  # (N,P)
+        number = self.num_classes * self.count
+        sums, counts = [], []
+        for embedding, index, correct in zip(scored.embedding, chosen, scored.correct, strict=True):
+            one_hot = F.one_hot(index, number).float() * correct.unsqueeze(1)  # (P,K·M), of one image
+            sums.append(one_hot.T @ embedding)
+            counts.append(one_hot.sum(dim=0))
+        group_sums = torch.einsum("gn,nkd->gkd", scored.members, torch.stack(sums))
+        group_counts = scored.members @ torch.stack(counts)
+        moved = self.moved(group_sums, group_counts.unsqueeze(-1))
+        return moved.sum(dim=0), scored.members.new_tensor(float(len(scored.members)))
+
+    def moved(self, sums: Tensor, counts: Tensor) -> Tensor:
+        """Prototypes (…,K·M,D) after a step with sums of pixels (…,K·M,D), numbers of pixels (…,K·M,1); unit norm."""
+        old = F.normalize(self.prototypes, dim=-1).flatten(0, 1)
+        new = self.momentum * old + (1 - self.momentum) * F.normalize(sums, dim=-1)
+        return F.normalize(torch.where(counts > 0, new, old), dim=-1)
+
+    def update(self, memories: list[Any], peers: Peers, held: Tensor) -> None:
+        """The mean of the prototypes of all groups, of all micro-batches and ranks."""
+        total = peers.total(torch.stack([moved for moved, _ in memories]).sum(dim=0))
+        groups = peers.total(torch.stack([number for _, number in memories]).sum(dim=0))
+        mean = (total / groups).unflatten(0, (self.num_classes, self.count))
+        self.prototypes.copy_(torch.where(held > 0, self.prototypes, mean))
+
+
+def gumbel_noise(like: Tensor) -> Tensor:
+    """Samples of the standard Gumbel distribution."""
+    return -torch.empty_like(like).exponential_().log()
