@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from ssaseg.models.classifiers.base import Loss, LossOptions, Option, Peers, TrainingStep
 from ssaseg.models.classifiers.losses import IGNORE
 from ssaseg.models.classifiers.protoseg import ProtoSegClassifier
-from ssaseg.models.classifiers.prototypes import Scored, evenly, gathered, new_bank, sinkhorn, write_ring
+from ssaseg.models.classifiers.prototypes import Scored, evenly, gathered, new_bank, one_hot, sinkhorn, write_ring
 from ssaseg.models.rows import Row
 
 EMPTY, WRONG, RIGHT = 0, 1, 2
@@ -103,8 +103,8 @@ class DNCClassifier(ProtoSegClassifier):
         classes = torch.arange(self.num_classes, device=own.device).unsqueeze(1)
         labels = torch.where(self.marks == EMPTY, IGNORE, classes).flatten()
         chosen = sinkhorn(own, labels, self.num_classes).argmax(dim=1).unflatten(0, self.marks.shape)
-        one_hot = F.one_hot(chosen, self.count).float() * (self.marks == RIGHT).unsqueeze(2)  # (K,T,M)
-        sums, counts = one_hot.mT @ self.queue, one_hot.sum(dim=1).unsqueeze(2)
+        right = one_hot(chosen, self.count) * (self.marks == RIGHT).unsqueeze(2)  # (K,T,M)
+        sums, counts = right.mT @ self.queue, right.sum(dim=1).unsqueeze(2)
         moved = self.moved(sums.flatten(0, 1), counts.flatten(0, 1)).view_as(prototypes)
         self.prototypes.copy_(torch.where(updates, moved, self.prototypes))
 

@@ -181,8 +181,9 @@ class GMMSegClassifier(PrototypeClassifier):
         """For `update`: embeddings (n,D), the Gaussian of each (n,), K·M if none, and the classes seen (1,K)."""
         index, valid = known_labels(scored.labels)
         segment = torch.where(scored.correct, index * self.count + scored.component, self.num_classes * self.count)
-        seen = valid.new_zeros(self.num_classes + 1).index_fill(0, torch.where(valid, index, -1).flatten(), True)
-        return scored.embedding.detach().flatten(0, 1), segment.flatten(), seen[:-1].unsqueeze(0)
+        classes = torch.where(valid, index, self.num_classes).flatten()
+        seen = valid.new_zeros(self.num_classes + 1).index_fill(0, classes, True)[:-1]
+        return scored.embedding.detach().flatten(0, 1), segment.flatten(), seen.unsqueeze(0)
 
     def update(self, memories: list[Any], peers: Peers, held: Tensor) -> None:
         """Writes pixels of all micro-batches and ranks into the memory; at its interval, fits the Gaussians."""

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from ssaseg.models.classifiers.adaptation import upsampled_terms
 from ssaseg.models.classifiers.base import Loss, LossOptions, Option, Peers, TrainingStep
 from ssaseg.models.classifiers.losses import class_pixels
-from ssaseg.models.classifiers.prototypes import PrototypeClassifier, Scored, known_labels, new_prototypes
+from ssaseg.models.classifiers.prototypes import PrototypeClassifier, Scored, known_labels, new_prototypes, one_hot
 from ssaseg.models.rows import Row
 
 
@@ -126,13 +126,13 @@ class ProtoSegClassifier(PrototypeClassifier):
         number = self.num_classes * self.count
         sums, counts = [], []
         for embedding, index, correct in zip(scored.embedding, chosen, scored.correct, strict=True):
-            one_hot = F.one_hot(index, number).float() * correct.unsqueeze(1)  # (P,K·M), of one image
-            sums.append(one_hot.T @ embedding)
-            counts.append(one_hot.sum(dim=0))
+            moved = one_hot(index, number) * correct.unsqueeze(1)  # (P,K·M), of one image
+            sums.append(moved.T @ embedding)
+            counts.append(moved.sum(dim=0))
         group_sums = torch.einsum("gn,nkd->gkd", scored.members, torch.stack(sums))
         group_counts = scored.members @ torch.stack(counts)
-        moved = self.moved(group_sums, group_counts.unsqueeze(-1))
-        return moved.sum(dim=0), scored.members.new_tensor(float(len(scored.members)))
+        prototypes = self.moved(group_sums, group_counts.unsqueeze(-1))
+        return prototypes.sum(dim=0), scored.members.new_tensor(float(len(scored.members)))
 
     def moved(self, sums: Tensor, counts: Tensor) -> Tensor:
         """Prototypes (…,K·M,D) after a step with sums of pixels (…,K·M,D), numbers of pixels (…,K·M,1); unit norm."""

@@ -192,6 +192,11 @@ def new_bank(*shape: int) -> Tensor:
     return torch.empty(shape)
 
 
+def one_hot(index: Tensor, number: int) -> Tensor:
+    """(…) in [0, number) → (…,number) float32. `F.one_hot` reads the values on some devices."""
+    return (index.unsqueeze(-1) == torch.arange(number, device=index.device)).float()
+
+
 def known_labels(labels: Tensor) -> tuple[Tensor, Tensor]:
     """Labels with 0 for ignored pixels, int64, and whether each is not ignored."""
     valid = labels != losses.IGNORE
@@ -206,7 +211,7 @@ def sinkhorn(nearness: Tensor, labels: Tensor, num_classes: int) -> Tensor:
     """
     index, valid = known_labels(labels)
     kept = valid.float().unsqueeze(1)
-    of_class = F.one_hot(index, num_classes).float() * kept  # (n,K)
+    of_class = one_hot(index, num_classes) * kept  # (n,K)
     pixels = of_class.sum(dim=0)[index].unsqueeze(1).clamp(min=1.0)  # (n,1) of the pixel's class
 
     def per_class(values: Tensor) -> Tensor:

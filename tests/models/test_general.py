@@ -106,7 +106,9 @@ def test_losses_and_gradients(name: str, classifier: str, size: int, golden: Any
     losses = losses_on_stored_input(model, size)
     assert sum(losses.values()) == pytest.approx(figures["total"], rel=1e-4)
     for theirs, ours in LOSSES.items():
-        if theirs in figures["losses"] and (classifier == "linear" or not theirs.endswith(".loss_ce") or ours != "main_ce"):
+        if theirs in figures["losses"] and (
+            classifier == "linear" or not theirs.endswith(".loss_ce") or ours != "main_ce"
+        ):
             assert losses[ours] == pytest.approx(figures["losses"][theirs], rel=1e-4)
     gradients = {
         key: parameter.grad if parameter.grad is not None else torch.zeros_like(parameter)

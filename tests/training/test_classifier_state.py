@@ -17,6 +17,11 @@ from ssaseg.models.layers import norm_statistics
 pytestmark = pytest.mark.usefixtures("one_thread")
 MakeJob = Callable[..., Any]
 WORDS = ("model.classifier=bank", "train.micro_batch=2", "train.batch=4", "data.synthetic.train=16")
+RIVALS = {
+    "protoseg": "{prototypes: 3}",
+    "gmmseg": "{components: 2, width: 8, memory: 30, samples: 5, interval: 1}",
+    "dnc": "{prototypes: 3, memory: 30, samples: 10, momentum: 0.5}",
+}
 
 
 @pytest.fixture(autouse=True)
@@ -48,6 +53,38 @@ def test_state_moves_and_resumes_bit_for_bit(tmp_path: Path, make_job: MakeJob) 
     for key, value in job.model.state_dict().items():
         assert torch.equal(value, again.model.state_dict()[key]), key
     assert all(torch.equal(a, b) for a, b in zip(job.average.values, again.average.values, strict=True))
+
+
+@pytest.mark.parametrize(("kind", "options"), RIVALS.items())
+def test_rivals_resume_bit_for_bit_and_are_held_back(
+    tmp_path: Path, make_job: MakeJob, monkeypatch: pytest.MonkeyPatch, kind: str, options: str
+) -> None:
+    words = (f"model.classifier={kind}", f"model.options={options}", *WORDS[1:], "train.nonfinite=skip")
+    words = (*words, "distill.group=2", "optim.ema=0.9")
+    job = make_job(tmp_path / "run", *words)
+    before = own_state(job)
+    step(job)
+    save(job)
+    after = own_state(job)
+    assert all(not torch.equal(value, before[name]) for name, value in after.items())
+    step(job)
+    again = make_job(tmp_path / "again", *words, stored=load_state(tmp_path / "run"))
+    step(again)
+    for key, value in job.model.state_dict().items():
+        assert torch.equal(value, again.model.state_dict()[key]), key
+    classifier, real = type(job.model.classifier), type(job.model.classifier).training_step
+
+    def spoilt(self: Any, *arguments: Any) -> Any:
+        found = real(self, *arguments)
+        return found._replace(losses={name: loss * float("nan") for name, loss in found.losses.items()})
+
+    monkeypatch.setattr(classifier, "training_step", spoilt)
+    before = own_state(job)
+    step(job)
+    assert job.guard.held == 1
+    assert all(torch.equal(value, before[name]) for name, value in own_state(job).items())
+    averaged = {name for name in job.average.names if name.startswith("classifier.")}
+    assert not any(name.removeprefix("classifier.") in before for name in averaged if ".norm." not in name)
 
 
 def test_a_step_that_is_held_back_leaves_the_state_as_it_was(

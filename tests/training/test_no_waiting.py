@@ -85,6 +85,10 @@ LOSSES = ("loss.class_weights={car: 3, sky: 0.5}", "loss.label_smoothing=0.1", "
         ("cgrseg_t", "linear", ()),  # its decoder works for the classifier
         ("seaformer_t", "ssa", LOSSES),
         ("seaformer_t", "linear", LOSSES),
+        ("seaformer_t", "cac", LOSSES),
+        ("seaformer_t", "protoseg", ()),
+        ("seaformer_t", "gmmseg", ("model.options={memory: 30}",)),
+        ("seaformer_t", "dnc", ("model.options={memory: 30, samples: 10}",)),
     ],
 )
 def test_no_family_reads_anything(
