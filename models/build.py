@@ -72,6 +72,7 @@ def build_model(
     loss: LossOptions | None = None,
     options: Mapping[str, Any] | None = None,
     compat: bool = False,
+    memory: bool = True,
 ) -> Segmenter:
     """A network in training mode, with random weights, initialised as in the official run without pre-training.
 
@@ -85,6 +86,7 @@ def build_model(
         loss: changes of the losses; used in training only.
         options: options of the classifier, see its `OPTIONS`.
         compat: trains as the official code where the network does not do so by default, see `Family.compat`.
+        memory: whether the classifier gets its memory of pixels, see `Classifier.MEMORY`; only training needs it.
 
     Raises:
         ValueError: an unknown name, a number out of its range, or `compat` for a network that has no such difference.
@@ -97,11 +99,18 @@ def build_model(
     unknown = next((option for option in options or {} if option not in kind.OPTIONS), None)
     if unknown is not None:
         raise ValueError(f"classifier {classifier} has no option {unknown!r}\nknown: {_listed(kind.OPTIONS)}")
+    for option, value in (options or {}).items():
+        if expected := kind.OPTIONS[option].expected(value):
+            raise ValueError(f"option {option} of {classifier} is {value!r}\nexpected {expected}")
     parts = _parts(family, kind, name, num_classes, drop_path)
     if compat:
         parts.decoder.use_compat()
     dropout = family.dropout if dropout is None else dropout
-    head = kind(parts.decoder.channels, num_classes, dropout, loss, group, **(options or {}))
+    options = dict(options or {})
+    used = options if memory else {**options, **kind.WITHOUT_MEMORY}
+    head = kind(parts.decoder.channels, num_classes, dropout, loss, group, **used)
+    for buffer in () if memory else kind.MEMORY:
+        delattr(head, buffer)
     weights = loss.weights if loss else {}
     known = facts(name, classifier).losses
     wrong = next((term for term in weights if term not in known), None)
@@ -114,7 +123,8 @@ def build_model(
             for each in module.modules():
                 if isinstance(each, Classifier):
                     each.use_loss(further)
-    return Segmenter(*parts[:2], head, parts.auxiliary, name=name, classifier_name=classifier, weights=weights)
+    names = {"name": name, "classifier_name": classifier, "options": options}
+    return Segmenter(*parts[:2], head, parts.auxiliary, **names, weights=weights)
 
 
 def classifier_of(name: str, classifier: str) -> type[Classifier]:

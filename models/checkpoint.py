@@ -36,17 +36,26 @@ Outline = dict[str, tuple[str, tuple[int, ...]]]  # of the tensors of a file: ke
 def save_model(
     path: str | os.PathLike[str], model: Segmenter, metadata: Mapping[str, Any], root: Path | None = None
 ) -> None:
-    """Writes the whole state dict and `metadata` (JSON values) as safetensors, atomically.
+    """Writes the state dict, without a memory of pixels, and `metadata` (JSON values) as safetensors, atomically.
 
-    `format`, `model` and `classifier` come from the model, other missing keys from `DEFAULTS`. If `classes` is missing,
-    the classes are numbered. `root`: see `write_atomic`. An existing file stays until the new one is complete on the
-    disk. Raises ValueError if `classes` does not fit the model, OSError if the file cannot be written.
+    `format`, `model`, `classifier` and its `options` come from the model, other missing keys from `DEFAULTS`. If
+    `classes` is missing, the classes are numbered. `root`: see `write_atomic`. An existing file stays until the new one
+    is complete on the disk. Raises ValueError if `classes` does not fit the model, OSError if the file cannot be
+    written.
     """
-    fixed = {"format": FORMAT, "model": model.name, "classifier": model.classifier_name}
+    fixed = _identity(model)
     known = {**DEFAULTS, "classes": numbered(model.num_classes), **metadata, **fixed}
     if len(known["classes"]) != model.num_classes:
         raise ValueError(f"metadata names {len(known['classes'])} classes, the model has {model.num_classes}")
-    write_tensors(Path(path), model.state_dict(), known, root)
+    memory = model.memory()
+    kept = {key: value for key, value in model.state_dict().items() if not is_below(key, memory)}
+    write_tensors(Path(path), kept, known, root)
+
+
+def _identity(model: Segmenter) -> dict[str, Any]:
+    """What the header of every checkpoint says of its model."""
+    found = {"format": FORMAT, "model": model.name, "classifier": model.classifier_name}
+    return found | ({"options": model.options} if model.options else {})
 
 
 def numbered(classes: int) -> list[str]:
@@ -59,9 +68,8 @@ def save_deploy(path: str | os.PathLike[str], model: Segmenter, metadata: Mappin
 
     Raises ValueError for a weight beyond float16's range, OSError if the file cannot be written.
     """
-    fixed = {"format": FORMAT, "model": model.name, "classifier": model.classifier_name}
     deploy = {"weights": "float16", "without": model.training_only()}
-    write_tensors(Path(path), deploy_tensors(model), {**DEFAULTS, **metadata, **fixed, "deploy": deploy})
+    write_tensors(Path(path), deploy_tensors(model), {**DEFAULTS, **metadata, **_identity(model), "deploy": deploy})
 
 
 def deploy_tensors(model: Segmenter) -> dict[str, torch.Tensor]:
@@ -143,14 +151,21 @@ def _unreadable(path: str | os.PathLike[str], error: Exception) -> CheckpointErr
 def load_model(path: str | os.PathLike[str]) -> tuple[Segmenter, dict[str, Any]]:
     """Model, in evaluation mode on the CPU, and metadata. Loading is strict.
 
-    The model of a deploy form has only the modules that this form keeps. Names, types and shapes of the tensors are
+    The model has no memory of pixels, see `Classifier.MEMORY`, so a classifier that needs one can't be trained further
+    with it. That of a deploy form has only the modules that this form keeps. Names, types and shapes of the tensors are
     compared before they are read: memory depends on the network, not on the file. Raises CheckpointError if the file is
     not such a checkpoint, is truncated, does not fit its own header or has a value that is not finite,
     FileNotFoundError if it does not exist, OSError if it is not a regular file.
     """
     metadata, outline = read_header(path)
     try:
-        model = build_model(metadata["model"], len(metadata["classes"]), metadata["classifier"])
+        model = build_model(
+            metadata["model"],
+            len(metadata["classes"]),
+            metadata["classifier"],
+            options=metadata.get("options"),
+            memory=False,
+        )
     except ValueError as error:
         raise CheckpointError(f"{path}: {printable(str(error), KEPT)}") from None
     if "deploy" in metadata:

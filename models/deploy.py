@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from ssaseg.models.layers import ConvNorm, resize_bilinear
-from ssaseg.models.segmenter import Segmenter
+from ssaseg.models.segmenter import Segmenter, is_below
 
 LABELS = 256  # most classes that uint8 labels can hold
 
@@ -26,7 +26,10 @@ def fold(model: Segmenter) -> Segmenter:
     The copy is in evaluation mode and has no gradients; its logits are equal up to float32's rounding. Other norms
     stay, such as those whose output two branches read. The copy can't be trained. `model` does not change.
     """
-    folded = copy.deepcopy(model).eval().requires_grad_(False)
+    memory = model.memory()
+    kept = [value for key, value in model.state_dict(keep_vars=True).items() if is_below(key, memory)]
+    # What is dropped is not copied: a memory of pixels may have gigabytes.
+    folded = copy.deepcopy(model, {id(value): value for value in kept}).eval().requires_grad_(False)
     folded.drop_training_only()
     for parent in list(folded.modules()):
         for name, child in list(parent.named_children()):

@@ -86,6 +86,13 @@ def _is_colour(value: object) -> bool:
     return _are(lambda each: isinstance(each, int) and _is_number(each, 0, 255), 3)(value)
 
 
+def _are_options(value: object) -> bool:
+    return isinstance(value, dict) and all(
+        _is_name(name) and (_is_name(given) or _is_number(given, -1e9, 1e9) or isinstance(given, bool))
+        for name, given in value.items()
+    )
+
+
 def _is_deploy(value: object) -> bool:
     return isinstance(value, dict) and value.get("weights") == "float16" and _are(_is_name)(value.get("without"))
 
@@ -95,6 +102,7 @@ SCHEMA: Mapping[str, tuple[Callable[[Any], bool], str]] = {
     "format": (_is_name, "a text"),
     "model": (_is_name, "the name of a network"),
     "classifier": (_is_name, "the name of a classifier"),
+    "options": (_are_options, "a mapping of an option's name to a number, a text, true or false"),
     "classes": (
         lambda value: _are(_is_name)(value) and 1 <= len(value) <= MOST_CLASSES,
         f"a list of 1 to {MOST_CLASSES} texts of at most {LONGEST_NAME} letters, without halves of letters",

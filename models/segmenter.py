@@ -13,8 +13,9 @@ from ssaseg.models.decoder import FURTHER_WEIGHT, AuxiliaryHead, Decoder
 class Segmenter(nn.Module):
     """A network with its classifier, and auxiliary heads by name, which are used in training only.
 
-    `name`, `classifier_name` and `num_classes` are enough to build the same network again. `weights`: weights of the
-    losses of auxiliary heads and of a first stage, by name; the default is FURTHER_WEIGHT, and 0 leaves a loss out.
+    `name`, `classifier_name`, its `options` and `num_classes` are enough to build the same network again. `weights`:
+    weights of the losses of auxiliary heads and of a first stage, by name; the default is FURTHER_WEIGHT, and 0 leaves
+    a loss out.
     """
 
     def __init__(
@@ -26,6 +27,7 @@ class Segmenter(nn.Module):
         *,
         name: str = "",
         classifier_name: str = "",
+        options: Mapping[str, Any] | None = None,
         weights: Mapping[str, float] | None = None,
     ) -> None:
         super().__init__()
@@ -34,6 +36,7 @@ class Segmenter(nn.Module):
         self.classifier: Classifier = classifier
         self.auxiliary = nn.ModuleDict(dict(auxiliary or {}))
         self.name, self.classifier_name, self.num_classes = name, classifier_name, classifier.num_classes
+        self.options = dict(options or {})
         self.weights = weights or {}
         self.memories: list[Any] = []
 
@@ -82,7 +85,12 @@ class Segmenter(nn.Module):
             for prefix, module in self.named_modules()
             if isinstance(module, Classifier)
             for name in module.CLASS_ROWS
+            if hasattr(module, name.partition(".")[0])  # else without memory
         ]
+
+    def memory(self) -> list[str]:
+        """Names of the classifier's memory of pixels, which checkpoints leave out."""
+        return [f"classifier.{name}" for name in self.classifier.MEMORY]
 
     def training_only(self) -> list[str]:
         """Names of the parameters, buffers and modules that inference never reads."""

@@ -13,8 +13,8 @@ from ssaseg.recipes.reading import Keys, RecipeError, short
 from ssaseg.recipes.schema import Recipe
 
 # Facts about a network with its classifier. `losses`: by name, each with its default `weight`. `options`: by name, each
-# with `default` (values must have its type), `meaning`, `least`, `most` and `choices`. `uses_groups`: whether images
-# form groups of `distill.group`, which a micro-batch must not split. `compat`: what `model.compat` does; empty:
+# with `meaning` and `expected(value)`: what it expects instead of a value, "" if it is valid. `uses_groups`: whether
+# images form groups of `distill.group`, which a micro-batch must not split. `compat`: what `model.compat` does; empty:
 # nothing.
 Facts = Any
 Known = Callable[[str, str], Facts]  # (network, classifier) → facts; raises ValueError for an unknown name
@@ -62,23 +62,8 @@ def _check_names(recipe: Recipe, facts: Facts, wrong: Callable[..., RecipeError]
         raise wrong(("loss", "weights", next(iter(facts.losses))), 0, "a loss with a weight above 0", "set it to 1")
     for name, value in recipe.model.options.items():
         option = facts.options[name]
-        if expected := _expected(value, option):
+        if expected := option.expected(value):
             raise wrong(("model", "options", name), value, expected, f"{name}: {option.meaning}")
-
-
-def _expected(value: object, option: Any) -> str:
-    """The value that the option expects; "" if `value` is valid."""
-    kind = type(option.default)
-    right = isinstance(value, int | float if kind is float else kind) and isinstance(value, bool) == (kind is bool)
-    if not right:
-        return {bool: "true or false", int: "a whole number", float: "a number"}.get(kind, "text")
-    if option.choices and value not in option.choices:
-        return f"one of {', '.join(map(str, option.choices))}"
-    if isinstance(value, int | float) and option.least is not None and value < option.least:
-        return f"{option.least:g} or more"
-    if isinstance(value, int | float) and option.most is not None and value > option.most:
-        return f"{option.most:g} or less"
-    return ""
 
 
 def _check_micro_batch(recipe: Recipe, grouped: bool, wrong: Callable[..., RecipeError]) -> None:

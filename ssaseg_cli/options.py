@@ -4,7 +4,8 @@ from pathlib import Path
 
 import click
 
-CLASSIFIERS = click.Choice(["ssa", "linear"])
+# Written out: to ask `ssaseg.models` for them would make `--help` slow. A test compares.
+CLASSIFIERS = click.Choice(["linear", "ssa", "cac", "protoseg", "gmmseg", "dnc"])
 
 existing_file = click.Path(exists=True, dir_okay=False, path_type=Path)
 device_option = click.option(

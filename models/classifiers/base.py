@@ -5,6 +5,7 @@
   which operations are float32 under autocast.
 - `update(memories, peers, held)`, after the optimiser's step: changes state that is not learnt by gradient.
 - All such state is in buffers. Checkpoints, resumed runs and deploy forms have it; the average of weights does not.
+- `MEMORY`: buffers that only `update` reads. They may be large; training states have them, checkpoints do not.
 - `training_only()`: names of parameters, buffers and modules that a deploy form leaves out.
 
 Axes: N images, K classes, C channels, h×w feature pixels, P = h·w.
@@ -68,6 +69,20 @@ class Option(NamedTuple):
     most: float | None = None
     choices: tuple[Any, ...] = ()  # for a text; empty: any
 
+    def expected(self, value: object) -> str:
+        """What is expected instead of `value`; "" if it is valid."""
+        kind = type(self.default)
+        right = isinstance(value, int | float if kind is float else kind) and isinstance(value, bool) == (kind is bool)
+        if not right:
+            return {bool: "true or false", int: "a whole number", float: "a number"}.get(kind, "text")
+        if self.choices and value not in self.choices:
+            return f"one of {', '.join(map(str, self.choices))}"
+        if isinstance(value, int | float) and self.least is not None and not value >= self.least:
+            return f"{self.least:g} or more"
+        if isinstance(value, int | float) and self.most is not None and value > self.most:
+            return f"{self.most:g} or less"
+        return ""
+
 
 class TrainingStep(NamedTuple):
     """The result of a micro-batch in training: logits (N,K,h,w), weighted losses by name, and data for `update`."""
@@ -113,6 +128,9 @@ class Classifier(nn.Module):
     CLASS_ROWS: ClassVar[Sequence[str]] = ()
     ROWS: ClassVar[Sequence[Row]] = ()
     LEFT_OUT: ClassVar[Mapping[str, str]] = {}
+    MARK: ClassVar[str] = ""  # an official key (without the head's prefix) that only files with this classifier have
+    MEMORY: ClassVar[Sequence[str]] = ()  # buffers that only `update` reads
+    WITHOUT_MEMORY: ClassVar[Mapping[str, Any]] = {}  # options with which next to nothing is allocated for `MEMORY`
 
     class_weights: Tensor | None
 
@@ -165,12 +183,12 @@ class Classifier(nn.Module):
 
     @classmethod
     def bank_bytes(cls, channels: int, num_classes: int, **options: Any) -> int:
-        """Bytes of a memory of pixels that training keeps, with these options; 0 if there is none."""
+        """Bytes of the memory of pixels that training keeps, with these options; 0 if there is none."""
         return 0
 
     def training_only(self) -> tuple[str, ...]:
         """Names of parameters, buffers and modules of the classifier that inference never reads."""
-        return ()
+        return tuple(self.MEMORY)
 
     @property
     def weighing(self) -> losses.Weighing:

@@ -35,6 +35,7 @@ class CACClassifier(Classifier):
     }
     has_coarse = uses_groups = True
     CLASS_ROWS: ClassVar[Sequence[str]] = ("conv_seg.weight", "conv_seg.bias")
+    MARK: ClassVar[str] = "apd_proj.0.weight"
     ROWS: ClassVar[Sequence[Row]] = (
         Row("conv_seg", "conv_seg"),
         Row("student", "proj"),

@@ -38,8 +38,11 @@ class DNCClassifier(ProtoSegClassifier):
         "samples": Option(100, "pixels of each class that a group of images adds to the memory", least=1),
     }
     CLASS_ROWS: ClassVar[Sequence[str]] = (*ProtoSegClassifier.CLASS_ROWS, "queue", "marks", "pointer")
-    ROWS: ClassVar[Sequence[Row]] = tuple(
-        Row(name, name) for name in ("prototypes", "queue", "marks", "pointer", "feat_norm", "mask_norm")
+    MEMORY: ClassVar[Sequence[str]] = ("queue", "marks", "pointer")
+    WITHOUT_MEMORY: ClassVar[Mapping[str, Any]] = {"memory": 1, "samples": 1}
+    ROWS: ClassVar[Sequence[Row]] = (
+        *(Row(name, name) for name in ("prototypes", "feat_norm", "mask_norm")),
+        *(Row(name, name) for name in MEMORY),
     )
 
     queue: Tensor
@@ -107,7 +110,3 @@ class DNCClassifier(ProtoSegClassifier):
         sums, counts = right.mT @ self.queue, right.sum(dim=1).unsqueeze(2)
         moved = self.moved(sums.flatten(0, 1), counts.flatten(0, 1)).view_as(prototypes)
         self.prototypes.copy_(torch.where(updates, moved, self.prototypes))
-
-    def training_only(self) -> tuple[str, ...]:
-        """The memory and what belongs to it."""
-        return ("queue", "marks", "pointer")

@@ -55,7 +55,9 @@ class GMMSegClassifier(PrototypeClassifier):
     }
     OPTIONS: ClassVar[Mapping[str, Option]] = {
         "components": Option(5, "Gaussians per class; officially 8 for ADE20K, 5 for COCO-Stuff", least=1, most=65_535),
-        "width": Option(64, "channels of the embedding; a projection makes them, unless they are the feature's", 1),
+        "width": Option(
+            64, "channels of the embedding; a projection makes them, unless they are the feature's", 1, 4096
+        ),
         "memory": Option(32_000, "pixels kept of each Gaussian; costs classes × components × width × memory × 4 B", 1),
         "samples": Option(20, "pixels of each Gaussian that enter the memory in a step", least=1),
         "interval": Option(5, "steps between two fits", least=1),
@@ -67,13 +69,11 @@ class GMMSegClassifier(PrototypeClassifier):
         *("means", "stds", "queue", "pointer", "sums", "squares"),
         *("mask_norm.weight", "mask_norm.bias"),
     )
+    MEMORY: ClassVar[Sequence[str]] = ("queue", "pointer", "sums", "squares", "counter")
+    WITHOUT_MEMORY: ClassVar[Mapping[str, Any]] = {"memory": 1, "samples": 1}
     # Names of our own: the official head has a decoder of its own, so no file of it fits a network here.
     ROWS: ClassVar[Sequence[Row]] = tuple(
-        Row(name, name)
-        for name in (
-            *("means", "stds", "queue", "pointer", "sums", "squares", "counter"),
-            *("projection", "feat_norm", "mask_norm"),
-        )
+        Row(name, name) for name in ("means", "stds", *MEMORY, "projection", "feat_norm", "mask_norm")
     )
 
     means: Tensor
@@ -212,7 +212,3 @@ class GMMSegClassifier(PrototypeClassifier):
         mean = F.normalize(self.sums, dim=-1)
         variance = (self.squares - 2 * mean * self.sums) / number + mean.square()
         return mean.float(), (variance.clamp(min=0) + VARIANCE_FLOOR).sqrt().float()
-
-    def training_only(self) -> tuple[str, ...]:
-        """The memory and what belongs to it."""
-        return ("queue", "pointer", "sums", "squares", "counter")

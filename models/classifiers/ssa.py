@@ -50,6 +50,7 @@ class SSAClassifier(Classifier):
         Row("teacher.spatial", "gt_center_pos_proj"),
         Row("teacher.merge", "gt_center_proj"),
     )
+    MARK: ClassVar[str] = "center_pos.weight"
     LEFT_OUT: ClassVar[Mapping[str, str]] = {"ssa_loss.criterion.empty_weight": "a buffer that no loss reads"}
 
     def __init__(

@@ -8,7 +8,13 @@ from ssaseg.cli.options import CLASSIFIERS, device_option, json_option
 @click.command()
 @click.argument("target", metavar="[NAME|CHECKPOINT]", required=False)
 @click.option("--paper-table", is_flag=True, help="Measure the paper's networks, beside its figures.")
-@click.option("--classifier", type=CLASSIFIERS, help="Classifier.  [default: both, or the checkpoint's]")
+@click.option(
+    "--classifier",
+    "classifiers",
+    type=CLASSIFIERS,
+    multiple=True,
+    help="Classifier, once for each.  [default: linear and ssa, or the checkpoint's]",
+)
 @click.option("--classes", type=click.IntRange(2, 255), help="Number of classes, with NAME.  [default: 150]")
 @click.option(
     "--size",
@@ -24,7 +30,7 @@ from ssaseg.cli.options import CLASSIFIERS, device_option, json_option
 def profile(
     target: str | None,
     paper_table: bool,
-    classifier: str | None,
+    classifiers: tuple[str, ...],
     classes: int | None,
     size: tuple[int, int],
     json_out: str | None,
@@ -33,19 +39,20 @@ def profile(
 ) -> int:
     """Measure parameters, compute, time and memory.
 
-    Prints parameters [M], multiply-accumulates [GMACs], latency [ms] and peak memory of a network, with the linear and
-    the ssa classifier side by side. Give the NAME of a network, or a CHECKPOINT.
+    Prints parameters [M], multiply-accumulates [GMACs], latency [ms] and peak memory of a network, with two or more
+    classifiers side by side. Give the NAME of a network, or a CHECKPOINT.
 
     \b
     Example:
       ssaseg profile seaformer_b --size 512 512
+      ssaseg profile seaformer_b --classifier cac --classifier gmmseg
       ssaseg profile runs/demo/best.safetensors --json profile.json
       ssaseg profile --paper-table
     """
     if (target is None) != paper_table:
         raise click.UsageError("give either NAME|CHECKPOINT or --paper-table", click.get_current_context())
     if target is None:
-        if classifier or classes or size != (512, 512):
+        if classifiers or classes or size != (512, 512):
             raise click.UsageError(
                 "--paper-table sets classifiers, classes and size itself; leave out these options",
                 click.get_current_context(),
@@ -57,7 +64,7 @@ def profile(
 
     return run_profile(
         target=target,
-        classifier=classifier,
+        classifiers=classifiers,
         classes=classes,
         size=size,
         json_out=json_out,

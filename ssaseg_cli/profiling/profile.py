@@ -27,12 +27,14 @@ from ssaseg.cli.console import json_target, print_table, write_json
 from ssaseg.cli.device import select_device
 from ssaseg.cli.errors import CommandError
 from ssaseg.cli.printing import echo
-from ssaseg.models import CLASSIFIERS, Segmenter, build_model, list_models, load_model
+from ssaseg.models import Segmenter, build_model, list_models, load_model
 from ssaseg.models.labelling import label_map
 from ssaseg.models.networks import segformer
 from ssaseg.models.segmenter import is_below
 
 CLASSES = 150  # of a network that is given by name: the classes of ADE20K, as in published figures
+
+SHOWN = ("linear", "ssa")  # classifiers of a network that is given by name
 
 WARM_UP = 3  # passes before the first timed one
 
@@ -58,7 +60,7 @@ POOLINGS = (nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveMaxPool2d, nn.AdaptiveAvgPool
 
 def run_profile(
     target: str,
-    classifier: str | None,
+    classifiers: Sequence[str],
     classes: int | None,
     size: Sequence[int],
     json_out: str | None,
@@ -67,13 +69,13 @@ def run_profile(
 ) -> int:
     """Measures `target`, the name of a network or a checkpoint, on one image of `size` (height, width). Returns 0.
 
-    classifier: "linear" or "ssa"; None: both for a name, the checkpoint's own for a checkpoint. classes: number of
+    classifiers: by name; empty: linear and ssa for a name, the checkpoint's own for a checkpoint. classes: number of
     classes, for a name; None: 150. json_out: a file; "-": stdout, without the table; or None. runs: timed passes.
     Raises CommandError if `target` is neither a name nor a file, or if classifier or classes are not the checkpoint's.
     """
     chosen = select_device(device)
     json_out = json_target(json_out)
-    models = _models(target, classifier, classes)
+    models = _models(target, classifiers, classes)
     image = torch.randn(1, 3, *size, generator=torch.Generator().manual_seed(0)).to(chosen)
     columns = [{"classifier": each.classifier_name, **count(each, image)} for each in models]
     for column, timings in zip(
@@ -107,23 +109,23 @@ def conditions(device: torch.device, runs: int) -> dict[str, Any]:
     }
 
 
-def _models(target: str, classifier: str | None, classes: int | None) -> list[Segmenter]:
+def _models(target: str, classifiers: Sequence[str], classes: int | None) -> list[Segmenter]:
     """The networks to measure, in evaluation mode on the CPU.
 
     Their parameters take no gradient: otherwise the flop counter would hook the arguments of each module, which fails
     for an argument that is a parameter itself, such as SSA's table of prototypes.
     """
     if target in list_models():
-        names = [classifier] if classifier else list(CLASSIFIERS)
-        return [build_model(target, classes or CLASSES, name).eval().requires_grad_(False) for name in names]
+        made = (build_model(target, classes or CLASSES, name, memory=False) for name in classifiers or SHOWN)
+        return [model.eval().requires_grad_(False) for model in made]
     if not Path(target).is_file():
         near = difflib.get_close_matches(target, list_models(), n=1)
         fix = f"did you mean {near[0]}?" if near else f"networks: {', '.join(list_models())}"
         raise CommandError(f"{target}: neither the name of a network nor an existing checkpoint\n{fix}")
     model, _ = load_model(target)
-    if classifier not in (None, model.classifier_name):
+    if set(classifiers) - {model.classifier_name}:
         raise CommandError(
-            f"{target}: its classifier is {model.classifier_name}, not {classifier}\n"
+            f"{target}: its classifier is {model.classifier_name}, not {', '.join(classifiers)}\n"
             f"leave out --classifier, or profile the network by name: {model.name}"
         )
     if classes not in (None, model.num_classes):
@@ -139,9 +141,9 @@ def count(model: Segmenter, image: Tensor) -> dict[str, Any]:
     """Parameters, and giga multiply-accumulates of one pass over `image` (1,3,H,W), of a model from `_models`.
 
     `parameters_deployed` does not count what only training uses: SSA's teacher branch and auxiliary heads, whose own
-    number is `parameters_auxiliary`.
+    number is `parameters_auxiliary`. `memory_mib`: the memory of pixels that some classifiers keep in training.
     """
-    dropped = model.training_only()
+    dropped, head = model.training_only(), model.classifier
     sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
     # The flop counter does not know the fused attention of CPUs. As matrix products, it is counted everywhere.
     with torch.inference_mode(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as operations:
@@ -149,6 +151,7 @@ def count(model: Segmenter, image: Tensor) -> dict[str, Any]:
     return {
         "parameters": sum(sizes.values()),
         "parameters_deployed": sum(size for name, size in sizes.items() if not is_below(name, dropped)),
+        "memory_mib": head.bank_bytes(head.channels, head.num_classes, **model.options) / 2**20,
         "parameters_auxiliary": sum(size for name, size in sizes.items() if is_below(name, ["auxiliary"])),
         "gmacs": {EVERY_OPERATION: operations.get_total_flops() / 2e9, MODULES_ONLY: modules / 1e9},
     }
@@ -310,6 +313,8 @@ def print_profile(report: dict[str, Any]) -> None:
         row("upsampling and arg-max, p50 / p90 [ms]", timing("post_ms")),
         row("peak memory, with weights [MiB]", lambda column: f"{column['peak_mib']:.1f}"),
     ]
+    if any(column["memory_mib"] for column in columns):
+        rows.append(row("memory of pixels, in training only [MiB]", lambda column: f"{column['memory_mib']:.1f}"))
     height, width = report["size"]
     title = f"{report['model']}, {report['classes']} classes, {height}x{width} (height x width), {report['device']}"
     print_table(("", *(column["classifier"] for column in columns)), rows, title)

@@ -15,6 +15,9 @@ from ssaseg.cli.training.job import Job
 from ssaseg.models import Segmenter
 from ssaseg.recipes import Recipe
 
+FEW = 2  # classes: with so few, SSA's authors see little gain
+ADAPTIVE = ("ssa", "cac")
+
 
 def require_start(path: Path) -> None:
     """Raises CommandError if `model.pretrained` is not there. Called before the slower check of the labels."""
@@ -82,6 +85,7 @@ def describe(job: Job) -> None:
         f"step {job.progress.step} of {train.steps}, run folder {job.folder}",
         err=True,
     )
+    describe_classifier(job)
     if train.compile and ranks > 1 and job.device.type == "cuda":
         echo(
             "note: train.compile was never measured on several GPUs; SyncBatchNorm splits the compiled graph at each "
@@ -98,6 +102,25 @@ def describe(job: Job) -> None:
             f"batch {train.batch} in {job.micro_batches} micro-batches"
             + (f" on each of {ranks} ranks" if ranks > 1 else "")
             + f": BatchNorm sees {job.micro_batch} images",
+            err=True,
+        )
+
+
+def describe_classifier(job: Job) -> None:
+    """Prints what its memory costs, and what to expect with few classes."""
+    name, head = job.recipe.model.classifier, job.model.classifier
+    if memory := head.bank_bytes(head.channels, head.num_classes, **job.recipe.model.options):
+        echo(f"memory of pixels (model.options.memory): {memory / 1e9:.2f} GB, on each device", err=True)
+    if head.num_classes == 1:
+        echo(
+            "note: with 1 class every pixel gets it, with any classifier: no cross entropy can train, only ssa's dice "
+            "losses do; label the background as a second class",
+            err=True,
+        )
+    elif head.num_classes <= FEW and name in ADAPTIVE:
+        echo(
+            f"note: with {head.num_classes} classes there is little to confuse: model.classifier={name} gains little "
+            "over linear",
             err=True,
         )
 

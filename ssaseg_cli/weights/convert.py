@@ -201,7 +201,7 @@ def open_official(request: Request, weights: Weights, name: str) -> Opened:
         raise CommandError(f"{source}: has no {key}\nexpected it, with one row for each class, to count the classes")
     if classes > MOST_CLASSES:
         raise CommandError(f"{source}: {key} has {classes} rows\nexpected one for each class, up to {MOST_CLASSES}")
-    network = fresh(name, classes, request.classifier or ("ssa" if weights.ssa_key in weights.tensors else "linear"))
+    network = fresh(name, classes, request.classifier or weights.classifier)
     heading = describe_source(source, weights, f"{name}, {network.classifier_name}, {classes} classes")
     found, tensors = match(network, weights, heading)
     echo(str(found))
@@ -257,7 +257,7 @@ def fresh(name: str, classes: int, classifier: str) -> Segmenter:
     """A network whose random weights are always the same. Does not change the caller's random generator."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        return build_model(name, classes, classifier)
+        return build_model(name, classes, classifier, memory=False)
 
 
 def explain_mismatch(source: Path, weights: Weights, network: Segmenter, found: Match) -> str:
@@ -266,10 +266,10 @@ def explain_mismatch(source: Path, weights: Weights, network: Segmenter, found: 
         f"{source}: does not fit {network.name} with {network.classifier_name}: {len(found.missing)} missing, "
         f"{len(found.unexpected)} unexpected, {len(found.misshapen)} of another shape"
     )
-    key = weights.ssa_key
-    holds_ssa = key in weights.tensors
-    if found.backbone_share == 1 and holds_ssa != (network.classifier_name == "ssa"):
-        looks, other = (f"it has {key}", "ssa") if holds_ssa else (f"it has no {key}", "linear")
+    given, other = network.classifier_name, weights.classifier
+    if found.backbone_share == 1 and given != other and (weights.mark(given) or weights.mark(other)):
+        mark = weights.mark(other)
+        looks = f"it has {mark}" if mark else f"it has no {weights.mark(given)}"
         return f"{first}\nit looks like {other}: {looks}\nuse --classifier {other}"
     name, fitting = likely_model(weights)
     if weights.stated is not None:

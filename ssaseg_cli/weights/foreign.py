@@ -20,6 +20,7 @@ from ssaseg.cli.weights.torch_files import FLOAT8, LARGEST_FILE, LARGEST_WEIGHTS
 from ssaseg.cli.weights.unwrapping import find_weights, list_content, prefix_note, without_prefix
 from ssaseg.files.reading import open_file
 from ssaseg.files.text import printable
+from ssaseg.models.build import CLASSIFIERS
 from ssaseg.models.checkpoint import FLOATS, INTEGERS, read_outline, read_tensors, require_finite
 from ssaseg.models.header import SCHEMA, parse_header
 from ssaseg.models.official import NOT_USED, canonical, last_layer, layout_of, main_head, refusal
@@ -63,13 +64,19 @@ class Weights:
     def classes_key(self) -> str:
         """Name of the main classifier's weight, which has one row for each class; a file need not have it."""
         if self.header is not None:
-            return "classifier.conv_seg.weight"
+            kind = CLASSIFIERS.get(self.header.get("classifier", ""), CLASSIFIERS["linear"])
+            return f"classifier.{kind.CLASS_ROWS[0]}"
         return f"{main_head(self.tensors)}.{last_layer(self.layout)}.weight"
 
     @property
-    def ssa_key(self) -> str:
-        """Name of a tensor that an official file has if its classifier is SSA's."""
-        return f"{main_head(self.tensors)}.center_pos.weight"
+    def classifier(self) -> str:
+        """The classifier that an official file has, by the tensors that only one has; else the plain one."""
+        return next((name for name in CLASSIFIERS if self.mark(name) in self.tensors), "linear")
+
+    def mark(self, classifier: str) -> str:
+        """Name of a tensor that an official file has only with this classifier; "" if there is none."""
+        mark = CLASSIFIERS[classifier].MARK
+        return f"{main_head(self.tensors)}.{mark}" if mark else ""
 
 
 def read_weights(path: Path) -> Weights:

@@ -71,7 +71,7 @@ def _rows_for(
     """
     names = file_names(model, weights)
     of_classes = [names[key] for key in model.class_rows() if key in names]
-    if names.get("classifier.conv_seg.weight") != weights.classes_key:
+    if names.get(f"classifier.{model.classifier.CLASS_ROWS[0]}") != weights.classes_key:
         return weights, [f"  rows new     all {model.num_classes}: the file has another kind of classifier"], of_classes
     source = names_in(weights.header, weights.meta or {}, rows)
     if source is not None and classes is not None:

@@ -40,7 +40,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def profiled(capsys: pytest.CaptureFixture[str], target: str, **changes: Any) -> dict[str, Any]:
-    given = {"classifier": None, "classes": None, "size": (512, 512), "json_out": "-", "device": "cpu", "runs": 1}
+    given = {"classifiers": (), "classes": None, "size": (512, 512), "json_out": "-", "device": "cpu", "runs": 1}
     assert run_profile(target, **{**given, **changes}) == 0
     return json.loads(capsys.readouterr().out)
 
@@ -62,7 +62,7 @@ def test_counts_equal_the_official_ones(capsys: pytest.CaptureFixture[str]) -> N
 
 def test_the_table_names_countings_and_conditions(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     destination = tmp_path / "profile.json"
-    assert run_profile("seaformer_t", "ssa", 8, (64, 96), str(destination), "cpu", 2) == 0
+    assert run_profile("seaformer_t", ["ssa"], 8, (64, 96), str(destination), "cpu", 2) == 0
     out = capsys.readouterr().out
     for said in ("64x96", "8 classes", "every operation", "modules only", "p50 / p90", "peak memory", "2 timed passes"):
         assert said in out, said
@@ -77,7 +77,7 @@ def test_a_checkpoint_brings_its_classifier_and_classes(capsys: pytest.CaptureFi
     assert (report["model"], report["classes"], report["size"]) == ("seaformer_t", 6, [64, 64])
     assert [column["classifier"] for column in report["columns"]] == ["linear"]
     with pytest.raises(CommandError, match="its classifier is linear, not ssa"):
-        profiled(capsys, str(path), classifier="ssa")
+        profiled(capsys, str(path), classifiers=["ssa"])
     with pytest.raises(CommandError, match="it has 6 classes, not 20"):
         profiled(capsys, str(path), classes=20)
 
@@ -87,7 +87,7 @@ def test_a_checkpoint_brings_its_classifier_and_classes(capsys: pytest.CaptureFi
 )
 def test_an_unknown_target_is_named(target: str, said: str) -> None:
     with pytest.raises(CommandError, match=said):
-        run_profile(target, None, 150, (64, 64), None, "cpu", 1)
+        run_profile(target, [], 150, (64, 64), None, "cpu", 1)
 
 
 def test_modules_are_counted_by_mmcvs_rules() -> None:

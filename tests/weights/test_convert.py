@@ -22,7 +22,7 @@ from ssaseg.models.official import official_keys
 def network(classes: int = 11, classifier: str = "ssa", name: str = "seaformer_t", seed: int = 1) -> Segmenter:
     """A network in which no tensor has the value of a fresh one."""
     torch.manual_seed(seed)
-    model = build_model(name, classes, classifier)
+    model = build_model(name, classes, classifier, options={"memory": 20} if classifier == "gmmseg" else None)
     with torch.no_grad():
         for value in model.state_dict().values():
             value.add_(torch.rand_like(value) * 0.1 if value.is_floating_point() else 7)
@@ -31,7 +31,8 @@ def network(classes: int = 11, classifier: str = "ssa", name: str = "seaformer_t
 
 def official_state(model: Segmenter) -> dict[str, Tensor]:
     state = model.state_dict()
-    return {theirs: state[ours].clone().contiguous() for ours, theirs in official_keys(model).items()}
+    names = {ours: theirs for ours, theirs in official_keys(model).items() if ours not in model.memory()}
+    return {theirs: state[ours].clone().contiguous() for ours, theirs in names.items()}
 
 
 def imagenet_state(model: Segmenter) -> dict[str, Tensor]:
@@ -249,7 +250,7 @@ def test_wrong_model_or_classifier_is_told(tmp_path: Path) -> None:
         load_pretrained(network(name="seaformer_s"), tmp_path / "ssa.pth")
 
 
-@pytest.mark.parametrize("classifier", ["ssa", "linear"])
+@pytest.mark.parametrize("classifier", CLASSIFIERS)
 def test_round_trip_is_bit_equal(tmp_path: Path, classifier: str) -> None:
     """Ours to official names and back: every tensor, classes and palette; what is left out is listed."""
     model = network(3, classifier)
@@ -263,6 +264,8 @@ def test_round_trip_is_bit_equal(tmp_path: Path, classifier: str) -> None:
     expected = official_state(model)
     assert content["state_dict"].keys() == expected.keys()
     assert all(torch.equal(value, expected[key]) for key, value in content["state_dict"].items())
+    if classifier not in ("ssa", "linear", "cac"):
+        return  # there are no official files with these classifiers and such a network
     back = convert(tmp_path / "official.pth", tmp_path / "back.safetensors", "--model", "seaformer_t")
     assert back.exit_code == 0, back.output
     loaded, found = load_model(tmp_path / "back.safetensors")
