@@ -20,6 +20,7 @@ COMMANDS = {
     "train": ("ssaseg.cli.training.command", "train"),
     "eval": ("ssaseg.cli.scoring.command", "evaluate"),
     "predict": ("ssaseg.cli.prediction.command", "predict"),
+    "explain": ("ssaseg.cli.explanation.command", "explain"),
     "profile": ("ssaseg.cli.profiling.command", "profile"),
     "convert": ("ssaseg.cli.weights.command", "convert"),
     "compare": ("ssaseg.cli.comparison.command", "compare"),

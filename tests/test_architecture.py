@@ -29,7 +29,7 @@ MAY_IMPORT = {
 # here is a room of its own; "" is what else lies directly in the folder.
 ROOMS = {
     "cli": ["printing", "signals", "errors", "device", "console", "options", "drawing", "ranks", "scoring", "weights",
-            "data", "prediction", "profiling", "training", "comparison", ""],
+            "data", "prediction", "profiling", "training", "comparison", "explanation", ""],
     "models": ["rows", "layers", "classifiers", "decoder", "segmenter", "networks", "build", "official",
                "header", "checkpoint", ""],
 }  # fmt: skip

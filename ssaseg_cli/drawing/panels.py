@@ -1,4 +1,4 @@
-"""Pictures of several panels: panels with captions in rows, and a legend of class colours below.
+"""Pictures of several panels: panels with captions in rows; below them legends of class colours and scales of numbers.
 
 Axes: H×W pixels of an image, K classes. Images are BGR uint8 (H,W,3), as in OpenCV.
 """
@@ -35,12 +35,23 @@ Legend = Sequence[tuple[str, Sequence[int]]]  # names and their colours RGB 0..2
 
 NO_COLOUR: Sequence[int] = ()  # for an entry without a patch of colour
 
+BAR = 256  # width of a scale's bar [pixels]
+
 
 class Panel(NamedTuple):
     """An image and the text above it."""
 
     caption: str
     image: np.ndarray
+
+
+class Scale(NamedTuple):
+    """What the colours of number maps mean: `low` to `high` in the colours of a colour map of matplotlib."""
+
+    caption: str
+    low: float
+    high: float
+    colours: str
 
 
 def overlay(image: np.ndarray, labels: np.ndarray, palette: Sequence[Sequence[int]]) -> np.ndarray:
@@ -65,13 +76,15 @@ def coloured(image: np.ndarray, labels: np.ndarray, palette: Sequence[Sequence[i
     return mixed
 
 
-def changes(image: np.ndarray, labels: np.ndarray, coarse: np.ndarray, final: np.ndarray) -> Panel:
+def changes(
+    image: np.ndarray, labels: np.ndarray, coarse: np.ndarray, final: np.ndarray, heading: str = "changed"
+) -> Panel:
     """What adaptation changed, over the grey image; label maps uint8 (H,W), `coarse` before, `final` after it.
 
     Green: now right; red: no longer right; yellow: wrong before and after. Ignored pixels are left out. The caption has
     shares of the labelled pixels.
     """
-    grey = image.mean(axis=2, keepdims=True).repeat(3, axis=2) * 0.5 + 100
+    grey = _faint(image)
     changed = (coarse != final) & (labels != IGNORED)
     marks = {
         "right": (changed & (final == labels), RIGHTED),
@@ -82,17 +95,39 @@ def changes(image: np.ndarray, labels: np.ndarray, coarse: np.ndarray, final: np
         grey[pixels] = colour[::-1]
     labelled = max(int((labels != IGNORED).sum()), 1)
     shares = {name: pixels.sum() / labelled * 100 for name, (pixels, _) in marks.items()}
-    caption = f"changed: {shares['right']:.1f} % now right, {shares['wrong']:.1f} % now wrong"
-    return Panel(caption, grey.astype(np.uint8))
+    caption = f"{heading}: {shares['right']:.1f} % now right, {shares['wrong']:.1f} % now wrong"
+    return Panel(caption, grey)
 
 
-def grid(rows: Iterable[Sequence[Panel]], *legends: Legend) -> np.ndarray:
+def marked(image: np.ndarray, pixels: np.ndarray, colour: Sequence[int]) -> np.ndarray:
+    """`pixels`, bool (H,W), in this colour RGB over the faint grey image. BGR uint8 (H,W,3) → BGR uint8 (H,W,3)."""
+    grey = _faint(image)
+    grey[pixels] = colour[::-1]
+    return grey
+
+
+def heat(values: np.ndarray, scale: Scale) -> np.ndarray:
+    """Numbers (H,W) as colours of the scale; what is below or above it has its end's colour. BGR uint8 (H,W,3)."""
+    steps = (values - scale.low) / (scale.high - scale.low) * 255
+    return _colours(scale.colours)[np.clip(np.rint(steps), 0, 255).astype(np.uint8)]
+
+
+def outlined(image: np.ndarray, mask: np.ndarray, colour: Sequence[int]) -> np.ndarray:
+    """The image with the edge of a mask, bool (H,W), in this colour RGB; as thick as a panel can show."""
+    import cv2
+
+    side = 2 * max(round(image.shape[1] / WIDTH), 1) + 1
+    inner = cv2.erode(mask.astype(np.uint8), np.ones((side, side), np.uint8))  # beyond the image the mask continues
+    return np.where((mask & (inner == 0))[..., None], np.asarray(colour, np.uint8)[::-1], image)
+
+
+def grid(rows: Iterable[Sequence[Panel]], *legends: "Legend | Scale") -> np.ndarray:
     """Rows of panels, each `WIDTH` wide, with their captions; the legends are below them. BGR uint8."""
     lines = [np.concatenate([_framed(panel) for panel in _same_height(row)], axis=1) for row in rows]
     if not lines:
         return np.full((LINE, WIDTH, 3), PAPER, np.uint8)
     widest = max(line.shape[1] for line in lines)
-    rest = [_legend(legend, widest) for legend in legends if legend]
+    rest = [_bar(each, widest) if isinstance(each, Scale) else _legend(each, widest) for each in legends if each]
     padded = [
         np.pad(each, ((0, 0), (0, widest - each.shape[1]), (0, 0)), constant_values=PAPER) for each in [*lines, *rest]
     ]
@@ -116,6 +151,11 @@ def encode(image: np.ndarray, suffix: str) -> bytes:
     import cv2
 
     return cv2.imencode(suffix, image, [cv2.IMWRITE_JPEG_QUALITY, 85] if suffix == ".jpg" else [])[1].tobytes()
+
+
+def _faint(image: np.ndarray) -> np.ndarray:
+    """The image in grey with little contrast, BGR uint8 (H,W,3), for marks in colour."""
+    return (image.mean(axis=2, keepdims=True).repeat(3, axis=2) * 0.5 + 100).astype(np.uint8)
 
 
 # ---- layout ---------------------------------------------------------------------------------------------------------
@@ -165,6 +205,25 @@ def _legend(entries: Legend, width: int) -> np.ndarray:
             image[y + 1 : y + 13, x + 1 : x + 21] = np.asarray(colour, np.uint8)[::-1]
         texts.append((x + 27, y - 2, names[index]))
     return _written(image, texts)
+
+
+def _bar(scale: Scale, width: int) -> np.ndarray:
+    """The scale's colours between its two numbers, and what they are."""
+    image = np.full((LINE + 8, width, 3), PAPER, np.uint8)
+    low, high = f"{scale.low:g}", f"{scale.high:g}"
+    start = int(_font().getlength(low)) + 10
+    image[6 : LINE + 2, start : start + BAR + 2] = INK
+    image[7 : LINE + 1, start + 1 : start + BAR + 1] = _colours(scale.colours)
+    return _written(image, [(4, 5, low), (start + BAR + 8, 5, f"{high}   {scale.caption}")])
+
+
+@cache
+def _colours(name: str) -> np.ndarray:
+    """The colours of a colour map: BGR uint8 (256,3)."""
+    import matplotlib
+
+    colours = matplotlib.colormaps[name](np.linspace(0, 1, 256))[:, 2::-1]
+    return np.rint(colours * 255).astype(np.uint8)
 
 
 def _written(image: np.ndarray, texts: Iterable[tuple[int, int, str]]) -> np.ndarray:

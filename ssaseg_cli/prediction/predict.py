@@ -104,7 +104,7 @@ def run_predict(
             "remove coarse from --save"
         )
     found = find_sources(inputs, out)
-    make_folders(out, save)
+    make_folders(out, [kind for kind in save if KINDS[kind].encode is not None])
     palette = metadata["palette"] or default_palette(len(metadata["classes"]))
     style = style_of(metadata["classes"], palette)
     stop = StopSignal(hasty=True)
@@ -300,9 +300,9 @@ def require_folder(folder: Path) -> None:
         raise CommandError(f"{printable(str(folder))}: {reason}\nremove the link, or choose another --out")
 
 
-def make_folders(out: Path, save: Sequence[str]) -> None:
-    """Makes `out` and a folder per kind, before any work is done. Raises CommandError if they cannot be written to."""
-    for folder in [out, *(out / kind for kind in save if KINDS[kind].encode is not None)]:
+def make_folders(out: Path, names: Sequence[str]) -> None:
+    """Makes `out` and folders in it, before any work is done. Raises CommandError if they cannot be written to."""
+    for folder in [out, *(out / name for name in names)]:
         if folder != out:
             require_folder(folder)
         try:

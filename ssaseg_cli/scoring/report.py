@@ -68,11 +68,11 @@ def _score(
 ) -> dict[str, Any]:
     """The report of `run_eval`."""
     model, metadata = load_model(checkpoint)
-    recipe = _recipe(checkpoint, metadata, data)
+    recipe = recipe_of(checkpoint, metadata, data)
     before = recipe.test if data else parse_protocol(metadata["protocol"], f"{checkpoint}: protocol")
     protocol = parse_protocol(before.model_dump() | dict(changes or {}), "protocol") if changes else before
-    dataset = _dataset(recipe, split, root)
-    _require_same_classes(checkpoint, metadata["classes"], recipe.name, dataset.classes)
+    dataset = open_dataset(recipe, split, root)
+    require_data_classes(checkpoint, metadata["classes"], recipe.name, dataset.classes)
     count = len(dataset) if limit is None else min(limit, len(dataset))
     started = time.perf_counter()
     boundaries = Boundaries(model.num_classes, ranks.device) if boundary else None
@@ -135,7 +135,8 @@ def _count(
             sys.exit(stop.exit_code)
 
 
-def _recipe(checkpoint: Path, metadata: Mapping[str, Any], data: str | None) -> Recipe:
+def recipe_of(checkpoint: Path, metadata: Mapping[str, Any], data: str | None) -> Recipe:
+    """The recipe that `data` names, or else the checkpoint's. Raises CommandError if there is neither."""
     if data is not None:
         return load_recipe(data)
     if metadata["recipe"] is None:
@@ -143,7 +144,8 @@ def _recipe(checkpoint: Path, metadata: Mapping[str, Any], data: str | None) -> 
     return parse_recipe(metadata["recipe"], str(checkpoint))
 
 
-def _dataset(recipe: Recipe, split: str, root: Path | None) -> Dataset:
+def open_dataset(recipe: Recipe, split: str, root: Path | None) -> Dataset:
+    """A split of the recipe's data; `root` replaces its `data.root`. Raises CommandError for a root of drawn scenes."""
     if root is not None and recipe.data.dataset == "synthetic":
         raise CommandError(f"--root {root}: recipe {recipe.name} uses built-in scenes, not files\nleave out --root")
     root = Path(recipe.data.root) if root is None else root
@@ -160,7 +162,7 @@ def _require_labels(confusion: Confusion, images: str) -> None:
         )
 
 
-def _require_same_classes(checkpoint: Path, model: Sequence[str], recipe: str, data: Sequence[str]) -> None:
+def require_data_classes(checkpoint: Path, model: Sequence[str], recipe: str, data: Sequence[str]) -> None:
     """Raises CommandError if class k of the model is another class in the labels: its score would mean nothing."""
     fix = "give --data a recipe that has the checkpoint's classes, in the same order"
     if len(model) != len(data):

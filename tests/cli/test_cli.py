@@ -24,6 +24,7 @@ from ssaseg.cli.console import json_target, print_table, write_json
 from ssaseg.cli.data import check, init
 from ssaseg.cli.device import select_device
 from ssaseg.cli.errors import CommandError
+from ssaseg.cli.explanation import explain
 from ssaseg.cli.main import cli
 from ssaseg.cli.prediction import predict
 from ssaseg.cli.profiling import profile as profiling
@@ -205,6 +206,7 @@ def test_exit_code_and_run_folder(fake: Callable[[ModuleType, str, Any], None]) 
         (["train", "demo"], loop, "run_train"),
         (["eval", __file__], report, "run_eval"),
         (["predict", __file__, "x", "--out", "new", "--save", "index,rle"], predict, "run_predict"),
+        (["explain", __file__, "x", "--out", "new"], explain, "run_explain"),
         (["profile", "seaformer_t"], profiling, "run_profile"),
         (["convert", __file__, "x.pth"], convert, "run_convert"),
         (["data", "check", "demo", "data.root=x", "--split", "val"], check, "run_check"),

@@ -152,7 +152,8 @@ def commands(folder: Path) -> Target:
     starts = (
         ["train", "demo", *["--print-config"] * 4], ["eval", "x.safetensors"], ["predict", "x", "in", "--out", "out"],
         ["recipes", "show", "demo"], ["recipes", "keys"], ["data", "init", "nothing"], ["convert", "x.pth", "y"],
-        ["profile", "nothing"], ["compare", "x", "y", "--out", "z.png"], ["data", "prepare", "ade20k"], ["--help"],
+        ["profile", "nothing"], ["explain", "x", "in", "--out", "out"], ["compare", "x", "y", "--out", "z.png"],
+        ["data", "prepare", "ade20k"], ["--help"],
     )  # fmt: skip
     keys = [f"{section}.{key}" for section, values in load_recipe("demo").model_dump().items()
             if isinstance(values, dict) for key in values]  # fmt: skip

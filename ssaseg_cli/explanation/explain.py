@@ -1,0 +1,193 @@
+"""`ssaseg explain`: goes through the images once, draws some of them, and writes the figures of all."""
+
+import difflib
+import json
+from collections.abc import Sequence
+from contextlib import nullcontext
+from pathlib import Path
+
+from ssaseg.cli.console import progress_bar
+from ssaseg.cli.device import select_device
+from ssaseg.cli.errors import CommandError
+from ssaseg.cli.explanation import items, summary
+from ssaseg.cli.explanation.figures import figures
+from ssaseg.cli.explanation.pictures import Artist
+from ssaseg.cli.explanation.probing import Probe, open_probe
+from ssaseg.cli.explanation.sums import Sums
+from ssaseg.cli.prediction.limit import memory_limit
+from ssaseg.cli.prediction.predict import make_folders
+from ssaseg.cli.prediction.skipping import skip_reason
+from ssaseg.cli.printing import echo
+from ssaseg.datasets import default_palette
+from ssaseg.files.text import printable
+from ssaseg.files.writing import write_atomic
+
+ACTIVATION, SUMMARY = "activation", "summary"  # folders below OUT
+
+
+def run_explain(
+    checkpoint: Path,
+    images: Sequence[str],
+    out: Path,
+    against: Path | None,
+    classes: Sequence[str],
+    masks: Path | None,
+    data: str | None,
+    root: Path | None,
+    split: str,
+    limit: int | None,
+    pictures: int,
+    device: str,
+) -> int:
+    """Explains `images`, or without them a split of the recipe's data. Returns 0, or 1 if an image was skipped.
+
+    Arguments as in the help. Pictures of an earlier run stay unless the same image is drawn again. Raises CommandError
+    for unknown classes, a second checkpoint of other classes, inputs without images and an `out` that cannot be
+    written; and what loading checkpoints and data raises.
+    """
+    chosen = select_device(device)
+    probe = open_probe(checkpoint, chosen)
+    names = list(probe.metadata["classes"])
+    drawn = [class_index(name, names) for name in dict.fromkeys(classes)]
+    other = None if against is None else open_probe(against, chosen)
+    if other is not None:
+        require_equal_classes(probe, other)
+    if images:
+        found = items.of_files(images, out, (ACTIVATION, SUMMARY), masks, checkpoint, probe.metadata, data)
+    else:
+        found = items.of_split(checkpoint, probe.metadata, data, root, split)
+    make_folders(out, (ACTIVATION, SUMMARY))
+    work = Work(probe, other, found.labels is not None, out, drawn, pictures)
+    wanted = found.items[:limit]
+    with memory_limit() if chosen.type == "cpu" else nullcontext():  # CUDA reserves addresses of its own
+        skipped = work.go_through(wanted)
+    sums = work.sums
+    if not sums.images:
+        raise CommandError(f"none of the {len(wanted)} images could be used\nthe reasons are printed above")
+    left_out = missing_parts(probe, other, sums.known)
+    report = {
+        **probe.facts(),
+        "against": None if other is None else other.facts(),
+        "labels": found.labels or "predicted by the checkpoint: nothing is known to be right or wrong",
+        "skipped": skipped,
+        "left_out": left_out,
+        "classifiers": work.captions,
+        **figures(sums, names),
+    }
+    content = json.dumps(report, indent=1, allow_nan=False).encode()
+    write_atomic(out / "explain.json", content, sync=False, root=out)
+    summary.draw(report, work.captions, out / SUMMARY)
+    for line in (*left_out, *notes(probe, other)):
+        echo(f"note: {line}", err=True)
+    summary.print_summary(report, work.captions)
+    echo(f"wrote {printable(str(out))}: explain.json, {SUMMARY}/, {ACTIVATION}/ ({summary.count(work.drawn)})")
+    return 1 if skipped else 0
+
+
+class Work:
+    """Goes through the images: looks at each with all classifiers, adds to the sums, and draws the first ones."""
+
+    def __init__(
+        self, probe: Probe, other: Probe | None, known: bool, out: Path, classes: Sequence[int], pictures: int
+    ) -> None:
+        self.probe, self.other, self.out, self.pictures, self.drawn = probe, other, out, pictures, 0
+        self.captions = captions(probe, other)
+        names = probe.metadata["classes"]
+        comparisons = [(first, "final") for first in self.captions if first != "final"]
+        self.sums = Sums(len(names), list(self.captions), comparisons, known)
+        palette = probe.metadata["palette"] or default_palette(len(names))
+        self.artist = Artist(names, palette, self.captions, comparisons, classes)
+
+    def go_through(self, wanted: Sequence[items.Item]) -> int:
+        """Returns the number of images that were skipped; each is reported."""
+        skipped = 0
+        with progress_bar(len(wanted), "explained") as advance:
+            for item in wanted:
+                try:
+                    picture = self.explain(item)
+                except Exception as error:
+                    echo(f"skipped: {skip_reason(error, item.path)}", err=True)
+                    skipped += 1
+                else:
+                    self.write(item, picture)
+                advance(1)
+        return skipped
+
+    def explain(self, item: items.Item) -> bytes | None:
+        """Adds one image to the sums. Returns its picture, a PNG; None if enough are drawn."""
+        image, labels = item.read()
+        seen = self.probe.look(image, str(item.path))
+        stages = {} if seen.coarse is None else {"coarse": seen.coarse}
+        stages["final"] = seen.final
+        if self.other is not None:
+            stages["against"] = self.other.look(image, str(item.path)).final
+        masks = seen.final.labels if labels is None else labels
+        picture = None
+        if self.drawn < self.pictures:
+            picture = self.artist.draw(item.name, image, labels, stages, seen.prototypes)
+        self.sums.add(stages, masks, seen.prototypes)  # last, so that an image that is skipped is not counted
+        return picture
+
+    def write(self, item: items.Item, picture: bytes | None) -> None:
+        """Writes the picture of an image."""
+        if picture is not None:
+            root = self.out / ACTIVATION
+            write_atomic(root / f"{item.name}.png", picture, sync=False, root=root)
+            self.drawn += 1
+
+
+def captions(probe: Probe, other: Probe | None) -> dict[str, str]:
+    """The classifiers by their key in the report, in the order in which they are drawn, as text for a reader."""
+    found = {"coarse": f"coarse ({probe.classifier})"} if probe.adapts else {}
+    found["final"] = f"adapted ({probe.classifier})" if probe.adapts else probe.classifier
+    if other is not None:
+        found["against"] = f"against: {other.classifier}"
+    return found
+
+
+def class_index(name: str, classes: Sequence[str]) -> int:
+    """Number of a class. Raises CommandError for a name that does not exist; it names close matches."""
+    if name in classes:
+        return classes.index(name)
+    folded = {each.casefold(): each for each in classes}
+    near = difflib.get_close_matches(name.casefold(), folded, n=3)
+    listed = ", ".join(printable(each) for each in classes[:20]) + (", …" if len(classes) > 20 else "")
+    raise CommandError(
+        f"--class {printable(name)}: no such class\nexpected one of {listed}\n"
+        + (f"did you mean {' or '.join(printable(folded[each]) for each in near)}?" if near else "correct the name")
+    )
+
+
+def require_equal_classes(probe: Probe, other: Probe) -> None:
+    """Raises CommandError unless both checkpoints have the same classes in the same order."""
+    ours, theirs = probe.metadata["classes"], other.metadata["classes"]
+    if list(ours) == list(theirs):
+        return
+    fix = "give --against a checkpoint with the classes of CHECKPOINT, in the same order"
+    if len(ours) != len(theirs):
+        raise CommandError(f"{other.path}: {len(theirs)} classes; {probe.path}: {len(ours)} classes\n{fix}")
+    index = next(k for k in range(len(ours)) if ours[k] != theirs[k])
+    raise CommandError(f"{other.path}: class {index} is {theirs[index]!r}; {probe.path}: {ours[index]!r}\n{fix}")
+
+
+def missing_parts(probe: Probe, other: Probe | None, known: bool) -> list[str]:
+    """What the report and the pictures do not have, and why."""
+    lines = []
+    if not probe.adapts:
+        alone = "" if other else ", and without --against there is nothing to compare it with"
+        lines.append(f"left out: before and after adaptation: classifier {probe.classifier} does not adapt{alone}")
+    if not probe.has_prototypes:
+        lines.append(f"left out: semantic and spatial prototypes: classifier {probe.classifier} is not ssa")
+    if not known:
+        lines.append("left out: better and worse, confused pairs: there are no labels; masks are the predicted ones")
+    return lines
+
+
+def notes(probe: Probe, other: Probe | None) -> list[str]:
+    """What differs from `ssaseg eval`."""
+    changed = [each for each in (probe, other) if each is not None and each.changed]
+    return [
+        f"{printable(str(each.path))}: its protocol has windows, several scales or mirrored images; here "
+        "an image is one input"
+        for each in changed
+    ]

@@ -1,0 +1,165 @@
+"""What a network thinks of an image, classifier by classifier: labels, class probabilities, and SSA's prototypes.
+
+The whole image is one input, at the scale of the checkpoint's protocol: SSA adapts to what the network sees, so windows
+or mirrored images would be explanations of other prototypes.
+
+Axes: K classes, C channels, h×w feature pixels, H×W pixels of the image.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ssaseg.cli.scoring.inference import Inference, state_views
+from ssaseg.datasets.colour import normalize
+from ssaseg.models import load_model
+from ssaseg.models.classifiers.ssa import SSAClassifier
+from ssaseg.models.labelling import elements, label_map, resize_twice
+from ssaseg.recipes import parse_protocol
+
+# Of a protocol: what makes one image one input.
+ONE_INPUT = {"mode": "whole", "crop": None, "stride": None, "ratios": (1.0,), "flip": False}
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What one classifier says about an image. No tensor of K·H·W numbers is made."""
+
+    labels: np.ndarray  # uint8 (H,W)
+    logits: Tensor  # (1,K,h,w) float32
+    log_sum: Tensor  # (H,W): logarithm of the sum of the exponentials of all logits
+    middle: tuple[int, ...]  # size of the network's input
+
+    def logit(self, index: int) -> Tensor:
+        """Logit of a class at each pixel (H,W), on the device."""
+        return resize_twice(self.logits[:, index : index + 1], self.middle, tuple(self.log_sum.shape))[0, 0]
+
+    def probability(self, index: int) -> np.ndarray:
+        """Softmax probability of a class at each pixel, float32 (H,W), in [0, 1]: what is drawn as its activation."""
+        return (self.logit(index) - self.log_sum).exp().cpu().numpy()
+
+    def strength(self, index: int) -> np.ndarray:
+        """Logit of a class at each pixel, float32 (H,W), minus its mean over the image, divided by its deviation.
+
+        It does not change if all logits are multiplied by a number, which makes a classifier surer.
+        """
+        logit = self.logit(index)
+        return ((logit - logit.mean()) / logit.std(correction=0).clamp(min=1e-12)).cpu().numpy()
+
+
+class Prototypes(NamedTuple):
+    """SSA's prototypes in one image."""
+
+    fixed: Tensor  # (K,C) semantic prototypes before adaptation: the weights of the 1×1 convolution
+    semantic: Tensor  # (K,C) S', adapted to the image
+    similarity: Tensor  # (1,K,h,w) cosine of the adapted spatial prototype P' and the spatial feature
+    middle: tuple[int, ...]
+    size: tuple[int, ...]
+
+    def gaze(self, index: int) -> np.ndarray:
+        """Cosine of a class's spatial prototype and each pixel's spatial feature, float32 (H,W), in [−1, 1]."""
+        return resize_twice(self.similarity[:, index : index + 1], self.middle, self.size)[0, 0].cpu().numpy()
+
+
+class Seen(NamedTuple):
+    """A network's results for one image."""
+
+    final: Stage
+    coarse: Stage | None  # before adaptation; None: the classifier does not adapt
+    prototypes: Prototypes | None  # None: not SSA
+
+
+@dataclass(frozen=True)
+class Probe:
+    """A checkpoint in evaluation mode on a device."""
+
+    path: Path
+    inference: Inference
+    metadata: Mapping[str, Any]
+    changed: bool  # whether `eval` would use windows, several scales or mirrored images
+
+    @property
+    def classifier(self) -> str:
+        """Name of its classifier."""
+        return self.inference.model.classifier_name
+
+    @property
+    def adapts(self) -> bool:
+        """Whether it has logits before adaptation."""
+        return self.inference.model.classifier.has_coarse
+
+    @property
+    def has_prototypes(self) -> bool:
+        """Whether it has SSA's prototypes."""
+        return isinstance(self.inference.model.classifier, SSAClassifier)
+
+    def facts(self) -> dict[str, Any]:
+        """For the report: which network it is, and the size of its input."""
+        model = self.inference.model
+        return {
+            "checkpoint": str(self.path),
+            "model": model.name,
+            "classifier": model.classifier_name,
+            "step": self.metadata["step"] if self.metadata["step"] or self.metadata["recipe"] else None,
+            "protocol": state_views(self.inference.protocol),
+        }
+
+    @torch.inference_mode()
+    def look(self, image: np.ndarray, name: str) -> Seen:
+        """Results for an image BGR uint8 (H,W,3). Raises DataError if it is too small, FloatingPointError if the logits
+        are not finite; both name the image.
+        """
+        inference, size = self.inference, image.shape[:2]
+        (resized,) = inference.inputs(image, name)
+        middle = resized.shape[:2]
+        pixels = torch.tensor(resized)[None].to(inference.device)
+        feature = inference.model.feature(normalize(pixels, inference.mean, inference.std))
+        classifier = inference.model.classifier
+        coarse: Tensor | None
+        prototypes = None
+        if isinstance(classifier, SSAClassifier):
+            adapted = classifier.adapt(feature)
+            final, coarse = adapted.logits, adapted.coarse
+            similarity = cosines(adapted.spatial[0], adapted.spatial_feature[0])
+            prototypes = Prototypes(
+                classifier.semantic_prototypes.detach(), adapted.semantic[0], similarity[None], middle, size
+            )
+        else:
+            final, coarse = classifier.stages(feature)
+        inference.ranges.append(torch.stack(final.aminmax()))
+        inference.names.append(name)
+        inference.require_finite()
+        before = None if coarse is None else make_stage(coarse.float(), middle, size)
+        return Seen(make_stage(final.float(), middle, size), before, prototypes)
+
+
+def open_probe(path: Path, device: torch.device) -> Probe:
+    """Reads a checkpoint. Raises CheckpointError, and RecipeError for its protocol."""
+    model, metadata = load_model(path)
+    whole = parse_protocol(metadata["protocol"], f"{path}: protocol")
+    protocol = parse_protocol(whole.model_dump() | ONE_INPUT, f"{path}: protocol")
+    inference = Inference(model.to(device).eval(), protocol, metadata["mean"], metadata["std"], device)
+    return Probe(path, inference, metadata, changed=protocol != whole)
+
+
+def make_stage(logits: Tensor, middle: tuple[int, ...], size: tuple[int, ...]) -> Stage:
+    """Logits (1,K,h,w) → the stage at the image's `size` (H, W), a few classes at a time."""
+    labels = label_map(logits, middle, size).cpu().numpy()
+    total: Tensor | None = None
+    step = max(elements(logits.device) // max(size[0] * size[1], middle[0] * middle[1]), 1)
+    for first in range(0, logits.shape[1], step):
+        part = resize_twice(logits[:, first : first + step], middle, size)[0].logsumexp(dim=0)
+        total = part if total is None else torch.logaddexp(total, part)
+    assert total is not None
+    return Stage(labels, logits, total, middle)
+
+
+def cosines(prototypes: Tensor, feature: Tensor) -> Tensor:
+    """Cosine of each prototype (K,C) and each pixel of a feature (C,h,w) → (K,h,w)."""
+    directions = torch.nn.functional.normalize(feature, dim=0)
+    return torch.einsum("kc,chw->khw", torch.nn.functional.normalize(prototypes, dim=1), directions)
