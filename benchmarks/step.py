@@ -1,4 +1,4 @@
-"""One training step of SeaFormer-B with ssa: against linear, and against the plain formulation of the same losses.
+"""One training step of SeaFormer-B with ssa: against linear, the plain formulation of its losses, and the rivals.
 
     python benchmarks/step.py              # writes benchmarks/results/step.json
     python benchmarks/step.py --profile    # also what the step spends its time on, and what bounds it
@@ -34,7 +34,7 @@ import torch
 from losses import resident
 from networks import processor, rounded
 from step_profile import profile_of, show_profile
-from step_sides import CPU_SIDES, CUDA_SIDES, Case, Side
+from step_sides import CPU_SIDES, CUDA_SIDES, RIVALS, Case, Side
 
 from ssaseg.cli.device import select_device
 
@@ -142,9 +142,12 @@ def measure(case: Case, names: tuple[str, ...]) -> dict[str, Any]:
 
 
 def pairs_of(names: Any) -> list[tuple[str, str]]:
-    """Pairs whose ratio is shown: ssa and linear in each form; plain, and eager ssa, with each form of ssa."""
+    """Pairs whose ratio is shown: ssa and linear in each form; rivals and linear; plain, and eager ssa, with each form
+    of ssa.
+    """
     ours = [name for name in names if name.startswith("ssa")]
     found = [(name, name.replace("ssa", "linear")) for name in ours if name.replace("ssa", "linear") in names]
+    found += [(name, "linear") for name in names if name in RIVALS and "linear" in names]
     found += [("plain", name) for name in ours if "plain" in names]
     return found + [("ssa", name) for name in ours if "ssa" in names and name != "ssa"]
 

@@ -3,6 +3,7 @@
 `linear` and `ssa` are the package's forward, losses, backward and optimiser. No side has the rest of a training step,
 such as the guard and the gradient's norm. `plain` is ssa with the losses of losses.py, which work as the official code
 does: full-resolution logits of all images together, Python loops over the classes present, OpenCV's edges on the CPU.
+Sides with the name of another classifier are its whole step, with the update of its memory and prototypes.
 Forms of the first two, all on a GPU: `compiled` (as train.compile), `graph` (the whole step is replayed as one CUDA
 graph), `fed` (the batch is copied and prepared for each step), `prefetched` (the same on a separate stream).
 """
@@ -18,12 +19,15 @@ from torch import Tensor
 from ssaseg.datasets.loader import Batch
 from ssaseg.datasets.prefetch import Preparer
 from ssaseg.datasets.transforms import DRAWS
-from ssaseg.models import build_model
+from ssaseg.models import CLASSIFIERS, build_model
+from ssaseg.models.classifiers.base import Alone
 from ssaseg.models.classifiers.losses import IGNORE
 
 MEAN, STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
 PRESENT, PATCHES = 12, 8  # largest number of classes in an image; number of one-class patches along a side
-CPU_SIDES = ("ssa", "linear", "plain")
+RIVALS = ("cac", "protoseg", "gmmseg", "dnc")
+OPTIONS = {"gmmseg": {"memory": 1000}}  # its update reads what changes, not the whole memory: 32,000 would cost no time
+CPU_SIDES = ("ssa", "linear", "plain", *RIVALS)
 CUDA_SIDES = (
     *CPU_SIDES,
     "ssa compiled",
@@ -78,9 +82,12 @@ class Side:
         kind, *forms = name.split()
         self.device = torch.device(case.device)
         torch.manual_seed(0)
-        self.model = build_model(case.model, case.classes, "linear" if kind == "linear" else "ssa", group=GROUP)
-        # With the usual initialisation the rows are so similar that some losses would be almost zero.
-        torch.nn.init.normal_(self.model.classifier.conv_seg.weight, 0.0, 0.1)
+        classifier = kind if kind in CLASSIFIERS else "ssa"
+        self.model = build_model(case.model, case.classes, classifier, group=GROUP, options=OPTIONS.get(classifier))
+        if hasattr(self.model.classifier, "conv_seg"):
+            # With the usual initialisation the rows are so similar that some losses would be almost zero.
+            torch.nn.init.normal_(self.model.classifier.conv_seg.weight, 0.0, 0.1)
+        self.memory: Any = None
         self.model.to(self.device)
         if "compiled" in forms:  # as train.compile does
             self.model.backbone.compile(dynamic=False)
@@ -115,7 +122,9 @@ class Side:
         if self.plain:
             return plain_losses(self.model.classifier, feature.float(), labels)  # type: ignore[arg-type]
         with self.autocast():
-            return self.model.classifier.training_step(feature, labels).losses
+            step = self.model.classifier.training_step(feature, labels)
+        self.memory = step.memory
+        return step.losses
 
     def autocast(self) -> torch.autocast:
         # A graph must not use a tensor that the cache of casts would free.
@@ -128,6 +137,9 @@ class Side:
         losses = self.losses(*self.feed())
         torch.stack(list(losses.values())).sum().backward()
         self.optimizer.step()
+        if self.memory is not None:
+            with torch.no_grad():
+                self.model.classifier.update([self.memory], Alone(), torch.zeros((), device=self.device))
         return losses
 
     def capture(self) -> Callable[[], dict[str, Tensor]]:
