@@ -4,7 +4,7 @@
 >>> logits = model(torch.randn(1, 3, 64, 64))  # (1, 8, 8, 8)
 """
 
-from ssaseg.models.build import CLASSIFIERS, build_model, facts, list_models
+from ssaseg.models.build import CLASSIFIERS, build_model, facts, list_mask_models, list_models
 from ssaseg.models.checkpoint import load_model, save_model
 from ssaseg.models.classifiers.base import Classifier, LossOptions
 from ssaseg.models.header import CheckpointError
@@ -18,6 +18,7 @@ __all__ = [
     "Segmenter",
     "build_model",
     "facts",
+    "list_mask_models",
     "list_models",
     "load_model",
     "save_model",

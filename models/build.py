@@ -1,4 +1,4 @@
-"""Families and classifiers by name, and the networks built from them."""
+"""Families and classifiers by name, and the networks built from them. Mask methods have no classifier to choose."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -12,6 +12,8 @@ from ssaseg.models.classifiers.linear import LinearClassifier
 from ssaseg.models.classifiers.protoseg import ProtoSegClassifier
 from ssaseg.models.classifiers.ssa import SSAClassifier
 from ssaseg.models.decoder import FURTHER_WEIGHT
+from ssaseg.models.masks import peers, pem, yoso
+from ssaseg.models.masks.base import MASKS, MaskSegmenter, no_training
 from ssaseg.models.networks import (
     afformer,
     cgrseg,
@@ -38,6 +40,12 @@ FAMILIES: Mapping[str, Family] = {
     "upernet": upernet.FAMILY,
     "vit_adapter": upernet.ADAPTER_FAMILY,
 }
+MASK_FAMILIES: Mapping[str, Family] = {
+    "mask2former": peers.MASK2FORMER_FAMILY,
+    "maskformer": peers.MASKFORMER_FAMILY,
+    "pem": pem.FAMILY,
+    "yoso": yoso.FAMILY,
+}
 CLASSIFIERS: dict[str, type[Classifier]] = {
     "linear": LinearClassifier,
     "ssa": SSAClassifier,
@@ -49,16 +57,26 @@ CLASSIFIERS: dict[str, type[Classifier]] = {
 
 
 def list_models() -> list[str]:
-    """Names that `build_model` accepts."""
+    """Names of networks that have a classifier, and can be trained."""
     return sorted(name for family in FAMILIES.values() for name in family.variants)
 
 
+def list_mask_models() -> list[str]:
+    """Names of mask methods, which predict and are measured, but are not trained here."""
+    return sorted(name for family in MASK_FAMILIES.values() for name in family.variants)
+
+
+def all_families() -> list[Family]:
+    """The families of both kinds."""
+    return [*FAMILIES.values(), *MASK_FAMILIES.values()]
+
+
 def family_of(name: str) -> Family:
-    """The family of a network. Raises ValueError for an unknown name."""
-    for family in FAMILIES.values():
+    """The family of a network or mask method. Raises ValueError for an unknown name."""
+    for family in all_families():
         if name in family.variants:
             return family
-    raise ValueError(f"model {name!r} is not known\nknown: {', '.join(list_models())}")
+    raise ValueError(f"model {name!r} is not known\nknown: {', '.join([*list_models(), *list_mask_models()])}")
 
 
 def build_model(
@@ -77,9 +95,9 @@ def build_model(
     """A network in training mode, with random weights, initialised as in the official run without pre-training.
 
     Args:
-        name: one of `list_models()`.
+        name: one of `list_models()` or `list_mask_models()`.
         num_classes: at least 1.
-        classifier: one of `CLASSIFIERS`.
+        classifier: one of `CLASSIFIERS`; of mask methods, `MASKS`.
         drop_path: in [0, 1); None: the network's default rate.
         dropout: in [0, 1): fraction of channels dropped before the classifier; None: the network's default.
         group: number of images over which SSA's teacher takes class means.
@@ -89,13 +107,18 @@ def build_model(
         memory: whether the classifier gets its memory of pixels, see `Classifier.MEMORY`; only training needs it.
 
     Raises:
-        ValueError: an unknown name, a number out of its range, or `compat` for a network that has no such difference.
+        ValueError: an unknown name, a number out of its range, or `compat` for a network that has no such difference;
+            a mask method with a classifier, or one whose package is not installed.
     """
-    family, kind = family_of(name), classifier_of(name, classifier)
-    if compat and not family.compat:
-        raise ValueError(f"{name} has no use for compat: it already trains as the official code\nset it to false")
+    family = family_of(name)
     if num_classes < 1:
         raise ValueError(f"num_classes is {num_classes}, expected at least 1")
+    if name in list_mask_models() and classifier == MASKS:
+        parts = family.build(name, num_classes, drop_path)
+        return MaskSegmenter(parts.backbone, parts.decoder, name, num_classes)
+    kind = classifier_of(name, classifier)
+    if compat and not family.compat:
+        raise ValueError(f"{name} has no use for compat: it already trains as the official code\nset it to false")
     unknown = next((option for option in options or {} if option not in kind.OPTIONS), None)
     if unknown is not None:
         raise ValueError(f"classifier {classifier} has no option {unknown!r}\nknown: {_listed(kind.OPTIONS)}")
@@ -130,8 +153,10 @@ def build_model(
 def classifier_of(name: str, classifier: str) -> type[Classifier]:
     """The class of a classifier on network `name`: `linear` is the family's own plain classifier where it has one.
 
-    Raises ValueError for an unknown name.
+    Raises ValueError for an unknown name, and for a mask method.
     """
+    if name in list_mask_models():
+        raise ValueError(f"{name} is a mask method: it has no classifier to choose, got {classifier}\nleave it out")
     if classifier not in CLASSIFIERS:
         raise ValueError(f"classifier {classifier!r} is not known\nknown: {_listed(CLASSIFIERS)}")
     kind = CLASSIFIERS[classifier]
@@ -157,7 +182,11 @@ class Facts(NamedTuple):
 
 
 def facts(name: str, classifier: str) -> Facts:
-    """Losses, options and groups of a network with a classifier. Raises ValueError for an unknown name."""
+    """Losses, options and groups of a network with a classifier. Raises ValueError for an unknown name, or for a mask
+    method.
+    """
+    if name in list_mask_models():
+        raise ValueError(no_training(name))
     kind, family = classifier_of(name, classifier), family_of(name)
     further = {loss: Loss(FURTHER_WEIGHT, meaning) for loss, meaning in family.losses.items()}
     return Facts({**kind.LOSSES, **further}, kind.OPTIONS, kind.uses_groups, family.compat)

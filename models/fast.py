@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ssaseg.models.deploy import fold
+from ssaseg.models.masks.base import MaskSegmenter
 from ssaseg.models.segmenter import Segmenter
 
 
@@ -31,8 +32,10 @@ def accelerate(model: Segmenter, dtype: torch.dtype | None = None, compiled: boo
             images of many sizes pass compiled=False.
 
     Raises:
-        TypeError: `model` is not a `Segmenter`.
+        TypeError: `model` is not a `Segmenter`, or is a mask method.
     """
+    if isinstance(model, MaskSegmenter):
+        raise TypeError(f"{model.name} is a mask method; expected a network with a classifier")
     if not isinstance(model, Segmenter):
         raise TypeError(f"expected a Segmenter, as load_model returns it; got {type(model).__name__}")
     device = next(model.parameters()).device

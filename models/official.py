@@ -9,7 +9,7 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from ssaseg.models.build import FAMILIES, family_of
+from ssaseg.models.build import all_families, family_of
 from ssaseg.models.classifiers.base import Classifier
 from ssaseg.models.networks.family import Family, Layout
 from ssaseg.models.rows import Entry, Row, entries, several
@@ -46,7 +46,7 @@ def official_entries(model: Segmenter, backbone: bool = False, layout: str = "")
 
 def layout_of(keys: Collection[str]) -> str:
     """The name of the `Layout` that a file's keys have, with `backbone.`; "" for official names."""
-    found = (each for family in FAMILIES.values() for each in family.layouts if each.fits(keys))
+    found = (each for family in all_families() for each in family.layouts if each.fits(keys))
     return next((each.name for each in found), "")
 
 
@@ -62,8 +62,8 @@ def _layout(family: Family, name: str) -> Layout | None:
 def families_like(keys: Collection[str], layout: str) -> list[Family]:
     """The families whose mark, or whose layout, a file has."""
     if layout:
-        return [family for family in FAMILIES.values() if _layout(family, layout)]
-    return [family for family in FAMILIES.values() if any(key.startswith(family.mark) for key in keys)]
+        return [family for family in all_families() if _layout(family, layout)]
+    return [family for family in all_families() if any(key.startswith(family.mark) for key in keys)]
 
 
 def refusal(tensors: Mapping[str, Tensor], layout: str) -> str:
@@ -71,17 +71,23 @@ def refusal(tensors: Mapping[str, Tensor], layout: str) -> str:
     return next((reason for each in families_like(tensors, layout) if (reason := each.refuse(tensors))), "")
 
 
-def main_head(keys: Collection[str]) -> str:
-    """The official prefix of the main classifier in a file: of a cascade, that of the last stage."""
-    prefixes = {family.heads["classifier"] for family in FAMILIES.values()}
+def main_head(keys: Collection[str], layout: str = "") -> str:
+    """The prefix of the main classifier in a file of a `Layout`: of a cascade, that of the last stage."""
+    prefixes = {names.heads["classifier"] for names in _naming(layout) if names.heads}
     found = [each for each in prefixes if any(key.startswith(f"{each}.") for key in keys)]
     return max(found, key=len, default="decode_head")
 
 
-def last_layer(layout: str) -> str:
-    """The name of the layer with one row for each class in files of a `Layout`."""
-    named = (each.last for family in FAMILIES.values() if (each := _layout(family, layout)) and each.heads)
-    return next(named, "conv_seg")
+def last_layer(keys: Collection[str], layout: str = "") -> str:
+    """The name, below `main_head`, of the layer with one row for each class in a file of a `Layout`."""
+    head = main_head(keys, layout)
+    return next((names.last for names in _naming(layout) if names.heads.get("classifier") == head), "conv_seg")
+
+
+def _naming(layout: str) -> list[Family | Layout]:
+    """What has the names of a whole network in files of a `Layout`; the families themselves if it has no such names."""
+    own = [each for family in all_families() if (each := _layout(family, layout)) and each.heads]
+    return [*own] or [*all_families()]
 
 
 def _classifier_rows(model: Segmenter, names: Family | Layout) -> list[Row]:
@@ -98,7 +104,7 @@ def official_keys(model: Segmenter) -> dict[str, str]:
 
 def canonical(key: str) -> str:
     """The name in the rows for an official key of any version of the official files."""
-    for family in FAMILIES.values():
+    for family in all_families():
         for pattern, name in family.renamed:
             key = pattern.sub(name, key)
     return key

@@ -2,7 +2,7 @@
 
 Exactly one row fits each key of a model, so the order of the rows does not matter. The two sides of a row are keys, or
 beginnings of keys; the rest of a key is the same on both sides. `{}` stands for a number, equal on both sides. `{+1}`,
-on their side, stands for that number plus 1: some files count blocks from 1.
+on their side, stands for that number plus 1, and `{+2}` plus 2: some files count from there.
 
 >>> Row("mobile.{}.{}.conv", "smb{+1}.layer{}.c").name_of("mobile.0.2.conv.weight")
 'smb1.layer2.c.weight'
@@ -117,9 +117,9 @@ def several(names: Names) -> tuple[str, ...]:
 
 
 def _fill(pattern: str, numbers: Sequence[int]) -> str:
-    """A pattern with its `{}` and `{+1}` filled, in their order."""
+    """A pattern with its `{}`, `{+1}` and `{+2}` filled, in their order."""
     left = iter(numbers)
-    return re.sub(r"\{(\+1)?\}", lambda slot: str(next(left) + bool(slot[1])), pattern)
+    return re.sub(r"\{(\+[12])?\}", lambda slot: str(next(left) + int(slot[1] or 0)), pattern)
 
 
 # ---- rows that many networks use -------------------------------------------------------------------------------------

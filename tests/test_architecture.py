@@ -30,7 +30,7 @@ MAY_IMPORT = {
 ROOMS = {
     "cli": ["printing", "signals", "errors", "device", "console", "options", "drawing", "ranks", "scoring", "weights",
             "data", "prediction", "profiling", "training", "comparison", "explanation", ""],
-    "models": ["rows", "layers", "classifiers", "decoder", "segmenter", "networks", "build", "official",
+    "models": ["rows", "layers", "classifiers", "decoder", "segmenter", "networks", "masks", "build", "official",
                "header", "checkpoint", ""],
 }  # fmt: skip
 LONGEST_FILE, LONGEST_FUNCTION, FULLEST_ROOM = 400, 80, 22  # lines, lines, files

@@ -121,6 +121,7 @@ class Classifier(nn.Module):
     LOSSES: ClassVar[Mapping[str, Loss]] = {"main_ce": Loss(1.0, "cross entropy of the logits")}
     OPTIONS: ClassVar[Mapping[str, Option]] = {}
     has_coarse: ClassVar[bool] = False  # whether `stages` also returns logits before adaptation
+    gives_scores: ClassVar[bool] = False  # whether it returns scores, 0 or more, to which no softmax applies
     uses_groups: ClassVar[bool] = False  # whether images form groups that a micro-batch must not split
     needs_totals: ClassVar[bool] = False  # whether the losses need `step_totals` of the whole step
     # Names of tensors that have one row per class; rows of official names; official keys (without the head's prefix)

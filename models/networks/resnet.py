@@ -1,4 +1,4 @@
-"""ResNet v1c with output stride 8: the backbone of FCN.
+"""ResNet v1c with output stride 8, the backbone of FCN, and plain ResNet, that of the mask methods.
 
 Source: "Deep Residual Learning" (He et al., arXiv 1512.03385); the stem of three 3×3 convolutions is that of "Bag of
 Tricks" (He et al., arXiv 1812.01187); stride and dilations: mmsegmentation 0.30, `_base_/models/fcn_r50-d8.py`.
@@ -17,9 +17,9 @@ from ssaseg.models.rows import Row, rows_of
 
 EXPANSION = 4  # a block's output has 4 times the channels of its 3×3 convolution
 PLANES = (64, 128, 256, 512)
-STRIDES = (1, 2, 1, 1)
+STRIDES, PLAIN_STRIDES = (1, 2, 1, 1), (1, 2, 2, 2)
 # Of the first block of a stage, and of the others: the first keeps the dilation of the stage before it.
-DILATIONS = ((1, 1), (1, 1), (1, 2), (2, 4))
+DILATIONS, PLAIN_DILATIONS = ((1, 1), (1, 1), (1, 2), (2, 4)), ((1, 1),) * 4
 
 DEPTHS = {"r50": (3, 4, 6, 3), "r101": (3, 4, 23, 3)}
 
@@ -46,17 +46,23 @@ class Bottleneck(nn.Module):
 
 
 class ResNet(nn.Module):
-    """Backbone: a stem and four stages, at strides 4, 8, 8, 8."""
+    """Backbone: a stem and four stages, at strides 4, 8, 8, 8.
 
-    def __init__(self, depths: tuple[int, int, int, int]) -> None:
+    `plain`: as in torchvision, with a stem of one 7×7 convolution, and strides 4, 8, 16, 32.
+    """
+
+    def __init__(self, depths: tuple[int, int, int, int], plain: bool = False) -> None:
         super().__init__()
         self.stem = nn.Sequential(
+            ConvNorm(3, 64, 7, stride=2), nn.ReLU(inplace=True), nn.MaxPool2d(3, stride=2, padding=1),
+        ) if plain else nn.Sequential(
             ConvNorm(3, 32, 3, stride=2), nn.ReLU(inplace=True), ConvNorm(32, 32, 3), nn.ReLU(inplace=True),
             ConvNorm(32, 64, 3), nn.ReLU(inplace=True), nn.MaxPool2d(3, stride=2, padding=1),
         )  # fmt: skip
+        layout = (PLAIN_STRIDES, PLAIN_DILATIONS) if plain else (STRIDES, DILATIONS)
         self.stages = nn.ModuleList()
         inputs = 64
-        for planes, depth, stride, (first, rest) in zip(PLANES, depths, STRIDES, DILATIONS, strict=True):
+        for planes, depth, stride, (first, rest) in zip(PLANES, depths, *layout, strict=True):
             blocks = [Bottleneck(inputs, planes, stride, first, norm_weight=0.0)]
             inputs = planes * EXPANSION
             blocks += [Bottleneck(inputs, planes, 1, rest, norm_weight=0.0) for _ in range(depth - 1)]
@@ -65,7 +71,7 @@ class ResNet(nn.Module):
         init_conv_module(self)
 
     def forward(self, images: Tensor) -> list[Tensor]:
-        """(N,3,H,W) → four maps (N,C,⌈H/s⌉,⌈W/s⌉): C = 256, 512, 1024, 2048; s = 4, 8, 8, 8."""
+        """(N,3,H,W) → four maps (N,C,⌈H/s⌉,⌈W/s⌉): C = 256, 512, 1024, 2048; s = 4, 8, 8, 8, or 4, 8, 16, 32."""
         return run_stages(self.stages, self.stem(images))
 
 
@@ -89,6 +95,7 @@ ROWS: list[Row] = [
     ),
     *STAGE_ROWS,
 ]
+PLAIN_ROWS = [Row("backbone.stem.0.conv", "backbone.conv1"), Row("backbone.stem.0.norm", "backbone.bn1"), *STAGE_ROWS]
 LAYOUTS = (
     Layout(
         name="timm's ResNet-C",
@@ -106,7 +113,7 @@ LAYOUTS = (
     Layout(
         name="torchvision's ResNet",
         mark=re.compile(r"backbone\.layer4\.0\.conv1\.weight"),
-        without=re.compile(r"backbone\.(stem|conv1\.0)\."),
+        without=re.compile(r"backbone\.(stem|conv1\.0)\.|pixel_decoder\."),  # mask methods have this backbone
         rows=STAGE_ROWS,
         left_out=dict.fromkeys(("backbone.conv1.weight", "backbone.bn1.*"), "the stem of one 7×7 convolution"),
         note="not ResNet v1c: its stem, one 7×7 convolution, is not used; three 3×3 convolutions get new weights",

@@ -40,7 +40,8 @@ def profile(
     """Measure parameters, compute, time and memory.
 
     Prints parameters [M], multiply-accumulates [GMACs], latency [ms] and peak memory of a network, with two or more
-    classifiers side by side. Give the NAME of a network, or a CHECKPOINT.
+    classifiers side by side. Give the NAME of a network or of a mask method, or a
+    CHECKPOINT.
 
     \b
     Example:

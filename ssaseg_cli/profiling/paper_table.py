@@ -14,6 +14,7 @@ from torch import Tensor
 from ssaseg.cli.console import json_target, print_table, write_json
 from ssaseg.cli.device import select_device
 from ssaseg.cli.printing import echo
+from ssaseg.cli.profiling.mask_table import measure_masks, print_masks
 from ssaseg.cli.profiling.profile import (
     CLASSES,
     COUNTINGS,
@@ -65,7 +66,7 @@ REMARKS = {
 
 
 def run_paper_table(json_out: str | None, device: str, runs: int) -> int:
-    """Measures all networks of the paper's table and prints the table. Returns 0.
+    """Measures all networks of the paper's tables and prints the tables. Returns 0.
 
     One network at a time is in memory, with both classifiers, which take turns. json_out: a file; "-": stdout, without
     the table; or None. runs: timed passes of each network.
@@ -82,6 +83,7 @@ def run_paper_table(json_out: str | None, device: str, runs: int) -> int:
         "size": list(SIZE),
         **conditions(chosen, runs),
         "rows": rows,
+        "masks": measure_masks(image, runs),
     }
     write_json(json_out, report)  # before printing, which may fail
     if json_out != "-":
@@ -154,6 +156,8 @@ def print_paper_table(report: dict[str, Any]) -> None:
     echo(
         f"latency: {conditions}; {report['runs']} timed passes each, in turn; the paper's latency: on its authors' GPU"
     )
+    if report["masks"]:
+        print_masks(report["masks"], report["rows"], _title(report))
 
 
 def _title(report: dict[str, Any]) -> str:

@@ -27,8 +27,10 @@ from ssaseg.cli.console import json_target, print_table, write_json
 from ssaseg.cli.device import select_device
 from ssaseg.cli.errors import CommandError
 from ssaseg.cli.printing import echo
-from ssaseg.models import Segmenter, build_model, list_models, load_model
+from ssaseg.models import Segmenter, build_model, list_mask_models, list_models, load_model
 from ssaseg.models.labelling import label_map
+from ssaseg.models.masks.base import MASKS
+from ssaseg.models.masks.deform import countable
 from ssaseg.models.networks import segformer
 from ssaseg.models.segmenter import is_below
 
@@ -118,9 +120,12 @@ def _models(target: str, classifiers: Sequence[str], classes: int | None) -> lis
     if target in list_models():
         made = (build_model(target, classes or CLASSES, name, memory=False) for name in classifiers or SHOWN)
         return [model.eval().requires_grad_(False) for model in made]
+    if target in list_mask_models():
+        return [mask_model(target, *(classifiers or [MASKS]), classes or CLASSES)]
     if not Path(target).is_file():
-        near = difflib.get_close_matches(target, list_models(), n=1)
-        fix = f"did you mean {near[0]}?" if near else f"networks: {', '.join(list_models())}"
+        known = [*list_models(), *list_mask_models()]
+        near = difflib.get_close_matches(target, known, n=1)
+        fix = f"did you mean {near[0]}?" if near else f"networks: {', '.join(known)}"
         raise CommandError(f"{target}: neither the name of a network nor an existing checkpoint\n{fix}")
     model, _ = load_model(target)
     if set(classifiers) - {model.classifier_name}:
@@ -136,6 +141,14 @@ def _models(target: str, classifiers: Sequence[str], classes: int | None) -> lis
     return [model.requires_grad_(False)]
 
 
+def mask_model(name: str, classifier: str = MASKS, classes: int = CLASSES) -> Segmenter:
+    """A mask method to measure. Raises CommandError for a classifier, and if its package is not installed."""
+    try:
+        return build_model(name, classes, classifier).eval().requires_grad_(False)
+    except ValueError as error:
+        raise CommandError(str(error)) from None
+
+
 # ---- counting ----------------------------------------------------------------------------------------------------
 def count(model: Segmenter, image: Tensor) -> dict[str, Any]:
     """Parameters, and giga multiply-accumulates of one pass over `image` (1,3,H,W), of a model from `_models`.
@@ -146,7 +159,12 @@ def count(model: Segmenter, image: Tensor) -> dict[str, Any]:
     dropped, head = model.training_only(), model.classifier
     sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
     # The flop counter does not know the fused attention of CPUs. As matrix products, it is counted everywhere.
-    with torch.inference_mode(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as operations:
+    with (
+        torch.inference_mode(),
+        sdpa_kernel(SDPBackend.MATH),
+        countable(),
+        FlopCounterMode(display=False) as operations,
+    ):
         modules = count_modules(model, image.cpu())
     return {
         "parameters": sum(sizes.values()),
@@ -166,7 +184,7 @@ def count_modules(model: nn.Module, image: Tensor) -> int:
 
     def add(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
         nonlocal total
-        total += module_operations(module, inputs[0], output)
+        total += module_operations(module, next(iter(inputs), None), output)  # layers themselves have one input
 
     class Activations(TorchFunctionMode):
         def __torch_function__(

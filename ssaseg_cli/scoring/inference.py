@@ -3,6 +3,8 @@
 A view is the image at one of the protocol's scales, mirrored or not. Its logits are resized first to the size of the
 network's input, and then to the size of the image. Both bilinear steps are needed: a single step gives other labels.
 With one view the labels are the arg-max of the logits; with several views, the arg-max of their mean probabilities.
+Mask methods give scores instead, whose mean is taken as it is; divided by their sum over the classes they count as
+probabilities.
 
 Sources: mmsegmentation 0.30 `models/segmentors/encoder_decoder.py` (slide_inference, inference, aug_test) and
 `datasets/pipelines/test_time_aug.py`.
@@ -120,13 +122,13 @@ class Inference:
         if self.views > 1:
             means = self._probabilities(inputs, size, coarse)
             labels, before = (None if each is None else each.argmax(dim=0).byte() for each in means)
-            wanted = means[0] if probabilities else None
+            wanted = self._shares(means[0], votes=True) if probabilities else None
         else:
             (only,) = inputs
             middle = only.shape[:2]
             logits = self._logits(self._pixels(only), coarse)
             labels, before = (None if each is None else label_map(each, middle, size) for each in logits)
-            wanted = resize_twice(logits.final, middle, size)[0].softmax(dim=0) if probabilities else None
+            wanted = self._shares(resize_twice(logits.final, middle, size)[0]) if probabilities else None
         assert labels is not None
         self.names.extend([name] * (len(self.ranges) - len(self.names)))
         self.require_finite()
@@ -167,10 +169,20 @@ class Inference:
                 # Mirrored back while they are small: at full size this would need a third tensor of K·H·W.
                 upright = logits.flip(3) if mirrored else logits
                 # The summand has no name: a name would keep its memory while the next one is computed.
-                sums[index] = added(sums[index], softmax_(resize_twice(upright, pixels.shape[2:], size)[0]))
+                sums[index] = added(sums[index], self._votes(resize_twice(upright, pixels.shape[2:], size)[0]))
         final, before = (None if total is None else total.div_(self.views) for total in sums)
         assert final is not None
         return final, before
+
+    def _votes(self, maps: Tensor) -> Tensor:
+        """What is averaged over views, from logits (K,H,W), which it may change: probabilities, or scores unchanged."""
+        return maps if self.model.classifier.gives_scores else softmax_(maps)
+
+    def _shares(self, maps: Tensor, votes: bool = False) -> Tensor:
+        """Probabilities (K,H,W) from what the network gives, or from the mean of `_votes`."""
+        if self.model.classifier.gives_scores:
+            return maps / maps.sum(dim=0).clamp(min=1e-12)
+        return maps if votes else maps.softmax(dim=0)
 
     def _each_view(self, inputs: Sequence[Tensor]) -> Iterator[tuple[Tensor, bool]]:
         """For each view: normalised pixels (1,3,h,w), and whether they are mirrored."""

@@ -30,6 +30,8 @@ from ssaseg.cli.training.trackers import Tracker, open_trackers
 from ssaseg.cli.training.window import Window
 from ssaseg.datasets import DataError
 from ssaseg.datasets.workers import WorkerError
+from ssaseg.models import list_mask_models
+from ssaseg.models.masks.base import no_training
 from ssaseg.recipes import Recipe, parse_recipe
 
 # Device types on which to read a verdict costs no waiting time: there it is read after every step.
@@ -89,7 +91,9 @@ def run_train(
 
 
 def require_possible(recipe: Recipe, device: torch.device, resume: bool, dry_run: bool) -> None:
-    """Raises CommandError if the arguments contradict each other or the device."""
+    """Raises CommandError if the arguments contradict each other or the device, and for a mask method."""
+    if recipe.model.name in list_mask_models():
+        raise CommandError(f"recipe {recipe.name}, model.name: {no_training(recipe.model.name)}")
     if recipe.train.amp == "fp16" and device.type == "cpu":
         raise CommandError("train.amp: fp16 needs a GPU\nexpected off or bf16 on a CPU; use train.amp=bf16")
     if dry_run and resume:

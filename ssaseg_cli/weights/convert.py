@@ -27,9 +27,10 @@ from ssaseg.cli.weights.matching import Match, best_guess, describe_source, like
 from ssaseg.cli.weights.pretrained import PRETRAINED_SHARE
 from ssaseg.files.text import printable
 from ssaseg.files.writing import write_atomic
-from ssaseg.models import Segmenter, build_model, list_models, load_model, save_model
+from ssaseg.models import Segmenter, build_model, list_mask_models, list_models, load_model, save_model
 from ssaseg.models.checkpoint import write_tensors
 from ssaseg.models.header import MOST_CLASSES, CheckpointError
+from ssaseg.models.masks.base import MASKS
 from ssaseg.models.official import aliases, left_out, official_entries
 
 BACKBONE_FORMAT = "ssaseg-backbone-1"
@@ -201,7 +202,10 @@ def open_official(request: Request, weights: Weights, name: str) -> Opened:
         raise CommandError(f"{source}: has no {key}\nexpected it, with one row for each class, to count the classes")
     if classes > MOST_CLASSES:
         raise CommandError(f"{source}: {key} has {classes} rows\nexpected one for each class, up to {MOST_CLASSES}")
-    network = fresh(name, classes, request.classifier or weights.classifier)
+    likely = weights.classifier
+    if name in list_mask_models():
+        classes, likely = max(classes - 1, 1), MASKS  # the last row is of "no object"
+    network = fresh(name, classes, request.classifier or likely)
     heading = describe_source(source, weights, f"{name}, {network.classifier_name}, {classes} classes")
     found, tensors = match(network, weights, heading)
     echo(str(found))
@@ -209,6 +213,8 @@ def open_official(request: Request, weights: Weights, name: str) -> Opened:
         raise CommandError(explain_mismatch(source, weights, network, found))
     network.load_state_dict(tensors, strict=False)
     metadata = own_classes(source, request.dataset, weights.meta or {}, classes)
+    if likely == MASKS and "protocol" in metadata:  # the official code pads images to multiples, as the network here
+        metadata["protocol"] = {**metadata["protocol"], "multiple": None}
     if weights.stated is not None:
         stated = weights.stated.metadata.get("protocol")
         metadata = {**weights.stated.metadata, **metadata}
@@ -240,24 +246,31 @@ def model_name(source: Path, weights: Weights, given: str | None) -> str:
         if given is None:
             return stated
         raise CommandError(f"{source}: its config.json says {stated}, --model says {given}\nleave --model out")
-    if given in list_models():
+    known = [*list_models(), *list_mask_models()]
+    if given in known:
         return str(given)
     if given is not None:
-        raise CommandError(f"--model {given}: no such network\nexpected one of: {', '.join(list_models())}")
+        raise CommandError(f"--model {given}: no such network\nexpected one of: {', '.join(known)}")
     name, fitting = likely_model(weights)
     if fitting < 1:
         raise CommandError(
             f"{source}: not clear which network this is: {best_guess(name, fitting)}\n"
-            f"give its name with --model, one of: {', '.join(list_models())}"
+            f"give its name with --model, one of: {', '.join(known)}"
         )
     return name
 
 
 def fresh(name: str, classes: int, classifier: str) -> Segmenter:
-    """A network whose random weights are always the same. Does not change the caller's random generator."""
+    """A network whose random weights are always the same. Does not change the caller's random generator.
+
+    Raises CommandError for a mask method with a classifier, or one whose package is not installed.
+    """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        return build_model(name, classes, classifier, memory=False)
+        try:
+            return build_model(name, classes, classifier, memory=False)
+        except ValueError as error:
+            raise CommandError(str(error)) from None
 
 
 def explain_mismatch(source: Path, weights: Weights, network: Segmenter, found: Match) -> str:
@@ -289,6 +302,7 @@ def change_classes(request: Request, opened: Opened) -> tuple[Opened, bool]:
     if request.classes is None or opened.network is None:
         return opened, True
     requested = requested_classes(request.classes)
+    require_classifier(request.source, opened, "--classes")
     if "classes" not in opened.metadata:
         raise CommandError(
             f"{request.source}: its classes have no names, so --classes can keep none\ngive their names with --dataset"
@@ -349,7 +363,14 @@ def write_small(request: Request, opened: Opened) -> int:
 
 def write_graph(request: Request, opened: Opened) -> int:
     """Writes .onnx or .pt2."""
+    require_classifier(request.source, opened, request.destination.suffix)
     return write_export(request.source, request.destination, whole(opened), opened.metadata, Form(**request.form))
+
+
+def require_classifier(source: Path, opened: Opened, what: str) -> None:
+    """Raises CommandError for a mask method: `what`, an option or a suffix, needs a network with a classifier."""
+    if whole(opened).classifier_name == MASKS:
+        raise CommandError(f"{source}: {opened.name} is a mask method; {what} is only for networks with a classifier")
 
 
 def whole(opened: Opened) -> Segmenter:

@@ -30,6 +30,9 @@ LONGEST_KEY = 500  # characters
 
 EIGHTHS = ("F8_E4M3", "F8_E5M2")  # names of float8 in safetensors
 
+# Beginnings of keys of decoders and classifiers in official files; the last three are of mask methods.
+HEADS = ("decode_head.", "pixel_decoder.", "sem_seg_head.", "yoso_head.")
+
 OURS = '"ssaseg-'  # the beginning of our format, as a JSON text
 
 # Names beside a tensor KEY of float8 that say that its values are to be multiplied.
@@ -58,7 +61,8 @@ class Weights:
     @property
     def is_backbone(self) -> bool:
         """Whether it has no decoder and no classifier, like an ImageNet checkpoint."""
-        return not any(key.startswith(("decode_head.", "classifier.")) for key in self.tensors)
+        heads = (*HEADS, "classifier.") if self.header is None else ("classifier.", "decoder.")
+        return not any(key.startswith(heads) for key in self.tensors)
 
     @property
     def classes_key(self) -> str:
@@ -66,7 +70,7 @@ class Weights:
         if self.header is not None:
             kind = CLASSIFIERS.get(self.header.get("classifier", ""), CLASSIFIERS["linear"])
             return f"classifier.{kind.CLASS_ROWS[0]}"
-        return f"{main_head(self.tensors)}.{last_layer(self.layout)}.weight"
+        return f"{main_head(self.tensors, self.layout)}.{last_layer(self.tensors, self.layout)}.weight"
 
     @property
     def classifier(self) -> str:
@@ -75,7 +79,7 @@ class Weights:
 
     def mark(self, classifier: str) -> str:
         """Name of a tensor that an official file has only with this classifier; "" if there is none."""
-        mark = CLASSIFIERS[classifier].MARK
+        mark = CLASSIFIERS[classifier].MARK if classifier in CLASSIFIERS else ""
         return f"{main_head(self.tensors)}.{mark}" if mark else ""
 
 
@@ -245,7 +249,7 @@ def _stated(archive: Archive) -> dict[str, Any]:
 
 def _official(path: Path, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """The tensors by the names of `ssaseg.models.official`, each tensor once."""
-    if not any(key.startswith(("backbone.", "decode_head.")) for key in tensors):
+    if not any(key.startswith(("backbone.", *HEADS)) for key in tensors):
         # An ImageNet checkpoint is only a backbone.
         other = tuple(NOT_USED)
         tensors = {key if key.startswith(other) else f"backbone.{key}": value for key, value in tensors.items()}

@@ -16,8 +16,9 @@ from torch.overrides import TorchFunctionMode
 
 from ssaseg.cli.weights.foreign import Weights
 from ssaseg.files.text import KEPT, printable
-from ssaseg.models import Segmenter, build_model, list_models
+from ssaseg.models import Segmenter, build_model, list_mask_models, list_models
 from ssaseg.models.build import family_of
+from ssaseg.models.masks.base import MASKS
 from ssaseg.models.official import (
     COUNTERS,
     NOT_USED,
@@ -241,7 +242,7 @@ def best_guess(name: str, fitting: float) -> str:
 def likely_model(weights: Weights) -> tuple[str, float]:
     """The network whose backbone fits a file's tensors best, and the share that fits, 0 to 1; "" and 0 if none fits."""
     marked = families_like(weights.tensors, weights.layout)
-    candidates = [name for name in list_models() if family_of(name) in marked]
+    candidates = [name for name in (*list_models(), *list_mask_models()) if family_of(name) in marked]
     found = {name: match(outline(name), weights)[0] for name in candidates}
     # Some networks have the same backbone, and differ in the decoder.
     best = max(found, key=lambda name: (found[name].backbone_share, -found[name].strangers), default="")
@@ -252,7 +253,7 @@ def likely_model(weights: Weights) -> tuple[str, float]:
 def outline(name: str) -> Segmenter:
     """A network with two classes that has only keys and shapes, and no memory for weights."""
     with torch.device("meta"), _NoValues():
-        return build_model(name, 2, "linear")
+        return build_model(name, 2, MASKS if name in list_mask_models() else "linear")
 
 
 class _NoValues(TorchFunctionMode):

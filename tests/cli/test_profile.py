@@ -12,11 +12,13 @@ from torch import nn
 
 from ssaseg.cli.errors import CommandError
 from ssaseg.cli.main import cli
+from ssaseg.cli.profiling import mask_table
 from ssaseg.cli.profiling import paper_table as papertable
 from ssaseg.cli.profiling import profile as profiling
 from ssaseg.cli.profiling.profile import EVERY_OPERATION, MODULES_ONLY, LiveTensors, count_modules, run_profile
 from ssaseg.models import Segmenter, build_model, save_model
 from ssaseg.models.classifiers.linear import LinearClassifier
+from ssaseg.models.masks import peers
 from ssaseg.models.networks import vit_adapter
 
 # SeaFormer-B, 150 classes, 512×512: parameters, those of inference, and GMACs in both countings; computed with the
@@ -151,6 +153,7 @@ def test_paper_table(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Mon
     paper = {name: {kind: papertable.PAPER[name][kind]} for name, kind in some.items()}
     monkeypatch.setattr(papertable, "PAPER", paper)
     monkeypatch.setattr(papertable, "measure_latency", lambda models, image, runs: [TIMINGS] * len(models))
+    monkeypatch.setattr(mask_table, "KNOWN", {})  # each takes seconds
     assert papertable.run_paper_table("-", "cpu", 1) == 0
     report = json.loads(capsys.readouterr().out)
     assert [(row["model"], row["classifier"]) for row in report["rows"]] == [
@@ -174,13 +177,34 @@ def test_paper_table_says_what_is_not_known(capsys: pytest.CaptureFixture[str]) 
     assert row["parameters"] == 71.66
     assert row["deviation_percent"] == {"parameters": None, "gmacs": pytest.approx(0.121, abs=1e-3)}
     papertable.print_paper_table(
-        {"rows": [row], "classes": 150, "size": [512, 512], **profiling.conditions(torch.device("cpu"), 1)}
+        {"rows": [row], "masks": [], "classes": 150, "size": [512, 512], **profiling.conditions(torch.device("cpu"), 1)}
     )
     out = capsys.readouterr().out
     cells = next(line for line in out.splitlines() if "ocrnet_hr48 linear" in line).split()
     assert "71.660" in cells
     assert cells.count("-") == 2  # parameters and latency
     assert "8.7 M parameters are a misprint" in out
+
+
+def test_mask_methods_stand_beside_networks_with_ssa(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A package that is missing is reported; nothing but the rows with SSA comes from the first table."""
+    counts = {"parameters": 35_566_248, "gmacs": {EVERY_OPERATION: 34.392, MODULES_ONLY: 26.3}}
+    pem = mask_table.describe("pem_r50", counts, mask_table.KNOWN["pem_r50"]) | TIMINGS
+    deployed = {"parameters_deployed": 8_733_974, "parameters_auxiliary": 0, **counts}
+    others = [papertable.describe("seaformer_b", kind, deployed) | TIMINGS for kind in ("linear", "ssa")]
+    mask_table.print_masks([pem], others, "150 classes")
+    out = capsys.readouterr().out
+    rows = [line.split() for line in out.splitlines()]
+    assert ["pem_r50", "masks", "35.57", "35.6", "34.39", "33.85", "46.9", "2.0"] in rows
+    assert ["seaformer_b", "ssa", "8.73", "8.8", "34.39", "-", "1.8", "2.0"] in rows
+    assert "seaformer_b linear" not in out
+    assert "46.9 GMACs are not reproduced: its official code has 33.9" in out
+    monkeypatch.setattr(peers, "find_spec", lambda name: None)
+    monkeypatch.setattr(mask_table, "KNOWN", {"mask2former_r50": mask_table.KNOWN["mask2former_r50"]})
+    assert mask_table.measure_masks(torch.zeros(1, 3, 64, 64), 1) == []
+    assert "mask2former_r50 needs the package transformers" in capsys.readouterr().err
 
 
 def test_paper_table_runs_and_is_told_apart() -> None:

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from ssaseg.models import Segmenter, build_model
 from ssaseg.models.layers import DropPath
-from ssaseg.models.official import official_keys
+from ssaseg.models.masks.base import MASKS
+from ssaseg.models.official import official_entries, official_keys
 
 INPUTS = {
     "logits_512": (1234, 1.0, (512, 512)),
@@ -69,3 +70,14 @@ def losses_on_stored_input(model: Segmenter, size: int) -> dict[str, float]:
     sum(losses.values()).backward()
     model.eval()
     return {name: value.item() for name, value in losses.items()}
+
+
+def filled_masks(name: str) -> Segmenter:
+    """A mask method with the figures' weights, in evaluation mode."""
+    model = build_model(name, 150, MASKS)
+    state, values = model.state_dict(), {}
+    for entry in official_entries(model):
+        theirs = {key: (tuple(value.shape), value.dtype) for key, value in entry.give(state).items()}
+        values |= entry.take({key: weight(key, *each) for key, each in theirs.items()})
+    model.load_state_dict(values)
+    return model.eval()
