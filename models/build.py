@@ -146,8 +146,9 @@ def build_model(
             for each in module.modules():
                 if isinstance(each, Classifier):
                     each.use_loss(further)
-    names = {"name": name, "classifier_name": classifier, "options": options}
-    return Segmenter(*parts[:2], head, parts.auxiliary, **names, weights=weights)
+    return Segmenter(
+        *parts[:2], head, parts.auxiliary, name=name, classifier_name=classifier, options=options, weights=weights
+    )
 
 
 def classifier_of(name: str, classifier: str) -> type[Classifier]:

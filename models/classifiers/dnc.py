@@ -90,8 +90,8 @@ class DNCClassifier(ProtoSegClassifier):
         ):
             segments = torch.where(labels == IGNORE, self.num_classes, labels.long()).flatten()
             chosen = evenly(segments, self.num_classes, self.samples)
-            marks = torch.where(correct.flatten(), RIGHT, WRONG).to(torch.uint8)[chosen.index]
-            found.append((embedding.detach().flatten(0, 1)[chosen.index], marks.unsqueeze(2), chosen.count))
+            marks = torch.where(correct.flatten(), RIGHT, WRONG).to(torch.uint8)[chosen.positions]
+            found.append((embedding.detach().flatten(0, 1)[chosen.positions], marks.unsqueeze(2), chosen.number))
         return tuple(torch.stack(each) for each in zip(*found, strict=True))
 
     def update(self, memories: list[Any], peers: Peers, held: Tensor) -> None:

@@ -33,14 +33,6 @@ VARIANCE_FLOOR = 1e-2
 COLLISION = losses.IGNORE  # the number of a component that the official code takes for "ignored"
 
 
-class Projection(ConvNorm):
-    """1×1 convolution, BatchNorm, ReLU."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(N,C,h,w) → (N,D,h,w)."""
-        return F.relu(super().forward(x))
-
-
 class GMMSegClassifier(PrototypeClassifier):
     """GMMSeg: the logits of a class are the largest log density of its M Gaussians, normalised over the classes.
 
@@ -102,7 +94,9 @@ class GMMSegClassifier(PrototypeClassifier):
     ) -> None:
         if samples > memory:
             raise ValueError(f"samples is {samples}, more than the memory of {memory}\nchoose samples={memory} or less")
-        projection: nn.Module | None = None if width == channels else Projection(channels, width)
+        projection: nn.Module | None = None
+        if width != channels:
+            projection = nn.Sequential(ConvNorm(channels, width), nn.ReLU())
         super().__init__(channels, num_classes, dropout, loss, group, components, width, projection)
         self.samples, self.interval, self.official_255 = samples, interval, official_255
         self.momentum, self.std_momentum = momentum, std_momentum
@@ -167,10 +161,10 @@ class GMMSegClassifier(PrototypeClassifier):
             scored = self.compare(feature, labels)
             found: dict[str, Tensor] = {}
             if self.weights["main_ce"]:
-                terms = losses.full_resolution_terms(
+                image = losses.full_resolution_terms(
                     scored.logits, labels, align_corners=False, dice=False, weighing=self.weighing
                 )
-                found["main_ce"] = terms.cross_entropy.sum() / labels.numel()
+                found["main_ce"] = image.cross_entropy.sum() / labels.numel()
             if self.weights["contrast"]:
                 found["contrast"] = losses.group_ratio(scored.contrast, scored.counted, scored.members)
             terms = {name: self.weights[name] * loss for name, loss in found.items()}
@@ -193,7 +187,7 @@ class GMMSegClassifier(PrototypeClassifier):
         rings, pointer = self.queue.flatten(0, 1), self.pointer.flatten()  # views
         old, new = (
             each.double().unflatten(0, (self.num_classes, self.count))
-            for each in write_ring(rings, pointer, embedding[chosen.index], chosen.count * updates)
+            for each in write_ring(rings, pointer, embedding[chosen.positions], chosen.number * updates)
         )
         self.sums += (new - old).sum(dim=2)
         self.squares += (new.square() - old.square()).sum(dim=2)

@@ -231,8 +231,8 @@ def sinkhorn(nearness: Tensor, labels: Tensor, num_classes: int) -> Tensor:
 class Samples(NamedTuple):
     """Positions of pixels, at most S for each of R segments."""
 
-    index: Tensor  # (R,S) in [0, n)
-    count: Tensor  # (R,) how many of the S count, from the first
+    positions: Tensor  # (R,S) in [0, n)
+    number: Tensor  # (R,) how many of the S count, from the first
 
 
 def evenly(segments: Tensor, number: int, most: int) -> Samples:

@@ -121,7 +121,7 @@ def _models(target: str, classifiers: Sequence[str], classes: int | None) -> lis
         made = (build_model(target, classes or CLASSES, name, memory=False) for name in classifiers or SHOWN)
         return [model.eval().requires_grad_(False) for model in made]
     if target in list_mask_models():
-        return [mask_model(target, *(classifiers or [MASKS]), classes or CLASSES)]
+        return [mask_model(target, next(iter(classifiers), MASKS), classes or CLASSES)]
     if not Path(target).is_file():
         known = [*list_models(), *list_mask_models()]
         near = difflib.get_close_matches(target, known, n=1)

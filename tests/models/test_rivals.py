@@ -18,6 +18,7 @@ from ssaseg.models.classifiers.dnc import DNCClassifier
 from ssaseg.models.classifiers.gmmseg import GMMSegClassifier
 from ssaseg.models.classifiers.protoseg import ProtoSegClassifier
 from ssaseg.models.classifiers.prototypes import PrototypeClassifier, evenly, sinkhorn, write_ring
+from ssaseg.models.deploy import fold
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 NOW = torch.zeros(())
@@ -277,6 +278,15 @@ def test_inference_writes_nothing_and_deploy_forms_have_no_memory(name: str) -> 
         assert torch.equal(model(images), logits)
 
 
+@pytest.mark.parametrize("name", SMALL)
+def test_a_folded_network_gives_the_same(name: str) -> None:
+    model = build_model("seaformer_t", 5, name, options=SMALL[name]).eval()
+    images = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        expected, found = model(images), fold(model)(images)
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max()))
+
+
 @pytest.mark.parametrize("name", [name for name in SMALL if name != "cac"])
 def test_best_of_several_components_is_the_score(name: str) -> None:
     """Inference compares with one prototype per class after the other; training with all together."""
@@ -308,10 +318,10 @@ def test_evenly_chosen_pixels_are_those_of_linspace() -> None:
     chosen = evenly(segments, 5, 7)
     for segment in range(5):
         pixels = (segments == segment).nonzero().flatten()
-        count = int(chosen.count[segment])
+        count = int(chosen.number[segment])
         assert count == min(len(pixels), 7)
         picked = pixels if len(pixels) <= 7 else pixels[torch.linspace(0, len(pixels) - 1, 7, dtype=torch.int64)]
-        assert torch.equal(chosen.index[segment, :count], picked)
+        assert torch.equal(chosen.positions[segment, :count], picked)
 
 
 def test_a_ring_is_written_across_its_end() -> None:
