@@ -22,7 +22,7 @@ KINDS = {
     "gmmseg": "{components: 2, width: 8, memory: 30, samples: 5, interval: 1}",
     "dnc": "{prototypes: 3, memory: 60, samples: 10}",
 }
-STEPS = 3
+STEPS = 2
 
 
 def train(folder: Path, ranks: object, kind: str) -> dict[str, torch.Tensor]:

@@ -123,6 +123,7 @@ def test_losses_and_gradients(model: Segmenter, size: int, monkeypatch: pytest.M
     assert math.hypot(*norms.values()) == pytest.approx(figures["grad_norm_total"], rel=1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name", sorted({name for name in list_models() if name.rpartition("_")[0] in NOT_OURS} - set(FILES))
 )

@@ -32,7 +32,7 @@ KNOWN = [tuple(key.split("/")) for key in FIGURES]
 
 
 def is_light(name: str, classifier: str) -> bool:
-    return name in LIGHT[:2] or (name, classifier) == (LIGHT[2], "ssa")
+    return name == LIGHT[0] or (name in LIGHT and classifier in ("ssa", "cac"))
 
 
 HEAVY = pytest.mark.skip(reason="takes seconds and gigabytes: `make parity`")

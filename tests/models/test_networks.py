@@ -18,12 +18,14 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ssaseg.cli.profiling import paper_table
 from ssaseg.cli.profiling.profile import EVERY_OPERATION, MODULES_ONLY, count_modules
-from ssaseg.models import CLASSIFIERS, Segmenter, build_model, list_models, load_model, save_model
+from ssaseg.models import Segmenter, build_model, list_models, load_model, save_model
 from ssaseg.models.networks.efficientformer import RelativeBias
 
 LIGHT = [name for name in list_models() if name.startswith(("afformer", "cgrseg", "seaformer", "segnext"))]
 SMALLEST = ("afformer_t", "cgrseg_t", "seaformer_t", "segnext_t")
 OFFICIAL: dict[str, Any] = json.loads((GOLDEN / "variants.json").read_text())
+CLASSIFIERS = ("linear", "ssa")  # the others: test_rivals.py
+QUICK = ("segformer_b0/ssa", "ocrnet_hr18/cac")
 GENERAL: dict[str, Any] = json.loads((GOLDEN / "general.json").read_text())
 SIZES = {"t": "tiny", "s": "small", "b": "base", "l": "large"}  # in the official names, except CGRSeg's
 TRIED = (("upernet_swin_t", "ssa"), ("upernet_vit_adapter_l", "ssa"))  # of the general models; all: `make parity`
@@ -115,7 +117,7 @@ def counts(name: str, classifier: str) -> Counts:
 @pytest.mark.parametrize("classifier", CLASSIFIERS)
 @pytest.mark.parametrize(
     "name",
-    [name if name in (*SMALLEST, *paper_table.PAPER) else pytest.param(name, marks=pytest.mark.slow) for name in LIGHT],
+    [name if name in SMALLEST else pytest.param(name, marks=pytest.mark.slow) for name in LIGHT],
 )
 def test_counts_are_the_official_ones(name: str, classifier: str) -> None:
     """Parameters of each part, less those never used, and multiply-accumulates, to the last one."""
@@ -130,7 +132,7 @@ def test_counts_are_the_official_ones(name: str, classifier: str) -> None:
     assert found.macs == figures["macs_all"] - elsewhere
 
 
-@pytest.mark.parametrize("key", GENERAL)
+@pytest.mark.parametrize("key", [key if key in QUICK else pytest.param(key, marks=pytest.mark.slow) for key in GENERAL])
 def test_counts_of_general_networks_are_the_official_ones(key: str) -> None:
     """Both countings of multiply-accumulates, to the last one."""
     found, figures = counts(*key.split("/")), GENERAL[key]
@@ -187,7 +189,7 @@ def test_counts_are_the_papers(name: str, classifier: str) -> None:
 CAMVID = (360, 480)
 
 
-@pytest.mark.parametrize("size", [CAMVID, (97, 130), (33, 32), (511, 257)])
+@pytest.mark.parametrize("size", [CAMVID, (97, 130), (33, 32), pytest.param((511, 257), marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", SMALLEST)
 def test_any_size_from_32(name: str, size: tuple[int, int]) -> None:
     assert_runs_at(name, size)
@@ -228,7 +230,7 @@ def step(model: Segmenter, size: tuple[int, int], scale: float = 1.0) -> Tensor:
     return loss.detach()
 
 
-@pytest.mark.parametrize("size", [CAMVID, (97, 130), (33, 32)])
+@pytest.mark.parametrize("size", [pytest.param(CAMVID, marks=pytest.mark.slow), (97, 130), (33, 32)])
 @pytest.mark.parametrize("name", SMALLEST)
 def test_training_at_any_size(name: str, size: tuple[int, int]) -> None:
     for classifier in CLASSIFIERS if size != CAMVID else ("ssa",):
@@ -333,7 +335,7 @@ def gradients_are_finite(model: Segmenter) -> bool:
     return bool(torch.stack(norms).isfinite().all())
 
 
-@pytest.mark.parametrize("classifier", CLASSIFIERS)
+@pytest.mark.parametrize("classifier", [pytest.param("linear", marks=pytest.mark.slow), "ssa"])
 @pytest.mark.parametrize("name", SMALLEST)
 def test_bf16_on_a_cpu(name: str, classifier: str) -> None:
     model = stirred(name, classifier)

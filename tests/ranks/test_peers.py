@@ -18,7 +18,7 @@ from ssaseg.models.build import CLASSIFIERS
 
 @pytest.fixture(scope="module")
 def states(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, dict[str, torch.Tensor]]]:
-    """Of both ranks after three steps of two micro-batches each, for each classifier."""
+    """Of both ranks after two steps of two micro-batches each, for each classifier."""
     folder, meeting = (tmp_path_factory.mktemp(name) for name in ("peers", "meeting"))
     (meeting / SECRET).write_bytes(b"of these two")
     common = {**environment(2, meeting), "PYTHONPATH": str(TESTS / "helpers"), "OMP_NUM_THREADS": "1"}

@@ -4,6 +4,7 @@ import contextlib
 import gc
 import tracemalloc
 
+import pytest
 import torch
 
 from ssaseg.cli.scoring.evaluate import evaluate_model
@@ -25,6 +26,7 @@ def held() -> int:
     return sum(storages.values()) + tracemalloc.get_traced_memory()[0]
 
 
+@pytest.mark.slow
 def test_evaluation_keeps_no_image() -> None:
     """What is kept grows by less than one map of labels over all images, but for the counts that an interval needs."""
     model = build_model("seaformer_t", len(CLASSES))

@@ -175,7 +175,7 @@ def light(tmp_path_factory: pytest.TempPathFactory, tiny: None) -> Path:
     return path
 
 
-@pytest.mark.parametrize("suffix", [".onnx", ".pt2"])
+@pytest.mark.parametrize("suffix", [".onnx", pytest.param(".pt2", marks=pytest.mark.slow)])
 def test_export_of_any_size(checkpoint: Path, tmp_path: Path, suffix: str) -> None:
     """Labels from bytes: every part of `Deployed`, at sizes and batches that no case of the verification has."""
     export_scenes(tmp_path / "scenes", 2, split="val", height=80, width=100)
@@ -222,7 +222,9 @@ def read_header(path: Path) -> dict[str, Any]:
     return {key: json.loads(value) for key, value in session.get_modelmeta().custom_metadata_map.items()}
 
 
-@pytest.mark.parametrize(("suffix", "output"), [(".onnx", "logits"), (".pt2", "logits-full")])
+@pytest.mark.parametrize(
+    ("suffix", "output"), [pytest.param(".onnx", "logits", marks=pytest.mark.slow), (".pt2", "logits-full")]
+)
 def test_export_of_one_size(checkpoint: Path, tmp_path: Path, suffix: str, output: str) -> None:
     """The batch stays free; folder and all are made."""
     path = tmp_path / "new" / f"made{suffix}"
@@ -236,6 +238,9 @@ def test_export_of_one_size(checkpoint: Path, tmp_path: Path, suffix: str, outpu
     if suffix == ".pt2":
         with pytest.raises((AssertionError, RuntimeError)):
             run_pt2(path, images(1, 96, 96))
+
+
+OTHERS = [*(name for name in BUILT if name != "ocrnet_x"), "segformer_x"]
 
 
 def skip_if_slow(name: str) -> None:
@@ -260,7 +265,7 @@ def test_every_family_exports_for_any_size(name: str, classifier: str, tmp_path:
         )
 
 
-@pytest.mark.parametrize("name", [*BUILT, "segformer_x"])
+@pytest.mark.parametrize("name", ["ocrnet_x", *(pytest.param(name, marks=pytest.mark.slow) for name in OTHERS)])
 def test_graph_of_any_size_of_general_networks(name: str) -> None:
     """With sides that are no multiples of windows and strides, with some that are, and with one window alone."""
     skip_if_slow(name)

@@ -59,8 +59,9 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize(("classifier", "official"), [("ssa", False), ("linear", True)])
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    ("case", "classifier", "official"), [*((case, "linear", True) for case in CASES), ("more", "ssa", False)]
+)
 def test_rows_follow_names(tmp_path: Path, case: str, official: bool, classifier: str) -> None:
     names, rows, line = CASES[case]
     source, start = network(4, classifier), network(len(names), classifier, seed=2)
