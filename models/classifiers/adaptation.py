@@ -29,7 +29,7 @@ def semantic_means(feature: Tensor, scores: Tensor) -> Tensor:
     A pixel's weight is its softmax over the classes.
     """
     by_class = scores.softmax(dim=1)
-    mass = by_class.sum(dim=2, keepdim=True) + losses.EPS
+    mass = losses.above_zero(by_class.sum(dim=2, keepdim=True))
     return by_class @ feature.flatten(2).transpose(1, 2) / mass
 
 

@@ -366,7 +366,12 @@ def spatial_loss(student: Tensor, teacher: Tensor) -> Tensor:
 
 def directions(vectors: Tensor) -> Tensor:
     """(N,·,C) → (N,·,C): each vector divided by its norm + 1e-12."""
-    return vectors / (vectors.norm(dim=2, keepdim=True) + EPS)
+    return vectors / above_zero(vectors.norm(dim=2, keepdim=True))
+
+
+def above_zero(sums: Tensor) -> Tensor:
+    """Sums + 1e-12. Not a scalar: the optimiser of ONNX files leaves out "+ 1e-12", as if it were 0."""
+    return sums + torch.full((1,), EPS, device=sums.device, dtype=sums.dtype)
 
 
 def pixel_directions(feature: Tensor) -> Tensor:

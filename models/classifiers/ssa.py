@@ -75,7 +75,7 @@ class SSAClassifier(Classifier):
             prototypes = self._prototypes(feature, spatial_feature, coarse)[2]
             del coarse
             pixels = spatial_feature.add_(feature).flatten(2).transpose(1, 2)
-            pixels.div_(pixels.norm(dim=2, keepdim=True) + losses.EPS)
+            pixels.div_(losses.above_zero(pixels.norm(dim=2, keepdim=True)))
             return losses.cosine_logits(feature, prototypes, pixels)
 
     def stages(self, feature: Tensor) -> tuple[Tensor, Tensor | None]:

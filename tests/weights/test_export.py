@@ -21,6 +21,8 @@ from ssaseg.datasets.exporting import export_scenes
 from ssaseg.models import Segmenter, build_model, list_models, load_model, save_model
 from ssaseg.models import deploy as deploy_module
 from ssaseg.models.checkpoint import write_tensors
+from ssaseg.models.classifiers import losses
+from ssaseg.models.classifiers.adaptation import semantic_means
 from ssaseg.models.deploy import Deployed, Normalize, PoolByProducts, fold, pool_by_products, smallest, trace
 from ssaseg.models.layers import ConvNorm
 from ssaseg.models.networks import seaformer, segnext
@@ -33,7 +35,10 @@ SMALLEST = (
     "fcn_x", "ocrnet_x", "segformer_x", "segformer_nvidia_x", "upernet_swin_x", "upernet_vit_adapter_x",
 )  # fmt: skip
 # Besides SeaFormer, the tests trace the quickest of the general networks.
-SLOW_TO_TRACE = ("afformer_x", "cgrseg_x", "segformer_x", "segnext_x", "upernet_swin_x", "upernet_vit_adapter_x")
+SLOW_TO_TRACE = (
+    "afformer_x", "cgrseg_x", "fcn_x", "segformer_nvidia_x", "segformer_x", "segnext_x", "upernet_swin_x",
+    "upernet_vit_adapter_x",
+)  # fmt: skip
 CLASSES = 5
 
 
@@ -240,9 +245,6 @@ def test_export_of_one_size(checkpoint: Path, tmp_path: Path, suffix: str, outpu
             run_pt2(path, images(1, 96, 96))
 
 
-OTHERS = [*(name for name in BUILT if name != "ocrnet_x"), "segformer_x"]
-
-
 def skip_if_slow(name: str) -> None:
     if name in SLOW_TO_TRACE and not os.environ.get("SSASEG_PARITY"):
         pytest.skip("takes half a minute: `make parity`")
@@ -265,7 +267,7 @@ def test_every_family_exports_for_any_size(name: str, classifier: str, tmp_path:
         )
 
 
-@pytest.mark.parametrize("name", ["ocrnet_x", *(pytest.param(name, marks=pytest.mark.slow) for name in OTHERS)])
+@pytest.mark.parametrize("name", [*BUILT, "segformer_x"])
 def test_graph_of_any_size_of_general_networks(name: str) -> None:
     """With sides that are no multiples of windows and strides, with some that are, and with one window alone."""
     skip_if_slow(name)
@@ -279,6 +281,46 @@ def test_graph_of_any_size_of_general_networks(name: str) -> None:
         torch.testing.assert_close(
             run(pixels), expected, rtol=0, atol=TOLERANCE * max(1.0, expected.abs().max().item())
         )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("classifier", ["cac", "protoseg", "gmmseg", "dnc"])
+def test_rival_classifiers_export_to_onnx(classifier: str, tmp_path: Path) -> None:
+    """The command compares the results."""
+    torch.manual_seed(0)
+    options = {"memory": 20} if classifier == "gmmseg" else {}
+    model = build_model("seaformer_y", CLASSES, classifier, options=options).eval()
+    if classifier == "gmmseg":
+        model.classifier.stds.fill_(0.2)  # of new ones the densities differ too little
+    save_model(tmp_path / "model.safetensors", model, {})
+    result = convert(tmp_path / "model.safetensors", tmp_path / "made.onnx")
+    assert result.exit_code == 0, result.output
+    pixels = images(2, 96, 128)
+    with torch.no_grad():
+        expected = model(pixels)
+    found = run_onnx(tmp_path / "made.onnx", pixels)
+    torch.testing.assert_close(found, expected, rtol=0, atol=TOLERANCE * max(1.0, expected.abs().max().item()))
+
+
+class Divided(nn.Module):
+    """Pixels divided by their norms, and the means of classes."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        pixels = losses.pixel_directions(images)
+        return torch.cat([pixels.mT.flatten(1), semantic_means(images, 300 * images.flatten(2)).flatten(1)], dim=1)
+
+
+def test_zeros_are_divided_in_onnx_as_in_pytorch(tmp_path: Path) -> None:
+    """A pixel of norm 0, and a class whose softmax is 0 everywhere, give 0 and not NaN."""
+    taken = images(2, 12, 10)
+    taken[0, :, 3, 4] = 0
+    taken[1, 0] = -10
+    assert (semantic_means(taken, 300 * taken.flatten(2))[1, 0] == 0).all()
+    program = trace(Divided(), taken)  # type: ignore[arg-type]
+    (tmp_path / "made.onnx").write_bytes(export.onnx_bytes(program, {"output": "divided"}))
+    found = run_onnx(tmp_path / "made.onnx", taken)
+    assert found.isfinite().all()
+    torch.testing.assert_close(found, Divided()(taken))
 
 
 class Pooled(nn.Module):
