@@ -25,6 +25,8 @@ from typing import Any
 
 import torch
 
+from ssaseg.models import CLASSIFIERS
+
 RESULTS = Path(__file__).parent / "results"
 CROSS_ENTROPIES_ALONE = {
     "cac": ["teacher_ce", "response"],
@@ -55,13 +57,17 @@ def measure(row: str, recipe: str, words: list[str], folder: Path) -> dict[str, 
     """Trains and scores one row in `folder`; a complete result there is returned as it is."""
     classifier, own = ROWS[row]
     done, run, log = folder / "row.json", folder / "run", folder / "log.txt"
+    asked = [recipe, *words, f"model.classifier={classifier}", *own]
     if done.exists():
-        return json.loads(done.read_text())
+        found = json.loads(done.read_text())
+        if found["asked"] != asked:
+            raise SystemExit(f"{done}: of {' '.join(found['asked'])}\nchoose another --out, or delete it")
+        return found
     folder.mkdir(parents=True, exist_ok=True)
     costs = folder / "costs.json"  # of the parts of a run that was stopped
     spent = json.loads(costs.read_text()) if costs.exists() else []
     resume = ["--resume"] if any(run.glob("state-*.pt")) else []
-    command = ["train", recipe, *words, f"model.classifier={classifier}", *own, "--out", str(run), *resume]
+    command = ["train", *asked, "--out", str(run), *resume]
     spent.append(ssaseg(*command, log=log))
     costs.write_text(json.dumps(spent))
     checkpoint = str(run / "last.safetensors")
@@ -71,7 +77,7 @@ def measure(row: str, recipe: str, words: list[str], folder: Path) -> dict[str, 
     (column,) = json.loads((folder / "profile.json").read_text())["columns"]
     found = {
         "row": row,
-        "command": f"ssaseg {' '.join(command)}",
+        "asked": asked,
         "mIoU": scores["mIoU"],
         "interval": [scores["mIoU_interval"][key] for key in ("low", "high")],
         "boundary mIoU": scores["mBoundaryIoU"],
@@ -87,6 +93,12 @@ def measure(row: str, recipe: str, words: list[str], folder: Path) -> dict[str, 
     return found
 
 
+def note(row: str) -> str:
+    """What must be said with the classifier's name."""
+    said = CLASSIFIERS[ROWS[row][0]].NOTE
+    return f" ({said})" if said else ""
+
+
 def table(rows: list[dict[str, Any]]) -> str:
     """The rows as Markdown."""
     lines = [
@@ -96,8 +108,9 @@ def table(rows: list[dict[str, Any]]) -> str:
     ]
     for row in rows:
         low, high = row["interval"]
+        name = row["row"] + note(row["row"])
         lines.append(
-            f"| {row['row']} | {row['mIoU']:.2f} | {low:.1f} to {high:.1f} | {row['boundary mIoU']:.1f} | "
+            f"| {name} | {row['mIoU']:.2f} | {low:.1f} to {high:.1f} | {row['boundary mIoU']:.1f} | "
             f"{row['aAcc']:.1f} | {row['training [processor min]']:.1f} | {row['training peak [MiB]']:.0f} | "
             f"{row['inference [ms]']:.1f} | {row['parameters [M]']:.2f} | {row['memory of pixels [MiB]']:.0f} |"
         )
@@ -113,9 +126,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/compare_classifiers"), help="folder of the runs")
     parser.add_argument("--smoke", action="store_true", help="write no result")
     arguments = parser.parse_args()
-    rows = [
-        measure(row, arguments.recipe, arguments.words, arguments.out / row.replace(" ", "-")) for row in arguments.only
-    ]
+    folder = arguments.out / Path(arguments.recipe).stem
+    rows = [measure(row, arguments.recipe, arguments.words, folder / row.replace(" ", "-")) for row in arguments.only]
     print(table(rows))
     if not arguments.smoke:
         report = {

@@ -44,6 +44,7 @@ def save_model(
     written.
     """
     fixed = _identity(model)
+    metadata = {key: value for key, value in metadata.items() if key != "options"}
     known = {**DEFAULTS, "classes": numbered(model.num_classes), **metadata, **fixed}
     if len(known["classes"]) != model.num_classes:
         raise ValueError(f"metadata names {len(known['classes'])} classes, the model has {model.num_classes}")
@@ -69,6 +70,7 @@ def save_deploy(path: str | os.PathLike[str], model: Segmenter, metadata: Mappin
     Raises ValueError for a weight beyond float16's range, OSError if the file cannot be written.
     """
     deploy = {"weights": "float16", "without": model.training_only()}
+    metadata = {key: value for key, value in metadata.items() if key != "options"}
     write_tensors(Path(path), deploy_tensors(model), {**DEFAULTS, **metadata, **_identity(model), "deploy": deploy})
 
 
@@ -158,19 +160,18 @@ def load_model(path: str | os.PathLike[str]) -> tuple[Segmenter, dict[str, Any]]
     FileNotFoundError if it does not exist, OSError if it is not a regular file.
     """
     metadata, outline = read_header(path)
-    try:
-        model = build_model(
-            metadata["model"],
-            len(metadata["classes"]),
-            metadata["classifier"],
-            options=metadata.get("options"),
-            memory=False,
-        )
-    except ValueError as error:
-        raise CheckpointError(f"{path}: {printable(str(error), KEPT)}") from None
-    if "deploy" in metadata:
-        model.drop_training_only()
-    _require_fit(model, outline, str(path))
+    names = metadata["model"], len(metadata["classes"]), metadata["classifier"]
+    options = metadata.get("options")
+    # Options decide about sizes: a network without memory is compared with the file first.
+    for device in ("meta", "cpu") if options else ("cpu",):
+        try:
+            with torch.device(device):
+                model = build_model(*names, options=options, memory=False)
+        except ValueError as error:
+            raise CheckpointError(f"{path}: {printable(str(error), KEPT)}") from None
+        if "deploy" in metadata:
+            model.drop_training_only()
+        _require_fit(model, outline, str(path))
     tensors = read_tensors(path)
     require_finite(tensors, str(path))
     if "deploy" in metadata:

@@ -3,7 +3,6 @@
 Axes: N images, K classes, H×W pixels of the input, h×w of the logits.
 """
 
-import copy
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -15,7 +14,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from ssaseg.models.layers import ConvNorm, resize_bilinear
-from ssaseg.models.segmenter import Segmenter, is_below
+from ssaseg.models.segmenter import Segmenter
 
 LABELS = 256  # most classes that uint8 labels can hold
 
@@ -26,10 +25,7 @@ def fold(model: Segmenter) -> Segmenter:
     The copy is in evaluation mode and has no gradients; its logits are equal up to float32's rounding. Other norms
     stay, such as those whose output two branches read. The copy can't be trained. `model` does not change.
     """
-    memory = model.memory()
-    kept = [value for key, value in model.state_dict(keep_vars=True).items() if is_below(key, memory)]
-    # What is dropped is not copied: a memory of pixels may have gigabytes.
-    folded = copy.deepcopy(model, {id(value): value for value in kept}).eval().requires_grad_(False)
+    folded = model.copied().eval().requires_grad_(False)
     folded.drop_training_only()
     for parent in list(folded.modules()):
         for name, child in list(parent.named_children()):

@@ -1,5 +1,6 @@
 """The network: image → backbone → decoder → classifier → logits. The parts are built elsewhere and passed in."""
 
+import copy
 from collections.abc import Mapping
 from typing import Any
 
@@ -91,6 +92,12 @@ class Segmenter(nn.Module):
     def memory(self) -> list[str]:
         """Names of the classifier's memory of pixels, which checkpoints leave out."""
         return [f"classifier.{name}" for name in self.classifier.MEMORY]
+
+    def copied(self) -> "Segmenter":
+        """A copy for inference, or to try a step: the memory of pixels, which may have gigabytes, is not copied."""
+        memory = self.memory()
+        shared = [value for key, value in self.state_dict(keep_vars=True).items() if is_below(key, memory)]
+        return copy.deepcopy(self, {id(value): value for value in shared})
 
     def training_only(self) -> list[str]:
         """Names of the parameters, buffers and modules that inference never reads."""

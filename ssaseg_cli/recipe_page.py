@@ -200,7 +200,8 @@ def classifiers_text() -> str:
     for name, kind in CLASSIFIERS.items():
         named = [(f"`loss.weights.{key}`", loss.weight, loss.meaning) for key, loss in kind.LOSSES.items()]
         named += [(f"`model.options.{key}`", option.default, option.meaning) for key, option in kind.OPTIONS.items()]
-        lines += [f"- {name}", *(f"  - {key}: default `{default}`; {meaning}." for key, default, meaning in named)]
+        keys = [f"  - {key}: default `{default}`; {meaning}." for key, default, meaning in named]
+        lines += [f"- {name}" + (f" ({kind.NOTE})" if kind.NOTE else ""), *keys]
     return "\n".join(lines)
 
 

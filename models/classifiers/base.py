@@ -130,6 +130,8 @@ class Classifier(nn.Module):
     ROWS: ClassVar[Sequence[Row]] = ()
     LEFT_OUT: ClassVar[Mapping[str, str]] = {}
     MARK: ClassVar[str] = ""  # an official key (without the head's prefix) that only files with this classifier have
+    OFFICIAL_FILES: ClassVar[bool] = True  # whether other programs read files with this classifier
+    NOTE: ClassVar[str] = ""  # printed wherever the classifier is named
     MEMORY: ClassVar[Sequence[str]] = ()  # buffers that only `update` reads
     WITHOUT_MEMORY: ClassVar[Mapping[str, Any]] = {}  # options with which next to nothing is allocated for `MEMORY`
 
@@ -186,6 +188,9 @@ class Classifier(nn.Module):
     def bank_bytes(cls, channels: int, num_classes: int, **options: Any) -> int:
         """Bytes of the memory of pixels that training keeps, with these options; 0 if there is none."""
         return 0
+
+    def restore_memory(self) -> None:
+        """After weights without `MEMORY` were loaded: fills it as far as they say what it held. By default not."""
 
     def training_only(self) -> tuple[str, ...]:
         """Names of parameters, buffers and modules of the classifier that inference never reads."""

@@ -73,7 +73,8 @@ class CACClassifier(Classifier):
         with torch.autocast(feature.device.type, enabled=False):
             small = losses.resize_labels(labels, feature.shape[-2:])
             members = losses.group_matrix(len(labels), self.group, feature.device)
-            teacher = self._teach(feature.float(), small, members)
+            taught = self.weights["teacher_ce"] or self.weights["response"]
+            teacher = self._teach(feature.float(), small, members) if taught else logits
             pixels = losses.class_pixels(labels, self.num_classes)
             found: dict[str, Tensor] = {}
             for name, each in (("main", logits), ("coarse", coarse), ("teacher", teacher)):

@@ -26,10 +26,12 @@ EMPTY, WRONG, RIGHT = 0, 1, 2
 class DNCClassifier(ProtoSegClassifier):
     """DNC, a variant without reference: prototypes are means of pixels that a memory keeps of each class.
 
-    Each group of images adds up to `samples` pixels of each class. Then all pixels of the memory are assigned to the
-    prototypes of their class, and those that were classified correctly move them. All ranks have the same memory.
+    Each group of images adds up to `samples` pixels of each class; others are not used. Then all pixels of the memory
+    are assigned to the prototypes of their class, and those that were classified correctly move them. All ranks have
+    the same memory.
     """
 
+    NOTE: ClassVar[str] = "variant, no reference"
     LOSSES: ClassVar[Mapping[str, Loss]] = {"main_ce": Loss(1.0, "cross entropy of the logits")}
     OPTIONS: ClassVar[Mapping[str, Option]] = {
         "prototypes": Option(10, "prototypes per class", least=1, most=65_535),

@@ -124,6 +124,16 @@ class GMMSegClassifier(PrototypeClassifier):
             self.sums[k] = entries.sum(dim=1, dtype=torch.float64)
             self.squares[k] = entries.double().square().sum(dim=1)
 
+    def restore_memory(self) -> None:
+        """Draws it from the Gaussians: with random directions, the next fit would forget them."""
+        with torch.no_grad():
+            self.queue.normal_()
+            for entries, means, stds in zip(self.queue, self.means, self.stds, strict=True):  # of one class
+                spread = (stds.square() - VARIANCE_FLOOR).clamp(min=0).sqrt()
+                entries.mul_(spread.unsqueeze(1)).add_(F.normalize(means, dim=-1).unsqueeze(1))
+                entries.div_(entries.norm(dim=-1, keepdim=True))
+            self.sum_up()
+
     def table(self) -> tuple[Tensor, ...]:
         """The log density as factors of the squared embedding, of the embedding, and a constant: (D,K,M) twice, (K,M).
 

@@ -37,7 +37,7 @@ class ProtoSegClassifier(PrototypeClassifier):
     A prototype is a moving average of the directions of pixels that were assigned to it and classified correctly. It
     moves after the optimiser's step. A group of images (`distill.group`) is what one GPU had in the official training:
     pixels are assigned within a group, and the prototypes of all groups are averaged. So a step of several
-    micro-batches or ranks is equal to one of a single batch.
+    micro-batches or ranks is equal to one of a single batch; except that each draws its own noise for `gumbel`.
     """
 
     LOSSES: ClassVar[Mapping[str, Loss]] = {
@@ -132,7 +132,7 @@ class ProtoSegClassifier(PrototypeClassifier):
         group_sums = torch.einsum("gn,nkd->gkd", scored.members, torch.stack(sums))
         group_counts = scored.members @ torch.stack(counts)
         prototypes = self.moved(group_sums, group_counts.unsqueeze(-1))
-        return prototypes.sum(dim=0), scored.members.new_tensor(float(len(scored.members)))
+        return prototypes.sum(dim=0), scored.members.new_full((), float(len(scored.members)))
 
     def moved(self, sums: Tensor, counts: Tensor) -> Tensor:
         """Prototypes (…,K·M,D) after a step with sums of pixels (…,K·M,D), numbers of pixels (…,K·M,1); unit norm."""

@@ -10,7 +10,7 @@ several images, R segments (a class, or one prototype of a class), S samples.
 
 import math
 import os
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -48,6 +48,7 @@ class PrototypeClassifier(Classifier):
     """
 
     uses_groups = True
+    OFFICIAL_FILES: ClassVar[bool] = False  # ProtoSeg's and GMMSeg's are of networks that are not here
 
     def __init__(
         self,
@@ -89,7 +90,7 @@ class PrototypeClassifier(Classifier):
         return F.normalize(self.feat_norm(projected), dim=-1)
 
     def forward(self, feature: Tensor) -> Tensor:
-        """(N,C,h,w) → logits (N,K,h,w), float32. Never holds more than two tensors of the size of the logits."""
+        """(N,C,h,w) → logits (N,K,h,w), float32. All prototypes together would need M times the memory."""
         with torch.autocast(feature.device.type, enabled=False):
             embedding, table = self.embed(feature.float()), self.table()
             best: Tensor | None = None
@@ -247,7 +248,7 @@ def evenly(segments: Tensor, number: int, most: int) -> Samples:
     slots = torch.arange(most, device=segments.device)
     step = (sizes - 1).double().unsqueeze(1) / max(most - 1, 1)
     last = (sizes - 1).unsqueeze(1)
-    spread = torch.where(slots < most // 2, (step * slots), last - step * (most - 1 - slots)).long()
+    spread = torch.where(slots < (most + 1) // 2, (step * slots), last - step * (most - 1 - slots)).long()
     place = torch.where(sizes.unsqueeze(1) > most, spread, slots)
     found = order[(starts.unsqueeze(1) + place).clamp(max=len(order) - 1)]
     return Samples(found, sizes.clamp(max=most))

@@ -27,7 +27,7 @@ from ssaseg.cli.console import json_target, print_table, write_json
 from ssaseg.cli.device import select_device
 from ssaseg.cli.errors import CommandError
 from ssaseg.cli.printing import echo
-from ssaseg.models import Segmenter, build_model, list_mask_models, list_models, load_model
+from ssaseg.models import CLASSIFIERS, Segmenter, build_model, list_mask_models, list_models, load_model
 from ssaseg.models.labelling import label_map
 from ssaseg.models.masks.base import MASKS
 from ssaseg.models.masks.deform import countable
@@ -312,6 +312,11 @@ class LiveTensors(TorchDispatchMode):
         self.now -= size
 
 
+def _heading(column: dict[str, Any]) -> str:
+    kind = CLASSIFIERS.get(column["classifier"])
+    return column["classifier"] + (f" ({kind.NOTE})" if kind and kind.NOTE else "")
+
+
 def print_profile(report: dict[str, Any]) -> None:
     """Prints the columns side by side on stdout."""
     columns = report["columns"]
@@ -335,7 +340,7 @@ def print_profile(report: dict[str, Any]) -> None:
         rows.append(row("memory of pixels, in training only [MiB]", lambda column: f"{column['memory_mib']:.1f}"))
     height, width = report["size"]
     title = f"{report['model']}, {report['classes']} classes, {height}x{width} (height x width), {report['device']}"
-    print_table(("", *(column["classifier"] for column in columns)), rows, title)
+    print_table(("", *map(_heading, columns)), rows, title)
     for name, meaning in COUNTINGS.items():
         echo(f"{name}: {meaning}")
     echo(f"{report['runs']} timed passes each, in turn; {report['threads']} CPU threads; torch {report['torch']}")

@@ -16,7 +16,7 @@ from ssaseg.cli.training.environment import fingerprints, require_same_data
 from ssaseg.cli.training.guard import Guard
 from ssaseg.cli.training.job import Job, Progress
 from ssaseg.cli.training.optimiser import freeze, make_optimiser
-from ssaseg.cli.training.preflight import check_labels, require_start, require_trainable
+from ssaseg.cli.training.preflight import check_labels, require_memory, require_start, require_trainable
 from ssaseg.cli.training.stored import require_fit
 from ssaseg.datasets.check import require_same_classes
 from ssaseg.datasets.prefetch import Preparer
@@ -43,6 +43,7 @@ def build_job(
     if ranks.main:  # an error on this rank ends the others
         check_labels({"training": train_set, "validation": val_set}, check)
     ranks.barrier()
+    require_memory(recipe, len(train_set.classes), device)
     torch.manual_seed(train.seed)
     model = build_network(recipe, train_set.classes)
     rank_batch = images_per_rank(train.batch, model.classifier.group, ranks.size)

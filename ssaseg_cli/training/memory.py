@@ -1,6 +1,5 @@
 """GPU memory: how many images fit in one pass, found by trying."""
 
-import copy
 import gc
 import traceback
 from typing import TYPE_CHECKING
@@ -109,7 +108,7 @@ def _trial(job: "Job", images: int) -> None:
     from ssaseg.cli.training.step import autocast
 
     device, size = job.device, job.recipe.augment.crop
-    model = copy.deepcopy(job.model).train()
+    model = job.model.copied().train()
     for module in model.modules():
         if isinstance(module, torch.nn.SyncBatchNorm):
             module.eval()  # each rank tries alone: in training mode the statistics would wait for the other ranks

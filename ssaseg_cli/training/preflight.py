@@ -1,7 +1,6 @@
 """What is checked and printed before the first step."""
 
 import contextlib
-import copy
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,7 +11,7 @@ import torch
 from ssaseg.cli.errors import CommandError
 from ssaseg.cli.printing import echo
 from ssaseg.cli.training.job import Job
-from ssaseg.models import Segmenter
+from ssaseg.models import CLASSIFIERS, Segmenter, build_model
 from ssaseg.recipes import Recipe
 
 FEW = 2  # classes: with so few, SSA's authors see little gain
@@ -29,6 +28,30 @@ def require_start(path: Path) -> None:
         )
 
 
+def require_memory(recipe: Recipe, classes: int, device: torch.device) -> None:
+    """Raises CommandError if the classifier's memory of pixels is larger than what the host or the GPU has free."""
+    from ssaseg.cli.prediction.limit import free_memory
+
+    name, kind, options = recipe.model.name, recipe.model.classifier, recipe.model.options
+    if not CLASSIFIERS[kind].MEMORY:
+        return
+    try:
+        with torch.device("meta"):
+            head = build_model(name, classes, kind, options=options, memory=False).classifier
+    except ValueError:
+        return  # `build_network` prints it
+    needed = head.bank_bytes(head.channels, classes, **options)
+    found = {"this machine": free_memory()}
+    if device.type == "cuda":
+        found["the GPU"] = torch.cuda.mem_get_info(device)[0]
+    for place, free in found.items():
+        if free is not None and needed > free:
+            raise CommandError(
+                f"model.options.memory: the pixels that {kind} keeps need {needed / 1e9:.1f} GB\n"
+                f"{place} has {free / 1e9:.1f} GB free\nchoose a smaller number"
+            )
+
+
 def require_trainable(model: Segmenter, recipe: Recipe, rank_batch: int, device: torch.device) -> None:
     """Raises CommandError if a norm would get only one value per channel, which has no variance. This happens for a
     single image if a feature map is one pixel. Tried on a copy of the network, because networks have different strides.
@@ -39,7 +62,7 @@ def require_trainable(model: Segmenter, recipe: Recipe, rank_batch: int, device:
     if (rank_batch if requested in (None, "auto") else int(requested)) > 1:
         return
     size = recipe.augment.crop
-    trial = copy.deepcopy(model).train()
+    trial = model.copied().train()
     try:
         with torch.no_grad():
             trial(torch.zeros(1, 3, *size, device=device), torch.zeros(1, *size, dtype=torch.uint8, device=device))
@@ -109,12 +132,16 @@ def describe(job: Job) -> None:
 def describe_classifier(job: Job) -> None:
     """Prints what its memory costs, and what to expect with few classes."""
     name, head = job.recipe.model.classifier, job.model.classifier
+    if head.NOTE:
+        echo(f"{name}: {head.NOTE}", err=True)
     if memory := head.bank_bytes(head.channels, head.num_classes, **job.recipe.model.options):
-        echo(f"memory of pixels (model.options.memory): {memory / 1e9:.2f} GB, on each device", err=True)
+        echo(
+            f"memory of pixels (model.options.memory): {memory / 1e6:,.0f} MB on each device, and in each state file",
+            err=True,
+        )
     if head.num_classes == 1:
         echo(
-            "note: with 1 class every pixel gets it, with any classifier: no cross entropy can train, only ssa's dice "
-            "losses do; label the background as a second class",
+            "note: with 1 class every pixel gets it, with any classifier; label the background as a second class",
             err=True,
         )
     elif head.num_classes <= FEW and name in ADAPTIVE:

@@ -12,9 +12,10 @@ from typing import Any
 from torch import Tensor
 
 from ssaseg.cli.weights.stand_ins import Array
-from ssaseg.cli.weights.torch_files import LARGEST_FILE, Archive, open_archive
+from ssaseg.cli.weights.torch_files import Archive, open_archive
 from ssaseg.files.reading import open_file
 
+LARGEST = 2**37  # bytes; a classifier's memory of pixels may be most: 9.8 GB with GMMSeg's settings for ADE20K
 MOST_VALUES, DEEPEST = 1_000_000, 50  # of a file: values, also those that are shared, and nested containers
 
 
@@ -24,7 +25,7 @@ def read_archive(path: Path) -> Any:
     Tensors keep their strides where these leave no gaps. Raises OSError if the file cannot be read, and ValueError,
     BadZipFile, or what a damaged pickle raises, for everything else.
     """
-    with open_file(path, LARGEST_FILE) as file:
+    with open_file(path, LARGEST) as file:
         if file.read(4) != b"PK\x03\x04":  # older formats have no checksums
             raise ValueError("it is not a file of torch.save")
         file.seek(0)

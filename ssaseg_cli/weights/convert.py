@@ -260,7 +260,7 @@ def model_name(source: Path, weights: Weights, given: str | None) -> str:
     return name
 
 
-def fresh(name: str, classes: int, classifier: str) -> Segmenter:
+def fresh(name: str, classes: int, classifier: str, options: Mapping[str, Any] | None = None) -> Segmenter:
     """A network whose random weights are always the same. Does not change the caller's random generator.
 
     Raises CommandError for a mask method with a classifier, or one whose package is not installed.
@@ -268,7 +268,7 @@ def fresh(name: str, classes: int, classifier: str) -> Segmenter:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         try:
-            return build_model(name, classes, classifier, memory=False)
+            return build_model(name, classes, classifier, options=options, memory=False)
         except ValueError as error:
             raise CommandError(str(error)) from None
 
@@ -307,7 +307,8 @@ def change_classes(request: Request, opened: Opened) -> tuple[Opened, bool]:
         raise CommandError(
             f"{request.source}: its classes have no names, so --classes can keep none\ngive their names with --dataset"
         )
-    other = fresh(opened.name, len(requested["classes"]), opened.network.classifier_name)
+    network = opened.network
+    other = fresh(opened.name, len(requested["classes"]), network.classifier_name, network.options)
     metadata, known = follow_names(opened.network, opened.metadata, requested, other)
     return opened._replace(network=other, metadata=metadata), known
 
@@ -329,6 +330,11 @@ def write_ours(request: Request, opened: Opened) -> int:
 def write_official(request: Request, opened: Opened) -> int:
     """Writes one of our checkpoints with official names, as mmsegmentation 0.x reads them."""
     network, metadata = whole(opened), opened.metadata
+    if not network.classifier.OFFICIAL_FILES:
+        raise CommandError(
+            f"{request.destination}: no other program reads a {network.name} with {network.classifier_name}\n"
+            "expected .safetensors, .onnx or .pt2"
+        )
     state, official = network.state_dict(), {}
     for entry in official_entries(network):
         official.update(entry.give(state))

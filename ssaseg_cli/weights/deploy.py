@@ -4,7 +4,6 @@ Its header says what was changed, under `deploy`. `load_model` converts it to fl
 needs.
 """
 
-import copy
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -32,7 +31,7 @@ def write_deploy(source: Path, destination: Path, network: Segmenter, metadata: 
         tensors = deploy_tensors(network)
     except ValueError as error:
         raise CommandError(f"{source}: {error}\nleave out --deploy: the value fits into float32", 3) from None
-    deploy = copy.deepcopy(network)
+    deploy = network.copied()
     deploy.drop_training_only()
     load_strict(deploy, tensors, str(destination))
     largest, highest, same = difference(network, deploy)

@@ -19,6 +19,7 @@ from ssaseg.cli.weights.matching import (
     of_all,
 )
 from ssaseg.models import CheckpointError, Segmenter
+from ssaseg.models.segmenter import is_below
 
 PRETRAINED_SHARE = 0.95  # of the backbone's tensors, that a pre-trained file must have
 
@@ -58,6 +59,10 @@ def load_pretrained(model: Segmenter, path: str | Path, classes: Sequence[str] |
             f"expected at least {100 * PRETRAINED_SHARE:.0f} %; {looks}\ngive another file, or another model.name"
         )
     model.load_state_dict(tensors, strict=False)
+    memory = model.memory()
+    own = [key for key in tensors if key.startswith("classifier.")]
+    if memory and own and not any(is_below(key, memory) for key in own):
+        model.classifier.restore_memory()
     return found
 
 

@@ -21,8 +21,8 @@ from torch import Tensor
 from ssaseg.cli.weights.pickles import LEGACY_MAGIC, Machine, Window
 from ssaseg.cli.weights.stand_ins import Array, Storage, Unreadable, product
 
-LARGEST_FILE = 2**32  # bytes, of which an optimiser's state may be most
-LARGEST_WEIGHTS = 2**30  # bytes of the storages that are read; the largest network here has 0.23 GB
+LARGEST_FILE = 2**34  # bytes, of which an optimiser's state may be most; the largest network's has 4.4 GB
+LARGEST_WEIGHTS = 2**32  # bytes of the storages that are read; the largest network here has 1.5 GB
 LARGEST_DIRECTORY = 2**23  # bytes; of 1,600 tensors it has about 110,000
 TINY = 1024  # elements that a tensor may have more than its storage
 

@@ -1,6 +1,7 @@
 """Rival classifiers: CAC, ProtoSeg, GMMSeg and DNC. Figures of the official code: see `golden/README.md`."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,8 @@ from places import GOLDEN
 from torch import Tensor
 from torch.nn import functional as F
 
-from ssaseg.models import build_model, facts
+from ssaseg.cli.weights import archive
+from ssaseg.models import CheckpointError, build_model, checkpoint, load_model, save_model
 from ssaseg.models.classifiers import protoseg
 from ssaseg.models.classifiers.base import Alone, Classifier, LossOptions
 from ssaseg.models.classifiers.cac import CACClassifier
@@ -324,6 +326,12 @@ def test_evenly_chosen_pixels_are_those_of_linspace() -> None:
         assert torch.equal(chosen.positions[segment, :count], picked)
 
 
+@pytest.mark.parametrize("most", [1, 2, 3])
+def test_few_evenly_chosen_pixels(most: int) -> None:
+    chosen = evenly(torch.zeros(10, dtype=torch.long), 1, most)
+    assert torch.equal(chosen.positions[0], torch.linspace(0, 9, most, dtype=torch.int64))
+
+
 def test_a_ring_is_written_across_its_end() -> None:
     ring, pointer = torch.zeros(2, 5, 1), torch.tensor([3, 0])
     values = torch.arange(1.0, 9.0).view(2, 4, 1)
@@ -358,4 +366,36 @@ def test_bytes_of_a_memory_are_those_of_the_buffer() -> None:
         queue = classifier.queue
         assert KINDS[name].bank_bytes(16, 5, **SMALL[name]) == queue.numel() * queue.element_size()
     assert GMMSegClassifier.bank_bytes(768, 150, components=8) == 9_830_400_000  # the official one of ADE20K: 9.8 GB
-    assert all(facts("seaformer_t", name).losses for name in KINDS)
+    assert archive.LARGEST > 2 * 9_830_400_000, "a training state has it, too"
+
+
+def test_a_memory_that_was_not_loaded_says_what_the_gaussians_say() -> None:
+    torch.manual_seed(0)
+    classifier = GMMSegClassifier(16, 3, components=2, width=16, memory=4000)
+    classifier.means.copy_(F.normalize(torch.randn(3, 2, 16), dim=-1))
+    classifier.stds.uniform_(0.11, 0.2)
+    classifier.restore_memory()
+    means, stds = classifier.fit()
+    assert (means * classifier.means).sum(dim=-1).min() > 0.99
+    torch.testing.assert_close(stds, classifier.stds, rtol=0.2, atol=0)
+
+
+def test_a_header_cannot_make_a_network_larger_than_its_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = build_model("seaformer_t", 2, "gmmseg", options={"components": 2, "width": 8, "memory": 20})
+    save_model(tmp_path / "ours.safetensors", model, {})
+    loaded, _ = load_model(tmp_path / "ours.safetensors")
+    assert loaded.options == model.options
+    assert not hasattr(loaded.classifier, "queue")
+    model.options = {"components": 30_000, "width": 4096}
+    save_model(tmp_path / "large.safetensors", model, {})
+    made: list[str] = []
+    real = checkpoint.build_model
+
+    def noted(*names: Any, **options: Any) -> Any:
+        made.append(torch.get_default_device().type)
+        return real(*names, **options)
+
+    monkeypatch.setattr(checkpoint, "build_model", noted)
+    with pytest.raises(CheckpointError, match="does not fit the model"):
+        load_model(tmp_path / "large.safetensors")
+    assert made == ["meta"]

@@ -69,7 +69,7 @@ def test_the_defaults_are_those_that_a_recipe_gets(tmp_path: Path) -> None:
     "line",
     [
         "- `name`: text; default: the file's stem.",
-        "- `model.classifier`: one of linear, ssa; default `ssa`.",
+        "- `model.classifier`: one of cac, dnc, gmmseg, linear, protoseg, ssa; default `ssa`.",
         "- `model.drop_path`: 0 <= number < 1 or null; default `null`.",
         "- `data.val`: section or null; default `null`.",
         "- `augment.crop`: [32 <= integer <= 16384, 32 <= integer <= 16384]; **required**.",

@@ -136,7 +136,7 @@ def test_what_is_not_a_regular_file(tmp_path: Path) -> None:
             read_weights(tmp_path / name)
     with (tmp_path / "sparse.pth").open("wb") as file:
         file.truncate(2**40)
-    with pytest.raises(OSError, match="larger than 4,096 MiB"):
+    with pytest.raises(OSError, match="larger than 16,384 MiB"):
         read_weights(tmp_path / "sparse.pth")
 
 
