@@ -16,6 +16,7 @@ import torch
 from pickled import refusal
 
 from ssaseg.cli.errors import CommandError
+from ssaseg.cli.weights import torch_files
 from ssaseg.cli.weights.foreign import read_weights
 from ssaseg.models import CheckpointError
 
@@ -175,3 +176,9 @@ def test_random_changes_end_in_an_error_or_a_result(tmp_path: Path, zipped: bool
         except (CommandError, CheckpointError):
             continue
         assert all(value.numel() < 2000 for value in found.tensors.values())
+
+
+def test_the_largest_network_and_its_state_can_be_read() -> None:
+    weights = 4 * 365_983_200  # bytes of upernet_vit_adapter_l with ssa
+    assert weights < torch_files.LARGEST_WEIGHTS
+    assert 3 * weights < torch_files.LARGEST_FILE, "with Adam's moments"
