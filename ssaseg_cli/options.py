@@ -1,13 +1,26 @@
 """Options of several commands, defined once."""
 
 from pathlib import Path
+from typing import Any
 
 import click
 
 # Written out: to ask `ssaseg.models` for them would make `--help` slow. A test compares.
 CLASSIFIERS = click.Choice(["linear", "ssa", "cac", "protoseg", "gmmseg", "dnc"])
 
-existing_file = click.Path(exists=True, dir_okay=False, path_type=Path)
+
+class CheckpointFile(click.Path):
+    """An existing file; for a folder, such as `transformers` writes, the error says to convert it."""
+
+    def convert(self, value: Any, parameter: click.Parameter | None, context: click.Context | None) -> Any:
+        """The path."""
+        if Path(value).is_dir():
+            fix = f"convert a folder of transformers first: ssaseg convert {value} OURS.safetensors"
+            self.fail(f"{value} is a folder, expected a file.\n{fix}", parameter, context)
+        return super().convert(value, parameter, context)
+
+
+existing_file = CheckpointFile(exists=True, dir_okay=False, path_type=Path)
 device_option = click.option(
     "--device",
     type=click.Choice(["auto", "cpu", "cuda"]),

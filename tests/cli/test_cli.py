@@ -344,3 +344,18 @@ def test_every_recipe_builds() -> None:
     with torch.device("meta"):
         for name, classifier in networks:
             assert all(parameter.is_meta for parameter in build_model(name, 2, classifier).parameters())
+
+
+def test_the_choice_of_classifiers_is_all_of_them() -> None:
+    from ssaseg.cli.options import CLASSIFIERS as WRITTEN
+    from ssaseg.models import CLASSIFIERS
+
+    assert sorted(WRITTEN.choices) == sorted(CLASSIFIERS)
+
+
+@pytest.mark.parametrize("command", ["predict", "eval", "explain"])
+def test_a_folder_in_the_place_of_a_checkpoint(command: str, tmp_path: Path) -> None:
+    result = run(command, str(tmp_path), *(["x", "--out", "y"] if command == "predict" else []))
+    assert result.exit_code == 2
+    assert f"ssaseg convert {tmp_path} OURS.safetensors" in result.stderr
+    assert len(result.stderr.splitlines()) <= 3
