@@ -33,7 +33,7 @@ def require_memory(recipe: Recipe, classes: int, device: torch.device) -> None:
     from ssaseg.cli.prediction.limit import free_memory
 
     name, kind, options = recipe.model.name, recipe.model.classifier, recipe.model.options
-    if not CLASSIFIERS[kind].MEMORY:
+    if kind not in CLASSIFIERS or not CLASSIFIERS[kind].MEMORY:
         return
     try:
         with torch.device("meta"):
