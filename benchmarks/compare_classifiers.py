@@ -2,7 +2,7 @@
 
     python benchmarks/compare_classifiers.py demo train.steps=300                   # the demo's scenes, minutes
     python benchmarks/compare_classifiers.py camvid-seaformer_s-ssa data.root=data/camvid train.steps=500 train.batch=4
-    python benchmarks/compare_classifiers.py demo train.steps=4 --only linear --smoke    # quick, writes nothing
+    python benchmarks/compare_classifiers.py --smoke    # two rows of the demo's scenes, quick, writes nothing
 
 Words after the recipe are key=value arguments of `ssaseg train`. Each row is one training with `ssaseg train`, and
 `ssaseg eval --boundary` of its last checkpoint; a run that was stopped continues, one that is complete is used. Rows
@@ -20,6 +20,7 @@ import os
 import platform
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ import torch
 from ssaseg.models import CLASSIFIERS
 
 RESULTS = Path(__file__).parent / "results"
+SMALL = ["train.steps=2", "data.synthetic.train=16", "data.synthetic.val=2", "train.workers=0"]
 CROSS_ENTROPIES_ALONE = {
     "cac": ["teacher_ce", "response"],
     "ssa": ["teacher_ce", "main_dice", "teacher_dice", "response", "semantic", "spatial"],
@@ -120,14 +122,19 @@ def table(rows: list[dict[str, Any]]) -> str:
 def main() -> None:
     """Trains what is missing and prints the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("recipe")
+    parser.add_argument("recipe", nargs="?", default="demo")
     parser.add_argument("words", nargs="*", metavar="key=value")
     parser.add_argument("--only", nargs="*", choices=ROWS, default=list(ROWS), metavar="ROW", help="default: all rows")
     parser.add_argument("--out", type=Path, default=Path("runs/compare_classifiers"), help="folder of the runs")
-    parser.add_argument("--smoke", action="store_true", help="write no result")
+    parser.add_argument("--smoke", action="store_true", help="small and quick; writes nothing")
     arguments = parser.parse_args()
-    folder = arguments.out / Path(arguments.recipe).stem
-    rows = [measure(row, arguments.recipe, arguments.words, folder / row.replace(" ", "-")) for row in arguments.only]
+    with tempfile.TemporaryDirectory() as temporary:
+        if arguments.smoke:
+            arguments.out, arguments.words, arguments.only = Path(temporary), SMALL, ["linear", "dnc"]
+        folder = arguments.out / Path(arguments.recipe).stem
+        rows = [
+            measure(row, arguments.recipe, arguments.words, folder / row.replace(" ", "-")) for row in arguments.only
+        ]
     print(table(rows))
     if not arguments.smoke:
         report = {
