@@ -108,13 +108,18 @@ def build_model(
 
     Raises:
         ValueError: an unknown name, a number out of its range, or `compat` for a network that has no such difference;
-            a mask method with a classifier, or one whose package is not installed.
+            a mask method with a classifier or with one of the arguments that only change training or a classifier
+            (drop_path, dropout, loss, options, compat), or one whose packages are not installed.
     """
     family = family_of(name)
     if num_classes < 1:
         raise ValueError(f"num_classes is {num_classes}, expected at least 1")
     if name in list_mask_models() and classifier == MASKS:
-        parts = family.build(name, num_classes, drop_path)
+        given = {"drop_path": drop_path, "dropout": dropout, "loss": loss, "options": options or None}
+        unused = [key for key, value in given.items() if value is not None] + ["compat"] * compat
+        if unused:
+            raise ValueError(f"{no_training(name)}\nit takes no {', '.join(unused)}: leave this out")
+        parts = family.build(name, num_classes, None)
         return MaskSegmenter(parts.backbone, parts.decoder, name, num_classes)
     kind = classifier_of(name, classifier)
     if compat and not family.compat:

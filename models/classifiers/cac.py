@@ -8,7 +8,7 @@ Axes: N images, K classes, C channels, h×w feature pixels, P = h·w, G groups o
 """
 
 from collections.abc import Mapping, Sequence
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,6 +17,14 @@ from ssaseg.models.classifiers import losses
 from ssaseg.models.classifiers.adaptation import class_means, concatenate, semantic_means, squeeze, upsampled_terms
 from ssaseg.models.classifiers.base import Classifier, Loss, LossOptions, TrainingStep, class_convolution
 from ssaseg.models.rows import Row
+
+
+class AdaptedSemantic(NamedTuple):
+    """CAC's results for one batch; named as those of SSA, see `distillation.Adapted`."""
+
+    coarse: Tensor  # (N,K,h,w) logits before adaptation
+    semantic: Tensor  # (N,K,C) adapted prototypes
+    logits: Tensor  # (N,K,h,w)
 
 
 class CACClassifier(Classifier):
@@ -56,12 +64,22 @@ class CACClassifier(Classifier):
 
     def stages(self, feature: Tensor) -> tuple[Tensor, Tensor]:
         """(N,C,h,w) → final and coarse logits, both (N,K,h,w), in one pass."""
+        adapted = self.adapt(feature)
+        return adapted.logits, adapted.coarse
+
+    def adapt(self, feature: Tensor) -> AdaptedSemantic:
+        """(N,C,h,w) → logits and prototypes."""
         with torch.autocast(feature.device.type, enabled=False):
             feature = feature.float()
             coarse = self.conv_seg(self.dropout(feature))
             means = semantic_means(feature, coarse.flatten(2))
-            prototypes = self.student(concatenate(means, self.conv_seg.weight.flatten(1)))  # (N,K,C)
-            return losses.cosine_logits(feature, prototypes), coarse
+            prototypes = self.student(concatenate(means, self.semantic_prototypes))
+            return AdaptedSemantic(coarse, prototypes, losses.cosine_logits(feature, prototypes))
+
+    @property
+    def semantic_prototypes(self) -> Tensor:
+        """Fixed prototypes (K,C): the weight of the 1×1 convolution."""
+        return self.conv_seg.weight.flatten(1)
 
     def training_step(self, feature: Tensor, labels: Tensor, totals: Tensor | None = None) -> TrainingStep:
         """Logits and weighted losses by name; losses of weight 0 are left out.
@@ -88,7 +106,7 @@ class CACClassifier(Classifier):
 
     def _teach(self, feature: Tensor, labels: Tensor, members: Tensor) -> Tensor:
         """The teacher's logits (N,K,h,w), from the class means of each group. labels (N,h,w), members (G,N)."""
-        fixed = self.conv_seg.weight.flatten(1)
+        fixed = self.semantic_prototypes
         one_hot = losses.one_hot_pixels(labels, self.num_classes)  # (N,K,P)
         sums = one_hot @ feature.flatten(2).transpose(1, 2)
         group_sums = torch.einsum("gn,nkc->gkc", members, sums)

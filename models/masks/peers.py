@@ -21,6 +21,7 @@ from ssaseg.models.networks.family import Family, Parts
 from ssaseg.models.rows import Row, rows_of
 
 CHANNELS = [256, 512, 1024, 2048]  # of ResNet-50
+NEEDED = ("transformers", "scipy")  # their losses, which `Peer` removes, are made with the networks and need scipy
 
 
 class Peer(MaskDecoder):
@@ -38,10 +39,13 @@ class Peer(MaskDecoder):
 
 
 def build(name: str, num_classes: int, drop_path: float | None = None) -> Parts:
-    """maskformer_r50 or mask2former_r50. Raises ValueError without `transformers`, or if it is older than version 5."""
-    fix = "install it: pip install 'ssaseg[peers]'"
-    if find_spec("transformers") is None:
-        raise ValueError(f"{name} needs the package transformers\n{fix}")
+    """maskformer_r50 or mask2former_r50. Raises ValueError if one of `NEEDED` is missing, or `transformers` is older
+    than version 5.
+    """
+    fix = "install them: pip install 'ssaseg[peers]'"
+    missing = [package for package in NEEDED if find_spec(package) is None]
+    if missing:
+        raise ValueError(f"{name} needs the packages {' and '.join(NEEDED)}, not found: {', '.join(missing)}\n{fix}")
     library = import_module("transformers")
     if int(library.__version__.partition(".")[0]) < 5:  # names of tensors differ
         raise ValueError(f"{name} needs transformers 5 or later, found {library.__version__}\n{fix}")

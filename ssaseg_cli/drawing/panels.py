@@ -122,8 +122,11 @@ def outlined(image: np.ndarray, mask: np.ndarray, colour: Sequence[int]) -> np.n
 
 
 def grid(rows: Iterable[Sequence[Panel]], *legends: "Legend | Scale") -> np.ndarray:
-    """Rows of panels, each `WIDTH` wide, with their captions; the legends are below them. BGR uint8."""
-    lines = [np.concatenate([_framed(panel) for panel in _same_height(row)], axis=1) for row in rows]
+    """Rows of panels, each `WIDTH` wide, with their captions; the legends are below them. BGR uint8.
+
+    Rows without panels and empty legends are left out.
+    """
+    lines = [np.concatenate([_framed(panel) for panel in _same_height(row)], axis=1) for row in rows if row]
     if not lines:
         return np.full((LINE, WIDTH, 3), PAPER, np.uint8)
     widest = max(line.shape[1] for line in lines)
@@ -182,7 +185,7 @@ def _same_height(row: Sequence[Panel]) -> list[Panel]:
 def _framed(panel: Panel) -> np.ndarray:
     """The panel under its caption, with four white pixels to the right and below."""
     head = np.full((LINE, panel.image.shape[1], 3), PAPER, np.uint8)
-    text = panel.caption
+    text = printable(panel.caption)  # before it is measured: of two lines there is no length
     while len(text) > 1 and _font().getlength(text) > WIDTH - 4:  # the end of a path is more important than its start
         text = "…" + text.lstrip("…")[1:]
     framed = np.concatenate([_written(head, [(2, 1, text)]), panel.image])

@@ -44,18 +44,21 @@ def explain(
     """Show what a classifier's adaptation changes.
 
     Each IMAGE is a file, a folder or a glob pattern in quotes, as for `ssaseg predict`. Labels come from --masks: the
-    mask of a/b.jpg is DIR/a/b.png, with the ids of the recipe. Without --masks the predicted masks take their place,
-    and nothing is called better or worse. Without IMAGE the recipe's split is used, with its labels.
+    mask of a/b.jpg is DIR/a/b.png; the recipe says the meaning of ids, and other suffixes of images and masks. Without
+    --masks the predicted masks take their place, and nothing is called better or worse. Without IMAGE the recipe's
+    split is used, with its labels.
 
     OUT/activation/ has a picture per image: the activation of each class by the classifier before its adaptation, after
     it, and by the classifier of --against; pixels that changed for better and worse; and where SSA's spatial prototypes
-    look. Activation is the class's softmax probability, 0 to 1, the only number with the same meaning for all
-    classifiers. Without --class the six classes with most pixels are drawn.
+    look. Pictures of an earlier run stay; explain.json lists those of this one. Activation is the class's softmax
+    probability, 0 to 1, the only number with the same meaning for all classifiers. Without --class the six classes with
+    most pixels are drawn.
 
     OUT/explain.json and OUT/summary/ have the figures over all images: confidence from the rim of the masks to their
-    middle, pairs of classes that are confused less or more, and how far SSA's semantic prototypes moved. What a
-    classifier does not have is left out, and printed. An image that cannot be read is skipped; the exit code is then 1.
-    Each image is one input, without windows, several scales or mirrored images.
+    middle, pairs of classes that are confused less or more, and how far the semantic prototypes of SSA or CAC moved.
+    What a classifier does not have is left out, and printed. An image that cannot be read is skipped; the exit code is
+    then 1. Each image is one input, without windows, several scales or mirrored images. After Ctrl-C the report is of
+    the images so far; a second one ends the command without it.
 
     \b
     Example:
@@ -66,6 +69,8 @@ def explain(
         raise click.UsageError("--root and --split choose images: leave out IMAGE", click.get_current_context())
     if masks is not None and not images:
         raise click.UsageError("--masks needs IMAGE", click.get_current_context())
+    if data is not None and images and masks is None:
+        raise click.UsageError("--data with IMAGE says how --masks is read: give it, too", click.get_current_context())
     from ssaseg.cli.explanation.explain import run_explain
 
     return run_explain(

@@ -13,16 +13,20 @@ from ssaseg.cli.explanation import items, summary
 from ssaseg.cli.explanation.figures import figures
 from ssaseg.cli.explanation.pictures import Artist
 from ssaseg.cli.explanation.probing import Probe, open_probe
-from ssaseg.cli.explanation.sums import Sums
+from ssaseg.cli.explanation.sums import Sums, edge_distance
 from ssaseg.cli.prediction.limit import memory_limit
 from ssaseg.cli.prediction.predict import make_folders
 from ssaseg.cli.prediction.skipping import skip_reason
+from ssaseg.cli.prediction.sources import EXPLANATIONS
 from ssaseg.cli.printing import echo
+from ssaseg.cli.scoring.report import require_labels
+from ssaseg.cli.signals import StopSignal
 from ssaseg.datasets import default_palette
 from ssaseg.files.text import printable
 from ssaseg.files.writing import write_atomic
 
-ACTIVATION, SUMMARY = "activation", "summary"  # folders below OUT
+ACTIVATION, SUMMARY = EXPLANATIONS  # folders below OUT
+AGAIN = "run the command again"
 
 
 def run_explain(
@@ -39,11 +43,13 @@ def run_explain(
     pictures: int,
     device: str,
 ) -> int:
-    """Explains `images`, or without them a split of the recipe's data. Returns 0, or 1 if an image was skipped.
+    """Explains `images`, or without them a split of the recipe's data. Returns 0, or 1 if an image was skipped or could
+    not be drawn.
 
-    Arguments as in the help. Pictures of an earlier run stay unless the same image is drawn again. Raises CommandError
-    for unknown classes, a second checkpoint of other classes, inputs without images and an `out` that cannot be
-    written; and what loading checkpoints and data raises.
+    Arguments as in the help. Pictures of images of an earlier run stay unless the same image is drawn again. After
+    Ctrl-C or SIGTERM the report is of the images so far; returns 130 or 143; a second signal ends the process. Raises
+    CommandError for unknown classes, a second checkpoint of other classes, inputs without images, labels that are all
+    ignored, and an `out` that cannot be written; and what loading checkpoints and data raises.
     """
     chosen = select_device(device)
     probe = open_probe(checkpoint, chosen)
@@ -53,23 +59,31 @@ def run_explain(
     if other is not None:
         require_equal_classes(probe, other)
     if images:
-        found = items.of_files(images, out, (ACTIVATION, SUMMARY), masks, checkpoint, probe.metadata, data)
+        found = items.of_files(images, out, masks, checkpoint, probe.metadata, data)
     else:
         found = items.of_split(checkpoint, probe.metadata, data, root, split)
-    make_folders(out, (ACTIVATION, SUMMARY))
+    make_folders(out, EXPLANATIONS)
     work = Work(probe, other, found.labels is not None, out, drawn, pictures)
     wanted = found.items[:limit]
-    with memory_limit() if chosen.type == "cpu" else nullcontext():  # CUDA reserves addresses of its own
-        skipped = work.go_through(wanted)
+    with StopSignal(hasty=True) as stop, memory_limit() if chosen.type == "cpu" else nullcontext():  # CUDA: see predict
+        work.go_through(wanted, stop)
     sums = work.sums
+    if stop.requested:
+        echo(f"stopped: {sums.images} of {len(wanted)} images are explained", err=True)
+        if not sums.pixels.any():
+            return stop.exit_code
     if not sums.images:
         raise CommandError(f"none of the {len(wanted)} images could be used\nthe reasons are printed above")
+    if found.labels is not None:
+        require_labels(sums.confusion["final"], f"{printable(found.labels)} ({summary.count(sums.images)})")
     left_out = missing_parts(probe, other, sums.known)
     report = {
         **probe.facts(),
         "against": None if other is None else other.facts(),
         "labels": found.labels or "predicted by the checkpoint: nothing is known to be right or wrong",
-        "skipped": skipped,
+        "of_images": len(wanted),
+        "skipped": work.skipped,
+        "pictures": work.drawn,
         "left_out": left_out,
         "classifiers": work.captions,
         **figures(sums, names),
@@ -80,8 +94,8 @@ def run_explain(
     for line in (*left_out, *notes(probe, other)):
         echo(f"note: {line}", err=True)
     summary.print_summary(report, work.captions)
-    echo(f"wrote {printable(str(out))}: explain.json, {SUMMARY}/, {ACTIVATION}/ ({summary.count(work.drawn)})")
-    return 1 if skipped else 0
+    echo(f"wrote {printable(str(out))}: explain.json, {SUMMARY}/, {ACTIVATION}/ ({summary.count(len(work.drawn))})")
+    return stop.exit_code if stop.requested else int(bool(work.skipped or work.not_drawn))
 
 
 class Work:
@@ -90,7 +104,9 @@ class Work:
     def __init__(
         self, probe: Probe, other: Probe | None, known: bool, out: Path, classes: Sequence[int], pictures: int
     ) -> None:
-        self.probe, self.other, self.out, self.pictures, self.drawn = probe, other, out, pictures, 0
+        self.probe, self.other, self.out, self.pictures = probe, other, out, pictures
+        self.drawn: list[str] = []  # pictures, as paths below `out`
+        self.skipped = self.not_drawn = 0  # images that are not in the sums; images whose picture could not be written
         self.captions = captions(probe, other)
         names = probe.metadata["classes"]
         comparisons = [(first, "final") for first in self.captions if first != "final"]
@@ -98,20 +114,20 @@ class Work:
         palette = probe.metadata["palette"] or default_palette(len(names))
         self.artist = Artist(names, palette, self.captions, comparisons, classes)
 
-    def go_through(self, wanted: Sequence[items.Item]) -> int:
-        """Returns the number of images that were skipped; each is reported."""
-        skipped = 0
+    def go_through(self, wanted: Sequence[items.Item], stop: StopSignal) -> None:
+        """All images, until a request to stop. Images that are skipped are reported."""
         with progress_bar(len(wanted), "explained") as advance:
             for item in wanted:
                 try:
                     picture = self.explain(item)
                 except Exception as error:
-                    echo(f"skipped: {skip_reason(error, item.path)}", err=True)
-                    skipped += 1
+                    echo(f"skipped: {skip_reason(error, item.path, again=AGAIN)}", err=True)
+                    self.skipped += 1
                 else:
                     self.write(item, picture)
                 advance(1)
-        return skipped
+                if stop.requested:
+                    return
 
     def explain(self, item: items.Item) -> bytes | None:
         """Adds one image to the sums. Returns its picture, a PNG; None if enough are drawn."""
@@ -122,18 +138,25 @@ class Work:
         if self.other is not None:
             stages["against"] = self.other.look(image, str(item.path)).final
         masks = seen.final.labels if labels is None else labels
+        distance = edge_distance(masks)
         picture = None
-        if self.drawn < self.pictures:
-            picture = self.artist.draw(item.name, image, labels, stages, seen.prototypes)
-        self.sums.add(stages, masks, seen.prototypes)  # last, so that an image that is skipped is not counted
+        if len(self.drawn) < self.pictures:
+            picture = self.artist.draw(item.name, image, labels, stages, distance, seen.prototypes)
+        self.sums.add(stages, masks, distance, seen.prototypes)  # last: an image that is skipped is not counted
         return picture
 
     def write(self, item: items.Item, picture: bytes | None) -> None:
-        """Writes the picture of an image."""
-        if picture is not None:
-            root = self.out / ACTIVATION
-            write_atomic(root / f"{item.name}.png", picture, sync=False, root=root)
-            self.drawn += 1
+        """Writes the picture of an image, or reports why it cannot be written, for this image alone."""
+        if picture is None:
+            return
+        root, name = self.out / ACTIVATION, f"{item.name}.png"
+        try:
+            write_atomic(root / name, picture, sync=False, root=root)
+        except Exception as error:
+            echo(f"no picture: {skip_reason(error, item.path, writing=True)}", err=True)
+            self.not_drawn += 1
+        else:
+            self.drawn.append(f"{ACTIVATION}/{name}")
 
 
 def captions(probe: Probe, other: Probe | None) -> dict[str, str]:
@@ -176,8 +199,8 @@ def missing_parts(probe: Probe, other: Probe | None, known: bool) -> list[str]:
     if not probe.adapts:
         alone = "" if other else ", and without --against there is nothing to compare it with"
         lines.append(f"left out: before and after adaptation: classifier {probe.classifier} does not adapt{alone}")
-    if not probe.has_prototypes:
-        lines.append(f"left out: semantic and spatial prototypes: classifier {probe.classifier} is not ssa")
+    if probe.missing:
+        lines.append(f"left out: {' and '.join(probe.missing)} prototypes: {probe.classifier} has none that adapt")
     if not known:
         lines.append("left out: better and worse, confused pairs: there are no labels; masks are the predicted ones")
     return lines

@@ -21,8 +21,9 @@ ACTIVATION = (
     "mask's label"
 )
 RIM = (
-    "rim: pixels of a mask within 2 % of the image's diagonal of a pixel with another label, as for boundary IoU; "
-    "middle: the rest; the image's border is no edge"
+    "rim: pixels of a mask that are at most 2 % of the image's diagonal away from a pixel with another label, by the "
+    "Euclidean distance; pixels without label count as another label; the image's border is no edge. middle: the rest. "
+    "Boundary IoU has the same width, but the maximum norm, the border as an edge, and no edge at pixels without label"
 )
 
 
@@ -113,7 +114,7 @@ def mean_of(values: Sequence[float | None]) -> float | None:
 def changes(sums: Sums, pair: tuple[str, str], classes: Sequence[str]) -> dict[str, Any]:
     """What the second classifier of a comparison does differently; with known labels, what is better and worse."""
     first, second = pair
-    report: dict[str, Any] = {"from": first, "to": second, "pixels_changed": sums.changed[pair]}
+    report: dict[str, Any] = {"from": first, "to": second, "pixels_changed": int(sums.changed[pair])}
     if not sums.known:
         return report
     fixed, broken = sums.fixed[pair], sums.broken[pair]
@@ -127,7 +128,7 @@ def changes(sums: Sums, pair: tuple[str, str], classes: Sequence[str]) -> dict[s
         "pixels_labelled": int(before.sum()),
         "better": better,
         "worse": worse,
-        "wrong_both_times": sums.changed[pair] - better - worse,
+        "wrong_both_times": int(sums.changed[pair]) - better - worse,
         "classes": [
             {"name": name, "better": int(fixed[k].sum()), "worse": int(broken[k].sum()), "pixels": int(before[k].sum())}
             for k, name in enumerate(classes)
@@ -166,11 +167,11 @@ def both_ways(before: np.ndarray, after: np.ndarray, classes: Sequence[str]) -> 
 
 
 def prototypes(sums: Sums, classes: Sequence[str]) -> list[dict[str, Any]]:
-    """Of SSA: each class that occurs, averaged over the images that it occurs in; empty for other classifiers.
+    """Of SSA and CAC: each class that occurs, averaged over the images that it occurs in; empty for other classifiers.
 
     semantic_cosine: of the fixed and the adapted semantic prototype. consistency: length of the mean of the adapted
     prototypes' directions, 1 if they are the same in all images. spatial_inside, spatial_outside: mean cosine of the
-    spatial prototype and the spatial feature in the class's mask, and in the rest of the image.
+    spatial prototype and the spatial feature in the class's mask, and in the rest of the image; CAC has none.
     """
     each = sums.prototypes
     if each.directions is None:
@@ -182,7 +183,7 @@ def prototypes(sums: Sums, classes: Sequence[str]) -> list[dict[str, Any]]:
             "images": int(each.images[k]),
             "semantic_cosine": ratio(each.cosine[k], each.images[k]),
             "consistency": ratio(lengths[k], each.images[k]),
-            "spatial_inside": ratio(each.inside[k], each.images[k]),
+            "spatial_inside": ratio(each.inside[k], each.with_inside[k]),
             "spatial_outside": ratio(each.outside[k], each.with_outside[k]),
         }
         for k, name in enumerate(classes)

@@ -16,9 +16,9 @@ import numpy as np
 from ssaseg.cli.errors import CommandError
 from ssaseg.cli.prediction.sources import Source, find_sources
 from ssaseg.cli.scoring.report import open_dataset, recipe_of, require_data_classes
-from ssaseg.datasets import DataError, Dataset
+from ssaseg.datasets import DataError, Dataset, stated_classes
 from ssaseg.datasets.decoding import read_image, read_mask
-from ssaseg.datasets.pairs import label_table
+from ssaseg.datasets.pairs import IMAGE_SUFFIXES, label_table
 from ssaseg.datasets.published import LAYOUTS
 from ssaseg.files.text import printable
 from ssaseg.recipes import Recipe
@@ -61,24 +61,29 @@ def _load(dataset: Dataset, index: int) -> Pair:
 def of_files(
     inputs: Sequence[str],
     out: Path,
-    results: Sequence[str],
     masks: Path | None,
     checkpoint: Path,
     metadata: Mapping[str, Any],
     data: str | None,
 ) -> Items:
-    """The images of files, folders and patterns, as `ssaseg predict` finds them. `results`: folders of `out` to skip.
+    """The images of files, folders and patterns, as `ssaseg predict` finds them.
 
-    `masks`: folder with a mask for each image, under the image's path below its input; its ids are read by the rules of
-    the recipe `data`, or of the checkpoint's recipe. Raises CommandError, and DataError for `masks` that is no folder.
+    `masks`: folder with a mask for each image, under the image's path below its input; names and ids are read by the
+    rules of the recipe `data`, or of the checkpoint's recipe. Raises CommandError for `masks` that is not a folder, for
+    a recipe with other classes than the checkpoint's, and what finding images raises; RecipeError for `data`.
     """
-    sources = find_sources(inputs, out, results)
+    sources = find_sources(inputs, out)
     rules = None
     if masks is not None:
         if not masks.is_dir():
             raise CommandError(f"--masks {printable(str(masks))}: not a folder\ngive the folder with the images' masks")
         known = data is not None or metadata["recipe"] is not None
-        rules = rules_of(recipe_of(checkpoint, metadata, data) if known else None, masks, metadata)
+        recipe = recipe_of(checkpoint, metadata, data) if known else None
+        if recipe is not None:
+            classes = stated_classes(recipe.data.dataset, recipe.data.model_dump())[0]
+            if classes:  # those of COCO-format files may be in the files only
+                require_data_classes(checkpoint, metadata["classes"], recipe.name, classes)
+        rules = rules_of(recipe, masks, len(metadata["classes"]))
     items = [Item(source.path, source.name, partial(_read, source, rules)) for source in sources]
     return Items(items, None if masks is None else f"masks in {masks}")
 
@@ -88,29 +93,36 @@ class Rules:
     """How masks are found and read."""
 
     folder: Path
-    suffix: str  # in place of the image's
+    image_suffixes: Sequence[str]  # ends of images' names; of those that match, the longest is left out
+    suffix: str  # in its place
     train_ids: np.ndarray  # uint8 (256,): of each raw id
     valid: np.ndarray  # bool (256,): whether a raw id has a meaning
 
+    def mask_of(self, relative: str) -> Path:
+        """The mask of an image; an image of none of the suffixes has what follows the last dot as its suffix."""
+        ends = [each for each in self.image_suffixes if relative.lower().endswith(each.lower())]
+        longest = max((len(each) for each in ends), default=len(Path(relative).suffix))
+        return self.folder / (relative[: len(relative) - longest] + self.suffix)
 
-def rules_of(recipe: Recipe | None, folder: Path, metadata: Mapping[str, Any]) -> Rules:
-    """The rules of a recipe's data; without a recipe, ids are class numbers, and 255 is ignored."""
-    count = len(metadata["classes"])
+
+def rules_of(recipe: Recipe | None, folder: Path, count: int) -> Rules:
+    """The rules of a recipe's data of `count` classes; without a recipe, ids are class numbers, and 255 is ignored."""
     if recipe is not None and recipe.data.dataset in LAYOUTS:
         layout = LAYOUTS[recipe.data.dataset]
-        return Rules(folder, layout.mask_suffix, *label_table(count, reduce_zero_label=layout.reduce_zero_label))
+        table = label_table(count, reduce_zero_label=layout.reduce_zero_label)
+        return Rules(folder, (layout.image_suffix,), layout.mask_suffix, *table)
     if recipe is None or recipe.data.dataset != "folder":
-        return Rules(folder, ".png", *label_table(count))
+        return Rules(folder, IMAGE_SUFFIXES, ".png", *label_table(count))
     data = recipe.data
     table = label_table(count, data.ignore_index, data.reduce_zero_label, data.raw_to_train)
-    return Rules(folder, data.mask_suffix, *table)
+    return Rules(folder, data.image_suffixes, data.mask_suffix, *table)
 
 
 def _read(source: Source, rules: Rules | None) -> Pair:
     image = read_image(source.path)
     if rules is None:
         return image, None
-    path = rules.folder / (source.relative.removesuffix(Path(source.relative).suffix) + rules.suffix)
+    path = rules.mask_of(source.relative)
     if not os.path.exists(path):
         raise DataError(f"{source.path}: no mask\nexpected {path}")
     raw, _ = read_mask(path)

@@ -12,7 +12,6 @@ import numpy as np
 from ssaseg.cli.drawing import panels
 from ssaseg.cli.drawing.panels import Legend, Panel, Scale
 from ssaseg.cli.explanation.probing import Prototypes, Stage
-from ssaseg.cli.explanation.sums import edge_distance
 from ssaseg.cli.scoring.boundary import reach
 from ssaseg.datasets import IGNORED
 
@@ -40,22 +39,28 @@ class Artist:
         image: np.ndarray,
         labels: np.ndarray | None,
         stages: Mapping[str, Stage],
+        distance: np.ndarray,
         prototypes: Prototypes | None,
     ) -> bytes:
-        """PNG of an image with the results of its classifiers; labels uint8 (H,W), None: not known."""
+        """PNG of an image with the results of its classifiers; labels uint8 (H,W), None: not known; `distance` (H,W):
+        `edge_distance` of the labels, or of the final ones.
+        """
         masks = stages["final"].labels if labels is None else labels
         rows = [self._label_row(name, image, labels, stages)]
         changes = [self._changes(image, labels, stages, *pair) for pair in self.comparisons]
         # A row of their own, unless this would make no picture narrower.
-        if len(rows[0]) + len(changes) <= 1 + len(stages) + (prototypes is not None):
+        if len(rows[0]) + len(changes) <= 1 + len(stages) + (
+            prototypes is not None and prototypes.similarity is not None
+        ):
             rows[0] += changes
         else:
             rows.append(changes)
         pixels = np.bincount(masks.ravel(), minlength=256)[:IGNORED]
         largest = [int(index) for index in np.argsort(-pixels, kind="stable")[:MOST_ROWS] if pixels[index]]
-        middle = edge_distance(masks) > reach(masks.shape)
+        middle = distance > reach(masks.shape)
         shown = self.chosen or largest
-        gazes = [] if prototypes is None else [prototypes.gaze(index) for index in shown]
+        found = [] if prototypes is None else [prototypes.gaze(index) for index in shown]
+        gazes = [gaze for gaze in found if gaze is not None]
         scale = cosine_scale(gazes)
         for index, gaze in zip_longest(shown, gazes):
             row = self._activation_row(index, image, masks, middle, stages)

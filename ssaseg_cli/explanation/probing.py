@@ -1,4 +1,4 @@
-"""What a network thinks of an image, classifier by classifier: labels, class probabilities, and SSA's prototypes.
+"""What a network thinks of an image, classifier by classifier: labels, class probabilities, and adapted prototypes.
 
 The whole image is one input, at the scale of the checkpoint's protocol: SSA adapts to what the network sees, so windows
 or mirrored images would be explanations of other prototypes.
@@ -15,9 +15,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ssaseg.cli.errors import CommandError
 from ssaseg.cli.scoring.inference import Inference, state_views
 from ssaseg.datasets.colour import normalize
 from ssaseg.models import load_model
+from ssaseg.models.classifiers.cac import CACClassifier
+from ssaseg.models.classifiers.distillation import Adapted
 from ssaseg.models.classifiers.ssa import SSAClassifier
 from ssaseg.models.labelling import elements, label_map, resize_twice
 from ssaseg.recipes import parse_protocol
@@ -41,28 +44,40 @@ class Stage:
 
     def probability(self, index: int) -> np.ndarray:
         """Softmax probability of a class at each pixel, float32 (H,W), in [0, 1]: what is drawn as its activation."""
-        return (self.logit(index) - self.log_sum).exp().cpu().numpy()
+        return self._probability(self.logit(index))
 
-    def strength(self, index: int) -> np.ndarray:
-        """Logit of a class at each pixel, float32 (H,W), minus its mean over the image, divided by its deviation.
+    def probability_and_strength(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        """`probability`, and the strength of a class at each pixel, both float32 (H,W).
 
-        It does not change if all logits are multiplied by a number, which makes a classifier surer.
+        Strength: the logit minus its mean over the image, divided by its deviation; 0 if it is constant. It does not
+        change if all logits are multiplied by a number, which makes a classifier surer.
         """
         logit = self.logit(index)
-        return ((logit - logit.mean()) / logit.std(correction=0).clamp(min=1e-12)).cpu().numpy()
+        deviation = logit.std(correction=0)
+        varies = deviation > 1e-6 * logit.abs().amax()  # otherwise the deviation is that of float32's rounding
+        strength = torch.where(varies, (logit - logit.mean()) / deviation, 0.0)
+        return self._probability(logit), strength.cpu().numpy()
+
+    def _probability(self, logit: Tensor) -> np.ndarray:
+        return (logit - self.log_sum).exp().cpu().numpy()
 
 
 class Prototypes(NamedTuple):
-    """SSA's prototypes in one image."""
+    """The prototypes of SSA or CAC in one image."""
 
     fixed: Tensor  # (K,C) semantic prototypes before adaptation: the weights of the 1×1 convolution
-    semantic: Tensor  # (K,C) S', adapted to the image
-    similarity: Tensor  # (1,K,h,w) cosine of the adapted spatial prototype P' and the spatial feature
+    semantic: Tensor  # (K,C) adapted to the image; of SSA: S'
+    similarity: Tensor | None  # (1,K,h,w) cosine of SSA's adapted spatial prototype P' and the spatial feature
     middle: tuple[int, ...]
     size: tuple[int, ...]
 
-    def gaze(self, index: int) -> np.ndarray:
-        """Cosine of a class's spatial prototype and each pixel's spatial feature, float32 (H,W), in [−1, 1]."""
+    def gaze(self, index: int) -> np.ndarray | None:
+        """Cosine of a class's spatial prototype and each pixel's spatial feature, float32 (H,W), in [−1, 1].
+
+        None: there are no spatial prototypes.
+        """
+        if self.similarity is None:
+            return None
         return resize_twice(self.similarity[:, index : index + 1], self.middle, self.size)[0, 0].cpu().numpy()
 
 
@@ -71,7 +86,7 @@ class Seen(NamedTuple):
 
     final: Stage
     coarse: Stage | None  # before adaptation; None: the classifier does not adapt
-    prototypes: Prototypes | None  # None: not SSA
+    prototypes: Prototypes | None  # None: none that adapt
 
 
 @dataclass(frozen=True)
@@ -94,9 +109,11 @@ class Probe:
         return self.inference.model.classifier.has_coarse
 
     @property
-    def has_prototypes(self) -> bool:
-        """Whether it has SSA's prototypes."""
-        return isinstance(self.inference.model.classifier, SSAClassifier)
+    def missing(self) -> list[str]:
+        """Kinds of adapted prototypes that it does not have."""
+        classifier = self.inference.model.classifier
+        found = {"semantic": SSAClassifier | CACClassifier, "spatial": SSAClassifier}
+        return [name for name, kinds in found.items() if not isinstance(classifier, kinds)]
 
     def facts(self) -> dict[str, Any]:
         """For the report: which network it is, and the size of its input."""
@@ -122,13 +139,13 @@ class Probe:
         classifier = inference.model.classifier
         coarse: Tensor | None
         prototypes = None
-        if isinstance(classifier, SSAClassifier):
+        if isinstance(classifier, SSAClassifier | CACClassifier):
             adapted = classifier.adapt(feature)
-            final, coarse = adapted.logits, adapted.coarse
-            similarity = cosines(adapted.spatial[0], adapted.spatial_feature[0])
-            prototypes = Prototypes(
-                classifier.semantic_prototypes.detach(), adapted.semantic[0], similarity[None], middle, size
-            )
+            final, coarse, similarity = adapted.logits, adapted.coarse, None
+            if isinstance(adapted, Adapted):
+                similarity = cosines(adapted.spatial[0], adapted.spatial_feature[0])[None]
+            fixed = classifier.semantic_prototypes.detach()
+            prototypes = Prototypes(fixed, adapted.semantic[0], similarity, middle, size)
         else:
             final, coarse = classifier.stages(feature)
         inference.ranges.append(torch.stack(final.aminmax()))
@@ -139,8 +156,10 @@ class Probe:
 
 
 def open_probe(path: Path, device: torch.device) -> Probe:
-    """Reads a checkpoint. Raises CheckpointError, and RecipeError for its protocol."""
+    """Reads a checkpoint. Raises CheckpointError, RecipeError for its protocol, and CommandError for a mask method."""
     model, metadata = load_model(path)
+    if model.classifier.gives_scores:
+        raise CommandError(f"{path}: {model.name} is a mask method, without logits and without adaptation to explain")
     whole = parse_protocol(metadata["protocol"], f"{path}: protocol")
     protocol = parse_protocol(whole.model_dump() | ONE_INPUT, f"{path}: protocol")
     inference = Inference(model.to(device).eval(), protocol, metadata["mean"], metadata["std"], device)

@@ -9,6 +9,7 @@ import numpy as np
 from ssaseg.cli.console import print_table
 from ssaseg.cli.drawing.bars import finish_bars, plain, save_figure, shorten
 from ssaseg.cli.printing import echo
+from ssaseg.files.text import printable
 
 MOST_CLASSES, MOST_PAIRS = 60, 20  # in a picture
 COLOURS = {"coarse": "tab:orange", "final": "tab:blue", "against": "tab:green"}
@@ -18,8 +19,10 @@ Report = Mapping[str, Any]
 
 def draw(report: Report, captions: Mapping[str, str], folder: Path) -> None:
     """Writes `distance.png`, `rim_and_middle.png`, `confused-FIRST.png` and `prototypes.png` into `folder`, as far as
-    the report has what they show.
+    the report has what they show. Those of an earlier run are removed.
     """
+    for name in ("distance", "rim_and_middle", "prototypes", *(f"confused-{first}" for first in COLOURS)):
+        (folder / f"{name}.png").unlink(missing_ok=True)
     draw_distance(report, captions, folder / "distance.png")
     draw_classes(report, captions, folder / "rim_and_middle.png")
     for each in report["changes"]:
@@ -135,12 +138,15 @@ def draw_pairs(change: Mapping[str, Any], captions: Mapping[str, str], destinati
 
 
 def draw_prototypes(rows: Sequence[Mapping[str, Any]], destination: Path) -> None:
-    """How far the semantic prototypes moved, and the spatial prototypes' cosine inside and outside the masks."""
+    """How far semantic prototypes moved, and, if there are any, spatial prototypes' cosine in the masks and outside."""
     from matplotlib.figure import Figure
 
     rows = rows[:MOST_CLASSES]
     figure = Figure(figsize=(12, 1.6 + 0.27 * max(len(rows), 4)), layout="constrained")
-    left, right = figure.subplots(1, 2, sharey=True)
+    titles = ["semantic prototypes", "spatial prototypes: cosine with the spatial feature"]
+    if all(each["spatial_inside"] is None for each in rows):
+        titles.pop()
+    left, *others = every = figure.subplots(1, len(titles), sharey=True, squeeze=False)[0]
     places = range(len(rows))
 
     def dots(axes: Any, key: str, label: str, colour: str) -> None:
@@ -149,10 +155,11 @@ def draw_prototypes(rows: Sequence[Mapping[str, Any]], destination: Path) -> Non
 
     dots(left, "semantic_cosine", "cosine of fixed and adapted prototype", "tab:blue")
     dots(left, "consistency", "consistency over the images (1: always the same)", "0.5")
-    dots(right, "spatial_inside", "inside the class's mask", "tab:blue")
-    dots(right, "spatial_outside", "outside", "tab:orange")
+    for right in others:
+        dots(right, "spatial_inside", "inside the class's mask", "tab:blue")
+        dots(right, "spatial_outside", "outside", "tab:orange")
     left.set_yticks(places, [f"{shorten(each['name'])} ({count(each['images'])})" for each in rows])
-    for axes, title in ((left, "semantic prototypes"), (right, "spatial prototypes: cosine with the spatial feature")):
+    for axes, title in zip(every, titles, strict=True):
         axes.axvline(0, color="0.3", linewidth=1)
         axes.set_xlim(-1.05, 1.05)
         finish_bars(axes, len(rows))
@@ -185,7 +192,7 @@ def print_summary(report: Report, captions: Mapping[str, str]) -> None:
         echo(change + (f", {each['better']:,} now right, {each['worse']:,} no longer right" if known else ""))
         for heading, pairs in (("fewer", each.get("both_ways", [])), ("more", each.get("both_ways", [])[::-1])):
             texts = [
-                f"{' – '.join(pair['classes'])} {pair['before']:,} → {pair['after']:,}"
+                f"{' – '.join(map(printable, pair['classes']))} {pair['before']:,} → {pair['after']:,}"
                 for pair in pairs[:3]
                 if (pair["before"] > pair["after"]) == (heading == "fewer")
             ]

@@ -23,8 +23,9 @@ QUANTITIES = ("confidence", "strength", "agreement")
 class Sums:
     """Sums for classifiers `stages` (names), of which `comparisons` (first, second) are compared.
 
-    A mask is the set of an image's pixels with one label. Its rim is the band of boundary IoU, `reach` pixels wide; the
-    rest is its middle. `known`: the labels are true; otherwise they are predictions, and nothing is right or wrong.
+    A mask is the set of an image's pixels with one label. Its rim are the pixels whose `edge_distance` is at most
+    `reach`, the width of boundary IoU's band; the rest is its middle. `known`: the labels are true; otherwise they are
+    predictions, and nothing is right or wrong.
     """
 
     def __init__(
@@ -39,14 +40,36 @@ class Sums:
         self.confusion = {name: np.zeros((K, K), np.int64) for name in stages}
         # Of each comparison, pixels with another label. (label, what the wrong one of the two classifiers says):
         # fixed: the second is right; broken: the first is.
-        self.changed = dict.fromkeys(comparisons, 0)
+        self.changed = {pair: np.zeros((), np.int64) for pair in comparisons}
         self.fixed = {pair: np.zeros((K, K), np.int64) for pair in comparisons}
         self.broken = {pair: np.zeros((K, K), np.int64) for pair in comparisons}
         self.prototypes = PrototypeSums(K)
 
-    def add(self, stages: Mapping[str, Stage], labels: np.ndarray, prototypes: Prototypes | None) -> None:
-        """Adds an image; labels uint8 (H,W), 0..K-1, 255: not counted."""
-        distance = edge_distance(labels)
+    def add(
+        self, stages: Mapping[str, Stage], labels: np.ndarray, distance: np.ndarray, prototypes: Prototypes | None
+    ) -> None:
+        """Adds an image, or after an error nothing of it; labels uint8 (H,W), 0..K-1, 255: not counted; `distance`:
+        `edge_distance` of the labels.
+        """
+        one = Sums(self.num_classes, self.stages, self.comparisons, self.known)
+        one._count(stages, labels, distance, prototypes)
+        if one.prototypes.directions is not None and self.prototypes.directions is None:
+            self.prototypes.directions = np.zeros_like(one.prototypes.directions)
+        for total, more in zip(self._arrays(), one._arrays(), strict=True):
+            total += more
+        self.images += 1
+
+    def _arrays(self) -> list[np.ndarray]:
+        """All that is summed up."""
+        found: list[np.ndarray] = [self.pixels, *(each for totals in self.totals.values() for each in totals.values())]
+        for name in ("confusion", "changed", "fixed", "broken"):
+            found.extend(getattr(self, name).values())
+        return found + [each for each in vars(self.prototypes).values() if each is not None]
+
+    def _count(
+        self, stages: Mapping[str, Stage], labels: np.ndarray, distance: np.ndarray, prototypes: Prototypes | None
+    ) -> None:
+        """Counts the pixels of an image."""
         middle = distance > reach(labels.shape)
         cells = middle * len(EDGES) + np.searchsorted(EDGES, distance, side="right") - 1
         for index in present(labels):
@@ -54,7 +77,7 @@ class Sums:
             within = cells[mask]
             self.pixels[index] += self._by_cell(within).astype(np.int64)
             for name, stage in stages.items():
-                values = (stage.probability(index), stage.strength(index), stage.labels == index)
+                values = (*stage.probability_and_strength(index), stage.labels == index)
                 for key, each in zip(QUANTITIES, values, strict=True):
                     self.totals[key][name][index] += self._by_cell(within, each[mask])
             if prototypes is not None:
@@ -67,12 +90,11 @@ class Sums:
         for pair in self.comparisons:
             first, second = (said[name] for name in pair)
             differs = first != second
-            self.changed[pair] += int(differs.sum())
+            self.changed[pair] += differs.sum()
             if self.known:
                 fixed, broken = differs & (second == truth), differs & (first == truth)
                 self.fixed[pair] += self._matrix(truth[fixed], first[fixed])
                 self.broken[pair] += self._matrix(truth[broken], second[broken])
-        self.images += 1
 
     @staticmethod
     def _by_cell(cells: np.ndarray, weights: np.ndarray | None = None) -> np.ndarray:
@@ -92,7 +114,8 @@ class PrototypeSums:
         self.directions: np.ndarray | None = None  # (K,C): of the adapted semantic prototypes, each with length 1
         # Of the mean cosine of the spatial prototype and the spatial feature: inside the class's mask, and outside.
         self.inside, self.outside = np.zeros(num_classes), np.zeros(num_classes)
-        self.with_outside = np.zeros(num_classes, np.int64)  # images of which some pixels are outside
+        self.with_inside = np.zeros(num_classes, np.int64)  # images that have the mean
+        self.with_outside = np.zeros(num_classes, np.int64)
 
     def add(self, prototypes: Prototypes, index: int, mask: np.ndarray) -> None:
         """Adds a class that occurs in an image, with its mask, bool (H,W)."""
@@ -104,6 +127,9 @@ class PrototypeSums:
         self.directions[index] += direction
         self.cosine[index] += float(direction @ fixed) / max(float(np.linalg.norm(fixed)), 1e-12)
         gaze = prototypes.gaze(index)
+        if gaze is None:
+            return
+        self.with_inside[index] += 1
         self.inside[index] += gaze[mask].mean(dtype=np.float64)
         if not mask.all():
             self.outside[index] += gaze[~mask].mean(dtype=np.float64)

@@ -128,7 +128,7 @@ def run_predict(
     counts = f"labelled {done} of {len(found)} images in {seconds:.1f} s ({done / max(seconds, 1e-9):.1f} images/s)"
     existed = f"; {len(found) - len(sources)} were there already" if len(found) > len(sources) else ""
     echo(f"{counts}{existed}{f'; {left_out} skipped' if left_out else ''}: {printable(str(out))}")
-    echo(f"protocol of the checkpoint: {state_views(protocol)}")
+    echo(f"protocol of the checkpoint: {state_views(protocol, model.classifier.gives_scores)}")
     return 1 if left_out else 0
 
 

@@ -25,13 +25,15 @@ NO_MEMORY = re.compile(
     "|integer overflow|too large"
 )
 
+AGAIN = "run the command again with --skip-existing"
 
-def skip_reason(error: Exception, path: Path, writing: bool = False) -> str:
+
+def skip_reason(error: Exception, path: Path, writing: bool = False, again: str = AGAIN) -> str:
     """One line about the image `path` that an error has met: its name and the reason.
 
-    `writing`: the error has come up while results were written. Raises an error that would meet the other images too.
-    An error of an unknown kind, as decoders raise for damaged files, is given with its type; with SSASEG_DEBUG=1 it is
-    raised.
+    `writing`: the error has come up while results were written. `again`: the fix of an error that would meet the other
+    images too, which is raised. An error of an unknown kind, as decoders raise for damaged files, is given with its
+    type; with SSASEG_DEBUG=1 it is raised.
     """
     shown = printable(str(path))
     if isinstance(error, OSError):
@@ -49,7 +51,7 @@ def skip_reason(error: Exception, path: Path, writing: bool = False) -> str:
         return f"{shown}: not enough memory for this image{f' ({amount[1]} more)' if amount else ''}"
     first = f"{type(error).__name__}: {printable(text.partition(chr(10))[0])}"
     if "CUDA error" in text:  # each later call would fail too
-        raise CommandError(f"{shown}: {first}\nrun the command again with --skip-existing, or with --device cpu")
+        raise CommandError(f"{shown}: {first}\n{again}, or with --device cpu")
     if os.environ.get("SSASEG_DEBUG") == "1":
         raise error
     return f"{shown}: {first}"

@@ -2,7 +2,7 @@
 
 import glob
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import NamedTuple
@@ -11,6 +11,9 @@ from ssaseg.cli.errors import CommandError
 from ssaseg.cli.prediction.kinds import KINDS
 from ssaseg.datasets.pairs import IMAGE_SUFFIXES, walk
 from ssaseg.files.text import printable
+
+EXPLANATIONS = ("activation", "summary")  # folders of the results of `ssaseg explain`
+RESULTS = (*KINDS, *EXPLANATIONS)  # folders in OUT whose images are results of some command
 
 
 class Source(NamedTuple):
@@ -21,15 +24,15 @@ class Source(NamedTuple):
     name: str  # name of its results: path below their folder, without suffix
 
 
-def find_sources(inputs: Sequence[str], out: Path, kinds: Iterable[str] = KINDS) -> list[Source]:
+def find_sources(inputs: Sequence[str], out: Path) -> list[Source]:
     """The images of all inputs, each file once: in the order of the inputs, and sorted within an input.
 
-    Results in the folders `kinds` of `out` are not taken as images. What only has the name of an image, such as a
+    What is in the folders `RESULTS` of `out` is not taken as images. What only has the name of an image, such as a
     device, is found here and refused when it is read. Raises CommandError for an input without images, two images whose
     results would have the same name, and a pattern by which a result would lie outside its folder; OSError for a folder
     that cannot be read.
     """
-    results = [os.path.join(os.path.realpath(out / kind), "") for kind in kinds]
+    results = [os.path.join(os.path.realpath(out / folder), "") for folder in RESULTS]
     found: dict[str, tuple[Path, str]] = {}
     for given in inputs:
         candidates = _expand(given)

@@ -65,7 +65,7 @@ def profile(
 
     return run_profile(
         target=target,
-        classifiers=classifiers,
+        classifiers=tuple(dict.fromkeys(classifiers)),
         classes=classes,
         size=size,
         json_out=json_out,

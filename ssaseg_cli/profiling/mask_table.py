@@ -75,7 +75,7 @@ def print_masks(masks: Sequence[dict[str, Any]], others: Sequence[dict[str, Any]
         "parameters [M]",
         "paper",
         "GMACs, every operation",
-        "official code, as published",
+        "official code, by fvcore",
         "paper",
         "network and labels p50 [ms]",
     )

@@ -93,11 +93,15 @@ def read(loader: Iterator[Any], stop: StopSignal | None) -> Iterator[Any]:
         yield item
 
 
-def state_protocol(protocol: Test, split: str, count: int, total: int) -> str:
-    """One line that says how a score was measured. Scores are comparable only if this line is the same."""
+def state_protocol(protocol: Test, split: str, count: int, total: int, scores: bool = False) -> str:
+    """One line that says how a score was measured. Scores are comparable only if this line is the same.
+
+    `scores`: as in `state_views`.
+    """
     images = f"{count} images" if count == total else f"the first {count} of {total} images"
     return (
-        f"{split} split, {images}, {state_views(protocol)}; two bilinear steps: logits to the size of the network's "
-        "input, then to the size of the image; mIoU: mean over classes of total intersection / total union; not "
-        "counted: pixels with label 255, and classes that are neither labelled nor predicted"
+        f"{split} split, {images}, {state_views(protocol, scores)}; two bilinear steps: "
+        f"{'scores' if scores else 'logits'} to the size of the network's input, then to the size of the image; mIoU: "
+        "mean over classes of total intersection / total union; not counted: pixels with label 255, and classes that "
+        "are neither labelled nor predicted"
     )

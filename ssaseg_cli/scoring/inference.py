@@ -271,16 +271,20 @@ def softmax_(logits: Tensor) -> Tensor:
     return logits.div_(logits.sum(dim=0))
 
 
-def state_views(protocol: Test) -> str:
-    """The protocol as text, for users who want to know whether two scores are comparable."""
+def state_views(protocol: Test, scores: bool = False) -> str:
+    """The protocol as text, for users who want to know whether two results are comparable.
+
+    `scores`: the network gives scores, not logits, see `Classifier.gives_scores`.
+    """
     scale, ratios = protocol.scale, protocol.ratios
     resize = "not resized" if scale is None else f"resized to fit {scale[0]}x{scale[1]}, aspect kept"
     rounding = f", then to multiples of {protocol.multiple}" if protocol.multiple else ""
     how = "whole image"
     if protocol.crop and protocol.stride:
         crop, stride = ("x".join(map(str, sides)) for sides in (protocol.crop, protocol.stride))
-        how = f"sliding windows of {crop} every {stride} pixels (height x width), logits averaged"
+        averaged = f"{'scores' if scores else 'logits'} averaged"
+        how = f"sliding windows of {crop} every {stride} pixels (height x width), {averaged}"
     scales = "single scale" if ratios == (1.0,) else f"scales {', '.join(f'{ratio:g}' for ratio in ratios)}"
     flip = "with horizontal flip" if protocol.flip else "no flip"
-    several = len(ratios) > 1 or protocol.flip
-    return f"{resize}{rounding}; {how}, {scales}, {flip}{', mean of probabilities' if several else ''}"
+    mean = f", mean of {'scores' if scores else 'probabilities'}" if len(ratios) > 1 or protocol.flip else ""
+    return f"{resize}{rounding}; {how}, {scales}, {flip}{mean}"

@@ -77,7 +77,7 @@ def _score(
     started = time.perf_counter()
     boundaries = Boundaries(model.num_classes, ranks.device) if boundary else None
     confusion = _count(model.to(ranks.device), dataset, protocol, metadata, ranks, count, boundaries)
-    _require_labels(confusion, f"{split} split of recipe {recipe.name} ({count} images)")  # waits for the device
+    require_labels(confusion.matrix, f"{split} split of recipe {recipe.name} ({count} images)")  # waits for the device
     return {
         "checkpoint": str(checkpoint),
         # Official weights that `convert` has converted have step 0 and no recipe: their number of steps is unknown.
@@ -90,7 +90,8 @@ def _score(
         "of_images": len(dataset),
         "images_per_s": count / (time.perf_counter() - started),
         "protocol": protocol.model_dump(mode="json"),
-        "statement": state_protocol(protocol, split, count, len(dataset)) + (f"; {STATEMENT}" if boundary else ""),
+        "statement": state_protocol(protocol, split, count, len(dataset), model.classifier.gives_scores)
+        + (f"; {STATEMENT}" if boundary else ""),
         **_figures(confusion, dataset.classes, boundaries),
         "confused": confused_pairs(confusion.matrix, dataset.classes),
         "confusion": confusion.matrix.tolist(),
@@ -154,8 +155,9 @@ def open_dataset(recipe: Recipe, split: str, root: Path | None) -> Dataset:
     return build_dataset(recipe.data.dataset, split, root=root, options=options)
 
 
-def _require_labels(confusion: Confusion, images: str) -> None:
-    if not confusion.matrix.any():
+def require_labels(confusion: np.ndarray, images: str) -> None:
+    """Raises CommandError if a confusion matrix (K,K) has no pixel: all are ignored. `images`: whose they are."""
+    if not confusion.any():
         raise CommandError(
             f"no labelled pixel in the {images}: all pixels are ignored\n"
             "check data.ignore_index, data.reduce_zero_label and data.raw_to_train in the recipe"

@@ -22,10 +22,10 @@ IMAGES = ((1, 64, 64), (2, 96, 160), (1, 131, 97), (2, 256, 256))  # batch, heig
 
 
 def write_deploy(source: Path, destination: Path, network: Segmenter, metadata: Mapping[str, Any]) -> int:
-    """Writes the deploy form of `network`, after a check of its logits on random images. Returns 0.
+    """Writes the deploy form of `network`, after a check of its results on random images. Returns 0.
 
     Raises CommandError with exit code 3, before anything is written, if a weight is too large for float16 or if the
-    logits differ by more than TOLERANCE.
+    logits (of a mask method: scores) differ by more than TOLERANCE.
     """
     try:
         tensors = deploy_tensors(network)
@@ -35,10 +35,11 @@ def write_deploy(source: Path, destination: Path, network: Segmenter, metadata: 
     deploy.drop_training_only()
     load_strict(deploy, tensors, str(destination))
     largest, highest, same = difference(network, deploy)
-    summary = f"{largest:.1e}, for logits up to {highest:.1f}; {100 * same:.2f} % of the labels are the same"
+    what = "scores" if network.classifier.gives_scores else "logits"
+    summary = f"{largest:.1e}, for {what} up to {highest:.1f}; {100 * same:.2f} % of the labels are the same"
     if not largest <= TOLERANCE * highest:  # also if it is not a number
         raise CommandError(
-            f"{destination}: not written, because float16 changes the logits too much: by {summary}\n"
+            f"{destination}: not written, because float16 changes the {what} too much: by {summary}\n"
             f"allowed {TOLERANCE * highest:.1e}; keep the float32 file",
             3,
         )
@@ -46,7 +47,7 @@ def write_deploy(source: Path, destination: Path, network: Segmenter, metadata: 
     before, after = (path.stat().st_size / 2**20 for path in (source, destination))
     dropped = len(network.state_dict()) - len(tensors)
     echo(f"{source}: {network.name}, {network.classifier_name}, {network.num_classes} classes, {before:.1f} MiB")
-    echo(f"largest difference of the logits on random images: {summary}")
+    echo(f"largest difference of the {what} on random images: {summary}")
     echo(f"wrote {destination}: {after:.1f} MiB, float16, without {dropped} training-only tensors")
     return 0
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from ssaseg.cli.errors import CommandError
 from ssaseg.cli.weights.foreign import Weights
 from ssaseg.files.text import KEPT, printable
 from ssaseg.models import Segmenter, build_model, list_mask_models, list_models
@@ -240,7 +241,10 @@ def best_guess(name: str, fitting: float) -> str:
 
 
 def likely_model(weights: Weights) -> tuple[str, float]:
-    """The network whose backbone fits a file's tensors best, and the share that fits, 0 to 1; "" and 0 if none fits."""
+    """The network whose backbone fits a file's tensors best, and the share that fits, 0 to 1; "" and 0 if none fits.
+
+    Raises CommandError if the file is of a mask method whose packages are not installed.
+    """
     marked = families_like(weights.tensors, weights.layout)
     candidates = [name for name in (*list_models(), *list_mask_models()) if family_of(name) in marked]
     found = {name: match(outline(name), weights)[0] for name in candidates}
@@ -251,9 +255,15 @@ def likely_model(weights: Weights) -> tuple[str, float]:
 
 @cache
 def outline(name: str) -> Segmenter:
-    """A network with two classes that has only keys and shapes, and no memory for weights."""
-    with torch.device("meta"), _NoValues():
-        return build_model(name, 2, MASKS if name in list_mask_models() else "linear")
+    """A network with two classes that has only keys and shapes, and no memory for weights.
+
+    Raises CommandError for a mask method whose packages are not installed.
+    """
+    try:
+        with torch.device("meta"), _NoValues():
+            return build_model(name, 2, MASKS if name in list_mask_models() else "linear")
+    except ValueError as error:
+        raise CommandError(str(error)) from None
 
 
 class _NoValues(TorchFunctionMode):

@@ -72,6 +72,14 @@ def test_the_table_names_countings_and_conditions(capsys: pytest.CaptureFixture[
     assert json.loads(destination.read_text())["columns"][0]["classifier"] == "ssa"
 
 
+def test_a_classifier_that_is_given_twice_is_measured_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[Any] = []
+    monkeypatch.setattr(profiling, "run_profile", lambda **given: calls.append(given["classifiers"]) or 0)
+    words = [word for name in ("ssa", "linear", "ssa") for word in ("--classifier", name)]
+    assert CliRunner().invoke(cli, ["profile", "seaformer_t", *words]).exit_code == 0
+    assert calls == [("ssa", "linear")]
+
+
 def test_a_checkpoint_brings_its_classifier_and_classes(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     path = tmp_path / "tiny.safetensors"
     save_model(path, build_model("seaformer_t", 6, "linear"), {})
@@ -204,7 +212,7 @@ def test_mask_methods_stand_beside_networks_with_ssa(
     monkeypatch.setattr(peers, "find_spec", lambda name: None)
     monkeypatch.setattr(mask_table, "KNOWN", {"mask2former_r50": mask_table.KNOWN["mask2former_r50"]})
     assert mask_table.measure_masks(torch.zeros(1, 3, 64, 64), 1) == []
-    assert "mask2former_r50 needs the package transformers" in capsys.readouterr().err
+    assert "mask2former_r50 needs the packages transformers and scipy" in capsys.readouterr().err
 
 
 def test_paper_table_runs_and_is_told_apart() -> None:

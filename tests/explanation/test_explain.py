@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from calling import call
+from explaining import CLASSES, H, W, checkpoint, explain, make_place
 from networks import tiny_networks
 from predicting import picture, write
 from tiny import TINY
@@ -24,11 +25,8 @@ from ssaseg.cli.explanation.probing import open_probe
 from ssaseg.cli.explanation.sums import EDGES, Sums, edge_distance
 from ssaseg.cli.scoring.boundary import reach
 from ssaseg.datasets import build_dataset
-from ssaseg.models import build_model, load_model, save_model
+from ssaseg.models import load_model
 from ssaseg.recipes import load_recipe
-
-CLASSES = ["road", "car", "tree"]
-H, W = 64, 72
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -43,32 +41,9 @@ def quick(full: object, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(summary, "draw", lambda *_: None)
 
 
-def checkpoint(path: Path, classifier: str = "ssa", classes: list[str] = CLASSES, seed: int = 0, **more: Any) -> Path:
-    """Random weights whose labels have all classes."""
-    torch.manual_seed(seed)
-    model = build_model("seaformer_y", len(classes), classifier)
-    torch.nn.init.normal_(model.classifier.conv_seg.weight, 0.0, 2.0)
-    save_model(path, model, {"classes": classes, "protocol": {"scale": None, "multiple": None}, **more})
-    return path
-
-
 @pytest.fixture(scope="module")
 def place(tiny: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with checkpoints `ssa`, `linear` and `cut`, two images in subfolders, and their masks."""
-    folder = tmp_path_factory.mktemp("explain")
-    checkpoint(folder / "ssa")
-    checkpoint(folder / "linear", "linear", seed=1)
-    for index, name in enumerate(("a/one", "two")):
-        write(folder / f"images/{name}.png", picture(H, W, seed=index))
-        mask = cv2.resize(np.random.default_rng(index).integers(0, 4, (4, 5)).astype(np.uint8), (W, H), None, 0, 0, 0)
-        write(folder / f"masks/{name}.png", np.where(mask == 3, 255, mask).astype(np.uint8))
-    return folder
-
-
-def explain(place: Path, out: Path, *words: str | Path, code: int = 0) -> dict[str, Any]:
-    result = call("explain", *words, "--out", out, "--device", "cpu")
-    assert result.exit_code == code, result.output
-    return json.loads((out / "explain.json").read_text())
+    return make_place(tmp_path_factory.mktemp("explain"))
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +51,7 @@ def full(place: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, d
     """OUT and the report with everything: labels, and a second checkpoint."""
     out = tmp_path_factory.mktemp("full")
     words = (place / "ssa", place / "images", "--masks", place / "masks", "--against", place / "linear")
-    return out, explain(place, out, *words)
+    return out, explain(out, *words)
 
 
 # ---- a computation of its own ------------------------------------------------------------------------------------
@@ -263,7 +238,11 @@ def test_a_plain_classifier_without_labels(place: Path, tmp_path: Path) -> None:
     result = call("explain", place / "linear", images, place / "images/two.png", "--out", tmp_path, "--class", "car",
                   "--pictures", "1", "--device", "cpu")  # fmt: skip
     assert result.exit_code == 0, result.output
-    for part in ("classifier linear does not adapt", "classifier linear is not ssa", "there are no labels"):
+    for part in (
+        "classifier linear does not adapt",
+        "semantic and spatial prototypes: linear has none",
+        "there are no labels",
+    ):
         assert part in result.stderr
     report = json.loads((tmp_path / "explain.json").read_text())
     assert report["changes"] == report["prototypes"] == []
@@ -277,7 +256,7 @@ def test_a_plain_classifier_without_labels(place: Path, tmp_path: Path) -> None:
 
 
 def test_without_labels_nothing_is_better_or_worse(place: Path, tmp_path: Path) -> None:
-    report = explain(place, tmp_path, place / "ssa", place / "images", "--against", place / "linear")
+    report = explain(tmp_path, place / "ssa", place / "images", "--against", place / "linear")
     assert [each["from"] for each in report["changes"]] == ["coarse", "against"]
     assert all(each.keys() == {"from", "to", "pixels_changed"} for each in report["changes"])
     found = all_by_hand(place)
@@ -291,7 +270,7 @@ def test_a_split_of_the_recipe(tmp_path: Path) -> None:
     data = recipe.data
     scenes = build_dataset("synthetic", "val", root=Path("."), options=data.model_dump())
     file = checkpoint(tmp_path / "c", classes=list(scenes.classes), recipe=recipe.model_dump(mode="json"))
-    report = explain(tmp_path, tmp_path / "out", file, "--limit", "2", "--pictures", "0")
+    report = explain(tmp_path / "out", file, "--limit", "2", "--pictures", "0")
     assert (report["images"], report["labels"]) == (2, "val split of recipe demo")
     labelled = sum(int((scenes.load(index)[1] != 255).sum()) for index in range(2))
     assert report["changes"][0]["pixels_labelled"] == labelled
@@ -313,20 +292,23 @@ def test_a_second_run_does_not_take_results_as_images(place: Path, tmp_path: Pat
     write(tmp_path / "x.png", picture(H, W))
     write(tmp_path / "summary/distance.png", picture(H, W))
     for _ in range(2):
-        assert explain(place, tmp_path, place / "ssa", tmp_path)["images"] == 1
+        assert explain(tmp_path, place / "ssa", tmp_path)["images"] == 1
     assert [path.name for path in (tmp_path / "activation").iterdir()] == ["x.png"]
 
 
 def test_memory_does_not_depend_on_the_number_of_images(place: Path) -> None:
     probe = open_probe(place / "ssa", torch.device("cpu"))
-    sums, sizes = Sums(3, ["coarse", "final"], [("coarse", "final")], known=False), set()
-    for seed in range(3):
+    sums, sizes = Sums(3, ["coarse", "final"], [("coarse", "final")], known=False), []
+    for seed in range(30):
         seen = probe.look(picture(H, W, seed), "x")
         assert seen.coarse is not None
-        sums.add({"coarse": seen.coarse, "final": seen.final}, seen.final.labels, seen.prototypes)
-        sizes.add(len(pickle.dumps(sums)) // 64)
-    assert len(sizes) == 1
-    assert sums.images == 3
+        labels = seen.final.labels
+        sums.add({"coarse": seen.coarse, "final": seen.final}, labels, edge_distance(labels), seen.prototypes)
+        held = {name: value for name, value in vars(probe.inference).items() if isinstance(value, list)}
+        assert len(held) > 1
+        sizes.append(len(pickle.dumps((sums, held))) // 64)
+    assert sizes[2] == sizes[29]
+    assert sums.images == 30
 
 
 # ---- bad input ---------------------------------------------------------------------------------------------------
@@ -367,6 +349,7 @@ def test_errors_in_three_lines(place: Path, tmp_path: Path) -> None:
         (image, "--masks", tmp_path / "gone"): "gone: not a folder",
         (image, "--root", tmp_path): "leave out IMAGE",
         (image, "--split", "val"): "leave out IMAGE",
+        (image, "--data", "demo"): "--data with IMAGE says how --masks is read",
         ("--masks", tmp_path): "--masks needs IMAGE",
         (tmp_path / "nothing",): "no image found",
         (): "the checkpoint has no recipe",

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from ssaseg.cli.profiling.mask_table import KNOWN
 from ssaseg.cli.profiling.profile import EVERY_OPERATION, count
-from ssaseg.models import build_model, facts, list_mask_models, list_models
+from ssaseg.models import LossOptions, build_model, facts, list_mask_models, list_models
 from ssaseg.models.build import family_of
 from ssaseg.models.fast import accelerate
 from ssaseg.models.masks import deform, peers, pem
@@ -190,6 +190,16 @@ def test_no_training_and_no_classifier(golden: Any) -> None:
         facts("pem_r50", "ssa")
     with pytest.raises(ValueError, match="it has no classifier to choose, got ssa"):
         build_model("pem_r50", 2)
+    changes: dict[str, Any] = {
+        "drop_path": 0.1,
+        "dropout": 0.0,
+        "loss": LossOptions(),
+        "options": {"a": 1},
+        "compat": True,
+    }
+    for key, value in changes.items():
+        with pytest.raises(ValueError, match=f"it takes no {key}: leave"):
+            build_model("pem_r50", 2, MASKS, **{key: value})
     with pytest.raises(ValueError, match="'masks' is not known"):
         build_model("seaformer_t", 2, MASKS)
     with pytest.raises(ValueError, match="num_classes is 0"):
@@ -201,8 +211,11 @@ def test_no_training_and_no_classifier(golden: Any) -> None:
 def test_transformers_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(peers, "find_spec", lambda name: None)
     for name in ("maskformer_r50", "mask2former_r50"):
-        with pytest.raises(ValueError, match=rf"{name} needs the package transformers\n.*ssaseg\[peers\]"):
+        with pytest.raises(ValueError, match=rf"{name} needs .* not found: transformers, scipy\n.*ssaseg\[peers\]"):
             build_model(name, 2, MASKS)
+    monkeypatch.setattr(peers, "find_spec", lambda name: None if name == "scipy" else True)
+    with pytest.raises(ValueError, match="not found: scipy\n"):
+        build_model("maskformer_r50", 2, MASKS)
     monkeypatch.setattr(peers, "find_spec", lambda name: True)
     monkeypatch.setattr(peers, "import_module", lambda name: SimpleNamespace(__version__="4.57.1"))
     with pytest.raises(ValueError, match=r"transformers 5 or later, found 4\.57\.1\n"):

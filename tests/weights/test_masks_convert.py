@@ -20,9 +20,11 @@ from torch import Tensor
 from ssaseg.cli.profiling import profile as profiling
 from ssaseg.cli.scoring import report
 from ssaseg.cli.scoring.inference import Inference, predict_labels
+from ssaseg.cli.weights.matching import outline
 from ssaseg.datasets.synthetic import SyntheticScenes
 from ssaseg.models import build_model, load_model
-from ssaseg.models.masks import pem
+from ssaseg.models.build import family_of
+from ssaseg.models.masks import peers, pem
 from ssaseg.models.masks.base import MASKS
 from ssaseg.models.networks import resnet
 from ssaseg.models.official import official_entries
@@ -82,12 +84,18 @@ def test_predict_eval_and_profile(tmp_path: Path, checkpoint: Path) -> None:
     assert call("predict", checkpoint, tmp_path / "in", "--out", out, "--save", "index,probs").exit_code == 0
     shares = np.load(out / "probs" / "a.npz")["probabilities"].astype(np.float64)
     np.testing.assert_allclose(shares.sum(axis=0), 1, atol=2e-3)
-    scored = call("eval", checkpoint, "--data", "demo", "--limit", "1", "--json", "-", "--device", "cpu")
-    assert json.loads(scored.stdout)["classifier"] == "masks"
+    words = ("--data", "demo", "--limit", "1", "--flip", "--slide", "160", "160", "--json", "-", "--device", "cpu")
+    scored = json.loads(call("eval", checkpoint, *words).stdout)
+    assert scored["classifier"] == "masks"
+    assert "scores averaged" in scored["statement"]
+    assert "mean of scores; two bilinear steps: scores to the size" in scored["statement"]
     measured = call("profile", checkpoint, "--size", "64", "64", "--runs", "1", "--json", "-", "--device", "cpu")
     (column,) = json.loads(measured.stdout)["columns"]
     product = 100 * len(CLASSES) * 64 * 64 / 1e9  # of masks and classes
     assert column["gmacs"][profiling.EVERY_OPERATION] > product
+    deployed = call("convert", checkpoint, tmp_path / "small.safetensors", "--deploy").output
+    assert "largest difference of the scores" in deployed
+    assert "logits" not in deployed
     named = call("profile", "pem_r50", "--size", "64", "64", "--runs", "1", "--json", "-", "--device", "cpu")
     assert json.loads(named.stdout)["classes"] == 150
 
@@ -123,6 +131,7 @@ def test_what_is_refused(tmp_path: Path, checkpoint: Path) -> None:
         ),
         (("convert", checkpoint, tmp_path / "a.onnx"), ".onnx is only for networks with a classifier"),
         (("profile", "pem_r50", "--classifier", "linear"), "it has no classifier to choose, got linear"),
+        (("explain", checkpoint, source, "--out", tmp_path / "o"), "pem_r50 is a mask method, without logits"),
         (("profile", "pem_r5"), "did you mean pem_r50?"),
         (("predict", checkpoint, source, "--out", tmp_path / "o", "--save", "coarse"), "does not adapt labels"),
     ):
@@ -130,3 +139,17 @@ def test_what_is_refused(tmp_path: Path, checkpoint: Path) -> None:
         assert result.exit_code == 2, words
         assert reason in result.output
         assert len(result.output.strip().splitlines()) <= 3
+
+
+@pytest.mark.parametrize("name", ["maskformer_r50", "mask2former_r50"])
+def test_a_file_whose_packages_are_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """The network is recognised, but not built: no traceback, but what to install."""
+    monkeypatch.setattr(peers, "find_spec", lambda package: None)
+    outline.cache_clear()
+    mark = family_of(name).mark
+    tensors = {f"{mark}weight": torch.zeros(4), "backbone.conv1.weight": torch.zeros(64, 3, 7, 7)}
+    torch.save({"model": tensors | {"predictor.class_embed.weight": torch.zeros(3, 8)}}, tmp_path / "x.pth")
+    result = call("convert", tmp_path / "x.pth", tmp_path / "y.safetensors")
+    assert result.exit_code == 2
+    assert f"{name} needs the packages transformers and scipy" in result.stderr
+    assert "pip install 'ssaseg[peers]'" in result.stderr
