@@ -23,9 +23,15 @@ from ssaseg.cli.weights.deploy import write_deploy
 from ssaseg.cli.weights.export import Form, write_export
 from ssaseg.cli.weights.foreign import Weights, count_rows, read_weights
 from ssaseg.cli.weights.huggingface import weights_file, write_folder
-from ssaseg.cli.weights.matching import Match, best_guess, describe_source, likely_model, match, outline
+from ssaseg.cli.weights.matching import (
+    best_guess,
+    describe_source,
+    explain_mismatch,
+    likely_model,
+    match,
+    outline,
+)
 from ssaseg.cli.weights.pretrained import PRETRAINED_SHARE
-from ssaseg.files.text import printable
 from ssaseg.files.writing import write_atomic
 from ssaseg.models import Segmenter, build_model, list_mask_models, list_models, load_model, save_model
 from ssaseg.models.checkpoint import write_tensors
@@ -271,27 +277,6 @@ def fresh(name: str, classes: int, classifier: str, options: Mapping[str, Any] |
             return build_model(name, classes, classifier, options=options, memory=False)
         except ValueError as error:
             raise CommandError(str(error)) from None
-
-
-def explain_mismatch(source: Path, weights: Weights, network: Segmenter, found: Match) -> str:
-    """An error of three lines: why a file was refused, what it looks like, and the fix."""
-    first = (
-        f"{source}: does not fit {network.name} with {network.classifier_name}: {len(found.missing)} missing, "
-        f"{len(found.unexpected)} unexpected, {len(found.misshapen)} of another shape"
-    )
-    given, other = network.classifier_name, weights.classifier
-    if found.backbone_share == 1 and given != other and (weights.mark(given) or weights.mark(other)):
-        mark = weights.mark(other)
-        looks = f"it has {mark}" if mark else f"it has no {weights.mark(given)}"
-        return f"{first}\nit looks like {other}: {looks}\nuse --classifier {other}"
-    name, fitting = likely_model(weights)
-    if weights.stated is not None:
-        return f"{first}\nits config.json says {network.name}; {best_guess(name, fitting)}\ncorrect config.json"
-    if name != network.name and fitting > found.backbone_share:
-        return f"{first}\n{best_guess(name, fitting)}\nuse --model {name}"
-    example = next(iter([*found.misshapen, *found.missing, *found.unexpected]))
-    fix = "use --allow-partial to convert what fits" if found.matched else "give another file, or another --model"
-    return f"{first}\nthe first of them: {printable(example)}\n{fix}"
 
 
 # ---- new classes -----------------------------------------------------------------------------------------------------

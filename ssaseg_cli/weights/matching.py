@@ -278,3 +278,24 @@ class _NoValues(TorchFunctionMode):
         if name.endswith("_") and not name.endswith("__"):
             return args[0] if args else kwargs["tensor"]
         return function(*args, **kwargs)
+
+
+def explain_mismatch(source: Path, weights: Weights, network: Segmenter, found: Match) -> str:
+    """An error of three lines: why a file was refused, what it looks like, and the fix."""
+    first = (
+        f"{source}: does not fit {network.name} with {network.classifier_name}: {len(found.missing)} missing, "
+        f"{len(found.unexpected)} unexpected, {len(found.misshapen)} of another shape"
+    )
+    given, other = network.classifier_name, weights.classifier
+    if found.backbone_share == 1 and given != other and (weights.mark(given) or weights.mark(other)):
+        mark = weights.mark(other)
+        looks = f"it has {mark}" if mark else f"it has no {weights.mark(given)}"
+        return f"{first}\nit looks like {other}: {looks}\nuse --classifier {other}"
+    name, fitting = likely_model(weights)
+    if weights.stated is not None:
+        return f"{first}\nits config.json says {network.name}; {best_guess(name, fitting)}\ncorrect config.json"
+    if name != network.name and fitting > found.backbone_share:
+        return f"{first}\n{best_guess(name, fitting)}\nuse --model {name}"
+    example = next(iter([*found.misshapen, *found.missing, *found.unexpected]))
+    fix = "use --allow-partial to convert what fits" if found.matched else "give another file, or another --model"
+    return f"{first}\nthe first of them: {printable(example)}\n{fix}"
