@@ -47,15 +47,13 @@ class GMMSegClassifier(PrototypeClassifier):
     }
     OPTIONS: ClassVar[Mapping[str, Option]] = {
         "components": Option(5, "Gaussians per class; officially 8 for ADE20K, 5 for COCO-Stuff", least=1, most=65_535),
-        "width": Option(
-            64, "channels of the embedding; a projection makes them, unless they are the feature's", 1, 4096
-        ),
-        "memory": Option(32_000, "pixels kept of each Gaussian; costs classes × components × width × memory × 4 B", 1),
+        "width": Option(64, "channels of the embedding; if the feature has others, it is projected", 1, 4096),
+        "memory": Option(32_000, "pixels kept; costs classes × components × width × memory × 4 B", 1),
         "samples": Option(20, "pixels of each Gaussian that enter the memory in a step", least=1),
         "interval": Option(5, "steps between two fits", least=1),
         "momentum": Option(0.999, "of the means", least=0, most=1),
         "std_momentum": Option(0.0, "of the standard deviations", least=0, most=1),
-        "official_255": Option(False, "leaves the component of number 255 untrained, as the official code does"),
+        "official_255": Option(False, "leaves component 255 untrained, as the official code does"),
     }
     CLASS_ROWS: ClassVar[Sequence[str]] = (
         *("means", "stds", "queue", "pointer", "sums", "squares"),

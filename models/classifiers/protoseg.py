@@ -49,10 +49,10 @@ class ProtoSegClassifier(PrototypeClassifier):
         "prototypes": Option(10, "prototypes per class", least=1, most=65_535),
         "momentum": Option(0.999, "of the prototypes", least=0, most=1),
         "projection": Option(True, "whether two 1×1 convolutions come before the comparison"),
+        # The official choice is a random one that depends little on the pixel.
         "assignment": Option(
             "gumbel",
-            "which prototype a pixel moves: gumbel is the official code's, a random one that depends little on the "
-            "pixel; argmax is the best one, as in the paper",
+            "which prototype a pixel moves: gumbel is official, argmax the paper's",
             choices=("gumbel", "argmax"),
         ),
     }

@@ -60,7 +60,7 @@ def refusal(path: Path) -> str:
     message = str(caught.value)
     assert message.startswith(f"{path}: ")
     assert len(message.splitlines()) <= 3
-    assert len(message) < 700
+    assert len(message) < 900
     return message
 
 

@@ -240,7 +240,7 @@ def test_nothing_reads_a_value(name: str) -> None:
         assert step.losses["main_ce"].shape == ()
 
 
-@pytest.mark.parametrize(("name", "kind"), [("ssa", None), ("linear", "all")])
+@pytest.mark.parametrize(("name", "kind"), [("ssa", None), pytest.param("linear", "all", marks=pytest.mark.slow)])
 def test_losses_compile_without_graph_break(name: str, kind: str | None) -> None:
     classifier = build(name, OPTIONS[kind] if kind else None)
     feature, labels = batch(images=2, size=32, small=8)
