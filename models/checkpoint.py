@@ -43,9 +43,8 @@ def save_model(
     is complete on the disk. Raises ValueError if `classes` does not fit the model, OSError if the file cannot be
     written.
     """
-    fixed = _identity(model)
-    metadata = {key: value for key, value in metadata.items() if key != "options"}
-    known = {**DEFAULTS, "classes": numbered(model.num_classes), **metadata, **fixed}
+    metadata = _described(model, metadata)
+    known = {**DEFAULTS, "classes": numbered(model.num_classes), **metadata}
     if len(known["classes"]) != model.num_classes:
         raise ValueError(f"metadata names {len(known['classes'])} classes, the model has {model.num_classes}")
     memory = model.memory()
@@ -53,9 +52,10 @@ def save_model(
     write_tensors(Path(path), kept, known, root)
 
 
-def _identity(model: Segmenter) -> dict[str, Any]:
-    """What the header of every checkpoint says of its model."""
-    found = {"format": FORMAT, "model": model.name, "classifier": model.classifier_name}
+def _described(model: Segmenter, metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """`metadata` with what the header of every checkpoint says of its model."""
+    found = {key: value for key, value in metadata.items() if key != "options"}
+    found |= {"format": FORMAT, "model": model.name, "classifier": model.classifier_name}
     return found | ({"options": model.options} if model.options else {})
 
 
@@ -70,8 +70,7 @@ def save_deploy(path: str | os.PathLike[str], model: Segmenter, metadata: Mappin
     Raises ValueError for a weight beyond float16's range, OSError if the file cannot be written.
     """
     deploy = {"weights": "float16", "without": model.training_only()}
-    metadata = {key: value for key, value in metadata.items() if key != "options"}
-    write_tensors(Path(path), deploy_tensors(model), {**DEFAULTS, **metadata, **_identity(model), "deploy": deploy})
+    write_tensors(Path(path), deploy_tensors(model), {**DEFAULTS, **_described(model, metadata), "deploy": deploy})
 
 
 def deploy_tensors(model: Segmenter) -> dict[str, torch.Tensor]:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ssaseg.models.classifiers.base import Loss, LossOptions, Option, Peers, TrainingStep
+from ssaseg.models.classifiers.base import Loss, LossOptions, Option, Peers
 from ssaseg.models.classifiers.losses import IGNORE
 from ssaseg.models.classifiers.protoseg import ProtoSegClassifier
 from ssaseg.models.classifiers.prototypes import Scored, evenly, gathered, new_bank, one_hot, sinkhorn, write_ring
@@ -31,6 +31,7 @@ class DNCClassifier(ProtoSegClassifier):
     the same memory.
     """
 
+    assigns: ClassVar[bool] = False  # `update` assigns those of the memory
     NOTE: ClassVar[str] = "variant, no reference"
     LOSSES: ClassVar[Mapping[str, Loss]] = {"main_ce": Loss(1.0, "cross entropy of the logits")}
     OPTIONS: ClassVar[Mapping[str, Option]] = {
@@ -63,11 +64,9 @@ class DNCClassifier(ProtoSegClassifier):
         memory: int = 1000,
         samples: int = 100,
     ) -> None:
-        if samples > memory:
-            raise ValueError(f"samples is {samples}, more than the memory of {memory}\nchoose samples={memory} or less")
         super().__init__(channels, num_classes, dropout, loss, group, prototypes, momentum, False, "argmax")
         self.samples = samples
-        self.register_buffer("queue", new_bank(num_classes, memory, channels).zero_())
+        self.register_buffer("queue", new_bank(num_classes, memory, channels, samples=samples).zero_())
         self.register_buffer("marks", torch.zeros(num_classes, memory, dtype=torch.uint8))
         self.register_buffer("pointer", torch.zeros(num_classes, dtype=torch.long))
 
@@ -75,14 +74,6 @@ class DNCClassifier(ProtoSegClassifier):
     def bank_bytes(cls, channels: int, num_classes: int, **options: Any) -> int:
         """Bytes of the memory."""
         return num_classes * channels * options.get("memory", cls.OPTIONS["memory"].default) * 4
-
-    def training_step(self, feature: Tensor, labels: Tensor, totals: Tensor | None = None) -> TrainingStep:
-        """Logits and the cross entropy, as in ProtoSeg."""
-        with torch.autocast(feature.device.type, enabled=False):
-            scored = self.compare(feature, labels, assign=False)
-            terms = {name: self.weights[name] * loss for name, loss in self.cross_entropy(scored, labels).items()}
-            with torch.no_grad():
-                return TrainingStep(scored.logits, terms, self.observe(scored))
 
     def observe(self, scored: Scored) -> Any:
         """For `update`: embeddings (G,K,S,D), marks (G,K,S,1) and how many of the S count (G,K)."""

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ssaseg.models.classifiers import losses
-from ssaseg.models.classifiers.base import Loss, LossOptions, Option, Peers, TrainingStep
+from ssaseg.models.classifiers.base import Loss, LossOptions, Option, Peers
 from ssaseg.models.classifiers.prototypes import (
     PrototypeClassifier,
     Scored,
@@ -90,8 +90,6 @@ class GMMSegClassifier(PrototypeClassifier):
         std_momentum: float = 0.0,
         official_255: bool = False,
     ) -> None:
-        if samples > memory:
-            raise ValueError(f"samples is {samples}, more than the memory of {memory}\nchoose samples={memory} or less")
         projection: nn.Module | None = None
         if width != channels:
             projection = nn.Sequential(ConvNorm(channels, width), nn.ReLU())
@@ -101,7 +99,7 @@ class GMMSegClassifier(PrototypeClassifier):
         shape = (num_classes, components, width)
         self.register_buffer("means", new_prototypes(*shape))
         self.register_buffer("stds", torch.ones(shape))
-        queue = new_bank(num_classes, components, memory, width).normal_()
+        queue = new_bank(num_classes, components, memory, width, samples=samples).normal_()
         self.register_buffer("queue", queue.div_(queue.norm(dim=-1, keepdim=True)))
         self.register_buffer("pointer", torch.zeros(num_classes, components, dtype=torch.long))
         # Sums over the memory, float64: they change by single entries, and must not drift.
@@ -160,24 +158,17 @@ class GMMSegClassifier(PrototypeClassifier):
         counted = super().counted(target)
         return counted & (target != COLLISION) if self.official_255 else counted
 
-    def training_step(self, feature: Tensor, labels: Tensor, totals: Tensor | None = None) -> TrainingStep:
-        """Logits and weighted losses; labels (N,H,W): integers in [0, K) or 255 = ignored.
-
-        The cross entropy is that of the plain classifier; the contrast is a mean over the pixels that count.
-        """
-        with torch.autocast(feature.device.type, enabled=False):
-            scored = self.compare(feature, labels)
-            found: dict[str, Tensor] = {}
-            if self.weights["main_ce"]:
-                image = losses.full_resolution_terms(
-                    scored.logits, labels, align_corners=False, dice=False, weighing=self.weighing
-                )
-                found["main_ce"] = image.cross_entropy.sum() / labels.numel()
-            if self.weights["contrast"]:
-                found["contrast"] = losses.group_ratio(scored.contrast, scored.counted, scored.members)
-            terms = {name: self.weights[name] * loss for name, loss in found.items()}
-            with torch.no_grad():
-                return TrainingStep(scored.logits, terms, self.observe(scored))
+    def unweighted(self, scored: Scored, labels: Tensor) -> dict[str, Tensor]:
+        """The cross entropy is that of the plain classifier; the contrast is a mean over the pixels that count."""
+        found: dict[str, Tensor] = {}
+        if self.weights["main_ce"]:
+            image = losses.full_resolution_terms(
+                scored.logits, labels, align_corners=False, dice=False, weighing=self.weighing
+            )
+            found["main_ce"] = image.cross_entropy.sum() / labels.numel()
+        if self.weights["contrast"]:
+            found["contrast"] = losses.group_ratio(scored.contrast, scored.counted, scored.members)
+        return found
 
     def observe(self, scored: Scored) -> Any:
         """For `update`: embeddings (n,D), the Gaussian of each (n,), K·M if none, and the classes seen (1,K)."""

@@ -13,9 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ssaseg.models.classifiers.adaptation import upsampled_terms
-from ssaseg.models.classifiers.base import Loss, LossOptions, Option, Peers, TrainingStep
-from ssaseg.models.classifiers.losses import class_pixels
+from ssaseg.models.classifiers import losses
+from ssaseg.models.classifiers.base import Loss, LossOptions, Option, Peers
 from ssaseg.models.classifiers.prototypes import PrototypeClassifier, Scored, known_labels, new_prototypes, one_hot
 from ssaseg.models.rows import Row
 
@@ -91,31 +90,18 @@ class ProtoSegClassifier(PrototypeClassifier):
         """Cosines. (…,D), (D,k) → (…,k)."""
         return embedding @ table[0]
 
-    def training_step(self, feature: Tensor, labels: Tensor, totals: Tensor | None = None) -> TrainingStep:
-        """Logits and weighted losses; labels (N,H,W): integers in [0, K) or 255 = ignored.
-
-        The cross entropy upsamples with align_corners=True; all means are over the pixels that are not ignored.
-        """
-        with torch.autocast(feature.device.type, enabled=False):
-            scored = self.compare(feature, labels)
-            found = self.cross_entropy(scored, labels)
-            if self.weights.get("contrast"):
-                found["contrast"] = self.mean_over_pixels(scored.contrast, scored)
-            if self.weights.get("distance"):
-                found["distance"] = self.mean_over_pixels(scored.distance, scored)
-            terms = {name: self.weights[name] * loss for name, loss in found.items()}
-            with torch.no_grad():
-                return TrainingStep(scored.logits, terms, self.observe(scored))
-
-    def cross_entropy(self, scored: Scored, labels: Tensor) -> dict[str, Tensor]:
-        """The loss `main_ce`, unless its weight is 0."""
-        if not self.weights["main_ce"]:
-            return {}
-        pixels = class_pixels(labels, self.num_classes)
-        terms = upsampled_terms(
-            "other", scored.logits, labels, pixels, scored.members, None, dice=False, weighing=self.weighing
-        )
-        return {"main_ce": terms["other_ce"]}
+    def unweighted(self, scored: Scored, labels: Tensor) -> dict[str, Tensor]:
+        """The cross entropy upsamples with align_corners=True; all means are over the pixels that are not ignored."""
+        found: dict[str, Tensor] = {}
+        if self.weights["main_ce"]:
+            image = losses.full_resolution_terms(
+                scored.logits, labels, align_corners=True, dice=False, weighing=self.weighing
+            )
+            found["main_ce"] = losses.group_ratio(image.cross_entropy, image.valid, scored.members)
+        for name, sums in (("contrast", scored.contrast), ("distance", scored.distance)):
+            if self.weights.get(name):  # DNC has none
+                found[name] = self.mean_over_pixels(sums, scored)
+        return found
 
     def observe(self, scored: Scored) -> Any:
         """For `update`: the sum over groups of the prototypes after this step (K,M,D), and the number of groups ()."""

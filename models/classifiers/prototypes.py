@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from ssaseg.models.classifiers import losses
-from ssaseg.models.classifiers.base import Classifier, LossOptions
+from ssaseg.models.classifiers.base import Classifier, LossOptions, TrainingStep
 
 SINKHORN_STEPS = 3
 SINKHORN_EPSILON = 0.05
@@ -41,13 +41,14 @@ class Scored(NamedTuple):
 
 
 class PrototypeClassifier(Classifier):
-    """The base of ProtoSeg, GMMSeg and DNC. A subclass has `table` and `score`, its losses, and `update`.
+    """The base of ProtoSeg, GMMSeg and DNC. A subclass has `table`, `score`, `unweighted`, `observe` and `update`.
 
     `count` is M, `width` is D. All arithmetic is float32, under autocast too: exp(cosine / 0.05) exceeds float16. What
     is as large as pixels × prototypes exists for one image at a time, and is computed again in the backward pass.
     """
 
     uses_groups = True
+    assigns: ClassVar[bool] = True  # whether a step assigns its own pixels to prototypes
     OFFICIAL_FILES: ClassVar[bool] = False  # ProtoSeg's and GMMSeg's are of networks that are not here
 
     def __init__(
@@ -105,10 +106,26 @@ class PrototypeClassifier(Classifier):
         """Whether a loss compares a pixel with the prototypes of all classes."""
         return bool(self.weights.get("contrast") or self.weights.get("distance"))
 
-    def compare(self, feature: Tensor, labels: Tensor, assign: bool = True) -> Scored:
+    def training_step(self, feature: Tensor, labels: Tensor, totals: Tensor | None = None) -> TrainingStep:
+        """Logits and weighted losses; labels (N,H,W): integers in [0, K) or 255 = ignored."""
+        with torch.autocast(feature.device.type, enabled=False):
+            scored = self.compare(feature, labels)
+            terms = {name: self.weights[name] * loss for name, loss in self.unweighted(scored, labels).items()}
+            with torch.no_grad():
+                return TrainingStep(scored.logits, terms, self.observe(scored))
+
+    def unweighted(self, scored: Scored, labels: Tensor) -> dict[str, Tensor]:
+        """The losses whose weight is not 0."""
+        raise NotImplementedError
+
+    def observe(self, scored: Scored) -> Any:
+        """What `update` needs of a micro-batch."""
+        raise NotImplementedError
+
+    def compare(self, feature: Tensor, labels: Tensor) -> Scored:
         """Logits, assignment and contrast of a batch in training. feature (N,C,h,w), labels (N,H,W).
 
-        Without `assign`, no pixel is assigned: the assignment is empty, and the component is 0.
+        Without `assigns`, no pixel is assigned: the assignment is empty, and the component is 0.
         """
         size = feature.shape[-2:]
         embedding = self.embed(feature.float())
@@ -116,7 +133,7 @@ class PrototypeClassifier(Classifier):
         small = losses.resize_labels(labels, size).flatten(1)
         members = losses.group_matrix(len(labels), self.group, feature.device)
         with torch.no_grad():
-            assignment = self._assign(embedding, small, table) if assign else embedding.new_zeros(*small.shape, 1)
+            assignment = self._assign(embedding, small, table) if self.assigns else embedding.new_zeros(*small.shape, 1)
             component = assignment.argmax(dim=-1)
             target = torch.where(small == losses.IGNORE, -1, small * self.count + component)
         found = [
@@ -180,8 +197,15 @@ def new_prototypes(num_classes: int, count: int, width: int) -> Tensor:
     return nn.init.trunc_normal_(torch.empty(num_classes, count, width), std=0.02)
 
 
-def new_bank(*shape: int) -> Tensor:
-    """An uninitialised float32 memory. Raises ValueError if it is larger than the machine's memory."""
+def new_bank(*shape: int, samples: int) -> Tensor:
+    """An uninitialised float32 memory (…,T,D), which gets up to `samples` entries at once.
+
+    Raises ValueError if T is less than that, or if it is larger than the machine's memory.
+    """
+    if samples > shape[-2]:
+        raise ValueError(
+            f"samples is {samples}, more than the memory of {shape[-2]}\nchoose samples={shape[-2]} or less"
+        )
     needed = math.prod(shape) * 4
     if torch.get_default_device().type == "cpu" and hasattr(os, "sysconf"):
         installed = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
