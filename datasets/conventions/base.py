@@ -1,0 +1,83 @@
+"""What every convention of annotation tools offers: how it is recognised, and how its labels become class ids.
+
+Training reads masks of class ids and COCO-format files. All other conventions are converted once, by `ssaseg data
+prepare`, as decoding them in each epoch would cost several times as much.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import numpy as np
+
+from ssaseg.datasets.pairs import walk
+
+Colour = tuple[int, int, int]  # RGB, 0..255
+
+
+@dataclass(frozen=True)
+class Tree:
+    """All visible files below a folder, listed once for all conventions."""
+
+    root: Path
+
+    @cached_property
+    def files(self) -> tuple[PurePosixPath, ...]:
+        """Paths below `root`, sorted."""
+        return tuple(PurePosixPath(path.relative_to(self.root).as_posix()) for path in walk(self.root))
+
+    @cached_property
+    def by_suffix(self) -> Mapping[str, list[PurePosixPath]]:
+        """The same by suffix, in lower case and with its dot."""
+        groups: dict[str, list[PurePosixPath]] = {}
+        for file in self.files:
+            groups.setdefault(file.suffix.lower(), []).append(file)
+        return groups
+
+    def named(self, *names: str) -> Iterator[PurePosixPath]:
+        """Files with one of these names (lower case), in any folder; those nearest to the root come first."""
+        found = (file for file in self.files if file.name.lower() in names)
+        return iter(sorted(found, key=lambda file: (len(file.parts), file)))
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the user says where files do not: arguments of `ssaseg data prepare`."""
+
+    table: Path | None = None  # file of class names, with colours where masks have colours
+    background: str | None = None  # class of the pixels that no annotation covers; None: the convention's own rule
+
+
+@dataclass(frozen=True)
+class Item:
+    """One image and its annotation."""
+
+    split: str  # "train", "val"; "all" where the source has no splits
+    name: str  # of the files that are written: with / and without suffix
+    image: Path
+    label: Any  # what `Source.read` needs; it is sent to worker processes
+
+
+@dataclass
+class Source:
+    """A folder in some convention, ready to be converted."""
+
+    items: list[Item]
+    classes: list[str]  # in the order of the train ids
+    read: Callable[[Item], np.ndarray]  # train ids uint8 (H, W), 255 = ignored; raises DataError, OSError; picklable
+    palette: list[Colour] | None = None
+    notes: list[str] = field(default_factory=list)  # what was found, and which rules are used
+
+
+@dataclass(frozen=True)
+class Convention:
+    """One way in which annotation tools write labels."""
+
+    kind: str  # the argument of `ssaseg data prepare`
+    what: str  # what its folder holds, on one line, for the help
+    recognise: Callable[[Tree], str | None]  # what shows that a folder has it, in words; None: it has not
+    open: Callable[[Tree, Options], Source]  # raises DataError where the folder cannot be used
