@@ -27,6 +27,7 @@ from ssaseg.cli.weights.matching import (
     best_guess,
     describe_source,
     explain_mismatch,
+    file_names,
     likely_model,
     match,
     outline,
@@ -213,7 +214,10 @@ def open_official(request: Request, weights: Weights, name: str) -> Opened:
         classes, likely = max(classes - 1, 1), MASKS  # the last row is of "no object"
     network = fresh(name, classes, request.classifier or likely)
     heading = describe_source(source, weights, f"{name}, {network.classifier_name}, {classes} classes")
-    found, tensors = match(network, weights, heading)
+    absent: list[str] = []
+    if weights.stated is not None and not weights.stated.auxiliary:
+        absent = [each for key, each in file_names(network, weights).items() if key.startswith("auxiliary.")]
+    found, tensors = match(network, weights, heading, absent)
     echo(str(found))
     if not (found.complete or (request.allow_partial and found.matched)):
         raise CommandError(explain_mismatch(source, weights, network, found))

@@ -24,6 +24,7 @@ from ssaseg.models.header import MOST_CLASSES, SCHEMA
 from ssaseg.models.networks import segformer, segformer_nvidia, swin, upernet
 from ssaseg.models.official import official_entries
 from ssaseg.recipes import RecipeError, parse_protocol
+from ssaseg.recipes.fields import LARGEST_SIDE
 
 CONFIG, PREPROCESSOR = "config.json", "preprocessor_config.json"
 FILES = ("model.safetensors", "pytorch_model.bin")  # the first that is there is read
@@ -54,7 +55,6 @@ STAGES = ["stage1", "stage2", "stage3", "stage4"]
 UPERNET: dict[str, Any] = {
     "hidden_size": 512,
     "pool_scales": list(upernet.POOLS),
-    "use_auxiliary_head": True,
     "auxiliary_channels": 256,
     "auxiliary_num_convs": 1,
     "auxiliary_concat_input": False,
@@ -80,6 +80,7 @@ class Stated(NamedTuple):
     classes: list[str] | None  # None: there are no names
     metadata: dict[str, Any]  # for our header: mean, std, protocol, reduce_zero_label
     lines: tuple[str, ...]  # for the user
+    auxiliary: bool = True  # whether the weights hold the auxiliary heads of the network
 
 
 # ---- reading -------------------------------------------------------------------------------------------------------
@@ -128,7 +129,10 @@ def read_stated(file: Path) -> Stated | None:
     if not whole:
         return Stated(architecture, whole, model, None, {}, ())
     metadata, lines = _preprocessing(file.parent / PREPROCESSOR)
-    return Stated(architecture, whole, model, _classes(path, config), metadata, lines)
+    auxiliary = config.get("use_auxiliary_head", True) is not False
+    if not auxiliary:
+        lines = (*lines, "  no auxiliary head in the folder: this network's gets new weights; only training uses it")
+    return Stated(architecture, whole, model, _classes(path, config), metadata, lines, auxiliary)
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -270,6 +274,8 @@ def _scale(path: Path, size: Any) -> tuple[list[int], str]:
     """`test.scale` for an image processor's `size`, and a phrase."""
     forms = (("width", "height"), ("longest_edge", "shortest_edge"))
     given = {"width": size, "height": size} if _is_number(size) else size
+    if isinstance(given, dict) and set(given) == {"shortest_edge"}:
+        given = given | {"longest_edge": LARGEST_SIDE}  # in effect no limit
     form = next((form for form in forms if isinstance(given, dict) and all(given.get(key) for key in form)), None)
     sides = [] if form is None else [given[key] for key in form]
     if form is None or any(not isinstance(side, int) or isinstance(side, bool) for side in sides):

@@ -125,6 +125,27 @@ def test_official_names_there_and_back(tmp_path: Path) -> None:
     assert all(torch.equal(value, again[key]) for key, value in model.state_dict().items())
 
 
+def test_a_folder_without_auxiliary_head(tmp_path: Path) -> None:
+    """All other weights are taken, and the size without an upper limit is read."""
+    from safetensors.torch import load_file, save_file
+
+    model = network("upernet_swin_x")
+    folder = folder_of(tmp_path, model)
+    state = load_file(folder / "model.safetensors")
+    kept = {key: value for key, value in state.items() if not key.startswith("auxiliary_head.")}
+    assert len(kept) < len(state)
+    save_file(kept, folder / "model.safetensors", {"format": "pt"})
+    change(folder / "config.json", use_auxiliary_head=False)
+    change(folder / "preprocessor_config.json", do_resize=True, size={"shortest_edge": 512})
+    output = done(folder, tmp_path / "back.safetensors")
+    assert "no auxiliary head in the folder" in output
+    loaded, metadata = load_model(tmp_path / "back.safetensors")
+    assert min(metadata["protocol"]["scale"]) == 512
+    assert max(metadata["protocol"]["scale"]) == 16384
+    own, back = model.state_dict(), loaded.state_dict()
+    assert all(torch.equal(value, back[key]) for key, value in own.items() if not key.startswith("auxiliary."))
+
+
 def test_files_of_older_versions(tmp_path: Path) -> None:
     """A pickle, a single size, `reduce_labels`; buffers that follow from the window, a norm that nothing uses."""
     from safetensors.torch import load_file
