@@ -34,9 +34,12 @@ class Region(NamedTuple):
 
 
 class Content(NamedTuple):
-    """One file: names of categories by id; by an image's file name its (H, W), and its regions in the file's order."""
+    """One file: names of categories, and what they are a group or a part of, by id; by an image's file name its (H, W),
+    and its regions in the file's order.
+    """
 
     categories: dict[int, str]
+    groups: dict[int, str | None]
     sizes: dict[str, tuple[int, int]]
     regions: dict[str, list[Region]]
 
@@ -48,7 +51,7 @@ def read_annotations(file: Path) -> Content:
     Raises DataError for this and for a file that is not in COCO format.
     """
     document = read_document(file)
-    categories = _categories(file, document)
+    categories, groups = _categories(file, document)
     images = _images(file, document)
     sizes = dict(images.values())
     regions: dict[str, list[Region]] = {name: [] for name in sizes}
@@ -71,7 +74,7 @@ def read_annotations(file: Path) -> Content:
         known = first_names([brief(number) for number in images])
         expected = f"expected image_id to be the id of an image: {known}"
         raise DataError(f"{file}: no annotation belongs to an image\n{expected}")
-    return Content(categories, sizes, regions)
+    return Content(categories, groups, sizes, regions)
 
 
 def read_document(
@@ -145,8 +148,10 @@ def _key(where: str, entry: dict[str, Any], name: str) -> Any:
     return entry[name]
 
 
-def _categories(file: Path, document: dict[str, Any]) -> dict[int, str]:
+def _categories(file: Path, document: dict[str, Any]) -> tuple[dict[int, str], dict[int, str | None]]:
+    """Names, and supercategories, by id."""
     categories: dict[int, str] = {}
+    groups: dict[int, str | None] = {}
     for where, entry in _entries(file, document, "categories", ("id", "name")):
         if not isinstance(entry["id"], int) or not isinstance(entry["name"], str) or not entry["name"]:
             name = brief(entry["name"])
@@ -154,7 +159,9 @@ def _categories(file: Path, document: dict[str, Any]) -> dict[int, str]:
         if categories.setdefault(entry["id"], entry["name"]) != entry["name"]:
             both = f"{categories[entry['id']]} and {entry['name']}"
             raise DataError(f"{where} is used for {both}\nexpected a different id for each category")
-    return categories
+        group = entry.get("supercategory")
+        groups[entry["id"]] = group if isinstance(group, str) else None
+    return categories, groups
 
 
 def _images(file: Path, document: dict[str, Any]) -> dict[Any, tuple[str, tuple[int, int]]]:
@@ -171,6 +178,7 @@ def _images(file: Path, document: dict[str, Any]) -> dict[Any, tuple[str, tuple[
             raise DataError(f"{where}: {size}\nexpected at most {MAX_PIXELS:,} pixels\nsplit the image")
         if not isinstance(name, str):
             raise DataError(f"{where}: file_name is {brief(name)}\nexpected a path below the folder of images")
+        name = name.replace("\\", "/")  # written on Windows: no file that is read has a backslash in its name
         require_below(f"{where}: file_name", name)
         if name in names or _key(where, entry, "id") in images:
             raise DataError(f"{where}: {name}: its id or name is used twice\nexpected one entry an image\nremove one")

@@ -84,6 +84,7 @@ def _coco(split: str, root: Path, options: Mapping[str, Any]) -> Dataset:
         options.get("palette"),
         options.get("background"),
         options.get("cache", False),
+        Path(root) / folders["names"] if folders.get("names") else None,
     )
     regions.preload()
     return regions

@@ -116,6 +116,9 @@ def look_through(
             f"{dataset.fix or 'check data.ignore_index, data.reduce_zero_label and data.raw_to_train'}"
         )
         findings.problems.append(Problem("error", text, "nothing labelled"))
+    # Only COCO-format annotations have pixels in no region; of a sample, the share is about the same.
+    if (uncovered := getattr(dataset, "uncovered", None)) and (text := uncovered(findings.pixels)):
+        findings.problems.append(Problem("warning", text, "pixels in no region"))
     if len(indices) == len(dataset):
         broken = findings.count("error") > 0
         warnings = [

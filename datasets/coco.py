@@ -21,8 +21,9 @@ from ssaseg.datasets.annotations import Region, read_annotations, region_runs
 from ssaseg.datasets.base import IGNORED, DataError, PairFacts, Palette, default_palette, file_sizes
 from ssaseg.datasets.decoding import read_image
 from ssaseg.datasets.inspection import inspect_loaded
-from ssaseg.datasets.pairs import first_names
+from ssaseg.datasets.pairs import first_names, read_names
 
+UNCOVERED = 0.01  # share of pixels in no region that may be ignored without a warning
 MOST_RUNS = 2**26  # run lengths of all regions of an image: 0.5 GB
 
 Pair = tuple[np.ndarray, np.ndarray]  # image, label
@@ -34,6 +35,7 @@ class CocoDataset:
     Classes are the categories of the files in the order of their ids, or the names in `classes`, in their order;
     categories of the same name are one class. `background` is the class of pixels without annotation: one of `classes`,
     or, without `classes`, one more class before those of the files. Images are those of all files, sorted by name.
+    `names` is a file that lists the images to use, one name a line, with or without suffix; without it all are used.
     Labels are painted when they are requested; memory holds the regions as the files have them. `cache` keeps every
     decoded pair in memory, as read-only arrays.
 
@@ -56,6 +58,7 @@ class CocoDataset:
         palette: Sequence[Sequence[int]] | None = None,
         background: str | None = None,
         cache: bool = False,
+        names: Path | None = None,
     ) -> None:
         self.annotation_files = tuple(annotations)
         categories: list[tuple[int, str]] = []
@@ -75,7 +78,7 @@ class CocoDataset:
         self.valid_raw = np.isin(np.arange(256), [*range(len(self.classes)), IGNORED])
         self.label_lut = np.where(self.valid_raw, np.arange(256), IGNORED).astype(np.uint8)
 
-        files = sorted(layers)
+        files = sorted(layers) if names is None else _listed(sorted(layers), names, self.annotation_files)
         self.image_files = [Path(images) / file for file in files]
         _require_images(self.image_files, self.annotation_files)
         self._names = [PurePosixPath(file).with_suffix("").as_posix() for file in files]
@@ -157,6 +160,13 @@ class CocoDataset:
         """See `Dataset.inspect`: the image is always decoded, and only the first error of a pair is found."""
         return inspect_loaded(self, index)
 
+    def uncovered(self, pixels: np.ndarray) -> str | None:
+        """A warning where many pixels are in no region and ignored. `pixels`: of each train id, int64 (256,)."""
+        share = pixels[IGNORED] / max(pixels.sum(), 1)
+        if self._rest != IGNORED or share < UNCOVERED:
+            return None
+        return f"{share:.0%} of pixels are in no region: ignored; `data.background` makes them a class"
+
     def identity(self) -> list[str]:
         """Sizes of the image files, then of the annotation files [bytes]. Raises OSError where a file is missing."""
         return file_sizes([*self.image_files, *self.annotation_files])
@@ -216,6 +226,20 @@ def _classes(
     if palette:
         return tuple(classes), tuple((red, green, blue) for red, green, blue in palette)
     return tuple(classes), default_palette(len(classes))
+
+
+def _listed(files: Sequence[str], names: Path, annotations: Sequence[Path]) -> list[str]:
+    """Those of `files` that the list `names` has. Raises DataError where one of its names is not among them."""
+    wanted = {name.strip() for name in read_names(names)}
+    chosen = [file for file in files if file in wanted or PurePosixPath(file).with_suffix("").as_posix() in wanted]
+    found = {name for file in chosen for name in (file, PurePosixPath(file).with_suffix("").as_posix())}
+    if absent := sorted(wanted - found):
+        where = first_names([str(file) for file in annotations])
+        raise DataError(
+            f"{names}: {len(absent)} of {len(wanted)} names have no image in {where}: {first_names(absent)}\n"
+            "expected names as in file_name, with or without suffix\ncorrect the list"
+        )
+    return chosen
 
 
 def _require_images(images: Sequence[Path], files: Sequence[Path]) -> None:

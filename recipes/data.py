@@ -65,7 +65,7 @@ class Synthetic(Section):
 
 # By data set: the key with a split's labels, and the keys of a split that the data set does not use.
 _LABELS = {"folder": "masks: annotations/*", "coco_json": "annotations: instances_*.json"}
-_UNUSED = {"folder": ("annotations",), "coco_json": ("masks", "names")}
+_UNUSED = {"folder": ("annotations",), "coco_json": ("masks",)}
 # By key of `data`: the data sets that use it. For the other data sets its value is fixed.
 _USERS: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("classes", "palette", "train", "val"), ("folder", "coco_json")),

@@ -20,7 +20,7 @@ FOLDERS = {"cli": "ssaseg_cli", "models": "models", "datasets": "datasets", "rec
 MAY_IMPORT = {
     "files": {"ssaseg.files"},
     "models": {"torch", "safetensors", "ssaseg.files", "ssaseg.models"},
-    "datasets": {"torch", "numpy", "cv2", "PIL", "pycocotools", "scipy", "ssaseg.files", "ssaseg.datasets"},
+    "datasets": {"torch", "numpy", "cv2", "PIL", "pycocotools", "scipy", "yaml", "ssaseg.files", "ssaseg.datasets"},
     "recipes": {"yaml", "pydantic", "pydantic_core", "ssaseg.files", "ssaseg.recipes"},
     "cli": {"torch", "numpy", "cv2", "PIL", "pycocotools", "safetensors", "click", "rich", "tqdm", "matplotlib"}
     | {f"ssaseg.{part}" for part in ("files", "models", "datasets", "recipes", "cli")},

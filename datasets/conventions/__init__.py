@@ -3,9 +3,16 @@
 from __future__ import annotations
 
 from ssaseg.datasets.conventions.base import Convention, Tree
+from ssaseg.datasets.conventions.cvat import CVAT
+from ssaseg.datasets.conventions.kitti import KITTI
+from ssaseg.datasets.conventions.labelme import LABELME
+from ssaseg.datasets.conventions.panoptic import PANOPTIC
+from ssaseg.datasets.conventions.supervisely import SUPERVISELY
+from ssaseg.datasets.conventions.via import VIA
+from ssaseg.datasets.conventions.yolo import YOLO
 
 # A convention whose files prove more comes before one that would accept the same folder.
-CONVENTIONS: tuple[Convention, ...] = ()
+CONVENTIONS: tuple[Convention, ...] = (PANOPTIC, SUPERVISELY, LABELME, VIA, CVAT, KITTI, YOLO)
 
 
 def recognise(tree: Tree) -> tuple[Convention, str] | None:

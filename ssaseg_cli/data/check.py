@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ssaseg.cli.console import json_target, print_table, write_json
+from ssaseg.cli.data.init_coco import look_at_coco
 from ssaseg.cli.data.reading import look_at, read_through
 from ssaseg.cli.errors import CommandError
 from ssaseg.cli.printing import echo
@@ -152,6 +153,10 @@ def _is_whole(build: Callable[[str], Dataset], counts: Mapping[str, int]) -> boo
 
 def _of_folder(root: Path) -> Target:
     """Image and mask folders as `data init` finds them, with the classes that it would write."""
+    if coco := look_at_coco(root):
+        notes = "".join(f"\n- {note}" for note in coco.all_notes())
+        build_coco = {split: partial(dict.__getitem__, coco.pairs, split) for split in coco.pairs}
+        return Target(f"{root}: images and annotations as `ssaseg data init` finds them{notes}", build_coco, {})
     own = look_at(root)
     labels = own.labels
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from ssaseg.cli.data.init_coco import look_at_coco
 from ssaseg.cli.data.reading import look_at, look_at_published
 from ssaseg.cli.data.recipe_text import OwnData, recipe_text
 from ssaseg.cli.errors import CommandError
@@ -35,7 +36,7 @@ def run_init(root: Path, out: Path | None, model: str, classifier: str) -> int:
         raise CommandError(f"--model {model}: no such network\nexpected one of: {', '.join(list_models())}\n{fix}")
     out = _target(root, out)
     name, notes = find_published(root)
-    own = look_at(root) if name is None else look_at_published(name, root)
+    own = (look_at_coco(root) or look_at(root)) if name is None else look_at_published(name, root)
     own.notes += notes
     lists = {split: out.with_name(f"{out.stem}.{split}.txt") for split in ("train", "val")}
     splits = _splits(own)
@@ -108,7 +109,7 @@ def _is_no_line(name: str) -> bool:
 
 def _only_for_validation(own: OwnData, splits: dict[str, list[str]]) -> list[str]:
     """A note where classes have pixels in the validation split, but none in the training split."""
-    if own.published:
+    if own.published or (own.coco and "train" not in own.per_split):
         return []
     if "train" in own.per_split:
         unseen = own.per_split["train"].masks == 0

@@ -54,7 +54,7 @@ def look_at(root: Path) -> OwnData:
         for split, (images, masks), listed in _splits(found)
     }
     per_split = {split: read_through(each, f"read {split}", decoded=0) for split, each in pairs.items()}
-    findings = reduce(_join, per_split.values())
+    findings = reduce(join_findings, per_split.values())
     names, notes = read_class_names(root)
     if not findings.pixels.any():
         raise _no_mask(pairs, findings)
@@ -85,7 +85,7 @@ def look_at_published(name: str, root: Path) -> OwnData:
         notes.append(f"ssaseg already has recipes for it, such as {ready[0]}")
     labels = Labels(list(pairs["train"].classes), [])
     found = Found(folders, layout.mask_suffix, (layout.image_suffix,), notes=notes)
-    return OwnData(root, found, pairs, reduce(_join, per_split.values()), labels, per_split, name)
+    return OwnData(root, found, pairs, reduce(join_findings, per_split.values()), labels, per_split, name)
 
 
 def read_through(dataset: Dataset, verb: str, decoded: int | None = None) -> Findings:
@@ -123,7 +123,7 @@ def _splits(found: Found) -> Iterator[tuple[str, tuple[str, str], str | None]]:
             yield split, folders, None
 
 
-def _join(one: Findings, other: Findings) -> Findings:
+def join_findings(one: Findings, other: Findings) -> Findings:
     return Findings(
         one.read + other.read,
         one.pixels + other.pixels,

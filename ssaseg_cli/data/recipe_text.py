@@ -13,6 +13,7 @@ from ssaseg.cli.device import count_cores
 from ssaseg.datasets import Dataset, default_palette
 from ssaseg.datasets.check import Findings
 from ssaseg.datasets.classnames import Labels
+from ssaseg.datasets.conventions.coco import FoundCoco
 from ssaseg.datasets.pairs import IMAGE_SUFFIXES
 from ssaseg.datasets.survey import Found
 from ssaseg.recipes import RecipeError, recipe_file
@@ -32,6 +33,7 @@ class OwnData:
     labels: Labels
     per_split: dict[str, Findings] = field(default_factory=dict)  # split -> findings of this split
     published: str | None = None  # name of the published data set that it is; its folders and classes are known
+    coco: FoundCoco | None = None  # COCO-format annotations in place of masks
     notes: list[str] = field(default_factory=list)
 
     def all_notes(self) -> list[str]:
@@ -107,6 +109,9 @@ def _header(
 
 
 def _folders(own: OwnData, lists: dict[str, Path]) -> Iterator[str]:
+    if own.coco:
+        yield from _coco(own.coco, own.root, lists)
+        return
     for split in ("train", "val"):
         images, masks = own.found.folders.get(split) or own.found.folders["all"]
         folders = f"images: {_quote(images)}, masks: {_quote(masks)}"
@@ -119,6 +124,17 @@ def _folders(own: OwnData, lists: dict[str, Path]) -> Iterator[str]:
     if own.found.image_suffixes != IMAGE_SUFFIXES:
         yield f"  image_suffixes: [{', '.join(map(_quote, own.found.image_suffixes))}]"
     yield f"  mask_suffix: {_quote(own.found.mask_suffix)}"
+
+
+def _coco(coco: FoundCoco, root: Path, lists: dict[str, Path]) -> Iterator[str]:
+    yield "  dataset: coco_json"
+    for split in ("train", "val"):
+        place = coco.splits.get(split) or coco.splits["all"]
+        files = f"images: {_quote(place.images)}, annotations: [{', '.join(map(_quote, place.annotations))}]"
+        names = os.path.relpath(os.path.realpath(lists[split]), os.path.realpath(root)) if lists else None
+        yield f"  {split}: {{{files}{f', names: {_quote(names)}' if names else ''}}}"
+    if coco.background:
+        yield f"  background: {_quote(coco.background)} # class of pixels in no region; null: they are ignored"
 
 
 def _classes(own: OwnData) -> Iterator[str]:

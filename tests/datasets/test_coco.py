@@ -16,7 +16,7 @@ from pycocotools import mask as mask_utils
 
 from ssaseg.datasets import DataError, build_dataset, default_palette
 from ssaseg.datasets.annotations import run_lengths
-from ssaseg.datasets.check import require_same_classes
+from ssaseg.datasets.check import check_dataset, require_same_classes
 from ssaseg.datasets.coco import CocoDataset
 from ssaseg.recipes import RecipeError, parse_recipe
 
@@ -409,6 +409,39 @@ def test_a_recipe_names_folder_and_files(tmp_path: Path) -> None:
             parse_recipe({**rest, "train": {"steps": 1}, "data": {**data, **wrong}}, "my.yaml")
 
 
+def test_backslashes_in_file_names_are_slashes(tmp_path: Path) -> None:
+    put(tmp_path / "images/b/a.png", HEIGHT, WIDTH)
+    content = document((3, [[1, 1, 9, 1, 9, 9]]))
+    content["images"][0]["file_name"] = "b\\a.png"
+    (tmp_path / "0.json").write_text(json.dumps(content))
+    found = CocoDataset(tmp_path / "images", [tmp_path / "0.json"])
+    assert found.name(0) == "b/a"
+    assert found.load(0)[0].shape == (HEIGHT, WIDTH, 3)
+
+
+def test_a_list_of_names_chooses_images(tmp_path: Path) -> None:
+    content = document((3, [[1, 1, 9, 1, 9, 9]]))
+    content["images"] += [
+        {"id": number, "file_name": f"{number}.png", "height": HEIGHT, "width": WIDTH} for number in (2, 3)
+    ]
+    dataset(tmp_path, content)
+    names = tmp_path / "names.txt"
+    names.write_text("a\n3.png\n")
+    found = CocoDataset(tmp_path / "images", [tmp_path / "0.json"], names=names)
+    assert [found.name(index) for index in range(len(found))] == ["3", "a"]
+    names.write_text("a\n4\n")
+    message = refusal(lambda: CocoDataset(tmp_path / "images", [tmp_path / "0.json"], names=names))
+    assert "1 of 2 names have no image in" in message
+    assert message.splitlines()[0].endswith(": 4")
+
+
+def test_pixels_in_no_region_are_said(tmp_path: Path) -> None:
+    content = document((3, rle(square(0, 0, 20))), (7, rle(square(20, 0, 10))))
+    (warning,) = [problem for problem in check_dataset(dataset(tmp_path, content)) if "region" in problem.text]
+    assert warning.text == "58% of pixels are in no region: ignored; `data.background` makes them a class"
+    assert not [each for each in check_dataset(dataset(tmp_path, content, background="b")) if "region" in each.text]
+
+
 DEEP = "[" * 900 + "]" * 900
 TEETH = [value for k in range(20_000) for value in (k % 2 * 600, k % 2 * 600)]  # from corner to corner, for ever
 
@@ -423,7 +456,8 @@ TEETH = [value for k in range(20_000) for value in (k % 2 * 600, k % 2 * 600)]  
         ({"file_name": "b/../../a.png"}, ["a path with `..`"]),
         ({"file_name": "/etc/a.png"}, ["a path from the root"]),
         ({"file_name": "C:/a.png"}, ["a path from the root"]),
-        ({"file_name": "b\\a.png"}, ["a backslash"]),
+        ({"file_name": "b\\..\\..\\a.png"}, ["a path with `..`"]),
+        ({"file_name": "C:\\a.png"}, ["a path from the root"]),
         ({"file_name": "a\0.png"}, ["a control character", "x00"]),
         ({"file_name": "\x1b[2J.png"}, ["a control character", "x1b"]),
         ({"file_name": "x" * 300}, ["more than 255 characters"]),

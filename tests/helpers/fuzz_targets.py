@@ -1,6 +1,7 @@
 """What `fuzzing` tries: how to make an input of each kind, and what reads it."""
 
 import argparse
+import base64
 import contextlib
 import io
 import json
@@ -34,6 +35,8 @@ from ssaseg.cli.main import cli
 from ssaseg.cli.training.state import load_state
 from ssaseg.cli.weights.foreign import read_weights
 from ssaseg.datasets import build_dataset
+from ssaseg.datasets.conventions import recognise
+from ssaseg.datasets.conventions.base import Options, Tree
 from ssaseg.datasets.decoding import header_size, read_image, read_mask
 from ssaseg.models import build_model, load_model, save_model
 from ssaseg.recipes import load_recipe, parse_recipe, recipe_file
@@ -145,6 +148,62 @@ def annotations(folder: Path) -> Target:
             dataset.load(index)
 
     return Target(data, lambda rng: change_json(data, rng), _by_file(folder / "x.json", read), folder / "marker")
+
+
+def outlines(folder: Path) -> Target:
+    """Files of annotation tools. The first byte of an input says which: each has a folder, with an image."""
+    outline = [[1, 1], [12, 1], [12, 9]]
+    png = base64.b64encode(pictures("L")[0]).decode()
+    size, classes = {"height": 40, "width": 40}, [{"title": name, "shape": "any"} for name in ("a", "b")]
+    labelme: list[Any] = [
+        {"label": "a", "points": outline},
+        {"label": "b", "points": outline[:2], "shape_type": "circle"},
+    ]
+    labelme += [{"label": "b", "points": [[0, 0], [30, 22]], "shape_type": "mask", "mask": png}]
+    objects: list[Any] = [
+        {"classTitle": "a", "geometryType": "polygon", "points": {"exterior": outline, "interior": [outline]}}
+    ]
+    objects += [{"classTitle": "b", "geometryType": "bitmap", "bitmap": {"data": png, "origin": [1, 2]}}]
+    shapes = [{"name": "polygon", "all_points_x": [1, 9, 9], "all_points_y": [1, 1, 9]}]
+    shapes += [{"name": "ellipse", "cx": 9, "cy": 9, "rx": 5, "ry": 3, "theta": 0.5}]
+    regions = [{"shape_attributes": each, "region_attributes": {"kind": "a"}} for each in shapes]
+    segments = [{"id": 0x636363, "category_id": 1, "iscrowd": 0}]
+    files = {
+        "labelme/a.json": {"shapes": labelme, "imagePath": "a.png", "imageHeight": 40, "imageWidth": 40},
+        "supervisely/x/ann/a.png.json": {"size": size, "objects": objects},
+        "supervisely/meta.json": {"classes": classes},
+        "via/v.json": {"_via_img_metadata": {"a.png1": {"filename": "a.png", "regions": regions}}},
+        "panoptic/s.json": {
+            "images": [{"id": 1, "file_name": "a.png"}],
+            "annotations": [{"image_id": 1, "file_name": "s.png", "segments_info": segments}],
+            "categories": [{"id": 1, "name": "a"}],
+        },
+    }
+    whole = [json.dumps(content).encode() for content in files.values()]
+    for name, content in zip(files, whole, strict=True):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(content)
+    for name in ("labelme/a.png", "supervisely/x/img/a.png", "via/a.png", "panoptic/a.png", "panoptic/s.png"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (40, 40), (0x63, 0x63, 0x63)).save(folder / name)
+
+    def make(rng: random.Random) -> bytes:
+        number = rng.randrange(len(files))
+        return bytes([number]) + change_json(whole[number], rng)
+
+    def read(content: bytes) -> None:
+        file = folder / list(files)[content[0]]
+        file.write_bytes(content[1:])
+        try:
+            tree = Tree(folder / list(files)[content[0]].partition("/")[0])
+            if found := recognise(tree):
+                source = found[0].open(tree, Options())
+                for item in source.items:
+                    source.read(item)
+        finally:
+            file.write_bytes(whole[content[0]])
+
+    return Target(bytes(1) + whole[0], make, read, folder / "marker")
 
 
 def commands(folder: Path) -> Target:
@@ -330,5 +389,6 @@ def states(folder: Path) -> Target:
 
 
 TARGETS: dict[str, Callable[[Path], Target]] = {
-    each.__name__: each for each in (images, masks, recipes, annotations, commands, checkpoints, pickles, states)
+    each.__name__: each
+    for each in (images, masks, recipes, annotations, outlines, commands, checkpoints, pickles, states)
 }
