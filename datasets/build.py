@@ -52,21 +52,30 @@ def stated_classes(dataset: str, options: Mapping[str, Any]) -> tuple[list[str],
 
 
 def _folder(split: str, root: Path, options: Mapping[str, Any]) -> Dataset:
+    from ssaseg.datasets.pairlist import read_pairs
     from ssaseg.datasets.pairs import PairDataset
 
     folders = options.get(split)
     if not folders:
         raise DataError(f"data.{split}: not given\nexpected two folders, such as {{images: a, masks: b}}")
     keys = ("image_suffixes", "mask_suffix", "ignore_index", "reduce_zero_label", "raw_to_train", "cache")
+    incomplete: list[DataError] = []
+    partial = options.get("partial", False)
+    listed, notes = None, list[str]()
+    if file := folders.get("pairs"):
+        listed, notes = read_pairs(Path(root) / file, Path(root), split, incomplete if partial else None)
     pairs = PairDataset(
-        Path(root) / folders["images"],
-        Path(root) / folders["masks"],
+        Path(root) / (folders.get("images") or ""),
+        Path(root) / (folders.get("masks") or ""),
         options["classes"],
         options.get("palette"),
         **{key: options[key] for key in keys if key in options},
         names=Path(root) / folders["names"] if folders.get("names") else None,
-        partial=options.get("partial", False),
+        partial=partial,
+        pairs=listed,
     )
+    pairs.incomplete += incomplete
+    pairs.notes += notes
     pairs.preload()  # if there is a cache: now, so that the loader's workers use the same memory
     return pairs
 

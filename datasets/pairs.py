@@ -8,16 +8,21 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence, Set
+from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
+from typing import NamedTuple
+from unicodedata import normalize
 
 import cv2
 import numpy as np
 
 from ssaseg.datasets.base import IGNORED, DataError, PairFacts, Problem, default_palette, file_sizes, require_below
 from ssaseg.datasets.decoding import read_image, read_mask
+from ssaseg.datasets.ids import expected_ids, label_table, likely_fix
 from ssaseg.datasets.inspection import count_ids, image_size
 from ssaseg.files.reading import read_file
 from ssaseg.files.text import describe
@@ -26,10 +31,24 @@ Decoded = tuple[np.ndarray, np.ndarray, np.ndarray | None]  # image, raw ids, co
 
 LARGEST_LIST = 2**26  # bytes of a list of names
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
+IMAGE_SUFFIXES = (
+    *(".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"),
+    *(".gif", ".jfif", ".jpe", ".jp2", ".avif"),
+)
+# A line of a list of pairs, where a list of names is expected: two names with suffixes.
+TWO_FILES = re.compile(r".*\.\w{2,5}['\"]?\s*[\t ,;]\s*\S.*\.\w{2,5}\b.*")
 
 # To list a folder so often is no data set: a few dozen links into one another make billions of ways to a file.
 MOST_WAYS = 100
+
+
+class Pairs(NamedTuple):
+    """Names, image files and mask files of all pairs, in the same order; and the mask files without an image."""
+
+    names: list[str]
+    images: list[Path]
+    masks: list[Path]
+    unused: Sequence[Path] = ()
 
 
 class PairDataset:
@@ -40,7 +59,8 @@ class PairDataset:
     `label_table`. `cache` keeps every decoded pair in memory, as read-only arrays; `preload` before forking lets all
     workers use the same memory. `names` is a file that lists the pairs to use, one name a line, as in PASCAL VOC's
     ImageSets; without it all pairs in the folders are used. With `partial`, pairs that miss one of their files are left
-    out, and `incomplete` holds the errors that would otherwise be raised for them.
+    out, and `incomplete` holds the errors that would otherwise be raised for them. `pairs`: the pairs of a list; then
+    no folder is searched.
 
     Raises DataError where a folder is missing or empty, two files have the same name, an image has no mask, or a listed
     name has no image. The loading methods raise it for files that cannot be used.
@@ -60,6 +80,7 @@ class PairDataset:
         cache: bool = False,
         names: Path | None = None,
         partial: bool = False,
+        pairs: Pairs | None = None,
     ) -> None:
         self.classes = tuple(classes)
         self.palette = tuple((r, g, b) for r, g, b in palette) if palette else default_palette(len(self.classes))
@@ -72,9 +93,11 @@ class PairDataset:
         self._bad_raw = (~self.valid_raw).astype(np.uint8)
 
         self.incomplete: list[DataError] = []
-        self._names, self.image_files, self.mask_files, self.unused_masks = pair_files(
-            Path(images), Path(masks), image_suffixes, mask_suffix, names, self.incomplete if partial else None
-        )
+        self.notes: list[str] = []  # how a list of pairs was read
+        if pairs is None:
+            left_out = self.incomplete if partial else None
+            pairs = pair_files(Path(images), Path(masks), image_suffixes, mask_suffix, names, left_out)
+        self._names, self.image_files, self.mask_files, self.unused_masks = pairs
         self._cache: dict[int, Decoded] | None = {} if cache else None
 
     def __len__(self) -> int:
@@ -164,8 +187,9 @@ class PairDataset:
         bad = [int(value) for value in np.flatnonzero(counts * self._bad_raw)]
         found = "; ".join(f"id {value} in {counts[value]} pixels" for value in bad[:3])
         more = f"; {len(bad) - 3} more ids" if len(bad) > 3 else ""
-        fix = self.fix or self._likely_fix(bad, counts, file)
-        return DataError(f"{file}: {found}{more}\nexpected {self._expected()}\n{fix}")
+        meaning = (self.ignore_index, self.reduce_zero_label, self.raw_to_train)
+        fix = self.fix or likely_fix(bad, counts, file, len(self.classes), *meaning[1:])
+        return DataError(f"{file}: {found}{more}\nexpected {expected_ids(len(self.classes), *meaning)}\n{fix}")
 
     def palette_error(self, index: int, raw: np.ndarray, colours: np.ndarray | None) -> DataError | None:
         """The error for a palette file that has the recipe's colours in another order, or None.
@@ -198,58 +222,6 @@ class PairDataset:
             f"write class ids as indices, map each index to its class in data.raw_to_train, or remove data.palette"
         )
 
-    def _expected(self) -> str:
-        count = len(self.classes)
-        ignored = " or ".join(str(value) for value in sorted({self.ignore_index, IGNORED}))
-        if self.raw_to_train is not None:
-            return f"the {len(self.raw_to_train)} ids of data.raw_to_train, or {ignored} (ignored)"
-        if self.reduce_zero_label:
-            return f"ids 1..{count} ({count} classes, data.reduce_zero_label=true), 0 or {ignored} (ignored)"
-        return f"ids 0..{count - 1} ({count} classes) or {ignored} (ignored)"
-
-    def _likely_fix(self, bad: Sequence[int], counts: np.ndarray, file: Path) -> str:
-        """What to do about the likeliest cause: most masks with wrong ids follow another convention."""
-        if file.suffix.lower() in (".jpg", ".jpeg"):
-            return "JPEG compression changes ids: store masks in a lossless format, as PNG"
-        if self.raw_to_train is not None:
-            return f"add {bad[0]} to data.raw_to_train; map it to {IGNORED} to ignore it"
-        if bad == [len(self.classes)] and not self.reduce_zero_label:
-            void = f"if {bad[0]} is void: set data.ignore_index={bad[0]}"
-            return f"if ids are 1 to {bad[0]} and 0 is unlabelled: set data.reduce_zero_label=true; {void}"
-        if len(bad) == 1:
-            add = "otherwise add it to data.classes or data.raw_to_train"
-            return f"if {bad[0]} is void: set data.ignore_index={bad[0]}; {add}"
-        if len(bad) >= np.count_nonzero(counts) / 2:
-            return "grey levels of a colour mask? Then write class ids. Ids of a larger set? Then set data.raw_to_train"
-        return "add their classes to data.classes, or map each id to a class in data.raw_to_train"
-
-
-def label_table(
-    classes: int,
-    ignore_index: int = IGNORED,
-    reduce_zero_label: bool = False,
-    raw_to_train: Mapping[int, int] | None = None,
-) -> tuple[np.ndarray, np.ndarray]:
-    """Two tables over the 256 raw ids: the train id (uint8, 255 = ignored) and whether the raw id is valid (bool).
-
-    `reduce_zero_label` as in mmsegmentation: 0 is ignored and k becomes k-1. With `raw_to_train` only its keys are
-    valid, and a value of 255 or `ignore_index` means ignored. `ignore_index` and 255 are always ignored, unless they
-    are keys of `raw_to_train`.
-    """
-    table = np.full(256, IGNORED, np.uint8)
-    valid = np.zeros(256, bool)
-    valid[[ignore_index, IGNORED]] = True
-    if raw_to_train is not None:
-        for raw, train_id in raw_to_train.items():
-            table[raw], valid[raw] = (IGNORED if train_id == ignore_index else train_id), True
-        return table, valid
-    first = int(reduce_zero_label)
-    last = min(first + classes, IGNORED)
-    table[first:last] = np.arange(last - first)
-    valid[:last] = True  # with reduce_zero_label 0 too: it is ignored
-    table[ignore_index] = IGNORED
-    return table, valid
-
 
 def pair_files(
     images: Path,
@@ -258,9 +230,10 @@ def pair_files(
     mask_suffix: str,
     listed: Path | None = None,
     incomplete: list[DataError] | None = None,
-) -> tuple[list[str], list[Path], list[Path], list[Path]]:
-    """Names, image files and mask files of all pairs, sorted by name, and the mask files without an image.
+) -> Pairs:
+    """All pairs of two folders, sorted by name, and the mask files without an image.
 
+    Names that differ only in the composition of Unicode letters belong together: macOS writes é as two characters.
     `listed`: a file of names. With it only the listed pairs are used, and no mask counts as without an image: the
     others belong to another split. `incomplete`: a list that takes the errors for images without mask and for listed
     names without image, in place of raising them. Raises DataError for these, for a folder that is missing or has no
@@ -273,32 +246,48 @@ def pair_files(
     names = sorted(image_files) if listed is None else read_names(listed)
     # Spaces around a name are part of it only where an image file has this name with the spaces.
     names = sorted({name if name in image_files else name.strip() for name in names})
+    _add_other_compositions(names, image_files)
+    _add_other_compositions(names, mask_files)
     absent = [name for name in names if name not in image_files]
     if absent:
         error = DataError(
             f"{listed}: {len(absent)} of {len(names)} names have no image: {first_names(absent)}\n"
             f"expected {images / absent[0]} + one of {', '.join(image_suffixes)} for the first\n"
-            "write names as paths below the image folder, without suffix, or add the images"
+            + (
+                "this is a list of pairs: write pairs: FILE in place of images, masks and names"
+                if any(map(TWO_FILES.fullmatch, absent))
+                else "write names as paths below the image folder, without suffix, or add the images"
+            )
         )
-        _raise_or_keep(error, incomplete)
+        raise_or_keep(error, incomplete)
+        names = [name for name in names if name in image_files]
     missing = [name for name in names if name not in mask_files]
     if missing:
         first = missing[0]
-        beside = walk((masks / first).parent) if (masks / first).parent.is_dir() else ()
-        near = [file.name for file in beside if file.name.startswith(Path(first).name)]
+        near: list[str] = []
+        with suppress(OSError):  # a guess, which must not hide the error
+            near = sorted(name for name in os.listdir((masks / first).parent) if name.startswith(Path(first).name))
         error = DataError(
             f"{images}: {len(missing)} of {len(names)} images have no mask: {first_names(missing)}\n"
             f"expected {masks / (first + mask_suffix)} for the first"
             + (f"; found {first_names(near)}: set data.mask_suffix to the part after the name" if near else "")
             + "\nadd the masks, remove the images, or correct data.mask_suffix and the folder of masks"
         )
-        _raise_or_keep(error, incomplete)
+        raise_or_keep(error, incomplete)
     names = [name for name in names if name in image_files and name in mask_files]
-    unused = sorted(file for name, file in mask_files.items() if name not in image_files and listed is None)
-    return names, [image_files[name] for name in names], [mask_files[name] for name in names], unused
+    used = {mask_files[name] for name in names}
+    unused = sorted({file for file in mask_files.values() if file not in used and listed is None})
+    return Pairs(names, [image_files[name] for name in names], [mask_files[name] for name in names], unused)
 
 
-def _raise_or_keep(error: DataError, kept: list[DataError] | None) -> None:
+def _add_other_compositions(names: Sequence[str], files: dict[str, Path]) -> None:
+    """Adds the names for which `files` has a name of the same letters in another Unicode composition."""
+    if missing := [name for name in names if name not in files and not name.isascii()]:
+        composed = {normalize("NFC", name): file for name, file in files.items()}
+        files |= {name: composed[key] for name in missing if (key := normalize("NFC", name)) in composed}
+
+
+def raise_or_keep(error: DataError, kept: list[DataError] | None) -> None:
     if kept is None:
         raise error
     kept.append(error)

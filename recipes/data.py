@@ -39,12 +39,19 @@ Files = Annotated[tuple[NonEmpty, ...], Strict(False), Field(min_length=1, max_l
 class Folders(Section):
     """Where one split's images and labels are, below `data.root`."""
 
-    images: Text = Field(description="folder of the images, below data.root; searched recursively")
+    images: Text | None = Field(
+        default=None, description="folder of the images, below data.root; searched recursively; not with pairs"
+    )
     masks: NonEmpty | None = Field(
         default=None, description="folder of the label masks, below data.root; same structure as the images' folder"
     )
     names: NonEmpty | None = Field(
         default=None, description="file with the names of the split's images, one per line, below data.root; null: all"
+    )
+    pairs: NonEmpty | None = Field(
+        default=None,
+        description="file with one image and its mask per line, below data.root, in place of images, masks and names; "
+        "the two paths are below data.root, with a tab between them",
     )
     annotations: Files | None = Field(
         default=None, description="COCO-format file, or a list of them, below data.root; later ones are drawn on top"
@@ -65,7 +72,7 @@ class Synthetic(Section):
 
 # By data set: the key with a split's labels, and the keys of a split that the data set does not use.
 _LABELS = {"folder": "masks: annotations/*", "coco_json": "annotations: instances_*.json"}
-_UNUSED = {"folder": ("annotations",), "coco_json": ("masks",)}
+_UNUSED = {"folder": ("annotations",), "coco_json": ("masks", "pairs")}
 # By key of `data`: the data sets that use it. For the other data sets its value is fixed.
 _USERS: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("classes", "palette", "train", "val"), ("folder", "coco_json")),
@@ -88,7 +95,10 @@ class Data(Section):
     train: Folders | None = Field(default=None, description="where the training split's images and labels are")
     val: Folders | None = Field(default=None, description="where the validation split's images and labels are")
     image_suffixes: Suffixes = Field(
-        default=(".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"),
+        default=(
+            *(".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"),
+            *(".gif", ".jfif", ".jpe", ".jp2", ".avif"),
+        ),
         description="files with these ends of names are images; upper and lower case are the same",
     )
     mask_suffix: NonEmpty = Field(
@@ -132,12 +142,13 @@ class Data(Section):
             fix = f"for example data.{split}: {{images: images/{split}, {example}}}"
             if folders is None:
                 raise wrong(f"data.{split}", None, f"the folders of the split, since dataset is {self.dataset}", fix)
-            if getattr(folders, example.partition(":")[0]) is None:
-                got = folders.model_dump(exclude_none=True)
-                raise wrong(f"data.{split}", got, f"a key {example.partition(':')[0]} in it", fix)
-            for key in _UNUSED[self.dataset]:
+            listed = self.dataset == "folder" and folders.pairs is not None
+            for key in () if listed else ("images", example.partition(":")[0]):
+                if getattr(folders, key) is None:
+                    raise wrong(f"data.{split}", folders.model_dump(exclude_none=True), f"a key {key} in it", fix)
+            for key in (*_UNUSED[self.dataset], *(("images", "masks", "names") if listed else ())):
                 if getattr(folders, key) is not None:
-                    expected = f"no value, since dataset is {self.dataset}"
+                    expected = f"no value, since {'pairs is given' if listed else f'dataset is {self.dataset}'}"
                     raise wrong(f"data.{split}.{key}", getattr(folders, key), expected, fix)
         if self.dataset == "folder" and not self.classes:
             raise wrong(
@@ -159,7 +170,13 @@ class Data(Section):
             if self.dataset not in users and written:
                 fix = f"remove the key (the data set does not use it), or set data.dataset: {users[0]}"
                 raise wrong(f"data.{key}", got, f"no value, since dataset is {self.dataset}", fix)
+            if written and key.endswith(("_suffix", "_suffixes")) and self._only_lists():
+                fix = "remove the key: a list has the whole names of images and masks"
+                raise wrong(f"data.{key}", got, "no value, since all pairs are in lists", fix)
         return self
+
+    def _only_lists(self) -> bool:
+        return all(folders is not None and folders.pairs is not None for folders in (self.train, self.val))
 
     @model_validator(mode="after")
     def _classes_and_labels(self) -> "Data":

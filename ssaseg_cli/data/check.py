@@ -16,7 +16,7 @@ from ssaseg.cli.errors import CommandError
 from ssaseg.cli.printing import echo
 from ssaseg.datasets import IGNORED, DataError, Dataset, build_dataset
 from ssaseg.datasets.check import Findings, Problem, require_same_classes
-from ssaseg.datasets.pairs import PairDataset, first_names
+from ssaseg.datasets.pairs import first_names
 from ssaseg.datasets.published import LAYOUTS
 from ssaseg.datasets.survey import COMMON_FOLDERS
 from ssaseg.files.text import describe
@@ -160,25 +160,12 @@ def _of_folder(root: Path) -> Target:
     own = look_at(root)
     labels = own.labels
 
-    def build(names: Path | None, images: str, masks: str) -> Dataset:
-        return PairDataset(
-            root / images,
-            root / masks,
-            labels.classes,
-            labels.palette,
-            image_suffixes=own.found.image_suffixes,
-            mask_suffix=own.found.mask_suffix,
-            reduce_zero_label=labels.reduce_zero_label,
-            raw_to_train=labels.raw_to_train,
-            names=names,
-            partial=True,
-        )
+    meaning = {"reduce_zero_label": labels.reduce_zero_label, "raw_to_train": labels.raw_to_train}
 
-    splits: dict[str, Callable[[], Dataset]] = {}
-    for split in own.pairs:
-        images, masks = own.found.folders.get(split) or own.found.folders["all"]
-        names = root / own.found.lists[split] if split in own.found.lists else None
-        splits[split] = partial(build, names, images, masks)
+    def build(split: str) -> Dataset:
+        return own.found.open(root, labels.classes, labels.palette, **meaning)[split]
+
+    splits: dict[str, Callable[[], Dataset]] = {split: partial(build, split) for split in own.pairs}
     notes = "".join(f"\n- {note}" for note in (*own.found.notes, *labels.notes))
     return Target(f"{root}: images and masks as `ssaseg data init` finds them{notes}", splits, {})
 
@@ -191,6 +178,8 @@ def check_split(split: str, target: Target) -> tuple[dict[str, Any], Findings]:
     except (DataError, OSError) as error:
         findings = Findings(0, problems=[Problem("error", describe(error), "cannot be opened")])
         return {"split": split, "pairs": 0, "classes": [], "raw_ids": [], **_problems(findings)}, findings
+    for note in getattr(dataset, "notes", ()):  # how a list of pairs was read
+        echo(f"note, {split} split: {note}", err=True)
     findings = read_through(dataset, f"checked {split}")
     expected = target.counts.get(split)
     if expected is not None and len(dataset) != expected:

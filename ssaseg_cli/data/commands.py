@@ -91,6 +91,7 @@ def prepare(name: str, source: Path, root: Path | None, workers: int | None) -> 
     coco_stuff164k          train2017/, val2017/, stuffthingmaps/ (unpack stuffthingmaps_trainval2017.zip in it)
     pascal_context_59, _60  JPEGImages/ (VOC 2010's trainval) and trainval_merged.json
     cityscapes              leftImg8bit/, gtFine/ (leftImg8bit_ and gtFine_trainvaltest.zip)
+    camvid                  SegNet's files: train/, trainannot/, val/, valannot/
     ade20k, voc2012, camvid need no preparation: their files are only counted
 
     \b
@@ -137,12 +138,19 @@ def check(target: str, overrides: tuple[str, ...], split: str | None, json_out: 
 )
 @click.option("--model", metavar="NAME", default="seaformer_b", show_default=True, help="Network to train.")
 @click.option("--classifier", type=CLASSIFIERS, default="ssa", show_default=True)
-def init(root: Path, out: Path | None, model: str, classifier: str) -> int:
+@click.option("--images", metavar="FOLDER", help="Folder of the images, below DIR.  [default: chosen by the names]")
+@click.option(
+    "--masks",
+    metavar="FOLDER|ENDING",
+    help="Folder of the masks, below DIR, or the ending of their names, such as _mask.png.  [default: as for --images]",
+)
+def init(root: Path, out: Path | None, model: str, classifier: str, images: str | None, masks: str | None) -> int:
     """Write a recipe for your own images and masks.
 
     DIR holds images, and for each image a mask of class ids: in folders such as images and masks, with or without train
-    and val in them, or side by side as X.jpg and X_mask.png. The recipe says what was found and what was guessed. If
-    there are no splits, a fifth of the pairs is used for validation; lists of names are then written beside the recipe.
+    and val in them, side by side as X.jpg and X_mask.png, or in lists of pairs. The recipe says what was found and what
+    was guessed. If there are no splits, a fifth of the pairs is used for validation; lists of names are then written
+    beside the recipe. So are lists of pairs where one pair of folders does not hold all.
 
     \b
     Example:
@@ -151,4 +159,4 @@ def init(root: Path, out: Path | None, model: str, classifier: str) -> int:
     """
     from ssaseg.cli.data.init import run_init
 
-    return run_init(root=root, out=out, model=model, classifier=classifier)
+    return run_init(root=root, out=out, model=model, classifier=classifier, images=images, masks=masks)

@@ -23,9 +23,12 @@ from ssaseg.models import list_models
 from ssaseg.recipes import RecipeError, load_recipe
 
 
-def run_init(root: Path, out: Path | None, model: str, classifier: str) -> int:
+def run_init(
+    root: Path, out: Path | None, model: str, classifier: str, images: str | None = None, masks: str | None = None
+) -> int:
     """Writes a recipe for the images and masks below `root` to `out` (None: the name of `root` + .yaml, in the current
-    folder), writes lists of names beside it where they are needed, and prints the next commands.
+    folder), writes lists of names or of pairs beside it where they are needed, and prints the next commands. images,
+    masks: the folder that holds them, or of masks the ending of their names, where the user chooses.
 
     Returns 0, or 1 where some files cannot be used. Raises CommandError and DataError where there is nothing to train
     on, where a file would be overwritten, and for an unknown model.
@@ -35,8 +38,10 @@ def run_init(root: Path, out: Path | None, model: str, classifier: str) -> int:
         fix = f"did you mean {near[0]}?" if near else "choose one of them"
         raise CommandError(f"--model {model}: no such network\nexpected one of: {', '.join(list_models())}\n{fix}")
     out = _target(root, out)
-    name, notes = find_published(root)
-    own = (look_at_coco(root) or look_at(root)) if name is None else look_at_published(name, root)
+    given = images is not None or masks is not None
+    name, notes = (None, []) if given else find_published(root)
+    own = None if given else look_at_coco(root) if name is None else look_at_published(name, root)
+    own = own or look_at(root, images, masks)
     own.notes += notes
     lists = {split: out.with_name(f"{out.stem}.{split}.txt") for split in ("train", "val")}
     splits = _splits(own)
@@ -44,12 +49,13 @@ def run_init(root: Path, out: Path | None, model: str, classifier: str) -> int:
         raise CommandError(f"{root}: no image of the {empty[0]} split has a mask\n{own.findings.messages('error')[0]}")
     # Lists are also written where images have no mask: they leave these images out.
     needed = "all" in own.pairs or (name is None and any(each.incomplete for each in own.pairs.values()))
-    lists = lists if needed else {}
+    lists = lists if needed or (own.found.pairs and not own.found.lists) else {}
     for file in lists.values():
         _require_new(file)
     own.notes += _only_for_validation(own, splits)
     text = recipe_text(own, out, {s: len(n) for s, n in splits.items()}, lists, model, classifier)
-    _write(out, text, lists, splits)
+    lines = _paired_lines(own, splits) if own.found.pairs else splits
+    _write(out, text, lists, splits, lines)
     for problem in own.findings.messages("error"):
         echo(f"warning: {problem}", err=True)
     _print_summary(own, out, splits)
@@ -79,13 +85,27 @@ def _require_new(file: Path) -> None:
         raise CommandError(f"{file}: already exists\ngive another name with --out, or remove the file")
 
 
-def _write(out: Path, text: str, lists: dict[str, Path], splits: dict[str, list[str]]) -> None:
-    """Writes the lists, then the recipe, and checks them by reading the data through the recipe. If one of these steps
-    fails, all files are removed again.
+def _paired_lines(own: OwnData, splits: dict[str, list[str]]) -> dict[str, list[str]]:
+    """For each split the lines of its list of pairs: image and mask with a tab between them."""
+    lines = {}
+    for split, names in splits.items():
+        each = own.pairs[split if split in own.pairs else "all"]
+        files = zip(each.image_files, each.mask_files, strict=True)
+        paths = ["\t".join(file.relative_to(own.root).as_posix() for file in pair) for pair in files]
+        by_name = {each.name(index): path for index, path in enumerate(paths)}
+        lines[split] = [by_name[name] for name in names]
+    return lines
+
+
+def _write(
+    out: Path, text: str, lists: dict[str, Path], splits: dict[str, list[str]], lines: dict[str, list[str]]
+) -> None:
+    """Writes `lines` as lists, then the recipe, and checks them by reading the data through the recipe. If one of these
+    steps fails, all files are removed again.
     """
     try:
         for split, file in lists.items():
-            write_atomic(file, "".join(f"{name}\n" for name in splits[split]).encode())
+            write_atomic(file, "".join(f"{line}\n" for line in lines[split]).encode())
         write_atomic(out, text.encode())
         data = load_recipe(str(out if len(out.parts) > 1 else Path(".", out))).data
         for split, names in splits.items():
@@ -97,14 +117,15 @@ def _write(out: Path, text: str, lists: dict[str, Path], splits: dict[str, list[
             file.unlink(missing_ok=True)
         if isinstance(error, UnicodeEncodeError):
             raise CommandError("a file name is not UTF-8 text\nrename the files whose names look broken") from None
-        if odd := next((name for names in splits.values() for name in names if _is_no_line(name)), None):
+        tabs = 0 if lines is splits else 1
+        if odd := next((line for each in lines.values() for line in each if _is_no_line(line, tabs)), None):
             got = f"{odd!r}: a name that cannot be written as one line of a list"
             raise CommandError(f"{got}\nexpected letters, and no line feed\nrename the image and its mask") from None
         raise
 
 
-def _is_no_line(name: str) -> bool:
-    return "\n" in name or name.endswith("\r") or not name.strip()
+def _is_no_line(line: str, tabs: int) -> bool:
+    return "\n" in line or line.endswith("\r") or not line.strip() or (tabs > 0 and line.count("\t") > tabs)
 
 
 def _only_for_validation(own: OwnData, splits: dict[str, list[str]]) -> list[str]:
@@ -142,7 +163,8 @@ def _print_summary(own: OwnData, out: Path, splits: dict[str, list[str]]) -> Non
     echo(f"found {len(splits['train'])} training and {len(splits['val'])} validation pairs below {own.root}")
     for note in own.all_notes():
         echo(f"- {note}")
-    images, masks = next(iter(own.found.folders.values()))
+    folders = own.found.folders.values() or [(own.found.image_folders[0], own.found.mask_folders[0])]
+    images, masks = next(iter(folders))
     # Where images and masks are in the same folder, the example for `predict` is one image, not the folder.
     example = own.root / images if images != masks else next(iter(own.pairs.values())).image_files[0]
     recipe, folder = shlex.quote(str(out)), f"runs/{out.stem}"

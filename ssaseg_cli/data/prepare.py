@@ -19,11 +19,11 @@ from ssaseg.cli.printing import echo
 from ssaseg.cli.signals import Interrupted, StopSignal
 from ssaseg.datasets.pairs import read_names
 from ssaseg.datasets.prepare import (
-    DOWNLOADS,
     Count,
     Plan,
     count_pairs,
     find_layout,
+    is_to_prepare,
     is_whole,
     make_masks,
     plan_preparation,
@@ -48,7 +48,7 @@ def run_prepare(name: str, source: Path, root: Path | None, workers: int | None)
     root = usual_root(name, source) if root is None else root
     absent: list[Path] = []
     wrong = ""
-    if name in DOWNLOADS:
+    if is_to_prepare(name, source):
         echo(f"searching {source}", err=True)
         plan = plan_preparation(name, source, root)
         absent = plan.absent

@@ -1,8 +1,8 @@
 """Reading a whole data set, or a user's folder, in several processes with progress on stderr."""
 
+import shlex
 import sys
-from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Sequence
 from functools import reduce
 from pathlib import Path
 
@@ -15,13 +15,21 @@ from ssaseg.cli.errors import CommandError
 from ssaseg.cli.printing import echo
 from ssaseg.cli.signals import Interrupted, StopSignal
 from ssaseg.datasets import DataError, Dataset, build_dataset
+from ssaseg.datasets.base import IGNORED
 from ssaseg.datasets.check import Findings, look_through
-from ssaseg.datasets.classnames import Labels, guess_labels, read_class_names
-from ssaseg.datasets.decoding import open_image
-from ssaseg.datasets.pairs import PairDataset, first_names
+from ssaseg.datasets.classnames import Labels, Names, guess_labels, read_class_names
+from ssaseg.datasets.conventions import recognise
+from ssaseg.datasets.conventions.base import Convention, Tree, beside, prepare_command
+from ssaseg.datasets.conventions.binary import BINARY, recognise_mixed, soft
+from ssaseg.datasets.conventions.colours import COLOURS, NoTable, count_colours, no_table, table_of_palettes
+from ssaseg.datasets.conventions.colours import SAMPLE as COLOUR_SAMPLE
+from ssaseg.datasets.conventions.grey import GREY
+from ssaseg.datasets.conventions.layers import LAYERS
+from ssaseg.datasets.conventions.pictures import ANY, evenly
+from ssaseg.datasets.conventions.tables import Table
+from ssaseg.datasets.pairs import first_names
 from ssaseg.datasets.published import LAYOUTS
-from ssaseg.datasets.survey import Found, find_folders, require_prepared
-from ssaseg.files.reading import read_file
+from ssaseg.datasets.survey import Found, find_folders, require_prepared, several_error
 from ssaseg.recipes import list_recipes
 
 # More processes help little where the disk is the limit, and each of them holds an image in memory.
@@ -30,44 +38,121 @@ MOST_WORKERS = 8
 # Pairs that are read of each split of a published data set.
 SAMPLE = 512
 
+# The largest share of pixels with ids 1..254 beside which 255 is not taken as "ignored".
+RARE = 0.03
 
-def look_at(root: Path) -> OwnData:
+# The share of masks that cannot be read as ids from which on all are looked at as pictures.
+SEVERAL = 0.1
+
+UNUSABLE = "mask that cannot be used"  # the kind of such a problem, see `PairDataset.inspect`
+
+
+def look_at(root: Path, images: str | None = None, masks: str | None = None) -> OwnData:
     """Finds the folders below `root` and reads every mask, with progress on stderr.
 
-    Raises CommandError and DataError where there are no pairs, or their masks hold no class ids.
+    images, masks: what the user says about them, see `find_folders`. Raises CommandError and DataError where there are
+    no pairs, where their masks hold no class ids, and where an annotation tool's convention is found that `ssaseg data
+    prepare` converts: then it names the command.
     """
     if not root.is_dir():
         raise CommandError(f"{root}: no such folder\nexpected the folder that holds images and masks")
     require_prepared(root)
-    found = find_folders(root)
-    ids = [str(value) for value in range(255)]
-    pairs: dict[str, Dataset] = {
-        split: PairDataset(
-            root / images,
-            root / masks,
-            ids,
-            image_suffixes=found.image_suffixes,
-            mask_suffix=found.mask_suffix,
-            names=root / found.lists[listed] if listed else None,
-            partial=True,
-        )
-        for split, (images, masks), listed in _splits(found)
-    }
+    tree, given = Tree(root), images is not None or masks is not None
+    try:
+        found = find_folders(root, images, masks)
+        pairs = found.open(root, ANY)
+    except DataError as error:
+        raise _to_prepare(root, None if given else recognise(tree)) or error from None
+    # Before anything is read: one of several masks of an image must never be taken for all.
+    if not given and (seen := LAYERS.recognise(tree)):
+        raise _to_prepare(root, (LAYERS, seen)) or AssertionError
+    if found.several:
+        raise several_error(root, found)
     per_split = {split: read_through(each, f"read {split}", decoded=0) for split, each in pairs.items()}
     findings = reduce(join_findings, per_split.values())
-    names, notes = read_class_names(root)
+    files = [file for each in pairs.values() for file in each.mask_files]
+    table = table_of_palettes(tree, files) if findings.palettes else None
     if not findings.pixels.any():
-        raise _no_mask(pairs, findings)
+        convention = recognise(tree)
+    else:
+        convention = _misread(tree, len(files), findings, table)
+    if convention:
+        raise _to_prepare(root, convention) or AssertionError
+    if not findings.pixels.any():
+        raise _no_mask(root, files, findings)
+    names, notes = read_class_names(root, (*found.mask_folders, *found.image_folders))
+    if names is None and table:
+        names = Names(table[0].file, dict(enumerate(table[0].classes)), dict(enumerate(table[0].palette)), False)
     palette, count = findings.palettes.most_common(1)[0] if findings.palettes else (b"", 0)
     common = palette if count == sum(findings.sizes.values()) else None  # the same in all masks
-    labels = guess_labels([int(value) for value in np.flatnonzero(findings.pixels)], names, common)
+    ids = [int(value) for value in np.flatnonzero(findings.pixels)]
+    labels = _black_and_white(ids, names) or guess_labels(ids, names, common)
     labels.notes += notes
+    if names is None:
+        _keep_255(labels, findings.pixels)
     for split, each in pairs.items():
         if each.unused_masks:
-            files = [file.name for file in each.unused_masks]
+            unused = [file.name for file in each.unused_masks]
             where = "" if split == "all" else f" of the {split} split"
-            found.notes.append(f"masks{where} without image, not used: {len(files)} ({first_names(files)})")
-    return OwnData(root, found, pairs, findings, labels, per_split)
+            found.notes.append(f"masks{where} without image, not used: {len(unused)} ({first_names(unused)})")
+    return OwnData(root, found, dict(pairs), findings, labels, per_split)
+
+
+def _misread(
+    tree: Tree, masks: int, findings: Findings, table: tuple[Table, bool] | None
+) -> tuple[Convention, str] | None:
+    """The convention of masks that can be read as ids, all or some of them, but mean something else; or None."""
+    unread = sum(problem.kind == UNUSABLE for problem in findings.problems)
+    many = unread > SEVERAL * masks  # a few are damaged, and reported one by one
+    if (many or (table and not table[1])) and (seen := COLOURS.recognise(tree)):
+        return COLOURS, seen
+    ids = set(np.flatnonzero(findings.pixels).tolist())
+    # 0 and 255 alone are read as they are: as two classes.
+    mixed = len(findings.palettes) > 1 or (IGNORED in ids and ids != {0, IGNORED})
+    white = ids <= {0, 1, IGNORED} and (unread or mixed)
+    if (white or soft(findings.pixels)) and (seen := recognise_mixed(tree)):
+        return BINARY, seen
+    return (GREY, seen) if many and (seen := GREY.recognise(tree)) else None
+
+
+def _black_and_white(ids: Sequence[int], names: Names | None) -> Labels | None:
+    """The two classes of a file of names, where 0 and 255 are the only ids; otherwise None."""
+    if names is None or list(ids) != [0, IGNORED] or len(names.names) != 2:
+        return None
+    colours = list(names.colours.values()) if len(names.colours) == 2 else None
+    notes = [f"class names: {names.file.name}", "0 and 255 are the only ids: they are the two classes"]
+    return Labels(list(names.names.values()), [0, IGNORED], False, {0: 0, IGNORED: 1}, colours, notes)
+
+
+def _keep_255(labels: Labels, pixels: np.ndarray) -> None:
+    """Makes a class of 255 where it has more pixels than any id but 0, and those between are rare: then it is probably
+    the object, and to ignore it would leave nothing to learn.
+    """
+    between = pixels[1:IGNORED]
+    if IGNORED in labels.raw_ids or between.sum() > RARE * pixels.sum() or pixels[IGNORED] <= between.max():
+        return
+    labels.classes.append("class_255")
+    labels.raw_ids.append(IGNORED)
+    labels.raw_to_train = {raw: number for number, raw in enumerate(labels.raw_ids)}
+    labels.reduce_zero_label, labels.palette = False, None
+    share = pixels[IGNORED] / pixels.sum()
+    labels.notes = [note for note in labels.notes if "'ignored'" not in note]
+    labels.notes.append(
+        f"255 has {share:.1%} of the pixels, more than any id but 0: read as a class; if it means 'ignored', remove it "
+        "from classes and raw_to_train"
+    )
+
+
+def _to_prepare(root: Path, found: tuple[Convention, str] | None) -> CommandError | None:
+    """The error that names the command for a convention; None without one."""
+    if found is None:
+        return None
+    convention, seen = found
+    return CommandError(
+        f"{root}: {seen}\n"
+        "expected masks of class ids, or COCO-format JSON: training reads these only, others are converted once\n"
+        f"run `{prepare_command(convention.kind, root)}`, then `ssaseg data init {shlex.quote(beside(root))}`"
+    )
 
 
 def look_at_published(name: str, root: Path) -> OwnData:
@@ -114,15 +199,6 @@ def read_through(dataset: Dataset, verb: str, decoded: int | None = None) -> Fin
             sys.exit(stop.exit_code)
 
 
-def _splits(found: Found) -> Iterator[tuple[str, tuple[str, str], str | None]]:
-    """Each split, its folders, and the key of its list of names, or None."""
-    for split, folders in found.folders.items():
-        if split == "all" and found.lists:
-            yield from ((listed, folders, listed) for listed in found.lists)
-        else:
-            yield split, folders, None
-
-
 def join_findings(one: Findings, other: Findings) -> Findings:
     return Findings(
         one.read + other.read,
@@ -135,23 +211,12 @@ def join_findings(one: Findings, other: Findings) -> Findings:
     )
 
 
-def _no_mask(pairs: dict[str, Dataset], findings: Findings) -> Exception:
-    """The error where no mask could be read. Most often masks are in colours; then it lists the colours."""
-    colours: Counter[tuple[int, int, int]] = Counter()
-    files = [file for each in pairs.values() for file in each.mask_files]
-    for file in files[:20]:
-        try:
-            with open_image(read_file(file)) as mask:
-                listed = mask.convert("RGB").getcolors(2**16) if mask.mode in ("RGB", "RGBA") else None
-        except Exception:  # damaged: the findings have its error
-            continue
-        colours.update({colour: count for count, colour in listed or []})  # type: ignore[misc]
-    if not any(len(set(colour)) > 1 for colour in colours):  # damaged, or grey in three channels: see its error
+def _no_mask(root: Path, files: Sequence[Path], findings: Findings) -> Exception:
+    """The error where no mask could be read. For masks in colours a table is printed, to be filled in."""
+    counts = count_colours(evenly(files, COLOUR_SAMPLE))
+    if not any(len(set(colour)) > 1 for colour in counts):  # damaged, or grey in three channels: see its error
         return DataError(findings.messages("error")[0])
-    shown = ", ".join("#{:02x}{:02x}{:02x}".format(*colour) for colour, _ in colours.most_common(16))
-    more = f", and {len(colours) - 16} more" if len(colours) > 16 else ""
-    return DataError(
-        f"{files[0]}: masks in colour (RGB); colours in the first {min(len(files), 20)}: {shown}{more}\n"
-        "expected one channel that holds class ids\n"
-        "replace each colour by a number 0, 1, 2, …, pixels to ignore by 255, and write 8-bit grey or palette PNG files"
-    )
+    error = no_table(root, files, counts)
+    if isinstance(error, NoTable):
+        echo(error.table)
+    return error

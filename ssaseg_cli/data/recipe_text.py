@@ -44,7 +44,7 @@ class OwnData:
 def recipe_text(
     own: OwnData, out: Path, counts: dict[str, int], lists: dict[str, Path], model: str, classifier: str
 ) -> str:
-    """A recipe with comments. `counts`: number of pairs by split; `lists`: files of names by split, or empty."""
+    """A recipe with comments. `counts`: number of pairs by split; `lists`: files of names or pairs, or empty."""
     scale, crop, test = sizes(own.findings.sizes)
     batch = 16 if counts["train"] >= 16 else 8
     steps = min(max(PASSES * counts["train"] // batch // 100 * 100, FEWEST_STEPS), MOST_STEPS)
@@ -113,14 +113,19 @@ def _folders(own: OwnData, lists: dict[str, Path]) -> Iterator[str]:
         yield from _coco(own.coco, own.root, lists)
         return
     for split in ("train", "val"):
+        listed = None
+        if lists:  # relative to the root
+            listed = os.path.relpath(os.path.realpath(lists[split]), os.path.realpath(own.root))
+        elif own.found.lists:
+            listed = own.found.lists[split]
+        if own.found.pairs:
+            yield f"  {split}: {{pairs: {_quote(listed)}}}"
+            continue
         images, masks = own.found.folders.get(split) or own.found.folders["all"]
         folders = f"images: {_quote(images)}, masks: {_quote(masks)}"
-        names = None
-        if lists:  # relative to the root
-            names = os.path.relpath(os.path.realpath(lists[split]), os.path.realpath(own.root))
-        elif own.found.lists:
-            names = own.found.lists[split]
-        yield f"  {split}: {{{folders}{f', names: {_quote(names)}' if names else ''}}}"
+        yield f"  {split}: {{{folders}{f', names: {_quote(listed)}' if listed else ''}}}"
+    if own.found.pairs:
+        return
     if own.found.image_suffixes != IMAGE_SUFFIXES:
         yield f"  image_suffixes: [{', '.join(map(_quote, own.found.image_suffixes))}]"
     yield f"  mask_suffix: {_quote(own.found.mask_suffix)}"

@@ -225,7 +225,7 @@ def test_missing_and_empty_folders(tmp_path: Path) -> None:
     with pytest.raises(DataError) as error:
         pairs(tmp_path)
     told(error, str(tmp_path / "images"), "no such folder", "data.root")
-    put(tmp_path / "images/readme.gif", ids(0))
+    put(tmp_path / "images/readme.ppm", ids(0))
     with pytest.raises(DataError) as error:
         pairs(tmp_path)
     told(error, "no images", ".jpeg")

@@ -173,6 +173,9 @@ def test_a_default_that_the_data_set_does_not_use_is_refused_but_stored_recipes_
     stored = json.loads(json.dumps(recipe.model_dump(mode="json")))
     del stored["data"]["background"]  # a key that came later
     assert parse_recipe(stored, "best.safetensors") == recipe
+    earlier = [".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"]  # the default was a shorter list
+    stored["data"]["image_suffixes"] = earlier
+    assert parse_recipe(stored, "best.safetensors").data.image_suffixes == tuple(earlier)
     assert load_recipe(write(tmp_path, "config.yaml", dump_recipe(recipe)), ["train.steps=1"]).data == recipe.data
 
 
