@@ -6,6 +6,8 @@ prepare`, as decoding them in each epoch would cost several times as much.
 
 from __future__ import annotations
 
+import os
+import shlex
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -81,3 +83,15 @@ class Convention:
     what: str  # what its folder holds, on one line, for the help
     recognise: Callable[[Tree], str | None]  # what shows that a folder has it, in words; None: it has not
     open: Callable[[Tree, Options], Source]  # raises DataError where the folder cannot be used
+
+
+def prepare_command(kind: str, source: Path, *options: str) -> str:
+    """The command that prepares a user's folder, quoted for a shell."""
+    return shlex.join(["ssaseg", "data", "prepare", kind, "--source", str(source), "--root", beside(source), *options])
+
+
+def beside(source: Path) -> str:
+    """A folder to propose for `--root`: in the current folder, or beside the source if that is among the data."""
+    real = Path(os.path.realpath(source))
+    name = f"{real.name.lstrip('.') or 'data'}-prepared"
+    return str(real.with_name(name)) if Path.cwd().is_relative_to(real) else name

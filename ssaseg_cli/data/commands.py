@@ -62,46 +62,69 @@ def export(out: Path, count: int, split: str, size: tuple[int, int], seed: int, 
     echo(f"wrote {len(images)} scenes to {images[0].parent} and their labels to {labels}")
 
 
-@data.command()
-@click.argument("name")
+class _WithKinds(click.Command):
+    """Its help ends with the conventions of annotation tools."""
+
+    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        from ssaseg.datasets.conventions import CONVENTIONS
+
+        with formatter.section("Own data: KIND and content of SOURCE"):
+            formatter.write_dl([(each.kind, each.what) for each in CONVENTIONS])
+
+
+@data.command(cls=_WithKinds)
+@click.argument("kind")
 @click.option(
     "--source",
     required=True,
     type=click.Path(exists=True, file_okay=False, path_type=Path),
-    help="Folder of the unpacked download.",
+    help="Folder of the unpacked download, or of your own data.",
 )
 @click.option(
     "--root",
     type=click.Path(file_okay=False, path_type=Path),
-    help="Folder to write to.  [default: SOURCE, or VOC2010 in it]",
+    help="Folder to write to; required for own data.  [default: SOURCE, or VOC2010 in it]",
 )
+@click.option(
+    "--table",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    metavar="FILE",
+    help="Own data: class names, and colours where masks have colours, such as lines of name,r,g,b.",
+)
+@click.option("--background", metavar="NAME", help="Own data: class of the pixels that no annotation covers.")
 @click.option(
     "--workers", type=click.IntRange(min=0), metavar="N", help="Number of processes.  [default: one per core]"
 )
-def prepare(name: str, source: Path, root: Path | None, workers: int | None) -> int:
-    """Prepare a published data set in the layout that recipes read.
+def prepare(
+    kind: str, source: Path, root: Path | None, table: Path | None, background: str | None, workers: int | None
+) -> int:
+    """Convert a published data set, or what annotation tools write, to masks that recipes read.
 
-    At the end prints the number of files on disk and the published number: exit code 1 where they differ. No file in
-    SOURCE is changed. Images become hard links if the disk allows it, otherwise copies. The command can be stopped at
-    any time; it continues when it is run again.
+    No file in SOURCE is changed. Images become hard links if the disk allows it, otherwise copies. The command can be
+    stopped at any time; it continues when it is run again.
+
+    Published data sets: at the end prints the number of files on disk and the published number: exit code 1 where they
+    differ. Own data: `ssaseg data init SOURCE` prints the command for a folder. Writes ROOT/images, ROOT/masks (class
+    ids, one byte a pixel) and ROOT/class_dict.csv (names and colours); then `ssaseg data init ROOT` writes the recipe.
 
     \b
-    NAME                    content of SOURCE
+    Example:
+      ssaseg data prepare coco_stuff10k --source ~/Downloads/cocostuff --root data/coco_stuff10k
+      ssaseg data prepare colours --source cvat-export --root data/streets
+
+    \b
+    KIND                    content of SOURCE
     coco_stuff10k           images/, annotations/*.mat, imageLists/ (cocostuff-10k-v1.1.zip; needs ssaseg[mat])
     coco_stuff164k          train2017/, val2017/, stuffthingmaps/ (unpack stuffthingmaps_trainval2017.zip in it)
     pascal_context_59, _60  JPEGImages/ (VOC 2010's trainval) and trainval_merged.json
     cityscapes              leftImg8bit/, gtFine/ (leftImg8bit_ and gtFine_trainvaltest.zip)
     camvid                  SegNet's files: train/, trainannot/, val/, valannot/
     ade20k, voc2012, camvid need no preparation: their files are only counted
-
-    \b
-    Example:
-      ssaseg data prepare coco_stuff10k --source ~/Downloads/cocostuff --root data/coco_stuff10k
-      ssaseg data prepare ade20k --source data/ade/ADEChallengeData2016
     """
     from ssaseg.cli.data.prepare import run_prepare
+    from ssaseg.datasets.conventions.base import Options
 
-    return run_prepare(name=name, source=source, root=root, workers=workers)
+    return run_prepare(name=kind, source=source, root=root, workers=workers, options=Options(table, background))
 
 
 @data.command()

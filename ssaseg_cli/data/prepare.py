@@ -1,4 +1,5 @@
-"""`ssaseg data prepare`: writes a published data set in the layout that is read, from its download.
+"""`ssaseg data prepare`: writes masks of class ids in a layout that is read: of a published data set from its download,
+of your own images from what an annotation tool wrote.
 
 The processes that make masks write nothing. The main process writes the files, one after the other, and each of them
 completely or not at all. So the command can be stopped at any time, and continues where it stopped when it is run
@@ -7,7 +8,10 @@ again.
 
 import errno
 import os
+import shlex
 import sys
+import time
+from collections import Counter
 from collections.abc import Generator, Mapping
 from contextlib import closing
 from pathlib import Path
@@ -17,18 +21,13 @@ from ssaseg.cli.device import count_cores
 from ssaseg.cli.errors import CommandError
 from ssaseg.cli.printing import echo
 from ssaseg.cli.signals import Interrupted, StopSignal
-from ssaseg.datasets.pairs import read_names
-from ssaseg.datasets.prepare import (
-    Count,
-    Plan,
-    count_pairs,
-    find_layout,
-    is_to_prepare,
-    is_whole,
-    make_masks,
-    plan_preparation,
-    usual_root,
-)
+from ssaseg.datasets.conventions import CONVENTIONS
+from ssaseg.datasets.conventions.base import Convention, Options, Tree, beside
+from ssaseg.datasets.conventions.colours import NoTable
+from ssaseg.datasets.conventions.downloads import DOWNLOADS, find_layout, plan_preparation, usual_root
+from ssaseg.datasets.pairs import first_names, read_names
+from ssaseg.datasets.prepare import Count, Plan, count_pairs, is_whole, make_masks, plan_source
+from ssaseg.datasets.published import LAYOUTS
 from ssaseg.datasets.workers import WorkerError
 from ssaseg.files.reading import read_file
 from ssaseg.files.writing import write_atomic
@@ -36,23 +35,75 @@ from ssaseg.files.writing import write_atomic
 MOST_ERRORS = 10  # wrong masks after which the command stops: probably all masks are wrong
 
 
-def run_prepare(name: str, source: Path, root: Path | None, workers: int | None) -> int:
-    """Prepares data set `name`, prints a table of the files on disk, and returns 0 where it is complete, else 1.
+def run_prepare(name: str, source: Path, root: Path | None, workers: int | None, options: Options | None = None) -> int:
+    """Prepares data set or convention `name`, prints a table of the files, and returns 0 where all are made, else 1.
 
-    source: folder of the download, never changed. root: folder to write to (None: `source`, or VOC2010 in it).
-    workers: number of processes (None: one per processor core). Raises CommandError where files of the download are
-    wrong or a file cannot be written, DataError where `source` does not hold the download; SystemExit after Ctrl-C
-    (130) and SIGTERM (143).
+    source: folder of the data, never changed. root: folder to write to (None: for a published data set `source`, or
+    VOC2010 in it). workers: number of processes (None: one per processor core). Raises CommandError where files of the
+    source are wrong or a file cannot be written, DataError where `source` does not hold the data; SystemExit after
+    Ctrl-C (130) and SIGTERM (143).
     """
+    workers = count_cores() if workers is None else workers
+    options = options or Options()
+    if convention := next((each for each in CONVENTIONS if each.kind == name), None):
+        return _prepare_own(convention, source, root, workers, options)
+    if name not in LAYOUTS:
+        kinds = ", ".join([*(each.kind for each in CONVENTIONS), *LAYOUTS])
+        raise CommandError(
+            f"{name!r}: neither a data set nor a kind of labels that is known\nexpected one of: {kinds}\n"
+            f"`ssaseg data init {shlex.quote(str(source))}` says which one a folder has"
+        )
+    if options != Options():
+        raise CommandError(
+            f"--table, --background: {name} is a published data set, whose classes are known\nremove them"
+        )
+    return _prepare_published(name, source, root, workers)
+
+
+def _prepare_own(convention: Convention, source: Path, root: Path | None, workers: int, options: Options) -> int:
+    """Makes linked images, masks and a file of class names below `root`. Nothing is written below `source`."""
+    if root is None:
+        raise CommandError(
+            f"--root: not given\nexpected a new folder to write to: --root {shlex.quote(beside(source))}"
+        )
+    if Path(os.path.realpath(root)).is_relative_to(os.path.realpath(source)):
+        fix = f"give a folder outside of it: --root {shlex.quote(beside(source))}"
+        raise CommandError(f"--root {root}: would be written among the data, in {source}\n{fix}")
+    echo(f"searching {source}", err=True)
+    try:
+        found = convention.open(Tree(source), options)
+    except NoTable as error:
+        echo(error.table)
+        raise
+    plan = plan_source(found, root)
+    start, before = time.perf_counter(), sum(is_whole(target) for _, target, _ in plan.masks)
+    if wrong := _carry_out(plan, workers):
+        raise CommandError(wrong)
+    seconds = max(time.perf_counter() - start, 1e-3)
+    splits = Counter(item.split for item in found.items)
+    rows = [(split, f"{count:,}") for split, count in splits.items()]
+    print_table(("split", "pairs"), rows, f"{convention.kind}: {source} in {root}")
+    for note in found.notes:
+        echo(f"- {note}")
+    made = len(plan.masks) - before
+    echo(f"classes ({len(found.classes)}): {first_names(found.classes, 12)}")
+    echo(
+        f"{made} masks made in {seconds:.1f} s: {made / seconds:,.0f} images/s" if made else "all masks already existed"
+    )
+    echo(f"run `ssaseg data init {shlex.quote(str(root))}`")
+    return 0
+
+
+def _prepare_published(name: str, source: Path, root: Path | None, workers: int) -> int:
     layout = find_layout(name)
     root = usual_root(name, source) if root is None else root
     absent: list[Path] = []
     wrong = ""
-    if is_to_prepare(name, source):
+    if name in DOWNLOADS:
         echo(f"searching {source}", err=True)
         plan = plan_preparation(name, source, root)
         absent = plan.absent
-        wrong = _carry_out(plan, count_cores() if workers is None else workers)
+        wrong = _carry_out(plan, workers)
     elif not root.exists() or not root.samefile(source):
         raise CommandError(
             f"--root {root}: the download of {name} already has the layout that is read: there is nothing to prepare\n"
@@ -125,6 +176,16 @@ def _steps(plan: Plan, workers: int) -> Generator[str, None, None]:
                 f"{file}: this list already exists and differs in {len(differing)} names: {sorted(differing)[0]}\n"
                 f"expected the names of the download ({len(names)}), or no file\n"
                 "remove the file and run the command again, or give another --root"
+            )
+        yield ""
+    for file, content in plan.texts.items():
+        if not file.is_file():
+            write_atomic(file, content, sync=False)
+        elif read_file(file) != content:
+            raise CommandError(
+                f"{file}: already exists, with other classes or colours than the source has now\n"
+                "expected the same classes, as the masks beside it hold their ids\n"
+                "give another --root, or remove the folder"
             )
         yield ""
     for source, target in plan.images:

@@ -231,7 +231,7 @@ def test_masks_in_colour_are_told_with_their_colours(tmp_path: Path) -> None:
     Image.fromarray(colours).save(tmp_path / "masks/a.png")
     result = call("data", "init", tmp_path, "--out", tmp_path / "x.yaml")
     assert result.exit_code == 2
-    assert "masks in colour (RGB); colours in the first 1: #8000ff, #000000" in result.stderr
+    assert "a mask in colours; 2 colours in 1 masks: #8000ff 75.0%, #000000 25.0%" in result.stderr
     assert not (tmp_path / "x.yaml").exists()
 
 

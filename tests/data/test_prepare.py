@@ -24,8 +24,8 @@ from scipy.io import savemat
 from ssaseg.cli.data import prepare as command
 from ssaseg.cli.main import cli
 from ssaseg.datasets import DataError, build_dataset
+from ssaseg.datasets.conventions.downloads import DOWNLOADS
 from ssaseg.datasets.pairs import read_names
-from ssaseg.datasets.prepare import DOWNLOADS
 from ssaseg.datasets.published import LAYOUTS
 from ssaseg.datasets.workers import WorkerError
 
@@ -389,7 +389,7 @@ def test_every_set_is_either_prepared_or_read_as_it_is_downloaded() -> None:
 
 
 def test_wrong_words_and_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert_told(prepare("coco", tmp_path), 2, "'coco' is not known", "coco_stuff10k")
+    assert_told(prepare("coco", tmp_path), 2, "'coco': neither a data set nor a kind", "coco_stuff10k")
     assert_told(prepare("coco_stuff10k", tmp_path / "gone"), 2, "does not exist")
     for name in DOWNLOADS:
         assert_told(prepare(name, tmp_path), 2, "files of the download are not in this folder", "--source")
@@ -418,7 +418,7 @@ def test_a_list_with_a_name_outside_is_refused(tmp_path: Path, name: str) -> Non
 
 
 def test_a_mask_that_claims_too_many_pixels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ssaseg.datasets.prepare.MAX_PIXELS", 100)
+    monkeypatch.setattr("ssaseg.datasets.conventions.downloads.MAX_PIXELS", 100)
     save_mat(tmp_path / "a.mat", np.zeros((20, 20), np.uint8))
     monkeypatch.setattr("scipy.io.loadmat", None)  # not reached
     with pytest.raises(DataError, match="400 values, expected at most 100"):

@@ -18,8 +18,8 @@ from ssaseg.cli.main import cli
 from ssaseg.cli.training import build, loop
 from ssaseg.cli.training.folder import open_run
 from ssaseg.datasets import DataError, workers
+from ssaseg.datasets.conventions.downloads import DOWNLOADS
 from ssaseg.datasets.loader import TrainWork
-from ssaseg.datasets.prepare import DOWNLOADS
 from ssaseg.datasets.synthetic import SyntheticScenes
 from ssaseg.recipes import load_recipe
 
