@@ -22,7 +22,7 @@ from ssaseg.datasets.conventions.base import Convention, Item, Options, Source, 
 from ssaseg.datasets.conventions.pictures import Pairs, Picture, find_pairs, look_at_all, read_picture
 from ssaseg.datasets.conventions.tables import read_names
 from ssaseg.datasets.inspection import count_ids
-from ssaseg.datasets.survey import MASKS
+from ssaseg.datasets.survey.places import MASKS
 
 THRESHOLD = 128  # from here on, a pixel is the object
 # Levels that compression makes of 0 and of 255, and the largest share of pixels with levels between.

@@ -12,10 +12,10 @@ import numpy as np
 
 from ssaseg.datasets.base import IGNORED, DataError
 from ssaseg.datasets.conventions.base import Convention, Item, Options, Source, Tree
+from ssaseg.datasets.conventions.downloads import CITYSCAPES_IDS
 from ssaseg.datasets.conventions.outlines import Images, Row, make_items, require_size
 from ssaseg.datasets.decoding import read_mask
 from ssaseg.datasets.labels import label_space
-from ssaseg.datasets.prepare import CITYSCAPES_IDS
 
 LAST_ID = 33  # of Cityscapes; -1, the licence plate, is 255 in one byte
 

@@ -7,12 +7,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from ssaseg.datasets.base import IGNORED, DataError
-from ssaseg.datasets.classnames import BACKGROUND, read_class_names
+from ssaseg.datasets.classnames import read_class_names
+from ssaseg.datasets.classnames.guessing import BACKGROUND
 from ssaseg.datasets.conventions.base import Options, prepare_command
 from ssaseg.datasets.conventions.layer_files import Layers
 from ssaseg.datasets.conventions.tables import read_names
 from ssaseg.datasets.pairs import first_names
-from ssaseg.datasets.survey import MASKS
+from ssaseg.datasets.survey.places import MASKS
 
 # Words before a number that say what it counts.
 COUNTED = {"class": re.compile(r"class|cls|cat(egory)?"), "object": re.compile(r"obj(ect)?|inst(ance)?|instances?")}

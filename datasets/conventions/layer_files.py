@@ -19,7 +19,7 @@ from ssaseg.datasets.conventions.binary import TOLERANCE, soft
 from ssaseg.datasets.conventions.pictures import evenly, look_at_all, read_picture
 from ssaseg.datasets.inspection import count_ids
 from ssaseg.datasets.pairs import IMAGE_SUFFIXES, first_names
-from ssaseg.datasets.survey import IMAGES, MASKS, SPLITS
+from ssaseg.datasets.survey.places import IMAGES, MASKS, SPLITS
 
 SAMPLE = 16  # masks that are looked at to see whether each shows one object or class
 FEWEST = 0.05  # share of the images that must have several masks
