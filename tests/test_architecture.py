@@ -89,8 +89,8 @@ RESERVED: dict[str, set[str]] = {
     "sys.stdout.write": {"console.py"},  # JSON, in which control characters are escaped
     "pickle.load": {"coco.py"},  # from memory that this process has filled
     "open": {"errors.py"},  # /dev/null
-    # An image in memory; a new file; a convention of labels, and the pairs that were found.
-    ".open": {"decoding.py", "recipes.py", "prepare.py", "pictures.py", "reading.py"},
+    # An image in memory; a new file.
+    ".open": {"decoding.py", "recipes.py"},
     ".read_text": {"labels.py"},  # of the package itself
     ".read_bytes": {"rendezvous.py"},  # of the ranks' own folder
 }

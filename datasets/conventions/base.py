@@ -82,7 +82,7 @@ class Convention:
     kind: str  # the argument of `ssaseg data prepare`
     what: str  # what its folder holds, on one line, for the help
     recognise: Callable[[Tree], str | None]  # what shows that a folder has it, in words; None: it has not
-    open: Callable[[Tree, Options], Source]  # raises DataError where the folder cannot be used
+    source: Callable[[Tree, Options], Source]  # raises DataError where the folder cannot be used
 
 
 def prepare_command(kind: str, source: Path, *options: str) -> str:

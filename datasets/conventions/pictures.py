@@ -132,7 +132,7 @@ class Pairs(NamedTuple):
 def find_pairs(root: Path, jpeg: bool = False) -> Pairs:
     """All images below `root` with one mask each. `jpeg`: masks may be JPEG files. Raises DataError without any."""
     found = find_folders(root, jpeg=jpeg)
-    sets = found.open(root, ANY)
+    sets = found.datasets(root, ANY)
     items = [
         Item(split, each.name(index), each.image_files[index], each.mask_files[index])
         for split, each in sets.items()

@@ -163,7 +163,7 @@ def _of_folder(root: Path) -> Target:
     meaning = {"reduce_zero_label": labels.reduce_zero_label, "raw_to_train": labels.raw_to_train}
 
     def build(split: str) -> Dataset:
-        return own.found.open(root, labels.classes, labels.palette, **meaning)[split]
+        return own.found.datasets(root, labels.classes, labels.palette, **meaning)[split]
 
     splits: dict[str, Callable[[], Dataset]] = {split: partial(build, split) for split in own.pairs}
     notes = "".join(f"\n- {note}" for note in (*own.found.notes, *labels.notes))

@@ -71,7 +71,7 @@ def _prepare_own(convention: Convention, source: Path, root: Path | None, worker
         raise CommandError(f"--root {root}: would be written among the data, in {source}\n{fix}")
     echo(f"searching {source}", err=True)
     try:
-        found = convention.open(Tree(source), options)
+        found = convention.source(Tree(source), options)
     except NoTable as error:
         echo(error.table)
         raise

@@ -60,7 +60,7 @@ def look_at(root: Path, images: str | None = None, masks: str | None = None) -> 
     tree, given = Tree(root), images is not None or masks is not None
     try:
         found = find_folders(root, images, masks)
-        pairs = found.open(root, ANY)
+        pairs = found.datasets(root, ANY)
     except DataError as error:
         raise _to_prepare(root, None if given else recognise(tree)) or error from None
     # Before anything is read: one of several masks of an image must never be taken for all.

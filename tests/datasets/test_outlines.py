@@ -61,7 +61,7 @@ def source(root: Path, kind: str, **options: Any) -> Source:
     found = recognise(Tree(root))
     assert found is not None
     assert found[0].kind == kind
-    return found[0].open(Tree(root), Options(**options))
+    return found[0].source(Tree(root), Options(**options))
 
 
 def labels(found: Source) -> dict[tuple[str, str], np.ndarray]:

@@ -220,7 +220,7 @@ def test_folders(tmp_path: Path, name: str) -> None:
     assert found.mask_suffix == ending
     assert found.pairs == {}
     assert found.several == 0
-    opened = found.open(tmp_path, ["a", "b"])
+    opened = found.datasets(tmp_path, ["a", "b"])
     assert set(opened) == set(folders)
     assert all(len(each) and not each.unused_masks for each in opened.values()), "the data set finds the same pairs"
 
@@ -333,7 +333,7 @@ def test_pairs_that_two_folders_do_not_hold(tmp_path: Path, name: str) -> None:
     files, pairs = LISTS[name]
     found = look(tmp_path, files)
     assert (found.folders, found.pairs, found.several) == ({}, pairs, 0)
-    assert {split: len(each) for split, each in found.open(tmp_path, ["a", "b"]).items()} == {
+    assert {split: len(each) for split, each in found.datasets(tmp_path, ["a", "b"]).items()} == {
         split: len(each) for split, each in pairs.items()
     }
 
