@@ -52,9 +52,9 @@ class PairFacts(NamedTuple):
 class Dataset(Protocol):
     """Images with labels.
 
-    An image is BGR uint8 (H, W, 3). A label is uint8 (H, W) of train ids 0..K-1, where 255 is ignored. Raw ids are the
-    numbers in a file; `label_lut[raw]` is their train id. Where `valid_raw[raw]` is false, the raw id has no meaning
-    and is an error.
+    An image is BGR uint8 (H, W, 3); one of other channels: see `bands.reading`. A label is uint8 (H, W) of train ids
+    0..K-1, where 255 is ignored. Raw ids are the numbers in a file; `label_lut[raw]` is their train id. Where
+    `valid_raw[raw]` is false, the raw id has no meaning and is an error.
     """
 
     classes: tuple[str, ...]

@@ -58,7 +58,7 @@ def _folder(split: str, root: Path, options: Mapping[str, Any]) -> Dataset:
     folders = options.get(split)
     if not folders:
         raise DataError(f"data.{split}: not given\nexpected two folders, such as {{images: a, masks: b}}")
-    keys = ("image_suffixes", "mask_suffix", "ignore_index", "reduce_zero_label", "raw_to_train", "cache")
+    keys = ("image_suffixes", "mask_suffix", "ignore_index", "reduce_zero_label", "raw_to_train", "cache", "channels")
     incomplete: list[DataError] = []
     partial = options.get("partial", False)
     listed, notes = None, list[str]()
@@ -94,6 +94,7 @@ def _coco(split: str, root: Path, options: Mapping[str, Any]) -> Dataset:
         options.get("background"),
         options.get("cache", False),
         Path(root) / folders["names"] if folders.get("names") else None,
+        options.get("channels", 3),
     )
     regions.preload()
     return regions

@@ -18,8 +18,8 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 
 from ssaseg.datasets.annotations import Region, read_annotations, region_runs
+from ssaseg.datasets.bands.reading import read_bands
 from ssaseg.datasets.base import IGNORED, DataError, PairFacts, Palette, default_palette, file_sizes
-from ssaseg.datasets.decoding import read_image
 from ssaseg.datasets.inspection import inspect_loaded
 from ssaseg.datasets.pairs import first_names, read_names
 
@@ -37,7 +37,7 @@ class CocoDataset:
     or, without `classes`, one more class before those of the files. Images are those of all files, sorted by name.
     `names` is a file that lists the images to use, one name a line, with or without suffix; without it all are used.
     Labels are painted when they are requested; memory holds the regions as the files have them. `cache` keeps every
-    decoded pair in memory, as read-only arrays.
+    decoded pair in memory, as read-only arrays. `channels`: of the images, in place of 3, see `bands.reading`.
 
     Raises DataError for files that are cut off or hold no annotations, for missing keys and images, and for category
     ids that the file does not declare. `load` raises it for regions that cannot be painted and for images whose size
@@ -59,7 +59,9 @@ class CocoDataset:
         background: str | None = None,
         cache: bool = False,
         names: Path | None = None,
+        channels: int = 3,
     ) -> None:
+        self.channels = channels
         self.annotation_files = tuple(annotations)
         categories: list[tuple[int, str]] = []
         sizes: dict[str, tuple[int, int]] = {}
@@ -113,7 +115,7 @@ class CocoDataset:
 
     def load_image(self, index: int) -> np.ndarray:
         """The image alone, BGR uint8 (H, W, 3). Raises DataError or OSError."""
-        return read_image(self.image_files[index])
+        return read_bands(self.image_files[index], self.channels)
 
     def load_label(self, index: int) -> np.ndarray:
         """The label alone, uint8 (H, W), of the size that the annotation file states. Raises DataError."""

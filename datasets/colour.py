@@ -5,16 +5,18 @@ OpenCV's 8-bit HSV conversion. Its integer arithmetic is done below in float32, 
 
 Letters: N images of H x W pixels; n images and P pixels of a piece that is computed in one step. Between the functions,
 pixels are float32 planes (N,3,H,W) in the order RGB with whole values 0..255. Nothing here waits for the device: values
-that differ between images are read from CPU tensors.
+that differ between images are read from CPU tensors. Images of other channels have C planes: of three or more, the
+first three are RGB.
 """
 
 from collections.abc import Callable, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from ssaseg.datasets.loader import Batch
-from ssaseg.datasets.transforms import DRAWS
+from ssaseg.datasets.transforms import DRAWS, HUE, SATURATION
 
 # Pixels of a piece on a CPU: so few that the eight planes of the piece stay in the second-level cache.
 CPU_PIECE = 1 << 15
@@ -43,12 +45,19 @@ def normalize(images: Tensor, mean: Sequence[float], std: Sequence[float], sizes
 
 
 def to_planes(images: Tensor) -> Tensor:
-    """uint8 (N,H,W,3) BGR to float32 (N,3,H,W) RGB, values unchanged."""
-    count, height, width, _ = images.shape
-    planes = torch.empty((count, 3, height, width), dtype=torch.float32, device=images.device)
-    for channel in range(3):
-        planes[:, channel] = images[..., 2 - channel]
+    """uint8 (N,H,W,C), BGR first, to float32 (N,C,H,W), RGB first, values unchanged."""
+    count, height, width, channels = images.shape
+    planes = torch.empty((count, channels, height, width), dtype=torch.float32, device=images.device)
+    for channel in range(channels):
+        planes[:, channel] = images[..., 2 - channel if channel < 3 <= channels else channel]
     return planes
+
+
+def from_planes(planes: Tensor) -> np.ndarray:
+    """The inverse of `to_planes` for one image uint8 (C,H,W) on the CPU."""
+    channels = len(planes)
+    order = [2, 1, 0, *range(3, channels)] if channels >= 3 else [*range(channels)]
+    return planes[order].permute(1, 2, 0).numpy()
 
 
 def distort(planes: Tensor, draws: Tensor) -> None:
@@ -56,12 +65,17 @@ def distort(planes: Tensor, draws: Tensor) -> None:
 
     draws: float32 (N,5) on the CPU as `transforms.draw_distortion` makes them; NaN: the step is not applied to this
     image. Each step clips to 0..255 and truncates to whole levels (`floor_`: `trunc_` is ten times slower on a CPU).
+    Of more than three planes, only the first three change. Of one or two, which have no colour, all change in
+    brightness and contrast.
 
     The pixels are equal to OpenCV's with two exceptions, both by one level: 1 to 3 of 10000 saturation and hue values;
     and the last columns where the width is not a multiple of OpenCV's vector length (up to 64 pixels), as OpenCV rounds
     in these columns and truncates in all others.
     """
-    pixels = planes.view(*planes.shape[:2], -1)  # N,3,H*W; must be a view: changes to a copy would be lost
+    if planes.shape[1] < 3:
+        draws = draws.clone()
+        draws[:, [SATURATION, HUE]] = torch.nan
+    pixels = planes[:, :3].view(len(planes), -1, planes[0, 0].numel())  # N,3,H*W; a view: a copy would stay unseen
     images, length = (len(pixels), pixels.shape[2]) if planes.is_cuda else (1, min(CPU_PIECE, pixels.shape[2]))
     scratch = pixels.new_empty((5, images, length))
     for group, rows in zip(pixels.split(images), draws.split(images), strict=True):
@@ -182,7 +196,7 @@ def normalize_planes(planes: Tensor, mean: Sequence[float], std: Sequence[float]
     """Normalise float32 planes (N,3,H,W) in place and set their padding to 0; returns them."""
     # Tensors, not Python numbers: PyTorch may compute a division by a number as a multiplication.
     centre, spread = (
-        torch.tensor(values, dtype=torch.float32).view(3, 1, 1).to(planes.device, non_blocking=True)
+        torch.tensor(values, dtype=torch.float32).view(-1, 1, 1).to(planes.device, non_blocking=True)
         for values in (mean, std)
     )
     planes.sub_(centre).div_(spread)

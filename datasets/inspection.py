@@ -7,8 +7,9 @@ from pathlib import Path
 import cv2
 import numpy as np
 
+from ssaseg.datasets.bands.reading import read_bands
 from ssaseg.datasets.base import DataError, Dataset, PairFacts, Problem
-from ssaseg.datasets.decoding import header_size, read_complete, read_image
+from ssaseg.datasets.decoding import header_size, read_complete
 from ssaseg.files.text import describe
 
 
@@ -33,14 +34,14 @@ def count_ids(raw: np.ndarray) -> np.ndarray:
     return sum((each.astype(np.int64) for each in counts), np.zeros(256, np.int64))
 
 
-def image_size(file: Path, decode: bool) -> tuple[int, int]:
+def image_size(file: Path, decode: bool, channels: int = 3) -> tuple[int, int]:
     """Height and width [pixels] of an image that is checked to be complete. `decode`: every pixel is decoded; otherwise
-    only the header and the end are read. Raises DataError or OSError.
+    only the header and the end are read; images of other than 3 channels are always decoded. Raises DataError, OSError.
     """
-    if not decode:
+    if not decode and channels == 3:
         data = read_complete(file)
         # None where the EXIF orientation turns the image, or Pillow does not know the format: then OpenCV decodes it.
         if size := header_size(data):
             return size
-    height, width = read_image(file).shape[:2]
+    height, width = read_bands(file, channels).shape[:2]
     return height, width

@@ -25,7 +25,7 @@ EPOCH, SAMPLE = 0, 1
 class Batch(NamedTuple):
     """Training samples on the CPU; `colour.prepare_batch` moves them to the device."""
 
-    images: Tensor  # uint8 (N,h,w,3) BGR of the crop's size, padding 0
+    images: Tensor  # uint8 (N,h,w,3) BGR of the crop's size, padding 0; of other channels as many as the data has
     labels: Tensor  # uint8 (N,h,w) train ids, ignored and padding 255
     draws: Tensor  # float32 (N,5), see transforms.draw_distortion
     sizes: Tensor  # int64 (N,2), (h, w) of the image without padding
@@ -112,8 +112,9 @@ class TrainWork(Work):
         self.rng = np.random.RandomState(0)
 
     def __getitem__(self, samples: list[tuple[int, int]]) -> Batch:
-        height, width = self.transform.crop
-        images, labels = shared_pixels(len(samples), height, width, 3), shared_pixels(len(samples), height, width)
+        count, (height, width) = len(samples), self.transform.crop
+        images = shared_pixels(count, height, width, self.transform.channels)
+        labels = shared_pixels(count, height, width)
         arrays = list(zip(images.numpy(), labels.numpy(), strict=True))
         draws = np.empty((len(samples), DRAWS), np.float32)
         sizes = np.empty((len(samples), 2), np.int64)

@@ -20,8 +20,9 @@ from unicodedata import normalize
 import cv2
 import numpy as np
 
+from ssaseg.datasets.bands.reading import read_bands
 from ssaseg.datasets.base import IGNORED, DataError, PairFacts, Problem, default_palette, file_sizes, require_below
-from ssaseg.datasets.decoding import read_image, read_mask
+from ssaseg.datasets.decoding import read_mask
 from ssaseg.datasets.ids import expected_ids, label_table, likely_fix
 from ssaseg.datasets.inspection import count_ids, image_size
 from ssaseg.files.reading import read_file
@@ -60,7 +61,7 @@ class PairDataset:
     workers use the same memory. `names` is a file that lists the pairs to use, one name a line, as in PASCAL VOC's
     ImageSets; without it all pairs in the folders are used. With `partial`, pairs that miss one of their files are left
     out, and `incomplete` holds the errors that would otherwise be raised for them. `pairs`: the pairs of a list; then
-    no folder is searched.
+    no folder is searched. `channels`: of the images, in place of 3, see `bands.reading`.
 
     Raises DataError where a folder is missing or empty, two files have the same name, an image has no mask, or a listed
     name has no image. The loading methods raise it for files that cannot be used.
@@ -81,8 +82,9 @@ class PairDataset:
         names: Path | None = None,
         partial: bool = False,
         pairs: Pairs | None = None,
+        channels: int = 3,
     ) -> None:
-        self.classes = tuple(classes)
+        self.classes, self.channels = tuple(classes), channels
         self.palette = tuple((r, g, b) for r, g, b in palette) if palette else default_palette(len(self.classes))
         # Only colours that the recipe gives can be compared with a mask file's own palette.
         self.palette_given = bool(palette)
@@ -122,7 +124,7 @@ class PairDataset:
 
     def load_image(self, index: int) -> np.ndarray:
         """The image alone, BGR uint8 (H, W, 3). Raises DataError or OSError."""
-        return read_image(self.image_files[index])
+        return read_bands(self.image_files[index], self.channels)
 
     def preload(self) -> None:
         """Fill the cache, if there is one. Processes that are forked later use the same memory: it is only read."""
@@ -132,7 +134,7 @@ class PairDataset:
     def _read(self, index: int) -> Decoded:
         if self._cache is not None and index in self._cache:
             return self._cache[index]
-        image, (raw, colours) = read_image(self.image_files[index]), read_mask(self.mask_files[index])
+        image, (raw, colours) = self.load_image(index), read_mask(self.mask_files[index])
         if image.shape[:2] != raw.shape:
             raise self.size_error(index, image.shape, raw.shape)
         if self._cache is not None:
@@ -149,7 +151,7 @@ class PairDataset:
 
         size = None
         try:
-            size = image_size(self.image_files[index], decode)
+            size = image_size(self.image_files[index], decode, self.channels)
         except (DataError, OSError) as error:
             add(error, "image that cannot be read")
         try:

@@ -5,7 +5,8 @@ Sources: mmcv 2.1 `image/geometric.py` and `transforms/processing.py`, mmsegment
 `datasets/transforms/transforms.py`. Colour distortion and normalisation run later, on the device and for the whole
 batch: see `colour`. Their random numbers are drawn here, because mmsegmentation draws them from the same sequence.
 
-Letters: H, W source size; h, w size after the resize or crop; images are BGR uint8 (H,W,3), labels uint8 (H,W). In
+Letters: H, W source size; h, w size after the resize or crop; images are BGR uint8 (H,W,3), labels uint8 (H,W). Where
+images have other channels, see `bands.reading`, there are as many in place of 3; each of them is resized by itself. In
 recipes `scale` is (width, height) and `crop` is (height, width), as in mmsegmentation's configurations.
 """
 
@@ -53,10 +54,16 @@ def rescale_size(size: tuple[int, int], scale: Sequence[float]) -> tuple[int, in
     return max(int(size[0] * factor + 0.5), 1), max(int(size[1] * factor + 0.5), 1)
 
 
+def resize(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """Resize an image (H,W,C) of any number of channels to `size` (width, height), bilinear without antialiasing."""
+    resized = cv2.resize(image, size, interpolation=cv2.INTER_LINEAR)
+    return resized if resized.ndim == 3 else resized[..., None]  # OpenCV 4 leaves out the axis of one channel
+
+
 def resize_keep_ratio(image: np.ndarray, scale: Sequence[float]) -> np.ndarray:
     """Resize an image (H,W,3) to fit `scale` (width, height), bilinear without antialiasing."""
     height, width = image.shape[:2]
-    return cv2.resize(image, rescale_size((width, height), scale), interpolation=cv2.INTER_LINEAR)
+    return resize(image, rescale_size((width, height), scale))
 
 
 def resize_to_multiple(image: np.ndarray, multiple: int) -> np.ndarray:
@@ -64,7 +71,7 @@ def resize_to_multiple(image: np.ndarray, multiple: int) -> np.ndarray:
     aspect a little.
     """
     height, width = (-(-side // multiple) * multiple for side in image.shape[:2])
-    return cv2.resize(image, (width, height), interpolation=cv2.INTER_LINEAR)
+    return resize(image, (width, height))
 
 
 def test_image(image: np.ndarray, scale: Sequence[int] | None, multiple: int | None) -> np.ndarray:
@@ -119,7 +126,7 @@ class TrainTransform:
     scale: (width, height) in pixels, multiplied by one factor from U[ratio[0], ratio[1]) before the image is fitted to
     it. crop: (height, width) in pixels. cat_max_ratio: the crop is drawn again, up to ten times, while one class has at
     least this share of its labelled pixels or while it shows only one class; 1 switches this check off. flip:
-    probability of a left-right flip. distortion: whether to draw the colour distortion.
+    probability of a left-right flip. distortion: whether to draw the colour distortion. channels: of the images.
     """
 
     def __init__(
@@ -130,9 +137,11 @@ class TrainTransform:
         cat_max_ratio: float = 0.75,
         flip: float = 0.5,
         distortion: bool = True,
+        channels: int = 3,
     ) -> None:
         self.scale, self.ratio, self.crop = tuple(scale), tuple(ratio), (int(crop[0]), int(crop[1]))
         self.cat_max_ratio, self.flip, self.distortion = cat_max_ratio, flip, distortion
+        self.channels = channels
 
     def __call__(
         self,
@@ -157,7 +166,7 @@ class TrainTransform:
         draws = draw_distortion(rng) if self.distortion else np.full(DRAWS, np.nan, np.float32)
 
         # OpenCV's rounded coefficients depend on the absolute position: resizing only the crop gives other pixels.
-        window = cv2.resize(image, (width, height), interpolation=cv2.INTER_LINEAR)[rows, columns]
+        window = resize(image, (width, height))[rows, columns]
         out_image, out_label = out if out is not None else self.empty(())
         size = label.shape[0], label.shape[1]
         for source, target, padding in ((window, out_image, 0), (label, out_label, IGNORED)):
@@ -168,8 +177,8 @@ class TrainTransform:
         return Sample(out_image, out_label, draws, size)
 
     def empty(self, lead: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
-        """Arrays of the crop's size to write into, images (*lead, h, w, 3) and labels (*lead, h, w), uninitialised."""
-        return np.empty((*lead, *self.crop, 3), np.uint8), np.empty((*lead, *self.crop), np.uint8)
+        """Arrays of the crop's size to write into, images (*lead, h, w, C) and labels (*lead, h, w), uninitialised."""
+        return np.empty((*lead, *self.crop, self.channels), np.uint8), np.empty((*lead, *self.crop), np.uint8)
 
     def _choose_crop(
         self, size: tuple[int, int], raw: np.ndarray, rng: Random, lut: np.ndarray

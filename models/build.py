@@ -27,6 +27,7 @@ from ssaseg.models.networks import (
 )
 from ssaseg.models.networks.family import Family, Parts
 from ssaseg.models.segmenter import Segmenter
+from ssaseg.models.stem import RGB, widen
 
 FAMILIES: Mapping[str, Family] = {
     "afformer": afformer.FAMILY,
@@ -91,6 +92,7 @@ def build_model(
     options: Mapping[str, Any] | None = None,
     compat: bool = False,
     memory: bool = True,
+    channels: int = RGB,
 ) -> Segmenter:
     """A network in training mode, with random weights, initialised as in the official run without pre-training.
 
@@ -105,11 +107,12 @@ def build_model(
         options: options of the classifier, see its `OPTIONS`.
         compat: trains as the official code where the network does not do so by default, see `Family.compat`.
         memory: whether the classifier gets its memory of pixels, see `Classifier.MEMORY`; only training needs it.
+        channels: of the images; not 3: the layers that read the image are built for them, see `stem.widen`.
 
     Raises:
         ValueError: an unknown name, a number out of its range, or `compat` for a network that has no such difference;
-            a mask method with a classifier or with one of the arguments that only change training or a classifier
-            (drop_path, dropout, loss, options, compat), or one whose packages are not installed.
+            a mask method with a classifier, other channels than 3, or an argument that only changes training or a
+            classifier (drop_path, dropout, loss, options, compat); or one whose packages are not installed.
     """
     family = family_of(name)
     if num_classes < 1:
@@ -117,6 +120,7 @@ def build_model(
     if name in list_mask_models() and classifier == MASKS:
         given = {"drop_path": drop_path, "dropout": dropout, "loss": loss, "options": options or None}
         unused = [key for key, value in given.items() if value is not None] + ["compat"] * compat
+        unused += ["channels"] * (channels != RGB)
         if unused:
             raise ValueError(f"{no_training(name)}\nit takes no {', '.join(unused)}: leave this out")
         parts = family.build(name, num_classes, None)
@@ -151,9 +155,11 @@ def build_model(
             for each in module.modules():
                 if isinstance(each, Classifier):
                     each.use_loss(further)
-    return Segmenter(
+    model = Segmenter(
         *parts[:2], head, parts.auxiliary, name=name, classifier_name=classifier, options=options, weights=weights
     )
+    model.channels, model.stems = channels, widen(model.backbone, channels)
+    return model
 
 
 def classifier_of(name: str, classifier: str) -> type[Classifier]:

@@ -38,15 +38,20 @@ def save_model(
 ) -> None:
     """Writes the state dict, without a memory of pixels, and `metadata` (JSON values) as safetensors, atomically.
 
-    `format`, `model`, `classifier` and its `options` come from the model, other missing keys from `DEFAULTS`. If
-    `classes` is missing, the classes are numbered. `root`: see `write_atomic`. An existing file stays until the new one
-    is complete on the disk. Raises ValueError if `classes` does not fit the model, OSError if the file cannot be
-    written.
+    `format`, `model`, `classifier`, its `options`, and `channels` other than 3 come from the model, other missing keys
+    from `DEFAULTS`. If `classes` is missing, the classes are numbered. `root`: see `write_atomic`. An existing file
+    stays until the new one is complete on the disk. Raises ValueError if `classes`, `mean` or `std` does not fit the
+    model, OSError if the file cannot be written.
     """
     metadata = _described(model, metadata)
     known = {**DEFAULTS, "classes": numbered(model.num_classes), **metadata}
     if len(known["classes"]) != model.num_classes:
         raise ValueError(f"metadata names {len(known['classes'])} classes, the model has {model.num_classes}")
+    for key in ("mean", "std"):
+        if len(known[key]) != model.channels:
+            raise ValueError(
+                f"metadata has {len(known[key])} numbers as {key}, the model has {model.channels} channels"
+            )
     memory = model.memory()
     kept = {key: value for key, value in model.state_dict().items() if not is_below(key, memory)}
     write_tensors(Path(path), kept, known, root)
@@ -56,7 +61,8 @@ def _described(model: Segmenter, metadata: Mapping[str, Any]) -> dict[str, Any]:
     """`metadata` with what the header of every checkpoint says of its model."""
     found = {key: value for key, value in metadata.items() if key != "options"}
     found |= {"format": FORMAT, "model": model.name, "classifier": model.classifier_name}
-    return found | ({"options": model.options} if model.options else {})
+    found |= {"options": model.options} if model.options else {}
+    return found | ({"channels": model.channels} if model.channels != 3 else {})
 
 
 def numbered(classes: int) -> list[str]:
@@ -160,12 +166,12 @@ def load_model(path: str | os.PathLike[str]) -> tuple[Segmenter, dict[str, Any]]
     """
     metadata, outline = read_header(path)
     names = metadata["model"], len(metadata["classes"]), metadata["classifier"]
-    options = metadata.get("options")
+    options, channels = metadata.get("options"), metadata.get("channels", 3)
     # Options decide about sizes: a network without memory is compared with the file first.
     for device in ("meta", "cpu") if options else ("cpu",):
         try:
             with torch.device(device):
-                model = build_model(*names, options=options, memory=False)
+                model = build_model(*names, options=options, memory=False, channels=channels)
         except ValueError as error:
             raise CheckpointError(f"{path}: {printable(str(error), KEPT)}") from None
         if "deploy" in metadata:

@@ -53,7 +53,7 @@ def _folded(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> nn.Conv2d:
 
 
 class Normalize(nn.Module):
-    """(value - mean) / std of each channel; input: RGB in [0, 255] of any number type."""
+    """(value - mean) / std of each channel; input: RGB in [0, 255] of any number type, or images of other channels."""
 
     mean: Tensor
     std: Tensor
@@ -61,7 +61,7 @@ class Normalize(nn.Module):
     def __init__(self, mean: Sequence[float], std: Sequence[float]) -> None:
         super().__init__()
         for name, values in (("mean", mean), ("std", std)):
-            self.register_buffer(name, torch.tensor(values, dtype=torch.float32).view(3, 1, 1), persistent=False)
+            self.register_buffer(name, torch.tensor(values, dtype=torch.float32).view(-1, 1, 1), persistent=False)
 
     def forward(self, images: Tensor) -> Tensor:
         """(N,3,H,W) → float32 (N,3,H,W)."""

@@ -6,6 +6,7 @@ from typing import Any
 
 from ssaseg.files.structured import parse_json
 from ssaseg.files.text import printable
+from ssaseg.models.stem import MOST_CHANNELS
 
 FORMAT = "ssaseg-1"
 # What each header has, besides `format, model, classifier, classes`. mean and std: ImageNet's, RGB in [0, 255].
@@ -42,6 +43,11 @@ def parse_header(header: Mapping[str, str], source: str) -> dict[str, Any]:
     for key, (fits, expected) in SCHEMA.items():
         if key in metadata and not fits(metadata[key]):
             raise _wrong(source, key, f"is {described(metadata[key])}", expected)
+    channels = metadata.get("channels", 3)
+    for key in ("mean", "std"):
+        if len(metadata.get(key, DEFAULTS[key])) != channels:
+            got = len(metadata.get(key, DEFAULTS[key]))
+            raise _wrong(source, key, f"has {got} numbers", f"{channels}, one for each channel of the images")
     classes, palette = metadata.get("classes"), metadata.get("palette")
     if classes is not None and palette is not None and len(palette) != len(classes):
         raise _wrong(source, "palette", f"has {len(palette)} colours", f"{len(classes)}, one for each class")
@@ -108,8 +114,12 @@ SCHEMA: Mapping[str, tuple[Callable[[Any], bool], str]] = {
         f"a list of 1 to {MOST_CLASSES} texts of at most {LONGEST_NAME} letters, without halves of letters",
     ),
     "palette": (lambda value: value is None or _are(_is_colour)(value), "null or a list of [R, G, B], each 0 to 255"),
-    "mean": (_are(lambda each: _is_number(each, -1e6, 1e6), 3), "three numbers from -1e6 to 1e6"),
-    "std": (_are(lambda each: _is_number(each, 1e-6, 1e6), 3), "three numbers from 1e-6 to 1e6"),
+    "channels": (
+        lambda value: isinstance(value, int) and _is_number(value, 1, MOST_CHANNELS),
+        f"a whole number from 1 to {MOST_CHANNELS}",
+    ),
+    "mean": (_are(lambda each: _is_number(each, -1e6, 1e6)), "a list of numbers from -1e6 to 1e6, one per channel"),
+    "std": (_are(lambda each: _is_number(each, 1e-6, 1e6)), "a list of numbers from 1e-6 to 1e6, one per channel"),
     "protocol": (lambda value: isinstance(value, dict), "a mapping, like a recipe's section test"),
     "recipe": (lambda value: value is None or isinstance(value, dict), "null or a mapping"),
     "step": (lambda value: isinstance(value, int) and _is_number(value, 0, 1e15), "a whole number, 0 or more"),

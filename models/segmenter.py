@@ -14,9 +14,9 @@ from ssaseg.models.decoder import FURTHER_WEIGHT, AuxiliaryHead, Decoder
 class Segmenter(nn.Module):
     """A network with its classifier, and auxiliary heads by name, which are used in training only.
 
-    `name`, `classifier_name`, its `options` and `num_classes` are enough to build the same network again. `weights`:
-    weights of the losses of auxiliary heads and of a first stage, by name; the default is FURTHER_WEIGHT, and 0 leaves
-    a loss out.
+    `name`, `classifier_name`, its `options`, `num_classes` and `channels` are enough to build the same network again.
+    `weights`: weights of the losses of auxiliary heads and of a first stage, by name; the default is FURTHER_WEIGHT,
+    and 0 leaves a loss out. Where images are (N,3,H,W) below, 3 stands for `channels`.
     """
 
     def __init__(
@@ -40,6 +40,8 @@ class Segmenter(nn.Module):
         self.options = dict(options or {})
         self.weights = weights or {}
         self.memories: list[Any] = []
+        self.channels = 3  # of the images; if there are 3 or more, the first are red, green and blue
+        self.stems: list[str] = []  # names of the layers that read them
 
     @property
     def stride(self) -> int:

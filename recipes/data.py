@@ -5,6 +5,7 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, BeforeValidator, Field, Strict, model_validator
 
 from ssaseg.recipes.fields import (
+    MOST_CHANNELS,
     MOST_SCENES,
     Byte,
     ClassName,
@@ -16,9 +17,10 @@ from ssaseg.recipes.fields import (
     Seed,
     Switch,
     Text,
-    Three,
     wrong,
 )
+
+MEAN, STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)  # ImageNet's, RGB
 
 
 def _suffixes(suffixes: tuple[str, ...]) -> tuple[str, ...]:
@@ -80,7 +82,9 @@ _USERS: dict[str, tuple[str, ...]] = {
         ("image_suffixes", "mask_suffix", "ignore_index", "reduce_zero_label", "raw_to_train"), ("folder",)
     ),
     "background": ("coco_json",),
+    "channels": ("folder", "coco_json"),
 }
+_NEWER = {"background", "channels"}  # keys that stored recipes may not have
 
 
 class Data(Section):
@@ -123,12 +127,19 @@ class Data(Section):
         default=None,
         description="mask value -> train id (0..K-1, or 255: ignored), for every pixel; null: values stay unchanged",
     )
-    mean: Three = Field(
-        default=(123.675, 116.28, 103.53), description="[red, green, blue] to subtract from pixel values 0..255"
+    channels: int = Field(
+        default=3,
+        ge=1,
+        le=MOST_CHANNELS,
+        description="channels of the images: 3 (colours; grey is repeated), 1 (grey), or the number of bands that each "
+        "file has (TIFF, or PNG with alpha as last band); mean and std need as many numbers",
     )
-    std: Annotated[tuple[Positive, Positive, Positive], Strict(False)] = Field(
-        default=(58.395, 57.12, 57.375),
-        description="[red, green, blue] to divide by after the subtraction, on the scale 0..255",
+    mean: Annotated[tuple[float, ...], Strict(False), Field(max_length=MOST_CHANNELS)] = Field(
+        default=MEAN, description="[red, green, blue] to subtract from pixel values 0..255; one per channel"
+    )
+    std: Annotated[tuple[Positive, ...], Strict(False), Field(max_length=MOST_CHANNELS)] = Field(
+        default=STD,
+        description="[red, green, blue] to divide by after the subtraction, on the scale 0..255; one per channel",
     )
     cache: Switch = Field(
         default=False, description="keep decoded images and masks in memory: faster, but needs memory for all of them"
@@ -163,7 +174,7 @@ class Data(Section):
     def _no_unused_key(self) -> "Data":
         """A key that the data set does not use is an error, even with its default value: the user expects an effect."""
         # A stored recipe has all keys, except keys that are newer than the recipe. The user has not written these.
-        stored = _USERS.keys() - {"background"} <= self.model_fields_set
+        stored = _USERS.keys() - _NEWER <= self.model_fields_set
         for key, users in _USERS.items():
             got, default = getattr(self, key), type(self).model_fields[key].default
             written = got != default or (key in self.model_fields_set and not stored)
@@ -177,6 +188,19 @@ class Data(Section):
 
     def _only_lists(self) -> bool:
         return all(folders is not None and folders.pairs is not None for folders in (self.train, self.val))
+
+    @model_validator(mode="after")
+    def _one_number_per_channel(self) -> "Data":
+        for key, colours in (("mean", MEAN), ("std", STD)):
+            given = getattr(self, key)
+            if len(given) == self.channels:
+                continue
+            middle = round(sum(colours) / 3, 3)
+            usual = [*colours, *[middle] * (self.channels - 3)] if self.channels >= 3 else [middle] * self.channels
+            expected = f"{self.channels} number{'s' * (self.channels > 1)}, since data.channels is {self.channels}"
+            fix = f"take those of your images, or those of ImageNet's colours: {usual}"
+            raise wrong(f"data.{key}", list(given), expected, fix)
+        return self
 
     @model_validator(mode="after")
     def _classes_and_labels(self) -> "Data":

@@ -10,6 +10,7 @@ LARGEST_SIDE = 16_384  # pixels
 LARGEST_AREA = 2**28  # pixels of one image, as for the images that are read
 LARGEST_BATCH_AREA = 2**27  # pixels of the crops of one step: 512 crops of 512x512
 MOST_SCENES = 1_000_000
+MOST_CHANNELS = 16  # of images, as for the networks
 SEEDS = 2**32
 
 CONTROL = re.compile("[\x00-\x1f\x7f]")
@@ -41,7 +42,6 @@ Switch = Annotated[bool, Strict(False)]
 RawId = Annotated[int, Strict(False), Field(ge=0, le=255)]
 WidthHeight = Annotated[tuple[Length, Length], Strict(False)]
 HeightWidth = Annotated[tuple[Side, Side], Strict(False)]
-Three = Annotated[tuple[float, float, float], Strict(False)]
 Colour = Annotated[tuple[Byte, Byte, Byte], Strict(False)]
 
 

@@ -20,7 +20,8 @@ FOLDERS = {"cli": "ssaseg_cli", "models": "models", "datasets": "datasets", "rec
 MAY_IMPORT = {
     "files": {"ssaseg.files"},
     "models": {"torch", "safetensors", "ssaseg.files", "ssaseg.models"},
-    "datasets": {"torch", "numpy", "cv2", "PIL", "pycocotools", "scipy", "yaml", "ssaseg.files", "ssaseg.datasets"},
+    "datasets": {"torch", "numpy", "cv2", "PIL", "pycocotools", "scipy", "yaml", "tifffile", "ssaseg.files"}
+    | {"ssaseg.datasets"},
     "recipes": {"yaml", "pydantic", "pydantic_core", "ssaseg.files", "ssaseg.recipes"},
     "cli": {"torch", "numpy", "cv2", "PIL", "pycocotools", "safetensors", "click", "rich", "tqdm", "matplotlib"}
     | {f"ssaseg.{part}" for part in ("files", "models", "datasets", "recipes", "cli")},
@@ -30,8 +31,8 @@ MAY_IMPORT = {
 ROOMS = {
     "cli": ["printing", "signals", "errors", "device", "console", "options", "drawing", "ranks", "scoring", "weights",
             "data", "prediction", "profiling", "training", "comparison", "explanation", ""],
-    "models": ["rows", "layers", "classifiers", "decoder", "segmenter", "networks", "masks", "build", "official",
-               "header", "checkpoint", ""],
+    "models": ["rows", "layers", "stem", "classifiers", "decoder", "segmenter", "networks", "masks", "build",
+               "official", "header", "checkpoint", ""],
 }  # fmt: skip
 LONGEST_FILE, LONGEST_FUNCTION, FULLEST_ROOM = 400, 80, 22  # lines, lines, files
 

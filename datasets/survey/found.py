@@ -34,7 +34,9 @@ class Found:
     image_folders: list[str] = field(default_factory=list)  # all folders with images that are used
     mask_folders: list[str] = field(default_factory=list)  # all folders with masks that are used
 
-    def datasets(self, root: Path, classes: Sequence[str], palette: Any = None, **meaning: Any) -> dict[str, PairDataset]:
+    def datasets(
+        self, root: Path, classes: Sequence[str], palette: Any = None, **meaning: Any
+    ) -> dict[str, PairDataset]:
         """The complete pairs of each split. `meaning`: arguments of PairDataset that say what ids mean."""
         if self.pairs:
             return {

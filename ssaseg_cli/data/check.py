@@ -163,10 +163,11 @@ def _of_folder(root: Path) -> Target:
     meaning = {"reduce_zero_label": labels.reduce_zero_label, "raw_to_train": labels.raw_to_train}
 
     def build(split: str) -> Dataset:
-        return own.found.datasets(root, labels.classes, labels.palette, **meaning)[split]
+        given = {**meaning, "channels": own.bands.channels}
+        return own.found.datasets(root, labels.classes, labels.palette, **given)[split]
 
     splits: dict[str, Callable[[], Dataset]] = {split: partial(build, split) for split in own.pairs}
-    notes = "".join(f"\n- {note}" for note in (*own.found.notes, *labels.notes))
+    notes = "".join(f"\n- {note}" for note in (*own.found.notes, *own.bands.notes, *labels.notes))
     return Target(f"{root}: images and masks as `ssaseg data init` finds them{notes}", splits, {})
 
 

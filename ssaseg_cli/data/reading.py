@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from ssaseg.cli.console import progress_bar
+from ssaseg.cli.data.bands import look_at_bands
 from ssaseg.cli.data.recipe_text import OwnData
 from ssaseg.cli.device import count_cores
 from ssaseg.cli.errors import CommandError
@@ -68,6 +69,9 @@ def look_at(root: Path, images: str | None = None, masks: str | None = None) -> 
         raise _to_prepare(root, (LAYERS, seen)) or AssertionError
     if found.several:
         raise several_error(root, found)
+    bands = look_at_bands([file for each in pairs.values() for file in each.image_files])
+    for each in pairs.values():
+        each.channels = bands.channels
     per_split = {split: read_through(each, f"read {split}", decoded=0) for split, each in pairs.items()}
     findings = reduce(join_findings, per_split.values())
     files = [file for each in pairs.values() for file in each.mask_files]
@@ -95,7 +99,7 @@ def look_at(root: Path, images: str | None = None, masks: str | None = None) -> 
             unused = [file.name for file in each.unused_masks]
             where = "" if split == "all" else f" of the {split} split"
             found.notes.append(f"masks{where} without image, not used: {len(unused)} ({first_names(unused)})")
-    return OwnData(root, found, dict(pairs), findings, labels, per_split)
+    return OwnData(root, found, dict(pairs), findings, labels, per_split, bands=bands)
 
 
 def _misread(

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from ssaseg.cli.data.bands import Bands
 from ssaseg.cli.device import count_cores
 from ssaseg.datasets import Dataset, default_palette
 from ssaseg.datasets.check import Findings
@@ -35,10 +36,11 @@ class OwnData:
     published: str | None = None  # name of the published data set that it is; its folders and classes are known
     coco: FoundCoco | None = None  # COCO-format annotations in place of masks
     notes: list[str] = field(default_factory=list)
+    bands: Bands = field(default_factory=Bands)
 
     def all_notes(self) -> list[str]:
         """What was found and guessed, the most interesting notes first."""
-        return [*self.notes, *self.found.notes, *self.labels.notes]
+        return [*self.notes, *self.found.notes, *self.bands.notes, *self.labels.notes]
 
 
 def recipe_text(
@@ -143,8 +145,9 @@ def _coco(coco: FoundCoco, root: Path, lists: dict[str, Path]) -> Iterator[str]:
 
 
 def _classes(own: OwnData) -> Iterator[str]:
-    """Classes with their pixels and masks in comments, and the keys that say what ids mean."""
+    """Bands; classes with their pixels and masks in comments; the keys that say what ids mean."""
     labels, findings = own.labels, own.findings
+    yield from own.bands.lines()
     total = max(int(findings.pixels.sum()), 1)
     yield "  classes:"
     for raw, name in zip(labels.raw_ids, labels.classes, strict=True):

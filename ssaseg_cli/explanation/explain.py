@@ -22,6 +22,7 @@ from ssaseg.cli.printing import echo
 from ssaseg.cli.scoring.report import require_labels
 from ssaseg.cli.signals import StopSignal
 from ssaseg.datasets import default_palette
+from ssaseg.datasets.bands.reading import shown
 from ssaseg.files.text import printable
 from ssaseg.files.writing import write_atomic
 
@@ -141,7 +142,7 @@ class Work:
         distance = edge_distance(masks)
         picture = None
         if len(self.drawn) < self.pictures:
-            picture = self.artist.draw(item.name, image, labels, stages, distance, seen.prototypes)
+            picture = self.artist.draw(item.name, shown(image), labels, stages, distance, seen.prototypes)
         self.sums.add(stages, masks, distance, seen.prototypes)  # last: an image that is skipped is not counted
         return picture
 
@@ -182,7 +183,13 @@ def class_index(name: str, classes: Sequence[str]) -> int:
 
 
 def require_equal_classes(probe: Probe, other: Probe) -> None:
-    """Raises CommandError unless both checkpoints have the same classes in the same order."""
+    """Raises CommandError unless both checkpoints have the same classes in the same order, and read the same images."""
+    channels = [each.inference.model.channels for each in (probe, other)]
+    if channels[0] != channels[1]:
+        raise CommandError(
+            f"{other.path}: for images of {channels[1]} channels; {probe.path}: {channels[0]} channels\n"
+            "give --against a checkpoint for the same images"
+        )
     ours, theirs = probe.metadata["classes"], other.metadata["classes"]
     if list(ours) == list(theirs):
         return

@@ -15,9 +15,10 @@ import numpy as np
 
 from ssaseg.cli.errors import CommandError
 from ssaseg.cli.prediction.sources import Source, find_sources
-from ssaseg.cli.scoring.report import open_dataset, recipe_of, require_data_classes
+from ssaseg.cli.scoring.report import open_dataset, recipe_of, require_channels, require_data_classes
 from ssaseg.datasets import DataError, Dataset, stated_classes
-from ssaseg.datasets.decoding import read_image, read_mask
+from ssaseg.datasets.bands.reading import read_bands
+from ssaseg.datasets.decoding import read_mask
 from ssaseg.datasets.pairs import IMAGE_SUFFIXES, label_table
 from ssaseg.datasets.published import LAYOUTS
 from ssaseg.files.text import printable
@@ -44,6 +45,7 @@ class Items(NamedTuple):
 def of_split(checkpoint: Path, metadata: Mapping[str, Any], data: str | None, root: Path | None, split: str) -> Items:
     """The images of a split of the recipe `data`, or of the checkpoint's. Raises CommandError for other classes."""
     recipe = recipe_of(checkpoint, metadata, data)
+    require_channels(checkpoint, metadata, recipe)
     dataset = open_dataset(recipe, split, root)
     require_data_classes(checkpoint, metadata["classes"], recipe.name, dataset.classes)
     files = dataset.image_files
@@ -84,7 +86,8 @@ def of_files(
             if classes:  # those of COCO-format files may be in the files only
                 require_data_classes(checkpoint, metadata["classes"], recipe.name, classes)
         rules = rules_of(recipe, masks, len(metadata["classes"]))
-    items = [Item(source.path, source.name, partial(_read, source, rules)) for source in sources]
+    channels = metadata.get("channels", 3)
+    items = [Item(source.path, source.name, partial(_read, source, rules, channels)) for source in sources]
     return Items(items, None if masks is None else f"masks in {masks}")
 
 
@@ -118,8 +121,8 @@ def rules_of(recipe: Recipe | None, folder: Path, count: int) -> Rules:
     return Rules(folder, data.image_suffixes, data.mask_suffix, *table)
 
 
-def _read(source: Source, rules: Rules | None) -> Pair:
-    image = read_image(source.path)
+def _read(source: Source, rules: Rules | None, channels: int) -> Pair:
+    image = read_bands(source.path, channels)
     if rules is None:
         return image, None
     path = rules.mask_of(source.relative)

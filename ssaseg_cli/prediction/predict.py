@@ -34,7 +34,7 @@ from ssaseg.cli.printing import echo
 from ssaseg.cli.scoring.inference import Inference, Prediction, state_views
 from ssaseg.cli.signals import StopSignal
 from ssaseg.datasets import default_palette
-from ssaseg.datasets.decoding import read_image
+from ssaseg.datasets.bands.reading import read_bands, shown
 from ssaseg.files.text import printable
 from ssaseg.files.writing import make_temporary, write_atomic
 from ssaseg.models import load_model
@@ -50,7 +50,7 @@ Made = TypeVar("Made")
 
 
 class Decoded(NamedTuple):
-    """The original image, and the network's inputs made from it; all BGR uint8 (·,·,3)."""
+    """The original image, and the network's inputs made from it; all BGR uint8 (·,·,3), or of other channels."""
 
     image: np.ndarray
     inputs: list[np.ndarray]
@@ -171,7 +171,7 @@ class Labeller:
         """The image and the network's inputs, or the reason to skip the image."""
         try:
             origin = made_of(self.code, source.path)  # before it is read: if it changes now, it is labelled again
-            image = read_image(source.path, self.max_pixels)
+            image = read_bands(source.path, self.inference.model.channels, self.max_pixels)
             return Decoded(image, self.inference.inputs(image, str(source.path)), origin)
         except Exception as error:
             return skip_reason(error, source.path)
@@ -199,7 +199,7 @@ class Labeller:
             coarse, probabilities = (is_needed(field, self.save) for field in ("coarse", "probabilities"))
             size, name = decoded.image.shape[:2], str(source.path)
             prediction = self.inference.predict(inputs, size, coarse, probabilities, name)
-            return Labelled(source, decoded.image, prediction, decoded.origin)
+            return Labelled(source, shown(decoded.image), prediction, decoded.origin)
         except FloatingPointError:  # of the network, not of this image
             raise
         except Exception as error:

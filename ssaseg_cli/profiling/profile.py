@@ -78,7 +78,8 @@ def run_profile(
     chosen = select_device(device)
     json_out = json_target(json_out)
     models = _models(target, classifiers, classes)
-    image = torch.randn(1, 3, *size, generator=torch.Generator().manual_seed(0)).to(chosen)
+    channels = models[0].channels
+    image = torch.randn(1, channels, *size, generator=torch.Generator().manual_seed(0)).to(chosen)
     columns = [{"classifier": each.classifier_name, **count(each, image)} for each in models]
     for column, timings in zip(
         columns, measure_latency([each.to(chosen) for each in models], image, runs), strict=True

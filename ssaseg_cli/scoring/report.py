@@ -71,6 +71,7 @@ def _score(
     recipe = recipe_of(checkpoint, metadata, data)
     before = recipe.test if data else parse_protocol(metadata["protocol"], f"{checkpoint}: protocol")
     protocol = parse_protocol(before.model_dump() | dict(changes or {}), "protocol") if changes else before
+    require_channels(checkpoint, metadata, recipe)
     dataset = open_dataset(recipe, split, root)
     require_data_classes(checkpoint, metadata["classes"], recipe.name, dataset.classes)
     count = len(dataset) if limit is None else min(limit, len(dataset))
@@ -161,6 +162,16 @@ def require_labels(confusion: np.ndarray, images: str) -> None:
         raise CommandError(
             f"no labelled pixel in the {images}: all pixels are ignored\n"
             "check data.ignore_index, data.reduce_zero_label and data.raw_to_train in the recipe"
+        )
+
+
+def require_channels(checkpoint: Path, metadata: Mapping[str, Any], recipe: Recipe) -> None:
+    """Raises CommandError if the recipe's images have other channels than the checkpoint's network reads."""
+    own = metadata.get("channels", 3)
+    if recipe.data.channels != own:
+        raise CommandError(
+            f"{checkpoint}: a network for images of {own} channels; recipe {recipe.name}: {recipe.data.channels}\n"
+            f"give --data a recipe with data.channels: {own}, whose images have as many bands"
         )
 
 

@@ -142,6 +142,7 @@ def build_network(recipe: Recipe, classes: Sequence[str]) -> Segmenter:
             loss=options,
             options=recipe.model.options,
             compat=recipe.model.compat,
+            channels=recipe.data.channels,
         )
     except ValueError as error:
         raise CommandError(f"recipe {recipe.name}, model: {error}") from None
@@ -202,7 +203,7 @@ def open_loader(job: Job, step: int, workers: int, rank: int) -> Iterator[Any]:
     recipe = job.recipe
     return train_loader(
         job.train_set,
-        TrainTransform(**recipe.augment.model_dump()),
+        TrainTransform(**recipe.augment.model_dump(), channels=recipe.data.channels),
         recipe.train.seed,
         job.micro_batch,
         workers,

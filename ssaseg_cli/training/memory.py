@@ -115,7 +115,7 @@ def _trial(job: "Job", images: int) -> None:
     held = []  # what is in memory during a real step, in addition to the step's own tensors
     if not job.optimizer.state:  # the first update adds two moments per parameter
         held += [torch.empty_like(weight) for weight in model.parameters() if weight.requires_grad for _ in range(2)]
-    pixels = torch.randn(images, 3, *size, device=device)
+    pixels = torch.randn(images, model.channels, *size, device=device)
     labels = torch.randint(model.num_classes, (images, *size), device=device)
     if device.type == "cuda":
         spare = int(SPARE * torch.cuda.get_device_properties(device).total_memory)

@@ -29,18 +29,19 @@ IMAGES = 4  # validation images, the same each time
 
 def write_batch(job: "Job", images: int = 8) -> None:
     """`batch.png`: the first augmented training images, in the colours that the network gets, next to their labels."""
-    from ssaseg.datasets.colour import prepare_batch
+    from ssaseg.datasets.bands.reading import shown
+    from ssaseg.datasets.colour import from_planes, prepare_batch
     from ssaseg.datasets.loader import train_loader
     from ssaseg.datasets.transforms import TrainTransform
 
     recipe = job.recipe
-    transform = TrainTransform(**recipe.augment.model_dump())
+    transform = TrainTransform(**recipe.augment.model_dump(), channels=recipe.data.channels)
     batch = next(train_loader(job.train_set, transform, recipe.train.seed, min(images, recipe.train.batch), 0))
     prepared, _ = prepare_batch(batch, recipe.data.mean, recipe.data.std, torch.device("cpu"))
-    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (recipe.data.mean, recipe.data.std))
+    mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (recipe.data.mean, recipe.data.std))
     row: list[Panel] = []
     for image, labels, name in zip(prepared, batch.labels.numpy(), batch.names, strict=True):
-        pixels = (image * std + mean).round().clamp(0, 255).byte().flip(0).permute(1, 2, 0).numpy()
+        pixels = shown(from_planes((image * std + mean).round().clamp(0, 255).byte()))
         row += [Panel(name, pixels), Panel("label", panels.coloured(pixels, labels, job.train_set.palette))]
     legend = panels.legend_of(batch.labels.numpy(), job.train_set.classes, job.train_set.palette)
     rows = [row[start : start + 4] for start in range(0, len(row), 4)]
@@ -109,6 +110,7 @@ def write_predictions(job: "Job", images: int = IMAGES) -> None:
     plain classifier has only one prediction.
     """
     from ssaseg.cli.scoring.inference import predict_labels
+    from ssaseg.datasets.bands.reading import shown
 
     recipe, data, palette = job.recipe, job.val_set, job.val_set.palette
     training = job.model.training
@@ -120,6 +122,7 @@ def write_predictions(job: "Job", images: int = IMAGES) -> None:
             image, labels = data.load(index)
             protocol, mean, std = recipe.test.model_dump(), recipe.data.mean, recipe.data.std
             final, coarse = predict_labels(job.model, image, protocol, mean, std, job.device)[:2]
+            image = shown(image)
             row = [Panel(data.name(index), image), Panel("label", panels.coloured(image, labels, palette))]
             maps += [labels, final]
             if coarse is not None:

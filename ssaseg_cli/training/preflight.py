@@ -65,7 +65,8 @@ def require_trainable(model: Segmenter, recipe: Recipe, rank_batch: int, device:
     trial = model.copied().train()
     try:
         with torch.no_grad():
-            trial(torch.zeros(1, 3, *size, device=device), torch.zeros(1, *size, dtype=torch.uint8, device=device))
+            image = torch.zeros(1, model.channels, *size, device=device)
+            trial(image, torch.zeros(1, *size, dtype=torch.uint8, device=device))
     except ValueError as error:
         if "more than 1 value per channel" not in str(error):
             raise

@@ -31,12 +31,13 @@ from ssaseg.cli.weights.matching import (
     likely_model,
     match,
     outline,
+    stem_channels,
 )
 from ssaseg.cli.weights.pretrained import PRETRAINED_SHARE
 from ssaseg.files.writing import write_atomic
 from ssaseg.models import Segmenter, build_model, list_mask_models, list_models, load_model, save_model
 from ssaseg.models.checkpoint import write_tensors
-from ssaseg.models.header import MOST_CLASSES, CheckpointError
+from ssaseg.models.header import DEFAULTS, MOST_CLASSES, CheckpointError
 from ssaseg.models.masks.base import MASKS
 from ssaseg.models.official import aliases, left_out, official_entries
 
@@ -212,7 +213,9 @@ def open_official(request: Request, weights: Weights, name: str) -> Opened:
     likely = weights.classifier
     if name in list_mask_models():
         classes, likely = max(classes - 1, 1), MASKS  # the last row is of "no object"
-    network = fresh(name, classes, request.classifier or likely)
+    # A mask method's package may not be installed, and its images have three channels.
+    channels = (stem_channels(outline(name), weights) or 3) if likely != MASKS else 3
+    network = fresh(name, classes, request.classifier or likely, channels=channels)
     heading = describe_source(source, weights, f"{name}, {network.classifier_name}, {classes} classes")
     absent: list[str] = []
     if weights.stated is not None and not weights.stated.auxiliary:
@@ -223,6 +226,11 @@ def open_official(request: Request, weights: Weights, name: str) -> Opened:
         raise CommandError(explain_mismatch(source, weights, network, found))
     network.load_state_dict(tensors, strict=False)
     metadata = own_classes(source, request.dataset, weights.meta or {}, classes)
+    if len(metadata.get("mean", DEFAULTS["mean"])) != channels:
+        raise CommandError(
+            f"{source}: a network for images of {channels} channels, whose mean and std are not known\n"
+            f"give --dataset a recipe with data.channels: {channels}, data.mean and data.std"
+        )
     if likely == MASKS and "protocol" in metadata:  # the official code pads images to multiples, as the network here
         metadata["protocol"] = {**metadata["protocol"], "multiple": None}
     if weights.stated is not None:
@@ -270,7 +278,9 @@ def model_name(source: Path, weights: Weights, given: str | None) -> str:
     return name
 
 
-def fresh(name: str, classes: int, classifier: str, options: Mapping[str, Any] | None = None) -> Segmenter:
+def fresh(
+    name: str, classes: int, classifier: str, options: Mapping[str, Any] | None = None, channels: int = 3
+) -> Segmenter:
     """A network whose random weights are always the same. Does not change the caller's random generator.
 
     Raises CommandError for a mask method with a classifier, or one whose package is not installed.
@@ -278,7 +288,7 @@ def fresh(name: str, classes: int, classifier: str, options: Mapping[str, Any] |
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         try:
-            return build_model(name, classes, classifier, options=options, memory=False)
+            return build_model(name, classes, classifier, options=options, memory=False, channels=channels)
         except ValueError as error:
             raise CommandError(str(error)) from None
 
@@ -297,7 +307,7 @@ def change_classes(request: Request, opened: Opened) -> tuple[Opened, bool]:
             f"{request.source}: its classes have no names, so --classes can keep none\ngive their names with --dataset"
         )
     network = opened.network
-    other = fresh(opened.name, len(requested["classes"]), network.classifier_name, network.options)
+    other = fresh(opened.name, len(requested["classes"]), network.classifier_name, network.options, network.channels)
     metadata, known = follow_names(opened.network, opened.metadata, requested, other)
     return opened._replace(network=other, metadata=metadata), known
 

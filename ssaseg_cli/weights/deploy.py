@@ -56,7 +56,7 @@ def write_deploy(source: Path, destination: Path, network: Segmenter, metadata: 
 def difference(one: Segmenter, other: Segmenter) -> tuple[float, float, float]:
     """Largest difference of their logits on random images, the largest logit, and the share of equal labels."""
     largest, highest, same, pixels = 0.0, 0.0, 0, 0
-    for images in random_images():
+    for images in random_images(one.channels):
         first, second = one(images), other(images)
         largest = max(largest, (first - second).abs().max().item(), key=lambda value: (value != value, value))
         highest = max(highest, first.abs().max().item())
@@ -65,8 +65,8 @@ def difference(one: Segmenter, other: Segmenter) -> tuple[float, float, float]:
     return largest, highest, same / pixels
 
 
-def random_images() -> Iterator[Tensor]:
-    """Images of several sizes, float32 (N,3,H,W), with values as after normalisation. Always the same."""
+def random_images(channels: int = 3) -> Iterator[Tensor]:
+    """Images of several sizes, float32 (N,channels,H,W), with values as after normalisation. Always the same."""
     seeded = torch.Generator().manual_seed(0)
     for batch, height, width in IMAGES:
-        yield torch.randn(batch, 3, height, width, generator=seeded)
+        yield torch.randn(batch, channels, height, width, generator=seeded)

@@ -18,7 +18,6 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import cv2
 import numpy as np
 import torch
 from torch import Tensor
@@ -26,11 +25,11 @@ from torch.export import ExportedProgram
 
 from ssaseg.cli.errors import CommandError
 from ssaseg.cli.printing import echo
+from ssaseg.datasets.bands.reading import read_bands
 from ssaseg.datasets.colour import normalize, to_planes
-from ssaseg.datasets.decoding import read_image
 from ssaseg.datasets.pairs import IMAGE_SUFFIXES
 from ssaseg.datasets.synthetic import SyntheticScenes
-from ssaseg.datasets.transforms import test_image
+from ssaseg.datasets.transforms import resize, test_image
 from ssaseg.files.writing import write_atomic
 from ssaseg.models import Segmenter
 from ssaseg.models.deploy import Deployed, Normalize, PoolByProducts, at_input_size, fold, sides, smallest, trace
@@ -72,7 +71,7 @@ class Form:
 
 
 class Case(NamedTuple):
-    """Images to verify on, in the form of the graph's input (N,3,H,W)."""
+    """Images to verify on, in the form of the graph's input (N,3,H,W); where images have other channels, not 3."""
 
     name: str
     images: Tensor
@@ -111,13 +110,14 @@ def write_export(source: Path, destination: Path, model: Segmenter, metadata: Ma
     destination.parent.mkdir(parents=True, exist_ok=True)  # fails now, rather than after minutes
     if not os.access(destination.parent, os.W_OK | os.X_OK):
         raise CommandError(f"{destination}: its folder cannot be written\ngive a file in a folder that can")
-    pictures = _user_images(form.verify, metadata["protocol"])
+    pictures = _user_images(form.verify, metadata["protocol"], model.channels)
     plain, folded = (_deployed(source, each, metadata, form) for each in (model, fold(model)))
     any_size = "any size" if form.size is None else "{} x {} pixels".format(*form.size)
     echo(f"{source}: {model.name}, {model.classifier_name}, {model.num_classes} classes; {any_size}")
     with PoolByProducts() if kind == ".onnx" else nullcontext():
         program = _program(source, folded, form)
     header = {key: metadata[key] for key in ("model", "classifier", "classes", "palette", "mean", "std", "protocol")}
+    header |= {} if model.channels == 3 else {"channels": model.channels}
     header |= {"format": FORMAT, "input": form.input, "output": form.output}
     header |= {"size": form.size, "smallest": smallest(program)}
     with _quiet():
@@ -139,7 +139,8 @@ def _deployed(source: Path, model: Segmenter, metadata: Mapping[str, Any], form:
 
 
 def _program(source: Path, network: Deployed, form: Form) -> ExportedProgram:
-    images = torch.zeros(2, 3, *(form.size or EXAMPLE), dtype=torch.uint8 if form.input == "rgb" else torch.float32)
+    kind, channels = torch.uint8 if form.input == "rgb" else torch.float32, network.model.channels
+    images = torch.zeros(2, channels, *(form.size or EXAMPLE), dtype=kind)
     try:
         with _quiet():
             return trace(network, images, form.size is None)
@@ -212,8 +213,8 @@ def onnx_runner(content: bytes) -> Run:
 
 
 # ---- verifying ---------------------------------------------------------------------------------------------------
-def _user_images(verify: str | None, protocol: Mapping[str, Any]) -> list[tuple[str, np.ndarray]]:
-    """Names and images, BGR uint8 (H,W,3), of `--verify`, resized by the checkpoint's protocol."""
+def _user_images(verify: str | None, protocol: Mapping[str, Any], channels: int) -> list[tuple[str, np.ndarray]]:
+    """Names and images, BGR uint8 (H,W,channels), of `--verify`, resized by the checkpoint's protocol."""
     if verify is None:
         return []
     path = Path(verify)
@@ -221,7 +222,8 @@ def _user_images(verify: str | None, protocol: Mapping[str, Any]) -> list[tuple[
     files = [path] if path.is_file() else inside[:VERIFIED]
     if not files:
         raise CommandError(f"--verify {verify}: no image found\nexpected an image, or a folder of images")
-    return [(each.name, test_image(read_image(each), protocol["scale"], protocol["multiple"])) for each in files]
+    images = ((each.name, read_bands(each, channels)) for each in files)
+    return [(name, test_image(image, protocol["scale"], protocol["multiple"])) for name, image in images]
 
 
 def cases(
@@ -229,26 +231,32 @@ def cases(
 ) -> Iterator[Case]:
     """Random images in three batch sizes and image sizes, one the smallest; two built-in scenes; the user's images."""
     seeded = torch.Generator().manual_seed(0)
+    channels = len(metadata["mean"])
     for batch, size in ((1, least), (2, (96, 160)), (3, (131, 97))):
-        shape = (batch, 3, *(form.size or map(max, size, least)))
+        shape = (batch, channels, *(form.size or map(max, size, least)))
         if form.input == "rgb":
             images = torch.randint(0, 256, shape, generator=seeded, dtype=torch.uint8)
         else:
             images = torch.randn(shape, generator=seeded)
         yield Case("random", images)
     scenes = SyntheticScenes(2, height=192, width=256, split="val")
-    for name, picture in [(f"scene {scenes.name(i)}", scenes.load_image(i)) for i in range(2)] + [*pictures]:
+    for name, picture in [(f"scene {scenes.name(i)}", _bands(scenes, i, channels)) for i in range(2)] + [*pictures]:
         height, width = form.size or map(max, picture.shape[:2], least)
         # A picture that fits stays exactly the same.
-        image = torch.from_numpy(cv2.resize(picture, (width, height), interpolation=cv2.INTER_LINEAR))[None]
+        image = torch.from_numpy(resize(picture, (width, height)))[None]
         pixels = to_planes(image).byte() if form.input == "rgb" else normalize(image, metadata["mean"], metadata["std"])
         yield Case(name, pixels)
+
+
+def _bands(scenes: SyntheticScenes, index: int, channels: int) -> np.ndarray:
+    """A scene BGR uint8 (H,W,channels): of more than three channels, the others are copies of these."""
+    return np.ascontiguousarray(scenes.load_image(index)[..., [channel % 3 for channel in range(channels)]])
 
 
 def _verify(destination: Path, plain: Deployed, run: Run, tried: Iterator[Case]) -> None:
     """Prints the difference of each case. Raises CommandError with exit code 3 for the first case that fails."""
     for name, images in tried:
-        title = "{} {}x3x{}x{}".format(name, *(images.shape[axis] for axis in (0, 2, 3)))
+        title = f"{name} {'x'.join(map(str, images.shape))}"
         try:
             got = run(images)
         except Exception as error:  # each runtime has its own types of errors

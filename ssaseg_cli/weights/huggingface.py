@@ -309,6 +309,11 @@ def write_folder(folder: Path, network: Segmenter, metadata: Mapping[str, Any], 
             "expected segformer_nvidia_* or upernet_swin_*, with linear\n"
             "give the name of a file: .safetensors (ssaseg's format), .pth (official names), .onnx or .pt2"
         )
+    if network.channels != 3:
+        raise CommandError(
+            f"{folder}: the network is for images of {network.channels} channels\n"
+            "expected 3, as the image processors of transformers read them\ngive the name of a file instead"
+        )
     state, prefix = network.state_dict(), LAYOUTS[layout.name]
     given = {
         f"{prefix}{name.removeprefix('backbone.')}" if name.startswith("backbone.") else name: value.contiguous()

@@ -30,6 +30,7 @@ from ssaseg.models.official import (
     official_keys,
 )
 from ssaseg.models.rows import Entry, Row
+from ssaseg.models.stem import RGB, inflate
 
 LISTED = 8  # how many names of each list are shown
 NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")  # in a name
@@ -119,6 +120,8 @@ def match(
     own = model.state_dict()
     wanted = file_entries(model, weights)
     found, notes = _resized(own, weights, wanted, model)
+    found, inflated = _inflated(own, found, wanted, model)
+    notes += inflated
     fresh = _fresh_names(model, weights, wanted, other)
     tensors: dict[str, Tensor] = {}
     matched: list[str] = []
@@ -176,6 +179,32 @@ def _resized(
             if found[name].shape != before.shape:
                 notes.append(f"{name} resized from {tuple(before.shape)} to {tuple(shape)}")
     return found, notes
+
+
+def _inflated(
+    own: Mapping[str, Tensor], found: Mapping[str, Tensor], wanted: Sequence[Entry], model: Segmenter
+) -> tuple[Mapping[str, Tensor], list[str]]:
+    """The file's tensors, stems for RGB changed to the model's channels (see `inflate`); and a note for the user."""
+    if model.channels == RGB:
+        return found, []
+    stems, changed = {f"{name}.weight" for name in model.stems}, dict(found)
+    for entry in wanted:
+        for name in entry.theirs if stems & set(entry.ours) else ():
+            shape, before = entry.give(own)[name].shape, found.get(name)
+            if before is not None and before.dim() == 4 and before.shape == (shape[0], RGB, *shape[2:]):
+                changed[name] = inflate(before, model.channels)
+    inflated = [name for name in changed if changed[name] is not found[name]]
+    how = "of each new channel: the mean of red, green and blue"
+    if model.channels < RGB:
+        how = f"of each channel: the sum of red, green and blue{f' / {model.channels}' if model.channels > 1 else ''}"
+    return changed, [f"{', '.join(inflated)}: from 3 to {model.channels} channels; {how}"] if inflated else []
+
+
+def stem_channels(model: Segmenter, weights: Weights) -> int | None:
+    """How many channels the images of a file's network have; None if the file has no such tensor."""
+    names = file_names(model, weights)
+    found = (weights.tensors.get(names.get(f"{stem}.weight", "")) for stem in model.stems)
+    return next((each.shape[1] for each in found if each is not None and each.dim() == 4), None)
 
 
 def _fresh_names(model: Segmenter, weights: Weights, wanted: Sequence[Entry], other: Collection[str]) -> set[str]:

@@ -17,9 +17,11 @@ from ssaseg.cli.weights.matching import (
     likely_model,
     match,
     of_all,
+    stem_channels,
 )
 from ssaseg.models import CheckpointError, Segmenter
 from ssaseg.models.segmenter import is_below
+from ssaseg.models.stem import RGB
 
 PRETRAINED_SHARE = 0.95  # of the backbone's tensors, that a pre-trained file must have
 
@@ -31,8 +33,9 @@ def load_pretrained(model: Segmenter, path: str | Path, classes: Sequence[str] |
     model or of a backbone. Apart from the backbone, every tensor of the same name and shape is taken. The classifier's
     rows are taken by class name; `classes` are the model's. Rows of classes that are not in the file keep their initial
     values. If the file or the model has no class names, rows are taken in their order if both have the same number,
-    otherwise none. Raises CommandError if less than 95 % of the backbone's tensors match, and FileNotFoundError if
-    there is no file; `model` is then unchanged.
+    otherwise none. Weights for RGB fit a model of other channels, see `inflate`. Raises CommandError if less than 95 %
+    of the backbone's tensors match or the file is for a third number of channels, and FileNotFoundError if there is no
+    file; `model` is then unchanged.
     """
     try:
         weights = read_weights(Path(path))
@@ -49,6 +52,12 @@ def load_pretrained(model: Segmenter, path: str | Path, classes: Sequence[str] |
     other: list[str] = []
     if rows and not weights.is_backbone:
         weights, lines, other = _rows_for(model, weights, rows, classes)
+    if (channels := stem_channels(model, weights)) not in (None, RGB, model.channels):
+        raise CommandError(
+            f"model.pretrained={path}: a network for images of {channels} channels; data.channels is {model.channels}\n"
+            f"expected weights for {'' if model.channels == RGB else f'{RGB} or '}{model.channels} channels\n"
+            f"give another file, or set data.channels: {channels} if the images have as many"
+        )
     found, tensors = match(model, weights, describe_source(Path(path), weights, reading), other)
     found = replace(found, rows=[*lines, *(weights.stated.lines if weights.stated else ())])
     if found.backbone_share < PRETRAINED_SHARE:

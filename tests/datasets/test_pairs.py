@@ -12,7 +12,8 @@ import pytest
 from PIL import Image
 
 from ssaseg.datasets import DataError, build_dataset, default_palette, list_datasets
-from ssaseg.datasets.pairs import PairDataset, label_table, read_image, read_mask
+from ssaseg.datasets.decoding import read_image, read_mask
+from ssaseg.datasets.pairs import PairDataset, label_table
 
 CLASSES = ("sky", "road", "tree")
 PALETTE = ((10, 20, 30), (200, 0, 0), (0, 200, 0))

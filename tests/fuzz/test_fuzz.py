@@ -9,7 +9,8 @@ from fuzzing import Target, attempt, fuzz
 
 SEED = 12
 # Inputs of each kind: seconds of work on one core.
-COUNTS = {"images": 600, "masks": 600, "recipes": 120, "annotations": 400, "outlines": 100, "commands": 300,
+COUNTS = {"images": 600, "masks": 600, "bands": 300, "recipes": 120, "annotations": 400, "outlines": 100,
+          "commands": 300,
           "checkpoints": 60, "pickles": 300, "states": 150}  # fmt: skip
 
 

@@ -30,11 +30,13 @@ from mutation import (
 )
 from PIL import Image
 from states import save
+from tiffs import tiff
 
 from ssaseg.cli.main import cli
 from ssaseg.cli.training.state import load_state
 from ssaseg.cli.weights.foreign import read_weights
 from ssaseg.datasets import build_dataset
+from ssaseg.datasets.bands.reading import count_bands, read_bands
 from ssaseg.datasets.conventions import recognise
 from ssaseg.datasets.conventions.base import Options, Tree
 from ssaseg.datasets.decoding import header_size, read_image, read_mask
@@ -90,6 +92,21 @@ def images(folder: Path) -> Target:
 def masks(folder: Path) -> Target:
     """Files of nine formats as masks."""
     return _pictures(folder, pictures("L") + pictures("P"), read_mask)
+
+
+def bands(folder: Path) -> Target:
+    """TIFF files of four bands, stored in several ways."""
+    rng = np.random.default_rng(0)
+    values = rng.integers(0, 256, (23, 31, 4), np.uint8)
+    deep = rng.integers(0, 2**16, (9, 11, 4), np.uint16)
+    whole = [tiff(values, t262=2, t338=[2]), tiff(values, planar=True), tiff(values, deflate=True), tiff(deep)]
+    whole.append(tiff(*np.moveaxis(deep, 2, 0)))
+
+    def read(file: Path) -> None:
+        count_bands(file)
+        read_bands(file, 4)
+
+    return _pictures(folder, whole, read)
 
 
 def _pictures(folder: Path, whole: list[bytes], read: Callable[[Path], object]) -> Target:
@@ -390,5 +407,5 @@ def states(folder: Path) -> Target:
 
 TARGETS: dict[str, Callable[[Path], Target]] = {
     each.__name__: each
-    for each in (images, masks, recipes, annotations, outlines, commands, checkpoints, pickles, states)
+    for each in (images, masks, bands, recipes, annotations, outlines, commands, checkpoints, pickles, states)
 }

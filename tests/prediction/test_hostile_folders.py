@@ -82,7 +82,7 @@ def test_a_second_signal_ends_a_command_that_hangs(checkpoint: Path, tmp_path: P
 
     child = os.fork()
     if child == 0:
-        predict.read_image = hang  # type: ignore[attr-defined]
+        predict.read_bands = hang  # type: ignore[attr-defined]
         try:
             label(checkpoint, tmp_path / "in", tmp_path / "out")
         finally:
@@ -304,7 +304,7 @@ def test_the_others_are_labelled(
         return wrapped
 
     if place == "read":
-        monkeypatch.setattr(predict, "read_image", fails(predict.read_image, lambda path, _: path.name == "m.png"))
+        monkeypatch.setattr(predict, "read_bands", fails(predict.read_bands, lambda path, *_: path.name == "m.png"))
     elif place == "predict":
         real: Any = predict.Inference.predict
         monkeypatch.setattr(predict.Inference, "predict", fails(real, lambda *given: given[2] == (48, 48)))

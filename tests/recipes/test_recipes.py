@@ -330,3 +330,39 @@ def test_a_stored_recipe_may_have_the_weights_of_losses_in_distill() -> None:
     assert recipe.loss.label_smoothing == 0
     with pytest.raises(RecipeError, match=r"unknown key distill\.weights"):
         load_recipe("demo", ["distill.weights.semantic=0"])
+
+
+# ---- images of other than three channels -----------------------------------------------------------------------------
+
+
+def test_mean_and_std_have_a_number_for_each_channel(tmp_path: Path) -> None:
+    """The fix has numbers to copy: of ImageNet's colours, and their mean for each further channel."""
+    path = write(tmp_path, "own.yaml", OWN)
+    assert load_recipe(path).data.channels == 3
+    assert "data.mean" in (text := refusal(path, "data.channels=4"))
+    assert "expected 4 numbers, since data.channels is 4" in text
+    usual = "[123.675, 116.28, 103.53, 114.495]"
+    assert usual in text
+    assert "expected 4 numbers" in (text := refusal(path, "data.channels=4", f"data.mean={usual}"))
+    assert "data.std" in text
+    four = load_recipe(path, ["data.channels=4", f"data.mean={usual}", "data.std=[1,2,3,4]"])
+    assert four.data.std == (1, 2, 3, 4)
+    assert load_recipe(write(tmp_path, "again.yaml", dump_recipe(four))).data == four.data
+    assert "[114.495]" in refusal(path, "data.channels=1")
+    assert load_recipe(path, ["data.channels=1", "data.mean=[9]", "data.std=[7]"]).data.mean == (9,)
+    assert "data.mean" in refusal(path, "data.mean=[1,2]")
+
+
+def test_channels_of_which_there_are_none(tmp_path: Path) -> None:
+    path = write(tmp_path, "own.yaml", OWN)
+    for wrong in ("0", "17", "true", "2.5"):
+        assert "data.channels" in refusal(path, f"data.channels={wrong}")
+    for name in ("demo", "ade20k-seaformer_b-ssa"):  # scenes and published data sets have three
+        words = ["data.channels=1", "data.mean=[9]", "data.std=[7]"]
+        assert "data.channels: expected no value, since dataset is " in refusal(name, *words), name
+
+
+def test_a_run_from_before_channels_can_be_read_again() -> None:
+    stored = json.loads(load_recipe("demo").model_dump_json())
+    del stored["data"]["channels"]
+    assert parse_recipe(stored, "run").data.channels == 3
