@@ -5,6 +5,7 @@ Nothing here is certain: every guess comes with a note that says what was found,
 
 from __future__ import annotations
 
+import os
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path, PurePosixPath
@@ -35,20 +36,13 @@ def find_folders(root: Path, images: str | None = None, masks: str | None = None
     images: the folder of the images, where the user names it; masks: that of the masks, or the ending of their names.
     `jpeg`: masks may be JPEG files. Raises DataError where no images and masks match, or several match equally well.
     """
-    files = [PurePosixPath(path.relative_to(root).as_posix()) for path in walk(root)]
-    pictures: Names = defaultdict(list)
-    places: dict[PurePosixPath, Place] = {}
-    for file in files:
-        if file.suffix.lower() in PICTURES:
-            folder = file.parent
-            if folder not in places:
-                places[folder] = read_place(folder.parts)
-            pictures[places[folder]].append(file.name)
+    pictures, files = _list_files(root)
     pictures, notes = _one_fold(pictures)
     given = images is not None or masks is not None
     if not given and (listed := find_pair_lists(root, files, sum(map(len, pictures.values())))):
         _note_folders(listed)
         _note_published(listed, listed.pairs)
+        listed.notes += _other_types(files, listed)
         return listed
     chosen = _named(root, pictures, images, "--images"), _named(root, pictures, masks, "--masks")
     choice, equal = choose(*chosen, given, jpeg)
@@ -56,14 +50,39 @@ def find_folders(root: Path, images: str | None = None, masks: str | None = None
         raise nothing_fits(root, pictures, files)
     if equal:
         raise tie_error(root, choice, equal)
-    found = _to_found(choice, pictures)
+    pairs, alone = _pairs(choice), _unpaired(choice, pictures)
+    found = _to_found(choice, pairs, alone)
     found.notes += notes
     if "all" in (found.folders or found.pairs):
-        _use_lists(root, found, files, _pairs(choice).values(), _unpaired(choice, pictures))
+        _use_lists(root, found, files, pairs.values(), alone)
     _note_folders(found)
-    _note_published(found, _pairs(choice))
+    _note_published(found, pairs)
     found.notes += [*_unused_folders(pictures, found), *_other_types(files, found)]
     return found
+
+
+def _list_files(root: Path) -> tuple[Names, list[PurePosixPath]]:
+    """The pictures in each folder, and the paths of all other files below the root."""
+    pictures: Names = defaultdict(list)
+    others: list[PurePosixPath] = []
+    places: dict[str, Place] = {}
+    start = len(str(root / "x")) - 1
+    for path in walk(root):  # as text: objects of pathlib cost more than all else here
+        file = str(path)[start:].replace(os.sep, "/")
+        folder, _, name = file.rpartition("/")
+        if _suffix(name) not in PICTURES:
+            others.append(PurePosixPath(file))
+            continue
+        if folder not in places:
+            places[folder] = read_place(PurePosixPath(folder).parts)
+        pictures[places[folder]].append(name)
+    return pictures, others
+
+
+def _suffix(name: str) -> str:
+    """In lower case, as in Path.suffix."""
+    stem, dot, suffix = name.rpartition(".")
+    return f".{suffix.lower()}" if dot and stem else ""
 
 
 def _one_fold(pictures: Names) -> tuple[Names, list[str]]:
@@ -112,40 +131,40 @@ def _pairs(choice: Choice) -> dict[str | None, Paths]:
     return pairs
 
 
-def _to_found(choice: Choice, pictures: Names) -> Found:
-    """Training and validation; or the split with most pairs as "all", where one of the two is missing."""
+def _to_found(choice: Choice, pairs: Mapping[str | None, Paths], others: Sequence[str]) -> Found:
+    """Training and validation; or the split with most pairs as "all", where one of the two is missing.
+
+    others: pictures in the folders of images that have no pair.
+    """
     match = choice.match
-    splits, notes = _choose_splits(_pairs(choice))
+    splits, notes = _choose_splits(pairs)
     found = Found({}, notes=notes, several=len(match.several))
     if match.several:
         image, one, other = match.several[0]
         found.example = choice.path(image, 0), choice.path(one, 1), choice.path(other, 1)
-    others = _unpaired(choice, pictures)
-    used = {PurePosixPath(image).suffix.lower() for image in match.masks}
+    used = set(map(_suffix, match.masks))
     if folders := _folders(choice, splits):
         found.folders = folders
         found.mask_suffix = next(iter(match.masks.values()))[-len(match.ending) :]
         usual = match.words == {""} and used <= set(IMAGE_SUFFIXES)
-        if not usual or not {PurePosixPath(file).suffix.lower() for file in others} <= used:
+        if not usual or not set(map(_suffix, others)) <= used:
             found.image_suffixes = tuple(sorted(word + suffix for word in match.words for suffix in used))
         return found
     found.pairs = {split: pairs for split, (pairs, _) in splits.items()}
-    count = len(
-        {
-            (PurePosixPath(image).parent, PurePosixPath(mask).parent)
-            for each in found.pairs.values()
-            for image, mask in each
-        }
-    )
+    count = len({(_parent(image), _parent(mask)) for each in found.pairs.values() for image, mask in each})
     what = [f"in {count} pairs of folders"] if count > 1 else []
     if len(match.endings) > 1:
         what.append(f"with masks that end in {' and '.join(sorted(match.endings)[:3])}")
     found.notes.append(
         f"pairs {' and '.join(what or ['of different names'])}: written as lists, an image and its mask a line"
     )
-    if alone := sorted(file for file in others if PurePosixPath(file).suffix.lower() in used and match.words == {""}):
+    if alone := sorted(file for file in others if _suffix(file) in used and match.words == {""}):
         found.notes.append(f"images without mask, not used: {len(alone)} ({first_names(alone)})")
     return found
+
+
+def _parent(path: str) -> str:
+    return path.rpartition("/")[0] or "."
 
 
 def _unpaired(choice: Choice, pictures: Names) -> list[str]:
@@ -230,9 +249,7 @@ def _use_lists(
 def _note_folders(found: Found) -> None:
     """Fill in the folders of images and masks."""
     if found.pairs:
-        both = [
-            {str(PurePosixPath(pair[at]).parent) for each in found.pairs.values() for pair in each} for at in (0, 1)
-        ]
+        both = [{_parent(pair[at]) for each in found.pairs.values() for pair in each} for at in (0, 1)]
     else:
         both = [{pair[at] for pair in found.folders.values()} for at in (0, 1)]
     found.image_folders, found.mask_folders = sorted(both[0]), sorted(both[1])
@@ -277,7 +294,7 @@ def _other_types(files: Sequence[PurePosixPath], found: Found) -> list[str]:
     kinds = Counter(
         file.suffix.lower()
         for file in files
-        if file.suffix.lower() not in (*PICTURES, *TEXTS) and _is_below(str(file.parent), found.image_folders)
+        if file.suffix.lower() not in TEXTS and _is_below(str(file.parent), found.image_folders)
     )
     if not kinds:
         return []

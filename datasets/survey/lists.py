@@ -49,6 +49,7 @@ def find_pair_lists(root: Path, files: Sequence[PurePosixPath], pictures: int) -
         if not looks_like_pairs(root / file):
             continue
         splits = list_splits(root / file)
+        read: dict[str, tuple[Pairs, list[str]]]
         read = {split: each for split in ("train", "val") if split in splits and (each := _read(root, file, split))}
         if len(read) < 2:
             everything = next(iter(read.values()), None) or _read(root, file)

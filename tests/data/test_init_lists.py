@@ -63,6 +63,22 @@ def test_all_pairs_in_lists_are_divided(tmp_path: Path) -> None:
     assert {split: len(pairs) for split, pairs in splits.items()} == {"train": 4, "val": 1}
 
 
+def test_strange_names_stand_in_lists(tmp_path: Path) -> None:
+    """Names with spaces, separators, quotes, backslashes, and a sign of comments."""
+    names = [" a ", "#1", "a b", "a,b;c", "a\tb", 'q"x"', "a\\b", "e\u0301\u2028"]
+    for place in ("s1", "s2"):
+        for name in names:
+            put(tmp_path / f"data/{place}/images/{name}.png")
+            put(tmp_path / f"data/{place}/labels/{name}.png", (0, 1))
+    out = tmp_path / "own.yaml"
+    result = call("data", "init", tmp_path / "data", "--out", out)
+    assert result.exit_code == 0, result.output
+    read = [open_split(out, split) for split in ("train", "val")]
+    for pairs in read:
+        assert all(image.name == mask.name for image, mask in zip(pairs.image_files, pairs.mask_files, strict=True))
+    assert sum(map(len, read)) == 2 * len(names)
+
+
 @pytest.fixture
 def listed(tmp_path: Path) -> Path:
     """A recipe of two lists of pairs, whose names have only the number in common."""

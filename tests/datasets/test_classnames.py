@@ -67,6 +67,8 @@ def test_class_names_are_read(
 def test_class_names_decide_what_0_means() -> None:
     two = Names(Path("classes.txt"), {0: "cat", 1: "dog"}, {}, False)
     assert guess_labels([0, 1, 255], two, None).classes == ["cat", "dog"]
+    white = guess_labels([0, 255], two, None)
+    assert (white.classes, white.raw_to_train) == (["cat", "dog"], {0: 0, 255: 1}), "255 is the second class"
     reduced = guess_labels([0, 1, 2], two, None)
     assert (reduced.classes, reduced.reduce_zero_label) == (["cat", "dog"], True)
     assert any("0 is read as 'ignored'" in note for note in reduced.notes)
@@ -114,3 +116,77 @@ def test_colours_go_with_their_names() -> None:
         assert guess_labels(ids, two, None).palette == [(9, 8, 7), (6, 5, 4)]
     background = two._replace(names={0: "background", 1: "cat"})
     assert guess_labels([1, 2], background, None).palette is None, "neither names nor colours fit"
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "names", "colours"),
+    [
+        ("_classes.csv", "Pixel Value, Class\n0, cat\n1, dog", {0: "cat", 1: "dog"}, {}),
+        ("label_colors.txt", "9 8 7 cat\n0 0 255 big dog\n", {0: "cat", 1: "big dog"}, {0: (9, 8, 7), 1: (0, 0, 255)}),
+        ("label_colors.txt", "cat\t9 8 7\ndog\t0 0 255\n", {0: "cat", 1: "dog"}, {0: (9, 8, 7), 1: (0, 0, 255)}),
+        ("data.yaml", "nc: 2\ntrain: ../x\nnames: [cat, dog]\n", {0: "cat", 1: "dog"}, {}),
+        ("data.yaml", "names:\n  3: cat\n  7: dog\n", {3: "cat", 7: "dog"}, {}),
+        ("meta.json", '{"classes": [{"title": "cat", "color": "#090807", "id": 44}]}', {0: "cat"}, {0: (9, 8, 7)}),
+        (
+            "dataset_meta.json",
+            '{"label_map": {"0": "cat", "4": "dog"}, "segmentation_colors": [[9, 8, 7], [1, 1, 1]]}',
+            {0: "cat", 4: "dog"},
+            {0: (9, 8, 7), 4: (1, 1, 1)},
+        ),
+        ("labels.json", '{"cat": 1, "dog": 2}', {1: "cat", 2: "dog"}, {}),
+        ("labels.json", '["cat", "dog"]', {0: "cat", 1: "dog"}, {}),
+        ("config.json", '{"hidden": 3, "id2label": {"0": "cat"}, "label2id": {"cat": 0}}', {0: "cat"}, {}),
+        ("config_v1.json", '{"labels": [{"name": "a--cat", "readable": "Cat", "color": [9, 8, 7]}]}', {0: "Cat"}, None),
+        (
+            "dataset_info.json",
+            '{"features": {"label": {"names": ["cat", "dog"]}}, "splits": {"train": {"num": 3}}}',
+            {0: "cat", 1: "dog"},
+            {},
+        ),
+    ],
+)
+def test_names_of_other_tools(
+    tmp_path: Path, name: str, text: str, names: dict[int, str], colours: dict[int, tuple[int, int, int]] | None
+) -> None:
+    (tmp_path / name).write_text(text)
+    read, notes = read_class_names(tmp_path)
+    assert read is not None
+    assert (read.names, notes) == (names, [])
+    assert colours is None or read.colours == colours
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("config.json", '{"layers": 3, "heads": 4, "splits": {"train": 3, "val": 4}}'),
+        ("labels.txt", "labels/0.png\nlabels/1.png\n"),
+        ("data.yaml", "train: a\nval: b\n"),
+    ],
+)
+def test_what_holds_no_names(tmp_path: Path, name: str, text: str) -> None:
+    (tmp_path / name).write_text(text)
+    assert read_class_names(tmp_path) == (None, [])
+
+
+@pytest.mark.parametrize(
+    ("name", "text"), [("data.yaml", "a: &x [1]\nb: *x\n"), ("labels.json", "{"), ("labels.txt", "a\n" * 300)]
+)
+def test_what_cannot_be_read_as_names_is_noted(tmp_path: Path, name: str, text: str) -> None:
+    (tmp_path / name).write_text(text)
+    names, notes = read_class_names(tmp_path)
+    assert names is None
+    assert notes[0].startswith(f"{name} is not used: ")
+
+
+def test_names_beside_the_masks(tmp_path: Path) -> None:
+    """The file nearest to the root is used, and another one with other names is noted."""
+    for folder, text in (("train/masks", "cat\ndog\n"), ("val", "cat\ncow\n")):
+        (tmp_path / folder).mkdir(parents=True)
+        (tmp_path / folder / "classes.txt").write_text(text)
+    names, notes = read_class_names(tmp_path, ["train/masks"])
+    assert (names and list(names.names.values()), notes) == (["cat", "dog"], [])
+    names, notes = read_class_names(tmp_path, ["train/masks", "val/masks"])
+    assert names is not None
+    assert list(names.names.values()) == ["cat", "cow"]
+    assert notes == ["train/masks/classes.txt has other class names than val/classes.txt and is not used"]
+    assert read_class_names(tmp_path) == (None, [])
