@@ -85,6 +85,8 @@ _USERS: dict[str, tuple[str, ...]] = {
     "channels": ("folder", "coco_json"),
 }
 _NEWER = {"background", "channels"}  # keys that stored recipes may not have
+# Defaults in stored recipes of before.
+_EARLIER = {"image_suffixes": (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")}
 
 
 class Data(Section):
@@ -157,6 +159,7 @@ class Data(Section):
             for key in () if listed else ("images", example.partition(":")[0]):
                 if getattr(folders, key) is None:
                     raise wrong(f"data.{split}", folders.model_dump(exclude_none=True), f"a key {key} in it", fix)
+            fix = f"write data.{split}: {{pairs: {folders.pairs}}}" if listed else fix
             for key in (*_UNUSED[self.dataset], *(("images", "masks", "names") if listed else ())):
                 if getattr(folders, key) is not None:
                     expected = f"no value, since {'pairs is given' if listed else f'dataset is {self.dataset}'}"
@@ -177,7 +180,8 @@ class Data(Section):
         stored = _USERS.keys() - _NEWER <= self.model_fields_set
         for key, users in _USERS.items():
             got, default = getattr(self, key), type(self).model_fields[key].default
-            written = got != default or (key in self.model_fields_set and not stored)
+            earlier = stored and got == _EARLIER.get(key)
+            written = (got != default and not earlier) or (key in self.model_fields_set and not stored)
             if self.dataset not in users and written:
                 fix = f"remove the key (the data set does not use it), or set data.dataset: {users[0]}"
                 raise wrong(f"data.{key}", got, f"no value, since dataset is {self.dataset}", fix)

@@ -121,6 +121,14 @@ def _cityscapes(source: Path) -> Iterator[Pair]:
             yield Pair(split, name, image, mask)
 
 
+def _segnet_camvid(source: Path) -> Iterator[Pair]:
+    """SegNet's files of CamVid: the ids are those of the classes, and 11 is void."""
+    for split in ("train", "val"):
+        masks = files_by_name(_folder(source, f"{split}annot"), [".png"], "masks")
+        for name, image in sorted(files_by_name(_folder(source, split), [".png"], "images").items()):
+            yield Pair(split, name, image, masks.get(name, source / f"{split}annot/{name}.png"))
+
+
 def _folder(source: Path, *places: str, holding: str = "") -> Path:
     """The first of `places` below `source` that is a folder and holds a file that matches the pattern `holding`."""
     for place in places:
@@ -179,6 +187,15 @@ DOWNLOADS: dict[str, Download] = {
 }
 DOWNLOADS["pascal_context_59"] = DOWNLOADS["pascal_context_60"]  # the same files; only the meaning of 0 differs
 
+# Data sets that are read as they are downloaded, but that others offer in other folders, one of which is named here.
+# SegNet's images of CamVid are PNG files. They are linked as .jpg: files are read by their content.
+REPACKED = {
+    "camvid": (
+        "trainannot",
+        Download(_segnet_camvid, _read_map, _table({**{k: k for k in range(11)}, 11: IGNORED}), "0..11"),
+    )
+}
+
 
 # ---- what is to be done ------------------------------------------------------------------------------------------
 
@@ -195,14 +212,19 @@ def usual_root(name: str, source: Path) -> Path:
     return source / _voc2010(source) if DOWNLOADS.get(name) is DOWNLOADS["pascal_context_60"] else source
 
 
+def is_to_prepare(name: str, source: Path) -> bool:
+    """Whether the files in `source` have to be made or moved before they are read."""
+    return name in DOWNLOADS or (name in REPACKED and (source / REPACKED[name][0]).is_dir())
+
+
 def plan_preparation(name: str, source: Path, root: Path) -> Plan:
-    """What to make below `root` from the download in `source`, for a name in `DOWNLOADS`.
+    """What to make below `root` from the download in `source`, where `is_to_prepare` is true.
 
     Lists come first, then images, then masks. A preparation that is interrupted leaves images without masks, which are
     an error when they are read; so it never leaves a smaller data set that looks complete. Raises DataError where the
     folder does not hold the download, or its files cannot be read.
     """
-    layout, download = find_layout(name), DOWNLOADS[name]
+    layout, download = find_layout(name), DOWNLOADS[name] if name in DOWNLOADS else REPACKED[name][1]
     plan = Plan(partial(_read_ids, download), "unpack both downloads again")
     listed: dict[str, list[str]] = {split: [] for split in layout.lists or ()}
     for pair in download.pairs(source):

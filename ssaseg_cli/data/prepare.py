@@ -24,7 +24,7 @@ from ssaseg.cli.signals import Interrupted, StopSignal
 from ssaseg.datasets.conventions import CONVENTIONS
 from ssaseg.datasets.conventions.base import Convention, Options, Tree, beside
 from ssaseg.datasets.conventions.colours import NoTable
-from ssaseg.datasets.conventions.downloads import DOWNLOADS, find_layout, plan_preparation, usual_root
+from ssaseg.datasets.conventions.downloads import find_layout, is_to_prepare, plan_preparation, usual_root
 from ssaseg.datasets.pairs import first_names, read_names
 from ssaseg.datasets.prepare import Count, Plan, count_pairs, is_whole, make_masks, plan_source
 from ssaseg.datasets.published import LAYOUTS
@@ -99,7 +99,7 @@ def _prepare_published(name: str, source: Path, root: Path | None, workers: int)
     root = usual_root(name, source) if root is None else root
     absent: list[Path] = []
     wrong = ""
-    if name in DOWNLOADS:
+    if is_to_prepare(name, source):
         echo(f"searching {source}", err=True)
         plan = plan_preparation(name, source, root)
         absent = plan.absent

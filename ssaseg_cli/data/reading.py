@@ -18,7 +18,7 @@ from ssaseg.cli.signals import Interrupted, StopSignal
 from ssaseg.datasets import DataError, Dataset, build_dataset
 from ssaseg.datasets.base import IGNORED
 from ssaseg.datasets.check import Findings, look_through
-from ssaseg.datasets.classnames import Labels, Names, guess_labels, read_class_names
+from ssaseg.datasets.classnames import Labels, Names, guess_labels, known_names, read_class_names
 from ssaseg.datasets.conventions import recognise
 from ssaseg.datasets.conventions.base import Convention, Tree, beside, prepare_command
 from ssaseg.datasets.conventions.binary import BINARY, recognise_mixed, soft
@@ -85,6 +85,8 @@ def look_at(root: Path, images: str | None = None, masks: str | None = None) -> 
     if not findings.pixels.any():
         raise _no_mask(root, files, findings)
     names, notes = read_class_names(root, (*found.mask_folders, *found.image_folders))
+    if found.known and not findings.pixels[len((known := known_names(found.known)).names) + 1 : IGNORED].any():
+        names, notes = known, []
     if names is None and table:
         names = Names(table[0].file, dict(enumerate(table[0].classes)), dict(enumerate(table[0].palette)), False)
     palette, count = findings.palettes.most_common(1)[0] if findings.palettes else (b"", 0)

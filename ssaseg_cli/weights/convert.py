@@ -27,7 +27,6 @@ from ssaseg.cli.weights.matching import (
     best_guess,
     describe_source,
     explain_mismatch,
-    file_names,
     likely_model,
     match,
     outline,
@@ -217,10 +216,7 @@ def open_official(request: Request, weights: Weights, name: str) -> Opened:
     channels = (stem_channels(outline(name), weights) or 3) if likely != MASKS else 3
     network = fresh(name, classes, request.classifier or likely, channels=channels)
     heading = describe_source(source, weights, f"{name}, {network.classifier_name}, {classes} classes")
-    absent: list[str] = []
-    if weights.stated is not None and not weights.stated.auxiliary:
-        absent = [each for key, each in file_names(network, weights).items() if key.startswith("auxiliary.")]
-    found, tensors = match(network, weights, heading, absent)
+    found, tensors = match(network, weights, heading)
     echo(str(found))
     if not (found.complete or (request.allow_partial and found.matched)):
         raise CommandError(explain_mismatch(source, weights, network, found))

@@ -208,9 +208,13 @@ def stem_channels(model: Segmenter, weights: Weights) -> int | None:
 
 
 def _fresh_names(model: Segmenter, weights: Weights, wanted: Sequence[Entry], other: Collection[str]) -> set[str]:
-    """Names of tensors that are not taken from the file: they belong to other classes, or are in no ImageNet file."""
+    """Names of tensors that are not taken from the file: they belong to other classes, are in no ImageNet file, or are
+    those of auxiliary heads that a folder says it has not.
+    """
     if not weights.is_backbone:
-        return set(other)
+        headless = weights.stated is not None and not weights.stated.auxiliary
+        heads = (entry for entry in wanted if headless and entry.ours[0].startswith("auxiliary."))
+        return {*other, *(name for entry in heads for name in entry.theirs)}
     official, patterns = official_keys(model), family_of(model.name).not_pretrained
     return {
         entry.theirs[0]
