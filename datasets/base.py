@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 
 Palette = tuple[tuple[int, int, int], ...]
+Levels = tuple[int, int]  # values of 16-bit images that become 0 and 255; those between are mapped linearly
 
 _SHORT = reprlib.Repr()
 _SHORT.maxstring = 60
@@ -31,13 +32,22 @@ class DataError(ValueError):
 class Problem:
     """Something wrong with the data.
 
-    severity: "error" or "warning". text: at most three lines. kind: what it is counted as, where too many problems were
-    found to print all of them.
+    severity: "error", "warning" or "note", which is only to be known. text: at most three lines. kind: what it is
+    counted as, where too many problems were found to print all of them.
     """
 
     severity: str
     text: str
     kind: str = ""
+
+
+class ImageFacts(NamedTuple):
+    """What the header of an image file says."""
+
+    orientation: int  # 1..8 as in EXIF; 1: as stored
+    bands: int  # channels in the file, alpha among them; 3 of CMYK, which becomes RGB
+    bits: int  # of one sample
+    paged: bool  # whether there are more pages or frames than the first, which is read
 
 
 class PairFacts(NamedTuple):
@@ -47,6 +57,9 @@ class PairFacts(NamedTuple):
     pixels: np.ndarray | None  # int64 (256,), pixels of each raw id; None where the label cannot be read
     size: tuple[int, int] | None  # height and width of the image [pixels]; None where it cannot be read
     palette: bytes | None  # RGB triples of the mask file's own palette; None where it has none
+    white: int = 255  # of a mask without palette: the id that is shown as white, see `Mask`
+    image: ImageFacts | None = None  # what the header of the image says; None where it was not read
+    top: tuple[int, int] | None = None  # of images of more than 8 bits: largest value, and that of 99.9 % of the values
 
 
 class Dataset(Protocol):
@@ -87,6 +100,10 @@ class Dataset(Protocol):
     @property
     def fix(self) -> str | None:
         """What a user can do about wrong ids; None where the recipe's keys about ids are the fix."""
+
+    @property
+    def levels(self) -> Levels | None:
+        """Values of 16-bit images that become 0 and 255, see `read_image`."""
 
     def __len__(self) -> int: ...
 

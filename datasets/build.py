@@ -73,6 +73,7 @@ def _folder(split: str, root: Path, options: Mapping[str, Any]) -> Dataset:
         names=Path(root) / folders["names"] if folders.get("names") else None,
         partial=partial,
         pairs=listed,
+        levels=_levels(options),
     )
     pairs.incomplete += incomplete
     pairs.notes += notes
@@ -95,9 +96,15 @@ def _coco(split: str, root: Path, options: Mapping[str, Any]) -> Dataset:
         options.get("cache", False),
         Path(root) / folders["names"] if folders.get("names") else None,
         options.get("channels", 3),
+        _levels(options),
     )
     regions.preload()
     return regions
+
+
+def _levels(options: Mapping[str, Any]) -> tuple[int, int] | None:
+    low_high = options.get("range")
+    return (int(low_high[0]), int(low_high[1])) if low_high else None
 
 
 def _published(name: str, split: str, root: Path, options: Mapping[str, Any]) -> Dataset:

@@ -9,12 +9,16 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
+from functools import reduce
 from typing import Any
 
 import numpy as np
 
 from ssaseg.datasets.base import IGNORED, DataError, Dataset, PairFacts, Problem
-from ssaseg.datasets.pairs import first_names
+from ssaseg.datasets.checking.images import Images, passed_over
+from ssaseg.datasets.checking.splits import shared_images
+from ssaseg.datasets.checking.storage import Storage, about_255
+from ssaseg.datasets.pairs import PairDataset, first_names
 from ssaseg.datasets.workers import Work, read_ahead
 
 
@@ -53,6 +57,24 @@ class Findings:
     sizes: Counter[tuple[int, int]] = field(default_factory=Counter)  # (height, width) [pixels] of images
     palettes: Counter[bytes] = field(default_factory=Counter)  # RGB triples of the masks that have a palette
     problems: list[Problem] = field(default_factory=list)
+    named: dict[tuple[int, int], str] = field(default_factory=dict)  # one image of each size
+    storage: Storage = field(default_factory=Storage)  # of ids in masks
+    headers: Images = field(default_factory=Images)  # of images
+
+    def joined(self, other: Findings) -> Findings:
+        """These findings and those of another split together."""
+        return Findings(
+            self.read + other.read,
+            self.pixels + other.pixels,
+            self.masks + other.masks,
+            self.images + other.images,
+            self.sizes + other.sizes,
+            self.palettes + other.palettes,
+            self.problems + other.problems,
+            other.named | self.named,
+            self.storage.joined(other.storage),
+            self.headers.joined(other.headers),
+        )
 
     def count(self, severity: str) -> int:
         """Number of problems of a severity."""
@@ -68,16 +90,12 @@ class Findings:
         return texts
 
 
-def check_dataset(dataset: Dataset, sample: int | None = None) -> list[Problem]:
+def check_dataset(dataset: Dataset, sample: int | None = None) -> Findings:
     """What is wrong with `sample` evenly spaced pairs, or with all of them (None, and data sets of up to 512 pairs).
 
-    Quick: only some images are decoded. The first ten errors are given in full; one more text counts the others.
-    Scenes that a program draws are right by construction and are not read: [].
+    Quick: only some images are decoded. Scenes that a program draws are right by construction and are not read.
     """
-    if not dataset.image_files:
-        return []
-    findings = look_through(dataset, sample, DECODED)
-    return [Problem(severity, text) for severity in ("error", "warning") for text in findings.messages(severity)]
+    return look_through(dataset, sample, DECODED) if dataset.image_files else Findings(0)
 
 
 def look_through(
@@ -91,8 +109,9 @@ def look_through(
 
     Errors: images without mask that the data set left out; images and masks that are damaged or differ in size; masks
     in colours; palettes in another order; ids out of range. If there is none of these: that no pixel is labelled.
-    Warnings: JPEG data that the decoder had to guess. If all pairs are read, also: a label 0 that perhaps has another
-    meaning; classes without a pixel (not if there is an error, which may be the cause); masks without an image.
+    Warnings: JPEG data that the decoder had to guess; images that their EXIF orientation turns, that use few of their
+    16 bits, or have pages that are not read. If all pairs are read, also: a label 0 that perhaps has another meaning;
+    classes without a pixel (not if there is an error, which may be the cause); masks without an image.
 
     decoded: how many of the images are decoded (None: all); of the others only the header and the end are read.
     workers: processes that read; 0: this process reads. progress: called with 1 after each pair.
@@ -104,10 +123,15 @@ def look_through(
     # Pairs are read one after the other and not kept: memory depends on the largest pair, not on their number.
     stream: Any = read_ahead(_Inspect(dataset, chosen), indices, workers)
     with closing(stream):
-        for facts in stream:
-            _add(findings, facts, dataset.label_lut)
+        for index, facts in zip(indices, stream, strict=True):
+            _add(findings, facts, dataset, index)
             if progress is not None:
                 progress(1)
+    if not is_published(dataset):
+        findings.problems += findings.headers.problems(dataset.levels)
+        if isinstance(dataset, PairDataset):
+            used = {*dataset.mask_files, *dataset.unused_masks}
+            findings.problems += passed_over(dataset.image_folder, dataset.image_suffixes, used)
     per_class = np.bincount(dataset.label_lut, findings.pixels, 256)[: len(dataset.classes)]
     if findings.count("error") == 0 and not per_class.any():
         text = (
@@ -127,6 +151,22 @@ def look_through(
         ]
         findings.problems += [Problem("warning", text) for text in warnings]
     return findings
+
+
+def compare_masks(splits: Sequence[Dataset], found: Sequence[Findings]) -> list[Problem]:
+    """What is wrong with all masks of a data set together: palettes that number colours differently, two ids for one
+    object, soft edges, an object that is ignored. `found`: the findings of each split.
+    """
+    pairs = [split for split in splits if isinstance(split, PairDataset) and not is_published(split)]
+    if not pairs or len(pairs) < len(splits):
+        return []
+    both, lut = reduce(Findings.joined, found), pairs[0].label_lut
+    return [*both.storage.problems(lut), *(() if both.storage.two_whites else about_255(both.pixels, lut))]
+
+
+def compare_images(train: Dataset, val: Dataset, content: bool = False) -> list[Problem]:
+    """Whether images are in both splits, see `shared_images`; of published data sets this is not asked."""
+    return [] if is_published(train) or is_published(val) else list(shared_images(train, val, content))
 
 
 # ---- one pair ----------------------------------------------------------------------------------------------------
@@ -149,10 +189,21 @@ class _Inspect(Work):
         return facts
 
 
-def _add(findings: Findings, facts: PairFacts, label_lut: np.ndarray) -> None:
+def is_published(dataset: Dataset) -> bool:
+    """Whether its masks are those of a published data set, whose meaning is known."""
+    return dataset.fix is not None and bool(dataset.mask_files)
+
+
+def _add(findings: Findings, facts: PairFacts, dataset: Dataset, index: int) -> None:
+    label_lut = dataset.label_lut
     findings.problems += facts.problems
     if facts.size is not None:
         findings.sizes[facts.size] += 1
+        findings.named.setdefault(facts.size, dataset.name(index))
+    if dataset.image_files:
+        findings.headers.add(dataset.image_files[index], facts.image, facts.size, facts.top)
+    if dataset.mask_files:
+        findings.storage.add(dataset.mask_files[index], facts, label_lut)
     if facts.palette is not None:
         findings.palettes[facts.palette] += 1
     if facts.pixels is not None:

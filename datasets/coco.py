@@ -19,7 +19,7 @@ import numpy as np
 
 from ssaseg.datasets.annotations import Region, read_annotations, region_runs
 from ssaseg.datasets.bands.reading import read_bands
-from ssaseg.datasets.base import IGNORED, DataError, PairFacts, Palette, default_palette, file_sizes
+from ssaseg.datasets.base import IGNORED, DataError, Levels, PairFacts, Palette, default_palette, file_sizes
 from ssaseg.datasets.inspection import inspect_loaded
 from ssaseg.datasets.pairs import first_names, read_names
 
@@ -37,7 +37,8 @@ class CocoDataset:
     or, without `classes`, one more class before those of the files. Images are those of all files, sorted by name.
     `names` is a file that lists the images to use, one name a line, with or without suffix; without it all are used.
     Labels are painted when they are requested; memory holds the regions as the files have them. `cache` keeps every
-    decoded pair in memory, as read-only arrays. `channels`: of the images, in place of 3, see `bands.reading`.
+    decoded pair in memory, as read-only arrays. `channels`: of the images, in place of 3, and `levels`: see
+    `bands.reading`.
 
     Raises DataError for files that are cut off or hold no annotations, for missing keys and images, and for category
     ids that the file does not declare. `load` raises it for regions that cannot be painted and for images whose size
@@ -60,8 +61,9 @@ class CocoDataset:
         cache: bool = False,
         names: Path | None = None,
         channels: int = 3,
+        levels: Levels | None = None,
     ) -> None:
-        self.channels = channels
+        self.channels, self.levels = channels, levels
         self.annotation_files = tuple(annotations)
         categories: list[tuple[int, str]] = []
         sizes: dict[str, tuple[int, int]] = {}
@@ -115,7 +117,7 @@ class CocoDataset:
 
     def load_image(self, index: int) -> np.ndarray:
         """The image alone, BGR uint8 (H, W, 3). Raises DataError or OSError."""
-        return read_bands(self.image_files[index], self.channels)
+        return read_bands(self.image_files[index], self.channels, levels=self.levels)
 
     def load_label(self, index: int) -> np.ndarray:
         """The label alone, uint8 (H, W), of the size that the annotation file states. Raises DataError."""

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import NamedTuple
 
 import cv2
 import numpy as np
 
 from ssaseg.datasets.bands.reading import read_bands
-from ssaseg.datasets.base import DataError, Dataset, PairFacts, Problem
-from ssaseg.datasets.decoding import header_size, read_complete
+from ssaseg.datasets.base import DataError, Dataset, ImageFacts, Levels, PairFacts, Problem
+from ssaseg.datasets.decoding import header_size, image_facts, read_complete
+from ssaseg.datasets.decoding.images import decode_image, stored_values
 from ssaseg.files.text import describe
+
+MOST_COUNTED = 2**22  # values of an image that are counted; of larger images, those of some of their rows
 
 
 def inspect_loaded(dataset: Dataset, index: int) -> PairFacts:
@@ -22,7 +26,9 @@ def inspect_loaded(dataset: Dataset, index: int) -> PairFacts:
     counts, problems = count_ids(raw), []
     if counts[~dataset.valid_raw].any():
         problems = [Problem("error", str(dataset.label_error(index)), "ids out of range")]
-    return PairFacts(problems, counts, (raw.shape[0], raw.shape[1]), None)
+    look = look_at_image(dataset.image_files[index], False) if dataset.image_files else None
+    facts, top = (None, None) if look is None else (look.facts, look.top)
+    return PairFacts(problems, counts, (raw.shape[0], raw.shape[1]), None, image=facts, top=top)
 
 
 def count_ids(raw: np.ndarray) -> np.ndarray:
@@ -34,14 +40,48 @@ def count_ids(raw: np.ndarray) -> np.ndarray:
     return sum((each.astype(np.int64) for each in counts), np.zeros(256, np.int64))
 
 
-def image_size(file: Path, decode: bool, channels: int = 3) -> tuple[int, int]:
-    """Height and width [pixels] of an image that is checked to be complete. `decode`: every pixel is decoded; otherwise
-    only the header and the end are read; images of other than 3 channels are always decoded. Raises DataError, OSError.
+class ImageLook(NamedTuple):
+    """What was found in an image file."""
+
+    size: tuple[int, int]  # height and width [pixels], as shown
+    facts: ImageFacts | None
+    top: Levels | None  # of more than 8 bits: the largest value, and the one that 99.9 % of the values do not exceed
+
+
+def look_at_image(file: Path, decode: bool, channels: int = 3) -> ImageLook:
+    """Size and facts of an image that is checked to be complete. `decode`: every pixel is decoded; otherwise only the
+    header and the end are read, except of 16-bit images and of other than 3 channels. Raises DataError or OSError.
     """
-    if not decode and channels == 3:
-        data = read_complete(file)
-        # None where the EXIF orientation turns the image, or Pillow does not know the format: then OpenCV decodes it.
-        if size := header_size(data):
-            return size
-    height, width = read_bands(file, channels).shape[:2]
-    return height, width
+    data = read_complete(file)
+    facts = image_facts(data)
+    if channels != 3:
+        height, width = read_bands(file, channels).shape[:2]
+        return ImageLook((height, width), facts, None)
+    if facts is not None and facts.bits > 8:
+        values = stored_values(file, data)
+        height, width = values.shape[:2]
+        # Where the decoder gives the upper 8 bits only, the values are known that well.
+        return ImageLook(
+            (height, width), facts, _top(values.astype(np.uint16) << 8 if values.dtype == np.uint8 else values)
+        )
+    return ImageLook(_size(file, data, decode), facts, None)
+
+
+def image_size(file: Path, decode: bool) -> tuple[int, int]:
+    """The size alone, of `look_at_image`, where 16-bit images are images like others."""
+    return _size(file, read_complete(file), decode)
+
+
+def _size(file: Path, data: bytes, decode: bool) -> tuple[int, int]:
+    # None where the EXIF orientation turns the image, or Pillow does not know the format: then OpenCV decodes it.
+    size = None if decode else header_size(data)
+    if size is None:
+        height, width = decode_image(file, data).shape[:2]
+        size = height, width
+    return size
+
+
+def _top(values: np.ndarray) -> Levels:
+    rows = values[:: values.size // MOST_COUNTED + 1].clip(0)
+    below = np.cumsum(np.bincount(rows.ravel(), minlength=1))
+    return max(int(values.max()), 0), int(np.searchsorted(below, 0.999 * below[-1]))

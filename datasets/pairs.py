@@ -22,9 +22,9 @@ import numpy as np
 
 from ssaseg.datasets.bands.reading import read_bands
 from ssaseg.datasets.base import IGNORED, DataError, PairFacts, Problem, default_palette, file_sizes, require_below
-from ssaseg.datasets.decoding import read_mask
+from ssaseg.datasets.decoding import Levels, read_mask
 from ssaseg.datasets.ids import expected_ids, label_table, likely_fix
-from ssaseg.datasets.inspection import count_ids, image_size
+from ssaseg.datasets.inspection import count_ids, look_at_image
 from ssaseg.files.reading import read_file
 from ssaseg.files.text import describe
 
@@ -83,6 +83,7 @@ class PairDataset:
         partial: bool = False,
         pairs: Pairs | None = None,
         channels: int = 3,
+        levels: Levels | None = None,
     ) -> None:
         self.classes, self.channels = tuple(classes), channels
         self.palette = tuple((r, g, b) for r, g, b in palette) if palette else default_palette(len(self.classes))
@@ -91,6 +92,7 @@ class PairDataset:
         self.ignore_index, self.reduce_zero_label, self.raw_to_train = ignore_index, reduce_zero_label, raw_to_train
         self.label_lut, self.valid_raw = label_table(len(self.classes), ignore_index, reduce_zero_label, raw_to_train)
         self.zero_ignored = None if raw_to_train is not None else reduce_zero_label
+        self.levels, self.image_folder, self.image_suffixes = levels, Path(images), tuple(image_suffixes)
         self.fix: str | None = None  # for wrong ids, where the recipe has no key about ids
         self._bad_raw = (~self.valid_raw).astype(np.uint8)
 
@@ -124,7 +126,7 @@ class PairDataset:
 
     def load_image(self, index: int) -> np.ndarray:
         """The image alone, BGR uint8 (H, W, 3). Raises DataError or OSError."""
-        return read_bands(self.image_files[index], self.channels)
+        return read_bands(self.image_files[index], self.channels, levels=self.levels)
 
     def preload(self) -> None:
         """Fill the cache, if there is one. Processes that are forked later use the same memory: it is only read."""
@@ -134,7 +136,8 @@ class PairDataset:
     def _read(self, index: int) -> Decoded:
         if self._cache is not None and index in self._cache:
             return self._cache[index]
-        image, (raw, colours) = self.load_image(index), read_mask(self.mask_files[index])
+        image, mask = self.load_image(index), read_mask(self.mask_files[index])
+        raw, colours = mask.ids, mask.colours
         if image.shape[:2] != raw.shape:
             raise self.size_error(index, image.shape, raw.shape)
         if self._cache is not None:
@@ -149,24 +152,27 @@ class PairDataset:
         def add(error: Exception, kind: str) -> None:
             problems.append(Problem("error", describe(error), kind))
 
-        size = None
+        size = facts = top = None
         try:
-            size = image_size(self.image_files[index], decode, self.channels)
+            size, facts, top = look_at_image(self.image_files[index], decode, self.channels)
         except (DataError, OSError) as error:
             add(error, "image that cannot be read")
         try:
-            raw, colours = read_mask(self.mask_files[index])
+            raw, colours, white, paged = read_mask(self.mask_files[index])
         except (DataError, OSError) as error:
             add(error, "mask that cannot be used")
-            return PairFacts(problems, None, size, None)
+            return PairFacts(problems, None, size, None, image=facts, top=top)
         if size is not None and size != raw.shape:
             add(self.size_error(index, size, raw.shape), "sizes that differ")
+        if paged:
+            text = f"{self.mask_files[index]}: a mask of more than one page or frame\nonly the first is read"
+            problems.append(Problem("warning", text, "mask of several pages"))
         counts = count_ids(raw)
         if counts[~self.valid_raw].any():
             add(self.label_error(index, raw), "ids out of range")
         elif shuffled := self.palette_error(index, raw, colours):
             add(shuffled, "palette in another order")
-        return PairFacts(problems, counts, size, None if colours is None else colours.tobytes())
+        return PairFacts(problems, counts, size, None if colours is None else colours.tobytes(), white, facts, top)
 
     def identity(self) -> list[str]:
         """Sizes of the image files, then of the mask files [bytes]. Raises OSError where a file is missing."""
@@ -185,7 +191,7 @@ class PairDataset:
     def label_error(self, index: int, raw: np.ndarray | None = None) -> DataError:
         """The error for a mask with ids out of range. `raw`: the whole mask; without it the file is read again."""
         file = self.mask_files[index]
-        counts = np.bincount((read_mask(file)[0] if raw is None else raw).ravel(), minlength=256)
+        counts = np.bincount((read_mask(file).ids if raw is None else raw).ravel(), minlength=256)
         bad = [int(value) for value in np.flatnonzero(counts * self._bad_raw)]
         found = "; ".join(f"id {value} in {counts[value]} pixels" for value in bad[:3])
         more = f"; {len(bad) - 3} more ids" if len(bad) > 3 else ""

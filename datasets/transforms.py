@@ -120,6 +120,21 @@ def scaled_inputs(
     return inputs
 
 
+def input_sizes(
+    size: tuple[int, int], scale: Sequence[int] | None, multiple: int | None, ratios: Sequence[float] = (1.0,)
+) -> list[tuple[int, int]]:
+    """Height and width of the inputs that `scaled_inputs` makes of an image of `size` (height, width)."""
+    height, width = size
+    found = []
+    for ratio in ratios:
+        wide, high = width, height
+        if scale is not None or ratio != 1:
+            wide, high = rescale_size((width, height), [max(int(s * ratio), 1) for s in scale or (width, height)])
+        step = multiple or 1
+        found.append((-(-high // step) * step, -(-wide // step) * step))
+    return found
+
+
 class TrainTransform:
     """Random resize, crop, flip and colour draws, with mmsegmentation's pixels for the same random numbers.
 

@@ -9,11 +9,13 @@ from ssaseg.files.text import printable
 from ssaseg.models.stem import MOST_CHANNELS
 
 FORMAT = "ssaseg-1"
-# What each header has, besides `format, model, classifier, classes`. mean and std: ImageNet's, RGB in [0, 255].
+# What each header has, besides `format, model, classifier, classes`. mean and std: ImageNet's, RGB in [0, 255]. range:
+# values of 16-bit images that become 0 and 255.
 DEFAULTS: Mapping[str, Any] = {
     "palette": None,
     "mean": [123.675, 116.28, 103.53],
     "std": [58.395, 57.12, 57.375],
+    "range": None,
     "protocol": {"scale": None, "multiple": None},
     "recipe": None,
     "step": 0,
@@ -92,6 +94,11 @@ def _is_colour(value: object) -> bool:
     return _are(lambda each: isinstance(each, int) and _is_number(each, 0, 255), 3)(value)
 
 
+def _is_range(value: object) -> bool:
+    whole = _are(lambda each: isinstance(each, int) and _is_number(each, -(2**15), 2**16 - 1), 2)
+    return whole(value) and value[0] < value[1]  # type: ignore[index]
+
+
 def _are_options(value: object) -> bool:
     return isinstance(value, dict) and all(
         _is_name(name) and (_is_name(given) or _is_number(given, -1e9, 1e9) or isinstance(given, bool))
@@ -120,6 +127,7 @@ SCHEMA: Mapping[str, tuple[Callable[[Any], bool], str]] = {
     ),
     "mean": (_are(lambda each: _is_number(each, -1e6, 1e6)), "a list of numbers from -1e6 to 1e6, one per channel"),
     "std": (_are(lambda each: _is_number(each, 1e-6, 1e6)), "a list of numbers from 1e-6 to 1e6, one per channel"),
+    "range": (lambda value: value is None or _is_range(value), "null or [low, high], from -32768 to 65535, low first"),
     "protocol": (lambda value: isinstance(value, dict), "a mapping, like a recipe's section test"),
     "recipe": (lambda value: value is None or isinstance(value, dict), "null or a mapping"),
     "step": (lambda value: isinstance(value, int) and _is_number(value, 0, 1e15), "a whole number, 0 or more"),

@@ -34,6 +34,14 @@ def _listed(value: Any) -> Any:
     return [value] if isinstance(value, str) else value
 
 
+def _rising(levels: tuple[int, int]) -> tuple[int, int]:
+    if levels[0] >= levels[1]:
+        raise wrong("data.range", list(levels), "two values, the lower one first", "for example [0, 4095] for 12 bits")
+    return levels
+
+
+Level = Annotated[int, Field(ge=-(2**15), le=2**16 - 1)]
+LowHigh = Annotated[tuple[Level, Level], Strict(False), AfterValidator(_rising)]
 Suffixes = Annotated[tuple[Text, ...], Strict(False), Field(min_length=1, max_length=100), AfterValidator(_suffixes)]
 Files = Annotated[tuple[NonEmpty, ...], Strict(False), Field(min_length=1, max_length=100), BeforeValidator(_listed)]
 
@@ -82,9 +90,9 @@ _USERS: dict[str, tuple[str, ...]] = {
         ("image_suffixes", "mask_suffix", "ignore_index", "reduce_zero_label", "raw_to_train"), ("folder",)
     ),
     "background": ("coco_json",),
-    "channels": ("folder", "coco_json"),
+    **dict.fromkeys(("channels", "range"), ("folder", "coco_json")),
 }
-_NEWER = {"background", "channels"}  # keys that stored recipes may not have
+_NEWER = {"background", "channels", "range"}  # keys that stored recipes may not have
 # Defaults in stored recipes of before.
 _EARLIER = {"image_suffixes": (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")}
 
@@ -135,6 +143,11 @@ class Data(Section):
         le=MOST_CHANNELS,
         description="channels of the images: 3 (colours; grey is repeated), 1 (grey), or the number of bands that each "
         "file has (TIFF, or PNG with alpha as last band); mean and std need as many numbers",
+    )
+    range: LowHigh | None = Field(
+        default=None,
+        description="[low, high] of 16-bit images: these values become 0 and 255, those between are mapped linearly; "
+        "null: the upper 8 bits are taken. The same for all images; 8-bit images stay unchanged",
     )
     mean: Annotated[tuple[float, ...], Strict(False), Field(max_length=MOST_CHANNELS)] = Field(
         default=MEAN, description="[red, green, blue] to subtract from pixel values 0..255; one per channel"
@@ -221,6 +234,16 @@ class Data(Section):
         if first <= self.ignore_index < first + len(names):
             expected = f"a value that is not a class ({first}..{first + len(names) - 1} are classes)"
             raise wrong("data.ignore_index", self.ignore_index, expected, "the usual value is 255")
+        return self
+
+    @model_validator(mode="after")
+    def _scale_of_mean_and_std(self) -> "Data":
+        """Constants for pixels 0..1, as torchvision has them, would make inputs of some hundreds."""
+        small = all(abs(value) <= 1 for value in self.mean) and any(self.mean) and all(each <= 1 for each in self.std)
+        for key, values in (("std", self.std), ("mean", self.mean)):
+            if small or (key == "std" and any(value < 1 for value in values)):
+                fix = f"multiply by 255: {[round(value * 255, 3) for value in values]}"
+                raise wrong(f"data.{key}", list(values), "numbers on the scale 0..255; these are for 0..1", fix)
         return self
 
     @model_validator(mode="after")

@@ -90,8 +90,7 @@ RESERVED: dict[str, set[str]] = {
     "sys.stdout.write": {"console.py"},  # JSON, in which control characters are escaped
     "pickle.load": {"coco.py"},  # from memory that this process has filled
     "open": {"errors.py"},  # /dev/null
-    # An image in memory; a new file.
-    ".open": {"decoding.py", "recipes.py"},
+    ".open": {"formats.py", "recipes.py"},  # an image in memory; a new file
     ".read_text": {"labels.py"},  # of the package itself
     ".read_bytes": {"rendezvous.py"},  # of the ranks' own folder
 }

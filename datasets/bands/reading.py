@@ -19,7 +19,8 @@ import numpy as np
 from PIL.TiffImagePlugin import ImageFileDirectory_v2
 
 from ssaseg.datasets.base import DataError
-from ssaseg.datasets.decoding import FORMATS, MAX_PIXELS, open_image, read_complete, read_image
+from ssaseg.datasets.decoding import FORMATS, MAX_PIXELS, Levels, open_image, read_complete, read_image
+from ssaseg.datasets.decoding.images import to_bytes
 from ssaseg.files.reading import read_file
 from ssaseg.files.text import cut, printable
 
@@ -32,9 +33,7 @@ for library in ("PIL", "tifffile"):  # they log what they raise, too
 MEASURED = 24  # images, at most, that mean and spread are measured on
 
 
-def read_bands(
-    path: Path, channels: int = 3, max_pixels: int = MAX_PIXELS, levels: tuple[int, int] | None = None
-) -> np.ndarray:
+def read_bands(path: Path, channels: int = 3, max_pixels: int = MAX_PIXELS, levels: Levels | None = None) -> np.ndarray:
     """Decode an image file to uint8 (H, W, channels). Of 16 bits, the values `levels` become 0 and 255, those between
     are mapped linearly, and those outside are clipped; None: the upper 8 bits are taken, and values below 0 are 0.
 
@@ -45,9 +44,9 @@ def read_bands(
     16 bits, and where TIFF files need a package that is not installed.
     """
     if channels == 3:
-        return read_image(path, max_pixels)
+        return read_image(path, max_pixels, levels)
     if channels == 1:
-        image = read_image(path, max_pixels)
+        image = read_image(path, max_pixels, levels)
         if (image[..., :1] != image[..., 1:]).any():
             raise _other_number(path, 3, 1)
         return np.ascontiguousarray(image[..., :1])
@@ -75,7 +74,7 @@ def read_bands(
             f"{path}: its bands hold {pixels.dtype} values\nexpected whole numbers of 8 or 16 bits\n"
             "scale the values of all images in the same way to 0..255 or 0..65535, and save them again"
         )
-    pixels = _as_bytes(pixels, levels)
+    pixels = pixels if pixels.dtype == np.uint8 else to_bytes(pixels, levels)
     image = np.array(pixels, order="C")
     if channels > 3:  # to BGR; faster than one index for all channels
         image[..., 0], image[..., 2] = pixels[..., 2], pixels[..., 0]
@@ -164,17 +163,6 @@ def _from_tiff(data: bytes, channels: int, max_pixels: int) -> np.ndarray | None
     if pixels.ndim == 3 and not first.axes.endswith("S") and (first.axes.startswith("S") or len(pixels) == channels):
         return np.moveaxis(pixels, 0, 2)
     return pixels
-
-
-def _as_bytes(pixels: np.ndarray, levels: tuple[int, int] | None) -> np.ndarray:
-    """Values uint8, uint16 or int16 as uint8, see `read_bands`."""
-    if pixels.dtype == np.uint8:
-        return pixels
-    if levels is None:
-        return (pixels.clip(0) >> 8).astype(np.uint8)
-    low, high = levels
-    scaled = (pixels.astype(np.float32).clip(low, high) - low) * (255 / (high - low))
-    return (scaled + 0.5).astype(np.uint8)
 
 
 def _other_number(path: Path, got: int, channels: int) -> DataError:

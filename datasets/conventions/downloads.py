@@ -163,7 +163,7 @@ def _read_mat(file: Path) -> np.ndarray:
 
 
 def _read_map(file: Path) -> np.ndarray:
-    return read_mask(file)[0]
+    return read_mask(file).ids
 
 
 DOWNLOADS: dict[str, Download] = {

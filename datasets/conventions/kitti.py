@@ -59,7 +59,7 @@ def open_source(tree: Tree, _options: Options) -> Source:
 
 def read(item: Item) -> np.ndarray:
     """`Source.read`."""
-    raw = read_mask(item.label)[0]
+    raw = read_mask(item.label).ids
     require_size(item.image, (raw.shape[0], raw.shape[1]), item.label)
     odd = raw[(raw > LAST_ID) & (raw != IGNORED)]
     if odd.size:

@@ -11,16 +11,16 @@ import numpy as np
 
 from ssaseg.cli.console import json_target, print_table, write_json
 from ssaseg.cli.data.init_coco import look_at_coco
-from ssaseg.cli.data.reading import look_at, read_through
+from ssaseg.cli.data.reading import look_at, read_through, small_images
 from ssaseg.cli.errors import CommandError
 from ssaseg.cli.printing import echo
 from ssaseg.datasets import IGNORED, DataError, Dataset, build_dataset
-from ssaseg.datasets.check import Findings, Problem, require_same_classes
+from ssaseg.datasets.check import Findings, Problem, compare_images, compare_masks, require_same_classes
 from ssaseg.datasets.pairs import first_names
 from ssaseg.datasets.published import LAYOUTS
 from ssaseg.datasets.survey import COMMON_FOLDERS
 from ssaseg.files.text import describe
-from ssaseg.recipes import Recipe, RecipeError, list_recipes, load_recipe
+from ssaseg.recipes import Recipe, RecipeError, Test, list_recipes, load_recipe
 
 SPLITS = ("train", "val")
 
@@ -33,6 +33,7 @@ class Target(NamedTuple):
     title: str
     splits: Mapping[str, Callable[[], Dataset]]
     counts: Mapping[str, int]  # split -> published number of pairs
+    test: Test | None = None  # of the recipe
 
 
 def run_check(target: str, overrides: Sequence[str], split: str | None, json_out: str | None) -> int:
@@ -50,14 +51,7 @@ def run_check(target: str, overrides: Sequence[str], split: str | None, json_out
     if split is not None and split not in chosen.splits:
         raise CommandError(f"--split {split}: {chosen.title} has only {', '.join(chosen.splits)}")
     names = [split] if split is not None else list(chosen.splits)
-    splits: list[dict[str, Any]] = []
-    found: list[Findings] = []
-    for name in names:
-        report, findings = check_split(name, chosen)
-        if splits and splits[0]["classes"] and report["classes"]:
-            _require_classes_of(splits[0], report, findings)
-        splits.append(report)
-        found.append(findings)
+    splits, found = check_splits(names, chosen)
     counted = {
         severity: sum(problem["severity"] == severity for report in splits for problem in report["problems"])
         for severity in ("error", "warning")
@@ -73,6 +67,22 @@ def run_check(target: str, overrides: Sequence[str], split: str | None, json_out
         counts = [_count(count, severity) for severity, count in counted.items() if count]
         echo(f"{', '.join(counts) or 'no problems found'}; read in {seconds:.1f} s")
     return 2 if counted["error"] else 1 if counted["warning"] else 0
+
+
+def check_splits(names: Sequence[str], target: Target) -> tuple[list[dict[str, Any]], list[Findings]]:
+    """The report and the findings of each split, with what is seen only when splits are compared."""
+    opened = {name: open_split(name, target) for name in names}
+    found = [check_split(name, dataset, target) for name, dataset in opened.items()]
+    datasets = [each for each in opened.values() if not isinstance(each, Findings)]
+    if len(datasets) == len(names):
+        first, last = datasets[0], datasets[-1]
+        found[0].problems += compare_masks(datasets, found)
+        if len(datasets) > 1:
+            found[-1].problems += compare_images(first, last, content=True)
+            found[-1].problems += _other_classes(first, last)
+        if target.test is not None and names[-1] == "val":
+            found[-1].problems += small_images(last, found[-1], target.test)
+    return [report_of(name, opened[name], findings) for name, findings in zip(names, found, strict=True)], found
 
 
 # ---- what to check -----------------------------------------------------------------------------------------------
@@ -123,7 +133,7 @@ def _of_recipe(recipe: Recipe, name: str) -> Target:
     where = "" if data.dataset == "synthetic" else f" below {data.root}"
     counts = LAYOUTS[data.dataset].counts if data.dataset in LAYOUTS else {}
     title = f"recipe {name}: data set {data.dataset}{where}"
-    return Target(title, {split: partial(build, split) for split in SPLITS}, counts)
+    return Target(title, {split: partial(build, split) for split in SPLITS}, counts, recipe.test)
 
 
 def _of_layout(root: Path) -> Target | None:
@@ -161,10 +171,10 @@ def _of_folder(root: Path) -> Target:
     labels = own.labels
 
     meaning = {"reduce_zero_label": labels.reduce_zero_label, "raw_to_train": labels.raw_to_train}
+    meaning |= {"channels": own.bands.channels, "levels": own.findings.headers.fitting}
 
     def build(split: str) -> Dataset:
-        given = {**meaning, "channels": own.bands.channels}
-        return own.found.datasets(root, labels.classes, labels.palette, **given)[split]
+        return own.found.datasets(root, labels.classes, labels.palette, **meaning)[split]
 
     splits: dict[str, Callable[[], Dataset]] = {split: partial(build, split) for split in own.pairs}
     notes = "".join(f"\n- {note}" for note in (*own.found.notes, *own.bands.notes, *labels.notes))
@@ -172,13 +182,18 @@ def _of_folder(root: Path) -> Target:
 
 
 # ---- one split ---------------------------------------------------------------------------------------------------
-def check_split(split: str, target: Target) -> tuple[dict[str, Any], Findings]:
-    """The report of one split for JSON, and its findings. A split that cannot be opened has this as its problem."""
+def open_split(split: str, target: Target) -> Dataset | Findings:
+    """The data of a split. If it cannot be opened, findings with this as the problem."""
     try:
-        dataset = target.splits[split]()
+        return target.splits[split]()
     except (DataError, OSError) as error:
-        findings = Findings(0, problems=[Problem("error", describe(error), "cannot be opened")])
-        return {"split": split, "pairs": 0, "classes": [], "raw_ids": [], **_problems(findings)}, findings
+        return Findings(0, problems=[Problem("error", describe(error), "cannot be opened")])
+
+
+def check_split(split: str, dataset: Dataset | Findings, target: Target) -> Findings:
+    """What is wrong with one split by itself."""
+    if isinstance(dataset, Findings):
+        return dataset
     for note in getattr(dataset, "notes", ()):  # how a list of pairs was read
         echo(f"note, {split} split: {note}", err=True)
     findings = read_through(dataset, f"checked {split}")
@@ -186,7 +201,14 @@ def check_split(split: str, target: Target) -> tuple[dict[str, Any], Findings]:
     if expected is not None and len(dataset) != expected:
         text = f"{_count(len(dataset), 'pair')}; the published {split} split has {expected}"
         findings.problems.append(Problem("warning", text, "number of pairs"))
-    report = {
+    return findings
+
+
+def report_of(split: str, dataset: Dataset | Findings, findings: Findings) -> dict[str, Any]:
+    """The report of one split for JSON."""
+    if isinstance(dataset, Findings):
+        return {"split": split, "pairs": 0, "classes": [], "raw_ids": [], **_problems(findings)}
+    return {
         "split": split,
         "pairs": len(dataset),
         "palette_masks": sum(findings.palettes.values()),
@@ -196,16 +218,14 @@ def check_split(split: str, target: Target) -> tuple[dict[str, Any], Findings]:
         "raw_ids": list(_raw_ids(dataset, findings)),
         **_problems(findings),
     }
-    return report, findings
 
 
-def _require_classes_of(train: Mapping[str, Any], val: dict[str, Any], findings: Findings) -> None:
-    """Adds a problem to the validation split if its classes differ from those of the training split."""
+def _other_classes(train: Dataset, val: Dataset) -> list[Problem]:
     try:
-        require_same_classes(*([row["name"] for row in report["classes"]] for report in (train, val)))
+        require_same_classes(train.classes, val.classes)
     except DataError as error:
-        findings.problems.append(Problem("error", str(error), "other classes"))
-        val.update(_problems(findings))
+        return [Problem("error", str(error), "other classes")]
+    return []
 
 
 def _problems(findings: Findings) -> dict[str, Any]:
@@ -261,6 +281,6 @@ def print_split(report: Mapping[str, Any], findings: Findings) -> None:
                 ids = [f"id {row['id']} ({row['pixels']:,} pixels in {_count(row['masks'], 'mask')})" for row in found]
                 share = sum(row["pixels"] for row in found) / total
                 echo(f"{meaning}: {share:.2%} of the pixels: {first_names(ids, 8)}")
-    for severity, colour in (("error", "red"), ("warning", "yellow")):
+    for severity, colour in (("error", "red"), ("warning", "yellow"), ("note", None)):
         for text in findings.messages(severity):
             echo(text, label=f"{severity}, {report['split']} split:", colour=colour)

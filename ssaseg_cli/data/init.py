@@ -143,7 +143,7 @@ def _only_for_validation(own: OwnData, splits: dict[str, list[str]]) -> list[str
         for index in range(len(pairs) if rare.any() else 0):
             if pairs.name(index) in chosen:
                 with contextlib.suppress(DataError, OSError):  # already reported
-                    masks += count_ids(read_mask(pairs.mask_files[index])[0]) > 0
+                    masks += count_ids(read_mask(pairs.mask_files[index]).ids) > 0
         unseen = rare & (masks == own.findings.masks)
     names = [
         name

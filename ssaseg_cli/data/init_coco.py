@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ssaseg.cli.data.reading import join_findings, read_through
+from ssaseg.cli.data.reading import read_through
 from ssaseg.cli.data.recipe_text import OwnData
 from ssaseg.datasets import DataError, Dataset
 from ssaseg.datasets.base import IGNORED
@@ -47,7 +47,7 @@ def look_at_coco(root: Path) -> OwnData | None:
     classes = [*added, *coco.classes]
     pairs = _datasets(root, coco, classes)
     per_split = {split: read_through(each, f"read {split}") for split, each in pairs.items()}
-    findings = reduce(join_findings, per_split.values())
+    findings = reduce(Findings.joined, per_split.values())
     if not findings.pixels.any():
         raise DataError(findings.messages("error")[0])
     share = findings.pixels[classes.index(coco.background)] / findings.pixels.sum()
@@ -56,7 +56,7 @@ def look_at_coco(root: Path) -> OwnData | None:
         classes, coco.background = coco.classes, None
         pairs = _datasets(root, coco, classes)
         per_split = {split: _first_ignored(each) for split, each in per_split.items()}
-        findings = reduce(join_findings, per_split.values())
+        findings = reduce(Findings.joined, per_split.values())
     elif added:
         coco.notes.append(
             f"{share:.0%} of pixels are in no region: class {BACKGROUND}, by data.background; without this key and "

@@ -16,8 +16,10 @@ from ssaseg.cli.errors import CommandError
 from ssaseg.cli.printing import echo
 from ssaseg.cli.signals import Interrupted, StopSignal
 from ssaseg.datasets import DataError, Dataset, build_dataset
-from ssaseg.datasets.base import IGNORED
-from ssaseg.datasets.check import Findings, look_through
+from ssaseg.datasets.base import IGNORED, Problem
+from ssaseg.datasets.check import Findings, is_published, look_through
+from ssaseg.datasets.checking.splits import too_small
+from ssaseg.datasets.checking.storage import about_255, is_soft, soft_text
 from ssaseg.datasets.classnames import Labels, Names, guess_labels, known_names, read_class_names
 from ssaseg.datasets.conventions import recognise
 from ssaseg.datasets.conventions.base import Convention, Tree, beside, prepare_command
@@ -28,10 +30,11 @@ from ssaseg.datasets.conventions.grey import GREY
 from ssaseg.datasets.conventions.layers import LAYERS
 from ssaseg.datasets.conventions.pictures import ANY, evenly
 from ssaseg.datasets.conventions.tables import Table
-from ssaseg.datasets.pairs import first_names
+from ssaseg.datasets.decoding.images import shown_size
+from ssaseg.datasets.pairs import first_names, label_table
 from ssaseg.datasets.published import LAYOUTS
 from ssaseg.datasets.survey import Found, find_folders, require_prepared, several_error
-from ssaseg.recipes import list_recipes
+from ssaseg.recipes import Test, list_recipes
 
 # More processes help little where the disk is the limit, and each of them holds an image in memory.
 MOST_WORKERS = 8
@@ -73,7 +76,7 @@ def look_at(root: Path, images: str | None = None, masks: str | None = None) -> 
     for each in pairs.values():
         each.channels = bands.channels
     per_split = {split: read_through(each, f"read {split}", decoded=0) for split, each in pairs.items()}
-    findings = reduce(join_findings, per_split.values())
+    findings = reduce(Findings.joined, per_split.values())
     files = [file for each in pairs.values() for file in each.mask_files]
     table = table_of_palettes(tree, files) if findings.palettes else None
     if not findings.pixels.any():
@@ -84,6 +87,7 @@ def look_at(root: Path, images: str | None = None, masks: str | None = None) -> 
         raise _to_prepare(root, convention) or AssertionError
     if not findings.pixels.any():
         raise _no_mask(root, files, findings)
+    mixed = _require_alike(findings)
     names, notes = read_class_names(root, (*found.mask_folders, *found.image_folders))
     if found.known and not findings.pixels[len((known := known_names(found.known)).names) + 1 : IGNORED].any():
         names, notes = known, []
@@ -91,11 +95,17 @@ def look_at(root: Path, images: str | None = None, masks: str | None = None) -> 
         names = Names(table[0].file, dict(enumerate(table[0].classes)), dict(enumerate(table[0].palette)), False)
     palette, count = findings.palettes.most_common(1)[0] if findings.palettes else (b"", 0)
     common = palette if count == sum(findings.sizes.values()) else None  # the same in all masks
-    ids = [int(value) for value in np.flatnonzero(findings.pixels)]
-    labels = _black_and_white(ids, names) or guess_labels(ids, names, common)
+    present = [0, 1] if mixed else [int(value) for value in np.flatnonzero(findings.pixels)]
+    labels = guess_labels(present, names, common)
+    if mixed and labels.raw_to_train is None:
+        labels.raw_to_train = {0: 0, 1: 1, IGNORED: 1}
+        findings.pixels[1] += findings.pixels[IGNORED]
+        findings.masks[1] += findings.masks[IGNORED]
+        labels.notes.append("the object is 1 in some masks and 255 in others: both are read as one class")
     labels.notes += notes
-    if names is None:
+    if names is None and not mixed:
         _keep_255(labels, findings.pixels)
+    found.notes += _notes(findings, labels)
     for split, each in pairs.items():
         if each.unused_masks:
             unused = [file.name for file in each.unused_masks]
@@ -114,20 +124,11 @@ def _misread(
         return COLOURS, seen
     ids = set(np.flatnonzero(findings.pixels).tolist())
     # 0 and 255 alone are read as they are: as two classes.
-    mixed = len(findings.palettes) > 1 or (IGNORED in ids and ids != {0, IGNORED})
+    mixed = len(findings.palettes) > 1 or (IGNORED in ids and ids != {0, IGNORED} and not findings.storage.two_whites)
     white = ids <= {0, 1, IGNORED} and (unread or mixed)
     if (white or soft(findings.pixels)) and (seen := recognise_mixed(tree)):
         return BINARY, seen
     return (GREY, seen) if many and (seen := GREY.recognise(tree)) else None
-
-
-def _black_and_white(ids: Sequence[int], names: Names | None) -> Labels | None:
-    """The two classes of a file of names, where 0 and 255 are the only ids; otherwise None."""
-    if names is None or list(ids) != [0, IGNORED] or len(names.names) != 2:
-        return None
-    colours = list(names.colours.values()) if len(names.colours) == 2 else None
-    notes = [f"class names: {names.file.name}", "0 and 255 are the only ids: they are the two classes"]
-    return Labels(list(names.names.values()), [0, IGNORED], False, {0: 0, IGNORED: 1}, colours, notes)
 
 
 def _keep_255(labels: Labels, pixels: np.ndarray) -> None:
@@ -161,6 +162,32 @@ def _to_prepare(root: Path, found: tuple[Convention, str] | None) -> CommandErro
     )
 
 
+def _require_alike(findings: Findings) -> bool:
+    """Whether binary masks store their object as 1 in some files and as 255 in others, so that both are one class.
+
+    Raises DataError where ids differ in their meaning from file to file, or are the levels of soft edges.
+    """
+    if problem := next(findings.storage.palette_problems(), None):
+        raise DataError(problem.text)
+    if is_soft(findings.pixels):
+        raise DataError(soft_text(findings.pixels))
+    return findings.storage.two_whites
+
+
+def _notes(findings: Findings, labels: Labels) -> list[str]:
+    """Doubts about 255 and about the images, and what was left out, each on one line."""
+    table, _ = label_table(len(labels.classes), IGNORED, labels.reduce_zero_label, labels.raw_to_train)
+    problems = [*about_255(findings.pixels, table), *findings.headers.problems(findings.headers.fitting)]
+    problems += [problem for problem in findings.problems if problem.kind in ("other types", "mask of several pages")][
+        :2
+    ]
+    notes = [problem.text.replace("\n", "; ") for problem in problems]
+    if levels := findings.headers.fitting:
+        largest = f"{findings.headers.deep} images have 16 bits, largest value {findings.headers.largest}"
+        notes.append(f"{largest}: data.range {list(levels)} becomes 0..255, in all images alike")
+    return notes
+
+
 def look_at_published(name: str, root: Path) -> OwnData:
     """A complete published data set. Only a sample is read, as only the sizes of the images are not known."""
     layout = LAYOUTS[name]
@@ -176,7 +203,7 @@ def look_at_published(name: str, root: Path) -> OwnData:
         notes.append(f"ssaseg already has recipes for it, such as {ready[0]}")
     labels = Labels(list(pairs["train"].classes), [])
     found = Found(folders, layout.mask_suffix, (layout.image_suffix,), notes=notes)
-    return OwnData(root, found, pairs, reduce(join_findings, per_split.values()), labels, per_split, name)
+    return OwnData(root, found, pairs, reduce(Findings.joined, per_split.values()), labels, per_split, name)
 
 
 def read_through(dataset: Dataset, verb: str, decoded: int | None = None) -> Findings:
@@ -205,16 +232,20 @@ def read_through(dataset: Dataset, verb: str, decoded: int | None = None) -> Fin
             sys.exit(stop.exit_code)
 
 
-def join_findings(one: Findings, other: Findings) -> Findings:
-    return Findings(
-        one.read + other.read,
-        one.pixels + other.pixels,
-        one.masks + other.masks,
-        one.images + other.images,
-        one.sizes + other.sizes,
-        one.palettes + other.palettes,
-        one.problems + other.problems,
-    )
+def small_images(dataset: Dataset, found: Findings, test: Test) -> list[Problem]:
+    """An error for each size of validation images that the recipe's test section makes too small for a network.
+
+    The sizes of images that were not read, as of a sample, are taken from their headers.
+    """
+    from ssaseg.cli.scoring.inference import SMALLEST
+
+    sizes = dict(found.named)
+    if found.read < len(dataset) and not is_published(dataset):
+        for index, file in enumerate(dataset.image_files):
+            size = shown_size(file)
+            if size is not None and size not in sizes:
+                sizes[size] = dataset.name(index)
+    return list(too_small(sizes, SMALLEST, test.scale, test.multiple, test.ratios))
 
 
 def _no_mask(root: Path, files: Sequence[Path], findings: Findings) -> Exception:

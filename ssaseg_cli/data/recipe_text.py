@@ -131,6 +131,8 @@ def _folders(own: OwnData, lists: dict[str, Path]) -> Iterator[str]:
     if own.found.image_suffixes != IMAGE_SUFFIXES:
         yield f"  image_suffixes: [{', '.join(map(_quote, own.found.image_suffixes))}]"
     yield f"  mask_suffix: {_quote(own.found.mask_suffix)}"
+    if levels := own.findings.headers.fitting:
+        yield f"  range: {list(levels)} # of the 16-bit images, becomes 0..255"
 
 
 def _coco(coco: FoundCoco, root: Path, lists: dict[str, Path]) -> Iterator[str]:

@@ -18,6 +18,7 @@ from ssaseg.cli.prediction.sources import Source, find_sources
 from ssaseg.cli.scoring.report import open_dataset, recipe_of, require_channels, require_data_classes
 from ssaseg.datasets import DataError, Dataset, stated_classes
 from ssaseg.datasets.bands.reading import read_bands
+from ssaseg.datasets.base import Levels
 from ssaseg.datasets.decoding import read_mask
 from ssaseg.datasets.pairs import IMAGE_SUFFIXES, label_table
 from ssaseg.datasets.published import LAYOUTS
@@ -86,8 +87,8 @@ def of_files(
             if classes:  # those of COCO-format files may be in the files only
                 require_data_classes(checkpoint, metadata["classes"], recipe.name, classes)
         rules = rules_of(recipe, masks, len(metadata["classes"]))
-    channels = metadata.get("channels", 3)
-    items = [Item(source.path, source.name, partial(_read, source, rules, channels)) for source in sources]
+    channels, levels = metadata.get("channels", 3), metadata["range"] and tuple(metadata["range"])
+    items = [Item(source.path, source.name, partial(_read, source, rules, channels, levels)) for source in sources]
     return Items(items, None if masks is None else f"masks in {masks}")
 
 
@@ -121,14 +122,14 @@ def rules_of(recipe: Recipe | None, folder: Path, count: int) -> Rules:
     return Rules(folder, data.image_suffixes, data.mask_suffix, *table)
 
 
-def _read(source: Source, rules: Rules | None, channels: int) -> Pair:
-    image = read_bands(source.path, channels)
+def _read(source: Source, rules: Rules | None, channels: int, levels: Levels | None = None) -> Pair:
+    image = read_bands(source.path, channels, levels=levels)
     if rules is None:
         return image, None
     path = rules.mask_of(source.relative)
     if not os.path.exists(path):
         raise DataError(f"{source.path}: no mask\nexpected {path}")
-    raw, _ = read_mask(path)
+    raw = read_mask(path).ids
     if raw.shape != image.shape[:2]:
         sizes = [f"{width}x{height}" for height, width in (raw.shape, image.shape[:2])]
         raise DataError(f"{path}: mask of {sizes[0]} pixels (width x height)\nexpected {sizes[1]}, as {source.path}")

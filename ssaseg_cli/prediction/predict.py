@@ -10,7 +10,7 @@ import os
 import signal
 import threading
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Generator, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import closing, nullcontext
@@ -35,6 +35,8 @@ from ssaseg.cli.scoring.inference import Inference, Prediction, state_views
 from ssaseg.cli.signals import StopSignal
 from ssaseg.datasets import default_palette
 from ssaseg.datasets.bands.reading import read_bands, shown
+from ssaseg.datasets.base import Levels
+from ssaseg.datasets.checking.images import count_suffixes
 from ssaseg.files.text import printable
 from ssaseg.files.writing import make_temporary, write_atomic
 from ssaseg.models import load_model
@@ -103,7 +105,10 @@ def run_predict(
             f"{checkpoint}: classifier {model.classifier_name} does not adapt labels, so there is no coarse result\n"
             "remove coarse from --save"
         )
-    found = find_sources(inputs, out)
+    others: Counter[str] = Counter()
+    found = find_sources(inputs, out, others)
+    if others:
+        echo(f"{count_suffixes(others)}; give a file by its name to label it", err=True)
     make_folders(out, [kind for kind in save if KINDS[kind].encode is not None])
     palette = metadata["palette"] or default_palette(len(metadata["classes"]))
     style = style_of(metadata["classes"], palette)
@@ -114,7 +119,8 @@ def run_predict(
             started = time.perf_counter()
             with stop:
                 inference = Inference(model.to(chosen).eval(), protocol, metadata["mean"], metadata["std"], chosen)
-                labeller = Labeller(inference, out, save, style, journal, code, max_pixels)
+                levels = metadata["range"] and tuple(metadata["range"])
+                labeller = Labeller(inference, out, save, style, journal, code, max_pixels, levels)
                 with memory_limit() if chosen.type == "cpu" else nullcontext():  # CUDA reserves addresses of its own
                     done = label_all(labeller, sources, stop)
     except (KeyboardInterrupt, SystemExit):
@@ -166,12 +172,13 @@ class Labeller:
     journal: Journal
     code: str  # the checkpoint's sum
     max_pixels: int
+    levels: Levels | None = None  # of 16-bit images, see `read_image`
 
     def read(self, source: Source) -> Decoded | str:
         """The image and the network's inputs, or the reason to skip the image."""
         try:
             origin = made_of(self.code, source.path)  # before it is read: if it changes now, it is labelled again
-            image = read_bands(source.path, self.inference.model.channels, self.max_pixels)
+            image = read_bands(source.path, self.inference.model.channels, self.max_pixels, self.levels)
             return Decoded(image, self.inference.inputs(image, str(source.path)), origin)
         except Exception as error:
             return skip_reason(error, source.path)

@@ -2,6 +2,7 @@
 
 import glob
 import os
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import NamedTuple
 
 from ssaseg.cli.errors import CommandError
 from ssaseg.cli.prediction.kinds import KINDS
+from ssaseg.datasets.checking.images import count_suffixes
 from ssaseg.datasets.pairs import IMAGE_SUFFIXES, walk
 from ssaseg.files.text import printable
 
@@ -24,8 +26,10 @@ class Source(NamedTuple):
     name: str  # name of its results: path below their folder, without suffix
 
 
-def find_sources(inputs: Sequence[str], out: Path) -> list[Source]:
+def find_sources(inputs: Sequence[str], out: Path, others: Counter[str] | None = None) -> list[Source]:
     """The images of all inputs, each file once: in the order of the inputs, and sorted within an input.
+
+    `others`: gets the number of files by suffix that folders and patterns also hold, and that are not taken as images.
 
     What is in the folders `RESULTS` of `out` is not taken as images. What only has the name of an image, such as a
     device, is found here and refused when it is read. Raises CommandError for an input without images, two images whose
@@ -33,21 +37,33 @@ def find_sources(inputs: Sequence[str], out: Path) -> list[Source]:
     that cannot be read.
     """
     results = [os.path.join(os.path.realpath(out / folder), "") for folder in RESULTS]
+    whole = os.path.join(os.path.realpath(out), "")
     found: dict[str, tuple[Path, str]] = {}
     for given in inputs:
-        candidates = _expand(given)
-        # realpath: unlike Path.resolve, it raises nothing for a link to itself.
-        images = [each for each in candidates if not os.path.realpath(each[0]).startswith(tuple(results))]
+        files = _expand(given)
+        named = not os.path.isdir(given) and os.path.lexists(given)
+        candidates = [each for each in files if named or _is_image(each[0])]
+        rest = [path for path, _ in files if not named and not _is_image(path) and not _is_within(path, [whole])]
+        left_out = Counter(path.suffix.lower() for path in rest)
+        if others is not None:
+            others.update(left_out)
+        images = [each for each in candidates if not _is_within(each[0], results)]
         shown = printable(given)
         if candidates and not images:
             only = f"its only images are results in --out {printable(str(out))}, which are skipped"
             raise CommandError(f"{shown}: {only}\nchange --out")
         if not images:
             suffixes = " ".join(suffix.lstrip(".") for suffix in IMAGE_SUFFIXES)
-            raise CommandError(f"{shown}: no image found\nlooked for {_where(given)}; types: {suffixes}")
+            also = f"; {count_suffixes(left_out)}" if left_out else ""
+            raise CommandError(f"{shown}: no image found{also}\nlooked for {_where(given)}; types: {suffixes}")
         for path, relative in images:
             found.setdefault(os.path.abspath(path), (path, relative))
     return _name(list(found.values()))
+
+
+def _is_within(path: Path, folders: Sequence[str]) -> bool:
+    # realpath: unlike Path.resolve, it raises nothing for a link to itself.
+    return os.path.realpath(path).startswith(tuple(folders))
 
 
 def _where(given: str) -> str:
@@ -62,13 +78,13 @@ def _expand(given: str) -> list[tuple[Path, str]]:
     if not given:  # as of "$FOLDER", a variable that is not set; Path("") is the current folder
         raise CommandError("INPUT is empty\ngive a file, a folder or a pattern; . is the current folder")
     if os.path.isdir(path):
-        return [(each, each.relative_to(path).as_posix()) for each in walk(path) if _is_image(each)]
+        return [(each, each.relative_to(path).as_posix()) for each in walk(path)]
     if os.path.lexists(path):
         return [(path, path.name)]
     if not glob.has_magic(given):
         return []
     base = Path(*path.parts[: next(index for index, part in enumerate(path.parts) if glob.has_magic(part))])
-    matches = sorted(match for match in _matches(path) if _is_image(match) and not os.path.isdir(match))
+    matches = sorted(match for match in _matches(path) if not os.path.isdir(match))
     return [_below(base, match, given) for match in matches]
 
 

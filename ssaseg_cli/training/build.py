@@ -41,7 +41,7 @@ def build_job(
     if start:
         require_start(Path(start))
     if ranks.main:  # an error on this rank ends the others
-        check_labels({"training": train_set, "validation": val_set}, check)
+        check_labels({"training": train_set, "validation": val_set}, check, recipe)
     ranks.barrier()
     require_memory(recipe, len(train_set.classes), device)
     torch.manual_seed(train.seed)

@@ -77,25 +77,35 @@ def require_trainable(model: Segmenter, recipe: Recipe, rank_batch: int, device:
         ) from None
 
 
-def check_labels(splits: dict[str, Any], check: str = "sample") -> None:
+def check_labels(splits: dict[str, Any], check: str = "sample", recipe: Recipe | None = None) -> None:
     """Checks each split before the first step: up to 512 pairs ("sample"; the loader checks the others when it reads
-    them), or every pixel of all pairs ("all").
+    them), or every pixel of all pairs ("all"). Then, of both splits together, whether masks mean the same, whether
+    images are in both, and whether validation images are large enough for the test section of `recipe`.
 
     Raises CommandError for the first error. If there is no error, prints the warnings.
     """
-    from ssaseg.cli.data.reading import read_through
-    from ssaseg.datasets.check import Problem, check_dataset
+    from ssaseg.cli.data.reading import read_through, small_images
+    from ssaseg.datasets.check import Findings, check_dataset, compare_images, compare_masks
 
-    problems: list[tuple[str, Problem]] = []
+    problems: list[tuple[str, str, str]] = []  # split, severity, text
+    found: list[Findings] = []
     for name, split in splits.items():
-        found = check_dataset(split, 512) if check == "sample" else read_through(split, f"checked {name}").problems
-        problems += [(name, problem) for problem in found]
-    errors = [problem.text for _, problem in problems if problem.severity == "error"]
+        found.append(check_dataset(split, 512) if check == "sample" else read_through(split, f"checked {name}"))
+        kinds = ("error", "warning", "note")
+        problems += [(name, severity, text) for severity in kinds for text in found[-1].messages(severity)]
+    (first, train), *_, (last, val) = splits.items() if len(splits) > 1 else [*splits.items()] * 2
+    more = [(first, problem) for problem in compare_masks(list(splits.values()), found)]
+    if train is not val:
+        more += [(last, problem) for problem in compare_images(train, val)]
+    if recipe is not None:
+        more += [(last, problem) for problem in small_images(val, found[-1], recipe.test)]
+    problems += [(name, problem.severity, problem.text) for name, problem in more]
+    errors = [text for _, severity, text in problems if severity == "error"]
     if errors:
         several = " (the first of several problems: `ssaseg data check` prints all)" if len(errors) > 1 else ""
         raise CommandError(errors[0] + several)
-    for name, problem in problems:
-        echo(f"warning, {name} split: {problem.text}", err=True)
+    for name, severity, text in problems:
+        echo(f"{severity}, {name} split: {text}", err=True)
 
 
 def describe(job: Job) -> None:

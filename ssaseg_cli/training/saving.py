@@ -78,6 +78,7 @@ def metadata(job: "Job", scored: bool = True) -> dict[str, Any]:
         "palette": [list(colour) for colour in job.val_set.palette],
         "mean": list(data.mean),
         "std": list(data.std),
+        "range": None if data.range is None else list(data.range),
         "protocol": job.recipe.test.model_dump(mode="json"),
         "recipe": job.recipe.model_dump(mode="json"),
         "step": progress.step,

@@ -102,6 +102,7 @@ def dataset_metadata(name: str, option: str = "--dataset") -> dict[str, Any]:
         "palette": palette,
         "mean": list(data.mean),
         "std": list(data.std),
+        "range": None if data.range is None else list(data.range),
         "protocol": recipe.test.model_dump(mode="json"),
     }
 

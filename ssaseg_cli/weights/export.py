@@ -110,14 +110,14 @@ def write_export(source: Path, destination: Path, model: Segmenter, metadata: Ma
     destination.parent.mkdir(parents=True, exist_ok=True)  # fails now, rather than after minutes
     if not os.access(destination.parent, os.W_OK | os.X_OK):
         raise CommandError(f"{destination}: its folder cannot be written\ngive a file in a folder that can")
-    pictures = _user_images(form.verify, metadata["protocol"], model.channels)
+    pictures = _user_images(form.verify, metadata, model.channels)
     plain, folded = (_deployed(source, each, metadata, form) for each in (model, fold(model)))
     any_size = "any size" if form.size is None else "{} x {} pixels".format(*form.size)
     echo(f"{source}: {model.name}, {model.classifier_name}, {model.num_classes} classes; {any_size}")
     with PoolByProducts() if kind == ".onnx" else nullcontext():
         program = _program(source, folded, form)
     header = {key: metadata[key] for key in ("model", "classifier", "classes", "palette", "mean", "std", "protocol")}
-    header |= {} if model.channels == 3 else {"channels": model.channels}
+    header |= {"range": metadata.get("range")} | ({} if model.channels == 3 else {"channels": model.channels})
     header |= {"format": FORMAT, "input": form.input, "output": form.output}
     header |= {"size": form.size, "smallest": smallest(program)}
     with _quiet():
@@ -213,7 +213,7 @@ def onnx_runner(content: bytes) -> Run:
 
 
 # ---- verifying ---------------------------------------------------------------------------------------------------
-def _user_images(verify: str | None, protocol: Mapping[str, Any], channels: int) -> list[tuple[str, np.ndarray]]:
+def _user_images(verify: str | None, metadata: Mapping[str, Any], channels: int) -> list[tuple[str, np.ndarray]]:
     """Names and images, BGR uint8 (H,W,channels), of `--verify`, resized by the checkpoint's protocol."""
     if verify is None:
         return []
@@ -222,7 +222,8 @@ def _user_images(verify: str | None, protocol: Mapping[str, Any], channels: int)
     files = [path] if path.is_file() else inside[:VERIFIED]
     if not files:
         raise CommandError(f"--verify {verify}: no image found\nexpected an image, or a folder of images")
-    images = ((each.name, read_bands(each, channels)) for each in files)
+    protocol, levels = metadata["protocol"], metadata.get("range")
+    images = ((each.name, read_bands(each, channels, levels=levels and tuple(levels))) for each in files)
     return [(name, test_image(image, protocol["scale"], protocol["multiple"])) for name, image in images]
 
 

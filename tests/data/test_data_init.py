@@ -237,7 +237,7 @@ def test_masks_in_colour_are_told_with_their_colours(tmp_path: Path) -> None:
 
 def test_grey_masks_in_three_channels_are_told_apart(tmp_path: Path) -> None:
     put(tmp_path / "images/a.jpg")
-    put(tmp_path / "masks/a.png")
+    Image.new("RGB", (50, 40), (99, 99, 99)).save(put(tmp_path / "masks/a.png"))
     assert "its channels are equal" in call("data", "init", tmp_path, "--out", tmp_path / "x.yaml").stderr
 
 

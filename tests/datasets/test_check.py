@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from ssaseg.datasets import DataError, check
-from ssaseg.datasets.check import Problem, check_dataset, look_through
+from ssaseg.datasets.check import Findings, check_dataset, look_through
 from ssaseg.datasets.decoding import read_mask
 from ssaseg.datasets.inspection import count_ids
 from ssaseg.datasets.pairs import PairDataset
@@ -31,14 +31,14 @@ def mask(*values: int, height: int = 8, width: int = 10) -> np.ndarray:
     return np.resize(np.array(values, np.uint8), (height, width))
 
 
-def texts(problems: list[Problem], severity: str) -> list[str]:
-    assert all(len(problem.text.splitlines()) <= 3 for problem in problems)
-    return [problem.text for problem in problems if problem.severity == severity]
+def texts(findings: Findings, severity: str) -> list[str]:
+    assert all(len(problem.text.splitlines()) <= 3 for problem in findings.problems)
+    return findings.messages(severity)
 
 
 def test_sound_data_has_no_problem(tmp_path: Path) -> None:
-    assert check_dataset(make(tmp_path, [mask(0, 1), mask(2, 255)])) == []
-    assert check_dataset(SyntheticScenes(3, 64, 64), sample=2) == []
+    assert check_dataset(make(tmp_path, [mask(0, 1), mask(2, 255)])).problems == []
+    assert check_dataset(SyntheticScenes(3, 64, 64), sample=2).problems == []
 
 
 def test_all_problems_are_told_at_once(tmp_path: Path) -> None:
@@ -84,7 +84,7 @@ def test_classes_without_pixels_are_a_warning(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("values", "options"), [([255], {}), ([0], {"reduce_zero_label": True})])
 def test_masks_in_which_nothing_is_labelled(tmp_path: Path, values: list[int], options: dict[str, Any]) -> None:
-    (problem,) = check_dataset(make(tmp_path, [mask(*values)] * 2, **options))
+    (problem,) = check_dataset(make(tmp_path, [mask(*values)] * 2, **options)).problems
     assert problem.severity == "error"
     assert "no labelled pixel in the 2 masks" in problem.text
     assert "data.ignore_index" in problem.text
@@ -93,7 +93,7 @@ def test_masks_in_which_nothing_is_labelled(tmp_path: Path, values: list[int], o
 def test_masks_without_image_are_a_warning(tmp_path: Path) -> None:
     make(tmp_path, [mask(0, 1, 2)])
     Image.fromarray(mask(0)).save(tmp_path / "masks/stray.png")
-    problems = check_dataset(make(tmp_path, [mask(0, 1, 2)]))
+    problems = check_dataset(make(tmp_path, [mask(0, 1, 2)])).problems
     assert [problem.severity for problem in problems] == ["warning"]
     assert problems[0].text == f"1 mask has no image: {tmp_path / 'masks/stray.png'}"
 
@@ -102,10 +102,12 @@ def test_sample_is_evenly_spaced_and_does_not_judge_the_whole(tmp_path: Path, mo
     monkeypatch.setattr(check, "SMALL", 0)
     monkeypatch.setattr(check, "DECODED", 1)
     dataset = make(tmp_path, [mask(0), mask(9), mask(0), mask(9), mask(0), mask(9)])
-    assert check_dataset(dataset, sample=3) == [], "0, 2 and 4 are sound; two classes may lie in the others"
+    assert check_dataset(dataset, sample=3).problems == [], "0, 2 and 4 are sound; two classes may lie in the others"
     assert len(texts(check_dataset(dataset, sample=6), "error")) == 3
     dataset.image_files[4].write_bytes(dataset.image_files[4].read_bytes()[:-50])
-    assert len(check_dataset(dataset, sample=3)) == 1, "an image that is not decoded is still known to be cut off"
+    assert len(check_dataset(dataset, sample=3).problems) == 1, (
+        "an image that is not decoded is still known to be cut off"
+    )
 
 
 def test_turned_images_are_measured_as_they_are_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -115,7 +117,7 @@ def test_turned_images_are_measured_as_they_are_shown(tmp_path: Path, monkeypatc
     exif = Image.Exif()
     exif[0x0112] = 6
     Image.fromarray(np.zeros((8, 10, 3), np.uint8)).save(dataset.image_files[0], exif=exif.tobytes())
-    assert check_dataset(dataset) == []
+    assert check_dataset(dataset).problems == []
 
 
 # ---- the whole set, as `ssaseg data check` reads it ---------------------------------------------------------------
@@ -238,7 +240,7 @@ def test_reading_a_large_palette_mask_warns_of_nothing(tmp_path: Path, recwarn: 
     mask = Image.new("P", (10_000, 9_500), 1)
     mask.putpalette([0, 0, 0, 9, 9, 9])
     mask.save(tmp_path / "mask.png")
-    raw, colours = read_mask(tmp_path / "mask.png")
+    raw, colours, *_ = read_mask(tmp_path / "mask.png")
     assert (raw.shape, int(raw[0, 0])) == ((9_500, 10_000), 1)
     assert colours is not None
     assert [str(each.message) for each in recwarn] == []

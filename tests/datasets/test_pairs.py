@@ -104,12 +104,12 @@ def test_masks_of_all_kinds(tmp_path: Path) -> None:
     palette = Image.fromarray(ids(0, 1, 2))
     palette.putpalette([9, 9, 9, 7, 7, 7, 200, 1, 1])
     palette.save(tmp_path / "palette.png")
-    raw, colours = read_mask(tmp_path / "palette.png")
+    raw, colours, *_ = read_mask(tmp_path / "palette.png")
     np.testing.assert_array_equal(raw, ids(0, 1, 2))
     assert colours is not None
     assert colours[2].tolist() == [200, 1, 1]
     for name, pixels in (("bits", ids(0, 1) > 0), ("deep", ids(0, 1).astype(np.uint16))):
-        raw, colours = read_mask(put(tmp_path / f"{name}.png", pixels))
+        raw, colours, *_ = read_mask(put(tmp_path / f"{name}.png", pixels))
         np.testing.assert_array_equal(raw, ids(0, 1))
         assert raw.dtype == np.uint8
         assert colours is None
@@ -226,7 +226,8 @@ def test_missing_and_empty_folders(tmp_path: Path) -> None:
     with pytest.raises(DataError) as error:
         pairs(tmp_path)
     told(error, str(tmp_path / "images"), "no such folder", "data.root")
-    put(tmp_path / "images/readme.ppm", ids(0))
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images/readme.txt").write_text("no image")
     with pytest.raises(DataError) as error:
         pairs(tmp_path)
     told(error, "no images", ".jpeg")
@@ -280,13 +281,12 @@ def test_files_that_are_no_pictures(tmp_path: Path, content: bytes) -> None:
     file.write_bytes(content)
     with pytest.raises(DataError, match="damaged image"):
         read_image(file)
-    with pytest.raises(DataError, match="damaged mask"):
+    with pytest.raises(DataError, match=r"damaged mask|JPEG compression"):
         read_mask(file)
     file.write_bytes(content[:9])
     for read in (read_image, read_mask):
-        with pytest.raises(DataError) as error:
+        with pytest.raises(DataError, match=r"damaged|JPEG compression") as error:
             read(file)
-        told(error, "damaged")
         assert "BytesIO" not in str(error.value)
         assert ("empty file" in str(error.value)) == (not content)
 

@@ -16,11 +16,15 @@ PALETTE = [[128, 64, 128], [0, 0, 142], [107, 142, 35], [70, 130, 180], [1, 2, 3
 
 
 def save_checkpoint(
-    path: Path, classifier: str = "ssa", protocol: dict | None = None, network: str = "seaformer_t"
+    path: Path,
+    classifier: str = "ssa",
+    protocol: dict | None = None,
+    network: str = "seaformer_t",
+    header: dict | None = None,
 ) -> Path:
     torch.manual_seed(0)
     metadata = {"classes": CLASSES, "palette": PALETTE, "protocol": protocol or {"scale": None, "multiple": None}}
-    save_model(path, build_model(network, len(CLASSES), classifier), metadata)
+    save_model(path, build_model(network, len(CLASSES), classifier), metadata | (header or {}))
     return path
 
 

@@ -1,0 +1,123 @@
+"""What the headers of all images say together: orientations, bits, bands and pages that a user may not expect."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from ssaseg.datasets.base import ImageFacts, Levels, Problem
+from ssaseg.datasets.pairs import walk
+from ssaseg.files.text import printable
+
+HALF = 2**15  # of the values of 16 bits: where nearly all values are below, most of the range is unused
+SENSORS = (2**10 - 1, 2**12 - 1, 2**14 - 1)  # largest values of 10, 12 and 14 bits
+
+
+@dataclass
+class Images:
+    """What was found in images."""
+
+    read: int = 0
+    kinds: dict[str, tuple[int, Path]] = field(default_factory=dict)  # what is odd -> number of images, the first one
+    deep: int = 0  # images of more than 8 bits
+    largest: int = 0  # value of these
+    most: int = 0  # the value that 99.9 % of an image's values do not exceed: the largest of all images
+
+    def add(self, file: Path, facts: ImageFacts | None, size: tuple[int, int] | None, top: Levels | None) -> None:
+        """Adds an image. `size`: height and width as shown. `top`: its largest value, and that of 99.9 % of the values;
+        None for images of 8 bits.
+        """
+        self.read += 1
+        if facts is None or size is None:
+            return
+        if facts.orientation != 1 and (facts.orientation <= 4 or size[0] == size[1]):
+            self._count("turned", file)
+        if facts.paged:
+            self._count("paged", file)
+        if facts.bands in (2, 4):
+            self._count("bands", file)
+        if top is not None:
+            self.deep += 1
+            self.largest, self.most = max(self.largest, top[0]), max(self.most, top[1])
+
+    def _count(self, kind: str, file: Path) -> None:
+        count, first = self.kinds.get(kind, (0, file))
+        self.kinds[kind] = count + 1, first
+
+    def joined(self, other: Images) -> Images:
+        """This and another part of a set together."""
+        kinds = dict(self.kinds)
+        for kind, (count, first) in other.kinds.items():
+            known, file = kinds.get(kind, (0, first))
+            kinds[kind] = known + count, file
+        largest, most = max(self.largest, other.largest), max(self.most, other.most)
+        return Images(self.read + other.read, kinds, self.deep + other.deep, largest, most)
+
+    def problems(self, levels: Levels | None) -> Iterator[Problem]:
+        """What a user should look at. `levels`: `data.range` of the recipe."""
+        for kind, (what, fix) in _TEXTS.items():
+            if kind in self.kinds:
+                count, first = self.kinds[kind]
+                verb = "image has" if count == 1 else "images have"
+                severity = "note" if kind == "bands" else "warning"
+                yield Problem(severity, f"{count} {verb} {what}: {first}{', …' * (count > 1)}\n{fix}", kind)
+        if levels is None and self.fitting:
+            yield Problem("warning", self._unused(), "bits")
+        elif levels is not None and self.read and not self.deep:
+            text = "data.range has no effect: no image has more than 8 bits\nremove the key"
+            yield Problem("warning", text, "bits")
+        elif levels is not None and self.deep and self.most < levels[0] + (levels[1] - levels[0]) / 8:
+            low, high = levels
+            text = f"16 bits, largest value {self.largest}, with data.range: [{low}, {high}]: images are nearly black"
+            yield Problem("warning", f"{text}\nset data.range: [0, {self.best}]", "bits")
+
+    @property
+    def fitting(self) -> Levels | None:
+        """The range that 16-bit images need; None where there are none, or their values use most of 16 bits."""
+        return (0, self.best) if self.deep and self.most < HALF else None
+
+    @property
+    def best(self) -> int:
+        """The upper value of a range that fits: that of a sensor if values come near to it."""
+        sensor = next((each for each in SENSORS if 0.85 * each <= self.largest <= each), None)
+        # Single pixels far above all others, as of defects, are not counted.
+        return sensor or max(self.largest if self.largest < 2 * self.most else self.most, 1)
+
+    def _unused(self) -> str:
+        levels = (self.largest >> 8) + 1
+        above = f", 99.9 % of them up to {self.most}" if self.largest >= 2 * self.most else ""
+        return (
+            f"{self.deep} image{'s have' if self.deep > 1 else ' has'} 16 bits, largest value {self.largest}{above}: "
+            f"only {levels} grey level{'s are' if levels > 1 else ' is'} left\n"
+            f"set data.range: [0, {self.best}], which becomes 0..255"
+        )
+
+
+_TEXTS = {
+    "turned": (
+        "an EXIF orientation that turns the picture and keeps its size, so that masks fit either way",
+        "look whether masks fit (`ssaseg train` writes batch.png); if not, turn the masks or remove the orientation",
+    ),
+    "paged": ("more than one page or frame", "only the first is read: save the others as files of their own"),
+    "bands": ("a further band, such as alpha or infrared", "it is not used: only the colours, or the grey, are read"),
+}
+
+
+def passed_over(folder: Path, suffixes: Sequence[str], used: Collection[Path]) -> Iterator[Problem]:
+    """A note on the files below a folder of images that have none of the suffixes, except those that are `used`."""
+    ends = tuple(suffix.lower() for suffix in suffixes)
+    others = [path for path in walk(folder) if not path.name.lower().endswith(ends) and path not in used]
+    if others:
+        text = f"{count_suffixes(Counter(path.suffix.lower() for path in others))} in {folder}"
+        yield Problem("note", f"{text}\nif they are images: add their suffixes to data.image_suffixes", "other types")
+
+
+def count_suffixes(counts: Counter[str]) -> str:
+    """What was left out, for a message: `3 files of other types are left out: 2 .heic, 1 .txt`."""
+    kinds = [f"{count} {printable(suffix[:20]) or 'without suffix'}" for suffix, count in counts.most_common(8)]
+    more = ", …" if len(counts) > 8 else ""
+    total = counts.total()
+    verb = "file of another type is" if total == 1 else "files of other types are"
+    return f"{total} {verb} left out: {', '.join(kinds)}{more}"
