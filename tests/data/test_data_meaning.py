@@ -131,17 +131,19 @@ def test_255_is_the_second_of_two_names(tmp_path: Path) -> None:
 
 
 # ---- images ------------------------------------------------------------------------------------------------------
-def test_12_bits_in_16_from_init_to_predict(tmp_path: Path, one_thread: None) -> None:
+def test_12_bits_in_16_from_init_to_predict(
+    tmp_path: Path, one_thread: None, capsys: pytest.CaptureFixture[str]
+) -> None:
     """`init` states the range, `check` is then content, and the checkpoint carries it to `predict`."""
     root = tmp_path / "data"
     recipe = make(root, plain)
     seeded = np.random.default_rng(0)
     for file in sorted(root.glob("images/*/*.png")):
         cv2.imwrite(str(file), seeded.integers(0, 4096, (40, 50, 3)).astype(np.uint16))
-    result = call("data", "check", recipe)
-    assert result.exit_code == 1
-    assert "only 16 grey levels are left" in result.output
-    assert "set data.range: [0, 4095]" in result.output
+    train_check(recipe)
+    said = capsys.readouterr().err
+    assert "only 16 grey levels are left" in said
+    assert "set data.range: [0, 4095]" in said
     assert init(root).exit_code == 0
     made = load_recipe(str(tmp_path / "made.yaml"))
     assert made.data.range == (0, 4095)
