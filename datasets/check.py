@@ -129,7 +129,7 @@ def look_through(
                 progress(1)
     if not is_published(dataset):
         findings.problems += findings.headers.problems(dataset.levels)
-        if isinstance(dataset, PairDataset):
+        if isinstance(dataset, PairDataset) and dataset.image_folder is not None:
             used = {*dataset.mask_files, *dataset.unused_masks}
             findings.problems += passed_over(dataset.image_folder, dataset.image_suffixes, used)
     per_class = np.bincount(dataset.label_lut, findings.pixels, 256)[: len(dataset.classes)]

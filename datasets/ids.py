@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 import numpy as np
 
@@ -55,17 +54,14 @@ def expected_ids(
 def likely_fix(
     bad: Sequence[int],
     counts: np.ndarray,
-    file: Path,
     classes: int,
     reduce_zero_label: bool,
     raw_to_train: Mapping[int, int] | None,
 ) -> str:
     """What to do about the likeliest cause: most masks with wrong ids follow another convention.
 
-    bad: the ids of `file` that are not valid, sorted. counts: int64 (256,), pixels of each raw id.
+    bad: the ids of a mask that are not valid, sorted. counts: int64 (256,), pixels of each raw id.
     """
-    if file.suffix.lower() in (".jpg", ".jpeg"):
-        return "JPEG compression changes ids: store masks in a lossless format, as PNG"
     if raw_to_train is not None:
         return f"add {bad[0]} to data.raw_to_train; map it to {IGNORED} to ignore it"
     if bad == [classes] and not reduce_zero_label:

@@ -54,9 +54,9 @@ def look_at_image(file: Path, decode: bool, channels: int = 3) -> ImageLook:
     """
     data = read_complete(file)
     facts = image_facts(data)
-    if channels != 3:
+    if channels != 3:  # all bands are used: none of them is a further one
         height, width = read_bands(file, channels).shape[:2]
-        return ImageLook((height, width), facts, None)
+        return ImageLook((height, width), facts and facts._replace(bands=3), None)
     if facts is not None and facts.bits > 8:
         values = stored_values(file, data)
         height, width = values.shape[:2]

@@ -92,7 +92,8 @@ class PairDataset:
         self.ignore_index, self.reduce_zero_label, self.raw_to_train = ignore_index, reduce_zero_label, raw_to_train
         self.label_lut, self.valid_raw = label_table(len(self.classes), ignore_index, reduce_zero_label, raw_to_train)
         self.zero_ignored = None if raw_to_train is not None else reduce_zero_label
-        self.levels, self.image_folder, self.image_suffixes = levels, Path(images), tuple(image_suffixes)
+        self.levels, self.image_suffixes = levels, tuple(image_suffixes)
+        self.image_folder = Path(images) if pairs is None else None  # of a list of pairs, no folder is searched
         self.fix: str | None = None  # for wrong ids, where the recipe has no key about ids
         self._bad_raw = (~self.valid_raw).astype(np.uint8)
 
@@ -196,7 +197,7 @@ class PairDataset:
         found = "; ".join(f"id {value} in {counts[value]} pixels" for value in bad[:3])
         more = f"; {len(bad) - 3} more ids" if len(bad) > 3 else ""
         meaning = (self.ignore_index, self.reduce_zero_label, self.raw_to_train)
-        fix = self.fix or likely_fix(bad, counts, file, len(self.classes), *meaning[1:])
+        fix = self.fix or likely_fix(bad, counts, len(self.classes), *meaning[1:])
         return DataError(f"{file}: {found}{more}\nexpected {expected_ids(len(self.classes), *meaning)}\n{fix}")
 
     def palette_error(self, index: int, raw: np.ndarray, colours: np.ndarray | None) -> DataError | None:

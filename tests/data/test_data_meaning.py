@@ -96,7 +96,7 @@ def test_soft_edges_are_no_classes(tmp_path: Path) -> None:
     recipe = make(tmp_path / "data", lambda file, _: Image.fromarray(soft).save(file))
     result = init(tmp_path / "data")
     assert result.exit_code == 2
-    assert "binary masks with soft edges" in result.output
+    assert "binary masks in masks/train/" in result.output
     assert "ssaseg data prepare binary" in result.output
     table = {int(value): at % 2 for at, value in enumerate(np.unique(soft)) if value != 255}
     with pytest.raises(CommandError, match="soft edges"):

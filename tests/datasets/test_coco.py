@@ -437,9 +437,10 @@ def test_a_list_of_names_chooses_images(tmp_path: Path) -> None:
 
 def test_pixels_in_no_region_are_said(tmp_path: Path) -> None:
     content = document((3, rle(square(0, 0, 20))), (7, rle(square(20, 0, 10))))
-    (warning,) = [problem for problem in check_dataset(dataset(tmp_path, content)) if "region" in problem.text]
+    (warning,) = [problem for problem in check_dataset(dataset(tmp_path, content)).problems if "region" in problem.text]
     assert warning.text == "58% of pixels are in no region: ignored; `data.background` makes them a class"
-    assert not [each for each in check_dataset(dataset(tmp_path, content, background="b")) if "region" in each.text]
+    problems = check_dataset(dataset(tmp_path, content, background="b")).problems
+    assert not [each for each in problems if "region" in each.text]
 
 
 DEEP = "[" * 900 + "]" * 900
