@@ -170,7 +170,7 @@ def _of_folder(root: Path) -> Target:
     own = look_at(root)
     labels = own.labels
 
-    meaning = {"reduce_zero_label": labels.reduce_zero_label, "raw_to_train": labels.raw_to_train}
+    meaning: dict[str, Any] = {"reduce_zero_label": labels.reduce_zero_label, "raw_to_train": labels.raw_to_train}
     meaning |= {"channels": own.bands.channels, "levels": own.findings.headers.fitting}
 
     def build(split: str) -> Dataset:

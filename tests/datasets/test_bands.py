@@ -141,9 +141,7 @@ def test_a_huge_size_in_a_header_takes_no_memory(tmp_path: Path) -> None:
         read_bands(file, 4, max_pixels=100)
     for side in (2**24, 2**30):
         content = tiff(pixels(5)).replace((20).to_bytes(4, "little"), side.to_bytes(4, "little"))
-        with pytest.raises(
-            DataError, match="expected at most 268,435,456 pixels|more than 161,061,273 pixels of 5 bands"
-        ):
+        with pytest.raises(DataError, match=r"at most 268,435,456 pixels|more than 161,061,273 pixels of 5"):
             read_bands(put(file, content), 5)
 
 
