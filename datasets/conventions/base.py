@@ -16,9 +16,11 @@ from typing import Any
 
 import numpy as np
 
+from ssaseg.datasets.base import DataError
 from ssaseg.datasets.pairs import walk
 
 Colour = tuple[int, int, int]  # RGB, 0..255
+TABLE, REST = frozenset({"table"}), frozenset({"background"})  # what conventions take of `Options`
 
 
 @dataclass(frozen=True)
@@ -82,7 +84,29 @@ class Convention:
     kind: str  # the argument of `ssaseg data prepare`
     what: str  # what its folder holds, on one line, for the help
     recognise: Callable[[Tree], str | None]  # what shows that a folder has it, in words; None: it has not
-    source: Callable[[Tree, Options], Source]  # raises DataError where the folder cannot be used
+    open_source: Callable[[Tree, Options], Source]  # raises DataError where the folder cannot be used
+    takes: frozenset[str] = frozenset()  # names of the fields of `Options` that it uses
+    # Whether `open_source` itself says why a folder is not of this kind; of other kinds `recognise` is asked first.
+    explains: bool = False
+
+    def require(self, tree: Tree, options: Options) -> None:
+        """Raises DataError for an option that it would ignore, and for a folder that is not of this kind."""
+        given = [name for name, value in vars(options).items() if value is not None and name not in self.takes]
+        if given:
+            usable = ", ".join(f"--{name}" for name in sorted(self.takes)) or "neither --table nor --background"
+            raise DataError(
+                f"--{given[0]}: not for {self.kind}, whose files say this themselves\nexpected {usable}\n"
+                f"remove --{given[0]}"
+            )
+        if not self.explains and self.recognise(tree) is None:
+            raise self.not_found(tree.root)
+
+    def not_found(self, root: Path) -> DataError:
+        """The error for a folder that is not of this kind."""
+        return DataError(
+            f"{root}: no files of the kind {self.kind} were found\nexpected {self.what}\n"
+            f"`ssaseg data init {shlex.quote(str(root))}` says what the folder holds"
+        )
 
 
 def prepare_command(kind: str, source: Path, *options: str) -> str:

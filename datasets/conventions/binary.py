@@ -18,7 +18,7 @@ import numpy as np
 
 from ssaseg.datasets.base import DataError
 from ssaseg.datasets.classnames import read_class_names
-from ssaseg.datasets.conventions.base import Convention, Item, Options, Source, Tree
+from ssaseg.datasets.conventions.base import REST, TABLE, Convention, Item, Options, Source, Tree
 from ssaseg.datasets.conventions.pictures import Pairs, Picture, find_pairs, look_at_all, read_picture
 from ssaseg.datasets.conventions.tables import read_names
 from ssaseg.datasets.inspection import count_ids
@@ -249,4 +249,6 @@ BINARY = Convention(
     "black and white masks: 0 and 255 in one or three channels, JPEG or GIF files, soft edges, 1 bit",
     recognise,
     open_source,
+    TABLE | REST,
+    explains=True,
 )

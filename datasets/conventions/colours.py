@@ -15,7 +15,7 @@ import cv2
 import numpy as np
 
 from ssaseg.datasets.base import IGNORED, DataError
-from ssaseg.datasets.conventions.base import Colour, Convention, Item, Options, Source, Tree, prepare_command
+from ssaseg.datasets.conventions.base import TABLE, Colour, Convention, Item, Options, Source, Tree, prepare_command
 from ssaseg.datasets.conventions.pictures import Picture, evenly, find_pairs, look_at_all, read_picture
 from ssaseg.datasets.conventions.tables import NO_CLASS, Table, find_tables, read_table
 from ssaseg.datasets.decoding import read_mask
@@ -53,8 +53,6 @@ def recognise(tree: Tree) -> str | None:
 def open_source(tree: Tree, options: Options) -> Source:
     """Raises NoTable where there is no table, DataError where `options` or the table do not fit."""
     pairs = find_pairs(tree.root)
-    if options.background is not None:
-        raise DataError("--background: not for masks in colours, where every pixel has a colour in the table")
     counts = count_colours(evenly(pairs.masks, SAMPLE))
     table = read_table(options.table) if options.table else choose_table(find_tables(tree), counts)
     if table is None:
@@ -233,4 +231,6 @@ COLOURS = Convention(
     "masks in colours (RGB, palette), and a table of names and colours: labelmap.txt, class_dict.csv, labels.json, ...",
     recognise,
     open_source,
+    TABLE,
+    explains=True,
 )

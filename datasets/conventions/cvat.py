@@ -22,7 +22,7 @@ import numpy as np
 
 from ssaseg.datasets.annotations import Region, region_runs
 from ssaseg.datasets.base import DataError, brief
-from ssaseg.datasets.conventions.base import Colour, Convention, Item, Options, Source, Tree
+from ssaseg.datasets.conventions.base import REST, Colour, Convention, Item, Options, Source, Tree
 from ssaseg.datasets.conventions.outlines import (
     Images,
     Row,
@@ -229,4 +229,4 @@ def _paint_mask(canvas: np.ndarray, where: str, values: dict[str, str], train_id
     canvas[top : top + height, left : left + width][bits] = train_id
 
 
-CVAT = Convention("cvat", "CVAT for images: annotations.xml", recognise, open_source)
+CVAT = Convention("cvat", "CVAT for images: annotations.xml", recognise, open_source, REST)

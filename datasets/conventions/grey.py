@@ -43,13 +43,9 @@ def recognise(tree: Tree) -> str | None:
     return f"class ids in equal channels in {pairs.where}: {len(values)} values up to {max(values)}" if values else None
 
 
-def open_source(tree: Tree, options: Options) -> Source:
+def open_source(tree: Tree, _options: Options) -> Source:
     """Raises DataError where masks are in colours, or where their values cannot be ids."""
     pairs = find_pairs(tree.root)
-    if options != Options():
-        raise DataError(
-            "--table, --background: not for masks of class ids\nwrite class names in classes.txt, in SOURCE"
-        )
     values = _values(pairs.masks)
     if not values:
         raise DataError(
@@ -92,4 +88,5 @@ GREY = Convention(
     "class ids in three equal channels, or beside alpha",
     recognise,
     open_source,
+    explains=True,
 )

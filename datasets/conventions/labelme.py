@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from ssaseg.datasets.base import IGNORED, DataError, brief
-from ssaseg.datasets.conventions.base import Convention, Item, Options, Source, Tree
+from ssaseg.datasets.conventions.base import REST, TABLE, Convention, Item, Options, Source, Tree
 from ssaseg.datasets.conventions.hints import keys_of
 from ssaseg.datasets.conventions.outlines import (
     Images,
@@ -48,8 +48,15 @@ def _is_labelme(file: Path) -> bool:
     return {"shapes", "imagePath"} <= keys_of(file)
 
 
+def _files(tree: Tree) -> list[PurePosixPath]:
+    """JSON files, those beside an image of the same name first, then those nearest to the root."""
+    images = {image.with_suffix("") for image in Images(tree).below(PurePosixPath())}
+    files = tree.by_suffix.get(".json", [])
+    return sorted(files, key=lambda file: (file.with_suffix("") not in images, len(file.parts), file))
+
+
 def recognise(tree: Tree) -> str | None:
-    files = sorted(tree.by_suffix.get(".json", []), key=lambda file: (len(file.parts), file))
+    files = _files(tree)
     found = next((file for file in files[:SAMPLE] if _is_labelme(tree.root / file)), None)
     return f"{found} has labelme's keys `shapes` and `imagePath`" if found else None
 
@@ -173,4 +180,4 @@ def _disc(draw: ImageDraw.ImageDraw, x: float, y: float, radius: float, train_id
     draw.ellipse((x - radius, y - radius, x + radius, y + radius), fill=train_id, outline=train_id)
 
 
-LABELME = Convention("labelme", "labelme: one JSON file of shapes for each image", recognise, open_source)
+LABELME = Convention("labelme", "labelme: one JSON file of shapes for each image", recognise, open_source, TABLE | REST)

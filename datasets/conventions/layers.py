@@ -15,7 +15,7 @@ import cv2
 import numpy as np
 
 from ssaseg.datasets.base import DataError
-from ssaseg.datasets.conventions.base import Convention, Item, Options, Source, Tree
+from ssaseg.datasets.conventions.base import REST, TABLE, Convention, Item, Options, Source, Tree
 from ssaseg.datasets.conventions.binary import THRESHOLD, TOLERANCE
 from ssaseg.datasets.conventions.layer_classes import choose_classes
 from ssaseg.datasets.conventions.layer_files import are_soft, find_layers
@@ -109,4 +109,6 @@ LAYERS = Convention(
     "several masks for each image, one a class or one an object: 000_car.png, car/000.png, 000/masks/*.png",
     recognise,
     open_source,
+    TABLE | REST,
+    explains=True,
 )

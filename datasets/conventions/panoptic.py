@@ -15,7 +15,7 @@ import numpy as np
 
 from ssaseg.datasets.annotations import read_document
 from ssaseg.datasets.base import IGNORED, DataError, brief, require_below
-from ssaseg.datasets.conventions.base import Convention, Item, Options, Source, Tree
+from ssaseg.datasets.conventions.base import REST, Convention, Item, Options, Source, Tree
 from ssaseg.datasets.conventions.hints import keys_of
 from ssaseg.datasets.conventions.outlines import (
     MOST_CLASSES,
@@ -212,4 +212,5 @@ PANOPTIC = Convention(
     "COCO panoptic: a JSON file with segments_info, and PNG files of segment ids",
     recognise,
     open_source,
+    REST,
 )

@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from ssaseg.datasets.base import DataError, brief, default_palette
-from ssaseg.datasets.conventions.base import Colour, Convention, Item, Options, Source, Tree
+from ssaseg.datasets.conventions.base import REST, Colour, Convention, Item, Options, Source, Tree
 from ssaseg.datasets.conventions.hints import keys_of
 from ssaseg.datasets.conventions.outlines import (
     Images,
@@ -148,5 +148,5 @@ def _paint(canvas: Image.Image, where: str, entry: dict[str, Any], size: tuple[i
 
 
 SUPERVISELY = Convention(
-    "supervisely", "Supervisely: meta.json, DATASET/img and DATASET/ann/NAME.jpg.json", recognise, open_source
+    "supervisely", "Supervisely: meta.json, DATASET/img and DATASET/ann/NAME.jpg.json", recognise, open_source, REST
 )

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ssaseg.datasets.base import DataError, brief
-from ssaseg.datasets.conventions.base import Convention, Item, Options, Source, Tree
+from ssaseg.datasets.conventions.base import REST, TABLE, Convention, Item, Options, Source, Tree
 from ssaseg.datasets.conventions.hints import keys_of
 from ssaseg.datasets.conventions.outlines import (
     MOST_CLASSES,
@@ -31,6 +31,7 @@ from ssaseg.datasets.conventions.outlines import (
     read_lines,
     read_object,
     read_points,
+    require_class,
     with_background,
 )
 from ssaseg.datasets.inspection import image_size
@@ -73,8 +74,18 @@ def open_source(tree: Tree, options: Options) -> Source:
             # The split is in the name of the image's folder, or in that of the file or its folders.
             rows.append(Row(image, (tree.root / file, regions), file / image.parent.name))
     regions = [region for row in rows for region in row.label[1]]
-    listed = read_lines(options.table) if options.table else []
+    listed = read_lines(options.table) if options.table else None
     attribute, names = _class_attribute(tree.root, regions, listed)
+    if listed is not None and attribute is None:
+        raise DataError(
+            f"{tree.root}: regions have no attribute, so that no name of {options.table} fits\n"
+            "expected an attribute whose values are the classes\nset it in VIA, or remove --table: all are one class"
+        )
+    if listed is not None:
+        ids = {name: number for number, name in enumerate(listed)}
+        for name in sorted({region.attributes[str(attribute)] for region in regions}):
+            require_class(f"{tree.root}: attribute {brief(attribute)}", name, ids, options.table)
+        names = listed
     classes, rest, about_rest = with_background(names, options, tree.root)
     items, notes = make_items(tree.root, rows, "VIA's JSON files")
     shown = f"the attribute {printable(attribute)}" if attribute else f"regions have no attribute: all are `{ONLY}`"
@@ -115,10 +126,10 @@ def _region(file: Path, name: str, region: Any) -> Region:
     return Region(shape, attributes)
 
 
-def _class_attribute(root: Path, regions: list[Region], listed: list[str]) -> tuple[str | None, list[str]]:
+def _class_attribute(root: Path, regions: list[Region], listed: list[str] | None) -> tuple[str | None, list[str]]:
     """The attribute that says the class (None: no region has one), and the classes, sorted. Raises DataError.
 
-    listed: class names that the user gives: the attribute is the one that has only such values.
+    listed: class names that the user gives: of several attributes, the one that has only such values is used.
     """
     values: dict[str, set[str]] = defaultdict(set)
     have: dict[str, int] = defaultdict(int)
@@ -128,9 +139,9 @@ def _class_attribute(root: Path, regions: list[Region], listed: list[str]) -> tu
             have[key] += 1
     if not values:
         return None, [ONLY]
-    fitting = [key for key, found in values.items() if found <= set(listed)]
+    fitting = [key for key, found in values.items() if found <= set(listed or ())]
     if len(fitting) == 1 and have[fitting[0]] == len(regions):
-        return fitting[0], listed
+        return fitting[0], sorted(values[fitting[0]])
     if len(values) > 1:
         shown = [f"{brief(key)} ({len(each)} values, such as {brief(min(each))})" for key, each in values.items()]
         raise DataError(
@@ -195,4 +206,4 @@ def _outline(where: str, shape: dict[str, Any], size: tuple[int, int]) -> list[P
     return ellipse_points(x, y, sides[0], sides[-1], angle)
 
 
-VIA = Convention("via", "VGG Image Annotator (VIA): JSON files of regions", recognise, open_source)
+VIA = Convention("via", "VGG Image Annotator (VIA): JSON files of regions", recognise, open_source, TABLE | REST)

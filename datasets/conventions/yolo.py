@@ -18,7 +18,7 @@ import numpy as np
 import yaml
 
 from ssaseg.datasets.base import DataError, brief
-from ssaseg.datasets.conventions.base import Convention, Item, Options, Source, Tree
+from ssaseg.datasets.conventions.base import REST, TABLE, Convention, Item, Options, Source, Tree
 from ssaseg.datasets.conventions.outlines import (
     Images,
     Row,
@@ -185,10 +185,12 @@ def recognise(tree: Tree) -> str | None:
 
 
 def open_source(tree: Tree, options: Options) -> Source:
-    configured = _configuration(tree)
+    configured, kind = _configuration(tree), _kind(tree)
+    if kind is None or (configured is None and _names_file(tree) is None and options.table is None):
+        raise YOLO.not_found(tree.root)
     if configured is not None and "kpt_shape" in configured[1]:
         raise DataError(f"{tree.root / configured[0]}: kpt_shape: these are key points\nexpected outlines of regions")
-    if _kind(tree) is False:
+    if kind is False:
         first = next(file for file in _texts(tree) if _is_outlines(tree.root / file) is False)
         raise DataError(
             f"{tree.root / first}: lines of five numbers: boxes; so are the other text files\n"
@@ -328,4 +330,11 @@ def _outlines(file: Path, size: tuple[int, int]) -> Iterator[tuple[str, int, lis
         yield where, int(number), read_points(where, points, size, 3)
 
 
-YOLO = Convention("yolo", "YOLO segmentation: data.yaml and text files of outlines", recognise, open_source)
+YOLO = Convention(
+    "yolo",
+    "YOLO segmentation: data.yaml and text files of outlines",
+    recognise,
+    open_source,
+    TABLE | REST,
+    explains=True,
+)

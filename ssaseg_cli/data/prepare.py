@@ -71,7 +71,9 @@ def _prepare_own(convention: Convention, source: Path, root: Path | None, worker
         raise CommandError(f"--root {root}: would be written among the data, in {source}\n{fix}")
     echo(f"searching {source}", err=True)
     try:
-        found = convention.source(Tree(source), options)
+        tree = Tree(source)
+        convention.require(tree, options)
+        found = convention.open_source(tree, options)
     except NoTable as error:
         echo(error.table)
         raise

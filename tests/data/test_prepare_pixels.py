@@ -286,7 +286,7 @@ def test_black_and_white(tmp_path: Path, kind: str) -> None:
     found = recognise(tree)
     assert found is not None
     assert found[0].kind == "binary"
-    source = found[0].source(tree, Options())
+    source = found[0].open_source(tree, Options())
     assert source.classes == ["background", "object"]
     assert_same({item.name: source.read(item) for item in source.items}, SHAPES)
 
@@ -459,7 +459,7 @@ def test_names_of_several_masks(tmp_path: Path, files: str) -> None:
         with pytest.raises(DataError, match="several masks"):
             choose_classes(tmp_path, found, Options())
     else:
-        source = LAYERS_KIND.source(tree, Options())
+        source = LAYERS_KIND.open_source(tree, Options())
         assert len({item.name for item in source.items}) == files.count("jpg")
         got = {file.stem: source.classes[train_id] for item in source.items for file, train_id in item.label}
         assert {stem: got[stem] for stem in expected} == expected

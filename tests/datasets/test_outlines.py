@@ -61,7 +61,7 @@ def source(root: Path, kind: str, **options: Any) -> Source:
     found = recognise(Tree(root))
     assert found is not None
     assert found[0].kind == kind
-    return found[0].source(Tree(root), Options(**options))
+    return found[0].open_source(Tree(root), Options(**options))
 
 
 def labels(found: Source) -> dict[tuple[str, str], np.ndarray]:
@@ -450,6 +450,12 @@ def test_via_table_chooses_among_attributes(tmp_path: Path) -> None:
     found = source(tmp_path / "data", "via", table=table)
     assert found.classes == NAMES
     require(found, {("all", "a"): SCENE})
+    via(tmp_path / "data/via.json", region("polygon", {"kind": "road"}, **xy(ROAD)))
+    assert source(tmp_path / "data", "via", table=table).classes == NAMES  # the table's, with those without a region
+    table = write(tmp_path / "names.txt", "car\nsky\n")
+    refused(tmp_path / "data", "via", "kind", "road", "names.txt", table=table)
+    via(tmp_path / "data/via.json", region("polygon", **xy(ROAD)))
+    refused(tmp_path / "data", "via", "no attribute", "names.txt", table=table)
 
 
 # ---- CVAT --------------------------------------------------------------------------------------------------------

@@ -214,7 +214,7 @@ def outlines(folder: Path) -> Target:
         try:
             tree = Tree(folder / list(files)[content[0]].partition("/")[0])
             if found := recognise(tree):
-                source = found[0].source(tree, Options())
+                source = found[0].open_source(tree, Options())
                 for item in source.items:
                     source.read(item)
         finally:
