@@ -10,11 +10,15 @@ import numpy as np
 
 from ssaseg.datasets.base import IGNORED, PairFacts, Problem
 
-# Below these shares of all pixels, ids between 0 and 255 are rare: soft edges, and ids that could be classes.
-SOFT, RARE = 0.2, 0.05
-NEAR = 16  # levels from 0 or 255 that lossy compression changes
+RARE = 0.03  # share of all pixels up to which ids between 0 and 255 are rare
+# Of black and white with soft edges or noise:
+DARK, BRIGHT = 32, 224  # levels that compression makes of 0 and of 255
+MOST_BETWEEN = 0.15  # share of pixels with levels from DARK to BRIGHT
+LARGE = 0.03  # share of noise above which it must have several levels, as class ids may be 254 and 255, too
+REACH = 32  # by how much the darkest level may be nearer to 0 than the brightest is to 255, or the other way round
+THRESHOLD = 128  # from here on, a pixel is the object
 MOST_COLOURS = 4096  # that are remembered: palettes that agree have at most 256
-MANY = 8  # different ids between 0 and 255, of which no set of a few classes has so many
+MANY = 6  # levels between 0 and 255, of which no set of a few classes has so many
 PREPARE = "`ssaseg data prepare binary --source DIR --root OUT` writes 0 and 1, by the threshold 128"
 
 Colour = tuple[int, int, int]
@@ -121,15 +125,22 @@ def _hex(colour: Colour) -> str:
 
 # ---- counts of all masks -----------------------------------------------------------------------------------------
 def is_soft(pixels: np.ndarray) -> bool:
-    """Whether ids, of which `pixels` int64 (256,) have each, are those of binary masks with soft edges: 0 and 255, and
-    a few pixels of many levels between, as anti-aliasing and lossy compression leave them.
+    """Whether levels of grey, of which `pixels` int64 (256,) have each, are those of black and white with soft edges or
+    the noise of lossy compression: few pixels have levels between 0 and 255, and these are many levels, which reach as
+    near to 255 as to 0. Class ids do not, as they are counted from 0.
     """
+    total = max(int(pixels.sum()), 1)
     between = np.flatnonzero(pixels[1:IGNORED]) + 1
-    rest = pixels[1:IGNORED]
-    if not len(between) or not pixels[0] or pixels[IGNORED] <= rest.max() or rest.sum() > SOFT * pixels.sum():
+    if not pixels[:DARK].any() or not pixels[BRIGHT:].any() or not len(between):
         return False
-    ends = ((between < NEAR) | (between > IGNORED - NEAR)).all()
-    return bool(between[-1] > 127 and (ends or len(between) >= MANY))
+    low, high = int(between[0]), int(between[-1])
+    if not low < THRESHOLD <= high or abs(low - (IGNORED - high)) > REACH:
+        return False
+    if pixels[DARK:BRIGHT].any() and (len(between) < MANY or pixels[DARK:BRIGHT].sum() > MOST_BETWEEN * total):
+        return False
+    dark, bright = pixels[1:DARK], pixels[BRIGHT:IGNORED]
+    noise = (dark.sum() + bright.sum()) / total
+    return bool(noise <= LARGE or (np.count_nonzero(dark) >= 3 and np.count_nonzero(bright) >= 3))
 
 
 def is_object(pixels: np.ndarray) -> bool:
@@ -139,13 +150,15 @@ def is_object(pixels: np.ndarray) -> bool:
 
 
 def about_255(pixels: np.ndarray, lut: np.ndarray) -> Iterator[Problem]:
-    """Doubts about id 255 where it is ignored, but looks like the object of binary masks."""
+    """Doubts about id 255 where it is ignored, but looks like the object of binary masks. They are no errors: the user
+    has said what the ids mean.
+    """
     if lut[IGNORED] != IGNORED or lut[0] == IGNORED:
         return
     share = pixels[IGNORED] / max(pixels.sum(), 1)
     others = int(np.count_nonzero(pixels[1:IGNORED]))
     if is_soft(pixels):
-        yield Problem("error", soft_text(pixels), "soft edges")
+        yield Problem("warning", soft_text(pixels), "soft edges")
     elif is_object(pixels):
         yield Problem(
             "warning",
@@ -161,5 +174,5 @@ def soft_text(pixels: np.ndarray) -> str:
     others, rest = int(np.count_nonzero(pixels[1:IGNORED])), pixels[1:IGNORED].sum() / pixels.sum()
     return (
         f"binary masks with soft edges: 0 and 255, and {others} other values with {rest:.1%} of the pixels\n"
-        f"expected class ids; 255 would be ignored, and it is the object\n{PREPARE}"
+        f"expected class ids; 255 is ignored, and it is probably the object\n{PREPARE}"
     )

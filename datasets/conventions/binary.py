@@ -17,6 +17,7 @@ import cv2
 import numpy as np
 
 from ssaseg.datasets.base import DataError
+from ssaseg.datasets.checking.storage import THRESHOLD, is_soft
 from ssaseg.datasets.classnames import read_class_names
 from ssaseg.datasets.conventions.base import REST, TABLE, Convention, Item, Options, Source, Tree
 from ssaseg.datasets.conventions.pictures import Pairs, Picture, find_pairs, look_at_all, read_picture
@@ -24,10 +25,6 @@ from ssaseg.datasets.conventions.tables import read_names
 from ssaseg.datasets.inspection import count_ids
 from ssaseg.datasets.survey.places import MASKS
 
-THRESHOLD = 128  # from here on, a pixel is the object
-# Levels that compression makes of 0 and of 255, and the largest share of pixels with levels between.
-DARK, BRIGHT, MOST_BETWEEN = 32, 224, 0.1
-LARGE = 0.03  # a share of noise above which it must have several levels, as class ids may be 254 and 255, too
 TOLERANCE = 24  # by which compression makes channels of black and white differ
 BACKGROUND, OBJECT = "background", "object"
 
@@ -65,6 +62,14 @@ class Binary:
         return cv2.threshold(grey, THRESHOLD - 1, 1, cv2.THRESH_BINARY)[1]
 
 
+class Seen(NamedTuple):
+    """A set of masks that are all black and white."""
+
+    how: Binary
+    text: str  # what was seen, for messages
+    plain: bool  # whether training can read all as they are, as they are stored alike in one channel
+
+
 def recognise(tree: Tree) -> str | None:
     """A set of masks that are all black and white."""
     try:
@@ -72,7 +77,7 @@ def recognise(tree: Tree) -> str | None:
     except DataError:
         return None
     seen = survey(pairs.masks)
-    return None if seen is None else f"binary masks in {pairs.where}: {seen[1]}"
+    return None if seen is None else f"binary masks in {pairs.where}: {seen.text}"
 
 
 def recognise_mixed(tree: Tree) -> str | None:
@@ -82,7 +87,7 @@ def recognise_mixed(tree: Tree) -> str | None:
     except DataError:
         return None
     seen = survey(pairs.masks)
-    return None if seen is None or seen[2] else f"binary masks in {pairs.where}: {seen[1]}"
+    return None if seen is None or seen.plain else f"binary masks in {pairs.where}: {seen.text}"
 
 
 def open_source(tree: Tree, options: Options) -> Source:
@@ -92,8 +97,8 @@ def open_source(tree: Tree, options: Options) -> Source:
     if seen is None:
         raise _not_binary(tree.root, pairs.masks)
     classes = _names(tree.root, options)
-    notes = [f"{seen[1]}: from {THRESHOLD} on a pixel is {classes[1]!r}, below it is {classes[0]!r}", *pairs.notes]
-    return Source(pairs.items, classes, seen[0].read, None, notes)
+    notes = [f"{seen.text}: from {THRESHOLD} on a pixel is {classes[1]!r}, below it is {classes[0]!r}", *pairs.notes]
+    return Source(pairs.items, classes, seen.how.read, None, notes)
 
 
 def _pairs(tree: Tree) -> Pairs:
@@ -126,9 +131,8 @@ def _names(root: Path, options: Options) -> list[str]:
     return [options.background or names[0], names[1]]
 
 
-def survey(files: Sequence[Path]) -> tuple[Binary, str, bool] | None:
-    """How to read a set of masks as black and white, what was seen, and whether training can read all of them as they
-    are, as they are stored alike in one channel. None where they are something else.
+def survey(files: Sequence[Path]) -> Seen | None:
+    """How to read a set of masks as black and white; None where they are something else.
 
     Files that cannot be read are passed over: reading reports them.
     """
@@ -162,29 +166,13 @@ def survey(files: Sequence[Path]) -> tuple[Binary, str, bool] | None:
         seen = _storage(kinds) + (f", {ones} of them with 0 and 1 in place of 0 and 255" if ones else "")
         seen += ", palettes in different orders" if len(zeros) > 1 else ""
         plain = not ones and len(zeros) == 1 and kinds.keys() in ({(8, 1)}, {(1, 1)})
-        return Binary(bool(ones), bool(alphas)), seen, plain
-    if not soft(counts):
+        return Seen(Binary(bool(ones), bool(alphas)), seen, plain)
+    if not is_soft(counts):
         return None
     between = counts[1:255].sum() / counts.sum()
     edges = "soft edges or compression" if not lossy else "lossy compression"
     seen = f"{_storage(kinds)}, with {edges}: {between:.1%} of the pixels are not 0 or 255"
-    return Binary(False, bool(alphas)), seen, False
-
-
-def soft(counts: np.ndarray) -> bool:
-    """Whether levels of grey, int64 (256,), are those of black and white with noise or soft edges.
-
-    Class ids have no such levels on both sides: near 0 and near 255.
-    """
-    total = max(int(counts.sum()), 1)
-    dark, bright = counts[1:DARK], counts[BRIGHT:255]
-    if not (counts[:DARK].any() and counts[BRIGHT:].any()) or not (counts[1:THRESHOLD].any()):
-        return False
-    if not counts[THRESHOLD:255].any() or counts[DARK:BRIGHT].sum() > MOST_BETWEEN * total:
-        return False
-    # Noise is rarer the farther it is from 0: ids of classes are not.
-    noise = (dark.sum() + bright.sum()) / total
-    return bool(noise <= LARGE or (np.count_nonzero(bright) >= 3 and np.count_nonzero(dark) >= 3))
+    return Seen(Binary(False, bool(alphas)), seen, False)
 
 
 def levels_of(file: Path) -> Levels:

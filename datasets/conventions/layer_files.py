@@ -14,8 +14,9 @@ from typing import NamedTuple
 import numpy as np
 
 from ssaseg.datasets.base import DataError
+from ssaseg.datasets.checking.storage import is_soft
 from ssaseg.datasets.conventions.base import Tree
-from ssaseg.datasets.conventions.binary import TOLERANCE, soft
+from ssaseg.datasets.conventions.binary import TOLERANCE
 from ssaseg.datasets.conventions.pictures import evenly, look_at_all, read_picture
 from ssaseg.datasets.inspection import count_ids
 from ssaseg.datasets.pairs import IMAGE_SUFFIXES, first_names
@@ -191,13 +192,13 @@ def _are_layers(files: Sequence[Path]) -> bool:
     arrays = [counts for counts in read if isinstance(counts, np.ndarray)]
     if not read or len(arrays) < len(read):
         return False
-    return all(np.count_nonzero(counts[1:]) <= 1 for counts in arrays) or soft(sum(arrays, np.zeros(256, np.int64)))
+    return all(np.count_nonzero(counts[1:]) <= 1 for counts in arrays) or is_soft(sum(arrays, np.zeros(256, np.int64)))
 
 
 def are_soft(files: Sequence[Path]) -> bool:
     """Whether a sample of these masks has soft edges."""
     read = [counts for counts in look_at_all(evenly(files, SAMPLE), _counts_of) if isinstance(counts, np.ndarray)]
-    return soft(sum(read, np.zeros(256, np.int64)))
+    return is_soft(sum(read, np.zeros(256, np.int64)))
 
 
 def _counts_of(file: Path) -> np.ndarray:

@@ -15,8 +15,9 @@ import cv2
 import numpy as np
 
 from ssaseg.datasets.base import DataError
+from ssaseg.datasets.checking.storage import THRESHOLD
 from ssaseg.datasets.conventions.base import REST, TABLE, Convention, Item, Options, Source, Tree
-from ssaseg.datasets.conventions.binary import THRESHOLD, TOLERANCE
+from ssaseg.datasets.conventions.binary import TOLERANCE
 from ssaseg.datasets.conventions.layer_classes import choose_classes
 from ssaseg.datasets.conventions.layer_files import are_soft, find_layers
 from ssaseg.datasets.conventions.pictures import read_picture

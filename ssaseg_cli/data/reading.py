@@ -19,11 +19,11 @@ from ssaseg.datasets import DataError, Dataset, build_dataset
 from ssaseg.datasets.base import IGNORED, Problem
 from ssaseg.datasets.check import Findings, is_published, look_through
 from ssaseg.datasets.checking.splits import too_small
-from ssaseg.datasets.checking.storage import about_255, is_soft, soft_text
+from ssaseg.datasets.checking.storage import about_255, is_object, is_soft, soft_text
 from ssaseg.datasets.classnames import Labels, Names, guess_labels, known_names, read_class_names
 from ssaseg.datasets.conventions import recognise
 from ssaseg.datasets.conventions.base import Convention, Tree, beside, prepare_command
-from ssaseg.datasets.conventions.binary import BINARY, recognise_mixed, soft
+from ssaseg.datasets.conventions.binary import BINARY, recognise_mixed
 from ssaseg.datasets.conventions.colours import COLOURS, NoTable, count_colours, no_table, table_of_palettes
 from ssaseg.datasets.conventions.colours import SAMPLE as COLOUR_SAMPLE
 from ssaseg.datasets.conventions.grey import GREY
@@ -31,7 +31,8 @@ from ssaseg.datasets.conventions.layers import LAYERS
 from ssaseg.datasets.conventions.pictures import ANY, evenly
 from ssaseg.datasets.conventions.tables import Table
 from ssaseg.datasets.decoding.images import shown_size
-from ssaseg.datasets.pairs import first_names, label_table
+from ssaseg.datasets.ids import label_table
+from ssaseg.datasets.pairs import first_names
 from ssaseg.datasets.published import LAYOUTS
 from ssaseg.datasets.survey import Found, find_folders, require_prepared, several_error
 from ssaseg.recipes import Test, list_recipes
@@ -41,9 +42,6 @@ MOST_WORKERS = 8
 
 # Pairs that are read of each split of a published data set.
 SAMPLE = 512
-
-# The largest share of pixels with ids 1..254 beside which 255 is not taken as "ignored".
-RARE = 0.03
 
 # The share of masks that cannot be read as ids from which on all are looked at as pictures.
 SEVERAL = 0.1
@@ -126,7 +124,7 @@ def _misread(
     # 0 and 255 alone are read as they are: as two classes.
     mixed = len(findings.palettes) > 1 or (IGNORED in ids and ids != {0, IGNORED} and not findings.storage.two_whites)
     white = ids <= {0, 1, IGNORED} and (unread or mixed)
-    if (white or soft(findings.pixels)) and (seen := recognise_mixed(tree)):
+    if (white or is_soft(findings.pixels)) and (seen := recognise_mixed(tree)):
         return BINARY, seen
     return (GREY, seen) if many and (seen := GREY.recognise(tree)) else None
 
@@ -135,8 +133,7 @@ def _keep_255(labels: Labels, pixels: np.ndarray) -> None:
     """Makes a class of 255 where it has more pixels than any id but 0, and those between are rare: then it is probably
     the object, and to ignore it would leave nothing to learn.
     """
-    between = pixels[1:IGNORED]
-    if IGNORED in labels.raw_ids or between.sum() > RARE * pixels.sum() or pixels[IGNORED] <= between.max():
+    if IGNORED in labels.raw_ids or not is_object(pixels):
         return
     labels.classes.append("class_255")
     labels.raw_ids.append(IGNORED)

@@ -99,8 +99,21 @@ def test_soft_edges_are_no_classes(tmp_path: Path) -> None:
     assert "binary masks in masks/train/" in result.output
     assert "ssaseg data prepare binary" in result.output
     table = {int(value): at % 2 for at, value in enumerate(np.unique(soft)) if value != 255}
-    with pytest.raises(CommandError, match="soft edges"):
-        train_check(recipe, f"data.raw_to_train={json.dumps(table)}")
+    result = call("data", "check", recipe, f"data.raw_to_train={json.dumps(table)}")
+    assert "soft edges" in result.output
+    assert "ssaseg data prepare binary" in result.output
+    out = tmp_path / "out"
+    assert call("data", "prepare", "binary", "--source", tmp_path / "data", "--root", out).exit_code == 0
+
+
+def test_many_classes_of_which_few_pixels_are_labelled(tmp_path: Path) -> None:
+    """255 has 85 % of the pixels, and 150 classes share the others: these are no soft edges."""
+    values = ids(255)
+    values[:6] = np.resize(np.arange(150), (6, 50))
+    make(tmp_path / "data", lambda file, _: Image.fromarray(values).save(file))
+    result = init(tmp_path / "data")
+    assert result.exit_code == 0, result.output
+    assert "255 is in the masks: read as 'ignored'" in result.output
 
 
 def test_one_bit_and_eight_bits_are_read_alike(tmp_path: Path) -> None:
