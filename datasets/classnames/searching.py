@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import errno
 import os
 import re
@@ -9,7 +10,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path, PurePosixPath
 
 from ssaseg.datasets.classnames.documents import read_document
-from ssaseg.datasets.classnames.lines import read_lines
+from ssaseg.datasets.classnames.lines import read_lines, text_lines
 from ssaseg.datasets.classnames.names import MOST_NAMES, NO_CLASS, Line, Names, to_names
 from ssaseg.datasets.labels import label_space
 from ssaseg.files.reading import read_file
@@ -103,13 +104,12 @@ def _read(file: Path) -> list[Line]:
             if error.errno == errno.EFBIG:  # annotations, not names
                 return []
             raise
-    text = read_file(file, LARGEST_NAMES).decode("utf-8-sig")
-    if "\0" in text:
-        raise UnicodeError("UTF-16 text")
-    lines = [line.strip() for line in text.splitlines()]
+    lines = text_lines(read_file(file, LARGEST_NAMES).decode("utf-8-sig"))
     if max(map(len, lines), default=0) > LONGEST_LINE:
         raise OSError(errno.EFBIG, f"a line of more than {LONGEST_LINE} characters", str(file))
-    lines = [line for line in lines if line and line[0] != "#"]
     if len(lines) > MOST_NAMES + 1:
         raise ValueError(f"{len(lines)} lines, where at most {MOST_NAMES} classes are possible")
-    return read_lines(lines) if lines else []
+    try:
+        return read_lines(lines)
+    except csv.Error as error:
+        raise ValueError(str(error)) from None

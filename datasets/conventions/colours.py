@@ -15,9 +15,10 @@ import cv2
 import numpy as np
 
 from ssaseg.datasets.base import IGNORED, DataError
+from ssaseg.datasets.classnames.names import NO_CLASS
 from ssaseg.datasets.conventions.base import TABLE, Colour, Convention, Item, Options, Source, Tree, prepare_command
 from ssaseg.datasets.conventions.pictures import Picture, evenly, find_pairs, look_at_all, read_picture
-from ssaseg.datasets.conventions.tables import NO_CLASS, Table, find_tables, read_table
+from ssaseg.datasets.conventions.tables import Table, find_tables, read_table
 from ssaseg.datasets.decoding import read_mask
 from ssaseg.datasets.inspection import count_ids
 

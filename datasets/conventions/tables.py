@@ -10,45 +10,23 @@ from __future__ import annotations
 
 import csv
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
-
-import yaml
 
 from ssaseg.datasets.base import IGNORED, DataError, brief
+from ssaseg.datasets.classnames.documents import read_document
+from ssaseg.datasets.classnames.lines import read_lines, text_lines
+from ssaseg.datasets.classnames.names import MOST_ROWS, NO_CLASS, Line
 from ssaseg.datasets.conventions.base import Colour, Tree
 from ssaseg.files.reading import read_file
-from ssaseg.files.structured import parse_json, require_shallow
 
 LARGEST, LARGEST_YAML = 2**20, 2**16  # bytes of a table
-MOST_ROWS = 10_000
 SUFFIXES = (".txt", ".csv", ".tsv", ".json", ".yaml", ".yml")
 MOST_FILES = 50  # candidates that are opened
 # Folders that a table lies in: the data's, or one or two below it.
 DEEPEST = 3
 WORDS = re.compile(r"class|label|colou?r|palette|legend|categor|names|meta|config|map|data", re.IGNORECASE)
-# This name stands for pixels without a class, as in labelme's files.
-NO_CLASS = "__ignore__"
-
-HEX = re.compile(r"(?:#|0x)([0-9a-fA-F]{6})(?:[0-9a-fA-F]{2})?")
-HEADER = {
-    "name": re.compile(r"(class|label|category)?[ _-]?names?|class(es)?|labels?|category|title|readable"),
-    "r": re.compile(r"r|red"),
-    "g": re.compile(r"g|green"),
-    "b": re.compile(r"b|blue"),
-    "colour": re.compile(r"colou?r|rgb|hex|colou?r[ _-]?(hex|rgb)|hex[ _-]?colou?r"),
-}
-NUMBERS = r"(\d{1,3})[\s,;]+(\d{1,3})[\s,;]+(\d{1,3})"
-NAME_FIRST = re.compile(rf"(.*?\S)[\s:,;=]+{NUMBERS}(?:[\s:,;].*)?")
-COLOUR_FIRST = re.compile(rf"(?:\d{{1,3}}[\s:,;]+(?=\d+[\s,;]+\d+[\s,;]+\d+\b))?{NUMBERS}[\s:,;=]+(\S*[^\d\s].*)")
-ID = re.compile(r"(\d{1,4})\s*[\s:;,=.]\s*(.*\S)")
-# Keys of JSON files.
-NAMES = ("readable", "title", "name", "label", "class", "class_name", "category", "label_name")
-COLOURS = ("color", "colour", "rgb", "hex", "hexcolor", "color_rgb", "color_hex_code")
-NAME_LISTS = ("labels", "classes", "class_names", "names", "label_map", "CLASSES", "categories")
-COLOUR_LISTS = ("segmentation_colors", "palette", "colors", "colours", "color_map", "colormap", "PALETTE")
 
 
 @dataclass
@@ -66,15 +44,6 @@ class Table:
         return self.classes == other.classes and self.ids == other.ids
 
 
-@dataclass(frozen=True)
-class Row:
-    """One line of a table."""
-
-    name: str
-    colour: Colour
-    ignored: bool = False
-
-
 def find_tables(tree: Tree) -> list[Table]:
     """All tables of colours in a folder of data, at its root or up to two folders below; the nearest come first."""
     found = []
@@ -90,15 +59,11 @@ def find_tables(tree: Tree) -> list[Table]:
 
 def read_table(file: Path) -> Table:
     """A table of at least two colours. Raises DataError where the file is none, OSError where it cannot be read."""
-    content = read_file(file, LARGEST)
     try:
-        if file.suffix.lower() == ".json":
-            rows = list(_from_json(parse_json(content)))
-        elif file.suffix.lower() in (".yaml", ".yml"):
-            rows = list(_from_json(_parse_yaml(read_file(file, LARGEST_YAML))))
-        else:
-            rows = list(_from_text(content.decode("utf-8-sig")))
-    except (ValueError, csv.Error, yaml.YAMLError, RecursionError) as error:  # UnicodeDecodeError is a ValueError
+        rows = _read(file)
+        if without := next((row for row in rows if row.colour is None), None):
+            raise ValueError(f"no colour of 0..255 in {brief(without.name)}")
+    except (ValueError, csv.Error, RecursionError) as error:  # UnicodeDecodeError is a ValueError
         raise DataError(
             f"{file}: cannot be read as a table of colours: {error}\nexpected lines of name,r,g,b"
         ) from None
@@ -116,23 +81,34 @@ def read_names(file: Path) -> list[str]:
     Raises DataError where there are none, OSError where the file cannot be read.
     """
     try:
-        return read_table(file).classes
-    except DataError:
-        text = read_file(file, LARGEST).decode("utf-8-sig", errors="replace")
-    names = [line.strip() for line in text.splitlines() if line.strip() and line.strip()[0] != "#"]
-    names = [row.name for row in _numbered([Row(name, (0, 0, 0)) for name in names])]
-    if not names or "\ufffd" in text or "\0" in text:
+        lines = [row for row in _read(file) if row.name and not row.ignored and row.name.casefold() != NO_CLASS]
+    except (ValueError, csv.Error, RecursionError):
+        lines = []
+    if not lines:
         raise DataError(f"{file}: no class names in this file\nexpected UTF-8 text, one name a line")
-    return names
+    return list(dict.fromkeys(" ".join(line.name.split()) for line in lines))
 
 
-def _to_table(file: Path, rows: Sequence[Row]) -> Table:
+def _read(file: Path) -> list[Line]:
+    """The classes in a file, with colours if it has any. Raises ValueError, csv.Error and OSError."""
+    suffix = file.suffix.lower()
+    if suffix in (".json", ".yaml", ".yml"):
+        content, name = read_file(file, LARGEST if suffix == ".json" else LARGEST_YAML), f"table{suffix}"
+        return read_document(content, name, coloured=True) or read_document(content, name)
+    lines = text_lines(read_file(file, LARGEST).decode("utf-8-sig"))
+    if len(lines) > MOST_ROWS or max(map(len, lines), default=0) > 1000:
+        raise ValueError("too many or too long lines")
+    return read_lines(lines)
+
+
+def _to_table(file: Path, rows: Sequence[Line]) -> Table:
     table = Table(file)
     ids: dict[str, int] = {}
     hidden, several, ignored = [], [], []
     for row in rows:
         name = " ".join(row.name.split()) or f"class_{len(ids)}"
         nothing = row.ignored or name.casefold() == NO_CLASS
+        assert row.colour is not None  # `read_table` has looked
         if row.colour in table.ids:
             if nothing or ids.get(name) != table.ids[row.colour]:
                 hidden.append(name)
@@ -159,173 +135,3 @@ def _to_table(file: Path, rows: Sequence[Row]) -> Table:
             shown = ", ".join(names[:6]) + (", …" if len(names) > 6 else "")
             table.notes.append(f"classes of {file.name} that {what}: {shown}")
     return table
-
-
-# ---- text --------------------------------------------------------------------------------------------------------
-
-
-def _from_text(text: str) -> Iterator[Row]:
-    """Rows of a text. Raises ValueError where a line is none: then the file is something else."""
-    if "\0" in text:
-        raise ValueError("not UTF-8 text")
-    lines = [line.strip() for line in text.splitlines()]
-    # "#ff0000 car" is no comment.
-    lines = [line for line in lines if line and (line[0] != "#" or HEX.match(line)) and not line.startswith("//")]
-    if len(lines) > MOST_ROWS or max(map(len, lines), default=0) > 1000:
-        raise ValueError("too many or too long lines")
-    rows = _columns(lines)
-    if rows is None:
-        rows = _numbered([_line(line) for line in lines])
-    yield from rows
-
-
-def _columns(lines: Sequence[str]) -> list[Row] | None:
-    """Rows below a header with columns of names and colours; None without such a header."""
-    if not lines:
-        return None
-    mark = next((mark for mark in ("\t", ";", ",") if mark in lines[0]), None)
-    if mark is None:
-        return None
-    header, *rest = csv.reader(lines, delimiter=mark, skipinitialspace=True)
-    at: dict[str, int] = {}
-    for number, word in enumerate(header):
-        kind = next((kind for kind, pattern in HEADER.items() if pattern.fullmatch(word.strip().lower())), None)
-        at.setdefault(kind or "", number)
-    if "name" not in at or not ({"r", "g", "b"} <= at.keys() or "colour" in at):
-        return None
-    rows = []
-    for row in rest:
-        cells = [*row, *[""] * len(header)]
-        value = [cells[at[kind]].strip() for kind in "rgb"] if "r" in at else cells[at["colour"]].strip()
-        if (colour := _colour(value)) is None:
-            raise ValueError(f"no colour in {brief(mark.join(row))}")
-        rows.append(Row(cells[at["name"]].strip(), colour))
-    return rows
-
-
-def _line(line: str) -> Row:
-    """A line without header: the name first or the colour first."""
-    if '"' in line and "," in line:
-        cells = next(csv.reader([line], skipinitialspace=True))
-        if len(cells) >= 4 and (colour := _colour(cells[1:4])):
-            return Row(cells[0], colour)
-    if found := HEX.search(line):
-        name = (line[: found.start()] + line[found.end() :]).strip(" \t:,;=\"'")
-        return Row(name, _colour(found[0]) or (0, 0, 0))
-    bare = re.sub(r"""[\[\]()"']""", " ", line).strip()
-    if found := COLOUR_FIRST.fullmatch(bare):
-        *numbers, name = found.groups()
-    elif found := NAME_FIRST.fullmatch(bare):
-        name, *numbers = found.groups()
-    else:
-        raise ValueError(f"no name and colour in {brief(line)}")
-    if (colour := _colour(numbers)) is None:
-        raise ValueError(f"no colour of 0..255 in {brief(line)}")
-    return Row(name.strip(" \t:,;="), colour)
-
-
-def _numbered(rows: list[Row]) -> list[Row]:
-    """The rows without numbers before the names, where all have one and all names differ without it."""
-    found = [ID.fullmatch(row.name) for row in rows]
-    names = {match[2] for match in found if match}
-    numbers = {match[1] for match in found if match}
-    if rows and len(names) == len(numbers) == len(rows):
-        return [Row(match[2], row.colour) for match, row in zip(found, rows, strict=True) if match]
-    return rows
-
-
-def _colour(value: Any) -> Colour | None:
-    """RGB of a list of three or four numbers, of `#rrggbb`, or of text such as `128, 64, 128`."""
-    if isinstance(value, str):
-        if found := HEX.fullmatch(value.strip()):
-            return int(found[1][:2], 16), int(found[1][2:4], 16), int(found[1][4:6], 16)
-        value = re.findall(r"\d+", value) if re.fullmatch(r"[\s\d,;()\[\]rgbaRGBA]+", value) else []
-    if not isinstance(value, list | tuple) or len(value) not in (3, 4):
-        return None
-    try:
-        red, green, blue = (int(str(part)) for part in value[:3])
-    except ValueError:
-        return None
-    return (red, green, blue) if all(0 <= part <= 255 for part in (red, green, blue)) else None
-
-
-# ---- JSON --------------------------------------------------------------------------------------------------------
-
-
-def _from_json(value: Any) -> Iterator[Row]:
-    """Rows of the first list or mapping that is a table, down to two levels below the top."""
-    for part in _parts(value, 2):
-        if rows := _side_by_side(part) or _objects(part) or _mapping(part):
-            yield from rows
-            return
-
-
-def _parse_yaml(content: bytes) -> Any:
-    """Raises ValueError and YAMLError. A few aliases would stand for billions of values."""
-    if b"*" in content and any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(content, yaml.CSafeLoader)):
-        raise ValueError("aliases in YAML")
-    value = yaml.load(content, yaml.CSafeLoader)
-    require_shallow(value)
-    return value
-
-
-def _parts(value: Any, deeper: int) -> Iterator[Any]:
-    yield value
-    if isinstance(value, dict) and deeper:
-        for inner in value.values():
-            if isinstance(inner, dict | list) and len(inner) <= MOST_ROWS:
-                yield from _parts(inner, deeper - 1)
-
-
-def _side_by_side(value: Any) -> list[Row]:
-    """Names under one key, colours under another, as in datumaro's dataset_meta.json."""
-    if not isinstance(value, dict):
-        return []
-    colours = next((value[key] for key in COLOUR_LISTS if isinstance(value.get(key), list | dict)), None)
-    if isinstance(colours, dict):  # id -> colour
-        colours = _in_order(colours)
-    for names in (value[key] for key in NAME_LISTS if key in value) if colours else ():
-        if isinstance(names, dict):  # id -> name
-            names = _in_order(names)
-        if isinstance(names, list) and len(names) == len(colours or ()) and all(isinstance(n, str) for n in names):
-            found = [(name, _colour(colour)) for name, colour in zip(names, colours or (), strict=True)]
-            return [Row(name, colour) for name, colour in found if colour] if all(c for _, c in found) else []
-    return []
-
-
-def _in_order(values: dict[Any, Any]) -> list[Any] | None:
-    """The values of {0: a, 1: b, ...}; None for other keys."""
-    by_key = {str(key): value for key, value in values.items()}
-    keys = [str(number) for number in range(len(values))]
-    return [by_key[key] for key in keys] if by_key.keys() == set(keys) else None
-
-
-def _objects(value: Any) -> list[Row]:
-    """A list of objects with a name and a colour; with `evaluate: false` (Mapillary) the pixels are ignored."""
-    if not isinstance(value, list) or not all(isinstance(each, dict) for each in value):
-        return []
-    rows = []
-    for each in value:
-        name = next((each[key] for key in NAMES if isinstance(each.get(key), str)), None)
-        colour = next((_colour(each[key]) for key in COLOURS if key in each), None)
-        if name is None or colour is None:
-            return []
-        ignored = each.get("evaluate") is False or each.get("ignoreInEval") is True or each.get("ignore") is True
-        rows.append(Row(name, colour, ignored))
-    return rows
-
-
-def _mapping(value: Any) -> list[Row]:
-    """`{name: colour}` or `{colour: name}`."""
-    if not isinstance(value, dict) or not value:
-        return []
-    rows = []
-    for key, inner in value.items():
-        inner = inner.get("color", inner.get("colour")) if isinstance(inner, dict) else inner
-        if (colour := _colour(inner)) and not _colour(str(key)):
-            rows.append(Row(str(key), colour))
-        elif isinstance(inner, str) and (colour := _colour(str(key))):
-            rows.append(Row(inner, colour))
-        else:
-            return []
-    return rows

@@ -18,6 +18,7 @@ import numpy as np
 import yaml
 
 from ssaseg.datasets.base import DataError, brief
+from ssaseg.datasets.classnames.documents import parse_yaml
 from ssaseg.datasets.conventions.base import REST, TABLE, Convention, Item, Options, Source, Tree
 from ssaseg.datasets.conventions.outlines import (
     Images,
@@ -51,12 +52,9 @@ def _configuration(tree: Tree) -> tuple[PurePosixPath, dict[str, Any]] | None:
     files = sorted(tree.by_suffix.get(".yaml", []) + tree.by_suffix.get(".yml", []), key=lambda file: len(file.parts))
     for file in files[:SAMPLE]:
         try:
-            text = read_text(tree.root / file, LARGEST_YAML)
-            # An alias can stand for many values. The base loader makes text of all scalars: `no` is a class name.
-            if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text)):
-                continue
-            content = yaml.load(text, yaml.BaseLoader)
-        except (OSError, ValueError, yaml.YAMLError, RecursionError):
+            # The base loader makes text of all scalars: `no` is a class name.
+            content = parse_yaml(read_text(tree.root / file, LARGEST_YAML), yaml.BaseLoader)
+        except (OSError, ValueError):
             continue
         if (
             isinstance(content, dict) and "masks_dir" in content

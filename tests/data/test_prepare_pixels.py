@@ -16,7 +16,7 @@ from owndata import command_for, photo, prepared, read_all, save, truth
 from PIL import Image
 
 from ssaseg.datasets import DataError
-from ssaseg.datasets.classnames import read_class_names
+from ssaseg.datasets.classnames import guess_labels, read_class_names
 from ssaseg.datasets.conventions import recognise
 from ssaseg.datasets.conventions.base import Item, Options, Source, Tree
 from ssaseg.datasets.conventions.layer_classes import choose_classes
@@ -82,6 +82,26 @@ def test_every_kind_of_table(tmp_path: Path, name: str) -> None:
     assert table.classes == NAMES
     assert table.palette == list(map(tuple, COLOURS.tolist()))
     assert table.ids == {colour: number for number, colour in enumerate(table.palette)}
+    (tmp_path / "names.txt").unlink()
+    names = read_class_names(tmp_path)[0]
+    assert (names is None) == (
+        name in ("colors.csv", "meta/palette.json")
+    )  # of masks of ids, fewer files are looked at
+    if names:
+        assert list(names.names.values()) == NAMES
+        assert list(names.colours.values()) == table.palette
+
+
+def test_what_is_not_evaluated_is_ignored_in_masks_of_colours_and_of_ids(tmp_path: Path) -> None:
+    labels = [*MAPILLARY["labels"], {"name": "void", "color": [9, 9, 9], "evaluate": False}]
+    (tmp_path / "config.json").write_text(json.dumps({"labels": labels}))
+    assert read_table(tmp_path / "config.json").ids[9, 9, 9] == 255
+    names = read_class_names(tmp_path)[0]
+    assert names is not None
+    assert names.ignored == {4}
+    found = guess_labels([0, 1, 2, 3, 4], names, None)
+    assert found.classes == NAMES
+    assert found.raw_to_train == {0: 0, 1: 1, 2: 2, 3: 3, 4: 255}
 
 
 def test_rules_of_tables(tmp_path: Path) -> None:
