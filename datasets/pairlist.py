@@ -9,7 +9,7 @@ import csv
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from itertools import islice
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
@@ -180,9 +180,32 @@ def _rows(file: Path, split: str | None) -> tuple[list[_Row], list[str]]:
 
 def split_of(text: str) -> str | None:
     """The split that the words of a text name, as the name of a list does; None where they name none or several."""
-    words = re.split(r"[\W_]+|(?<=[a-z])(?=\d)", text.lower())
-    named = {split for split, pattern in SPLITS.items() if any(map(pattern.fullmatch, words))}
+    named = _named_splits(text)
     return named.pop() if len(named) == 1 else None
+
+
+def split_of_path(path: PurePosixPath) -> str | None:
+    """The split that a word in a path names, the last part first: "train2017/img", "instances_train" are "train", and
+    so is "train_val".
+    """
+    found = next(filter(None, map(_named_splits, reversed(path.parts))), set())
+    return "train" if "train" in found else max(found, default=None)
+
+
+def _named_splits(text: str) -> set[str]:
+    words = re.split(r"[\W\d_]+", text.lower())
+    return {split for split, pattern in SPLITS.items() if any(map(pattern.fullmatch, words))}
+
+
+def choose_splits(found: Collection[str | None]) -> tuple[dict[str, str], list[str]] | None:
+    """Which of the splits that were found are for training and validation, with a note: test data with labels are for
+    validation where nothing else is. None where one of the two is missing: then all data are one set, to be divided.
+    """
+    second = next((split for split in ("val", "test") if split in found), None)
+    if "train" not in found or second is None:
+        return None
+    notes = [] if second == "val" else ["no validation split: the test images, which have labels, are used instead"]
+    return {"train": "train", "val": second}, notes
 
 
 def _header(line: str) -> tuple[str, tuple[int, int], int | None] | None:

@@ -15,7 +15,7 @@ from ssaseg.datasets.annotations import read_annotations
 from ssaseg.datasets.base import DataError, brief
 from ssaseg.datasets.conventions.base import Tree
 from ssaseg.datasets.conventions.hints import keys_of
-from ssaseg.datasets.conventions.outlines import split_of
+from ssaseg.datasets.pairlist import choose_splits, split_of_path
 from ssaseg.datasets.pairs import first_names
 from ssaseg.files.text import printable
 
@@ -98,17 +98,14 @@ def _summary(file: Path) -> Summary:
 def _splits(tree: Tree, summaries: Mapping[PurePosixPath, Summary]) -> tuple[dict[str, CocoSplit], list[str]]:
     groups: dict[str | None, list[PurePosixPath]] = defaultdict(list)
     for file in summaries:
-        groups[split_of(file)].append(file)
-    notes = []
-    second = next((split for split in ("val", "test") if split in groups), None)
-    if "train" in groups and second is not None:
-        chosen = {"train": groups.pop("train"), "val": groups.pop(second)}
-        if second == "test":
-            notes.append("no validation split: the test images, which have annotations, are used instead")
+        groups[split_of_path(file)].append(file)
+    notes: list[str] = []
+    chosen = {"all": list(summaries)}
+    if found := choose_splits(groups):
+        names, notes = found
+        chosen = {split: groups.pop(name) for split, name in names.items()}
         if others := [str(file) for files in groups.values() for file in files]:
             notes.append(f"annotation files not used: {first_names(sorted(others), 6)}")
-    else:
-        chosen = {"all": list(summaries)}
     by_name: dict[str, list[PurePosixPath]] = defaultdict(list)
     for path in tree.files:
         by_name[path.name].append(path)

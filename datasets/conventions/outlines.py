@@ -13,7 +13,6 @@ import binascii
 import math
 import os
 import posixpath
-import re
 import zlib
 from collections import defaultdict
 from collections.abc import Hashable, Iterable, Sequence, Set
@@ -28,6 +27,7 @@ from ssaseg.datasets.base import DataError, brief
 from ssaseg.datasets.conventions.base import Item, Options, Tree
 from ssaseg.datasets.decoding import MAX_PIXELS, open_image
 from ssaseg.datasets.inspection import image_size
+from ssaseg.datasets.pairlist import choose_splits, split_of_path
 from ssaseg.datasets.pairs import IMAGE_SUFFIXES, first_names
 from ssaseg.files.reading import read_text
 from ssaseg.files.structured import read_json
@@ -36,12 +36,6 @@ from ssaseg.files.text import printable
 LARGEST_JSON = 2**28  # bytes of a file about one image, which may hold the image itself
 MOST_STEPS = 2**31  # points of an outline × rows: Pillow looks at every edge in every row, here for some seconds
 MOST_CLASSES = 255  # 255 itself means "ignored"
-
-SPLITS = {
-    "train": re.compile(r"train|training"),
-    "val": re.compile(r"val|valid|validation|dev"),
-    "test": re.compile(r"test|testing"),
-}
 
 Point = tuple[float, float]
 
@@ -138,14 +132,14 @@ class Images:
         beside = PurePosixPath(posixpath.normpath((near / "/".join(parts)).as_posix()))
         if beside in self._known and beside not in apart:
             return beside
-        said = split_of(PurePosixPath(*parts[:-1]))
+        said = split_of_path(PurePosixPath(*parts[:-1]))
 
         def fit(file: PurePosixPath) -> tuple[int, int]:
             ends = zip(reversed(file.parts), reversed(parts), strict=False)
             return _equal(ends), _equal(zip(file.parts[:-1], near.parts, strict=False))
 
         files = [file for file in self._by_name.get(parts[-1], []) if file not in apart]
-        files = [file for file in files if not said or split_of(file.parent) in (None, said)]
+        files = [file for file in files if not said or split_of_path(file.parent) in (None, said)]
         best = max(map(fit, files), default=None)
         found = [file for file in files if fit(file) == best]
         return found[0] if len(found) == 1 else None
@@ -173,15 +167,6 @@ def _equal(pairs: Iterable[tuple[str, str]]) -> int:
     return count
 
 
-def split_of(path: PurePosixPath) -> str | None:
-    """The split that a word in a path says, the last part first: "train2017/img", "instances_train" are "train"."""
-    for part in reversed(path.parts):
-        words = re.split(r"[\W\d_]+", part.lower())
-        if split := next((name for name, word in SPLITS.items() if any(map(word.fullmatch, words))), None):
-            return split
-    return None
-
-
 def make_items(root: Path, rows: Sequence[Row], what: str) -> tuple[list[Item], list[str]]:
     """Items by split, sorted, with names below the folder that the images of a split share; and notes about splits.
 
@@ -192,31 +177,27 @@ def make_items(root: Path, rows: Sequence[Row], what: str) -> tuple[list[Item], 
         raise DataError(f"{root}: no image of {what} was found\nexpected images with annotations\nadd the images")
     groups: dict[str | None, list[Row]] = defaultdict(list)
     for row in rows:
-        groups[split_of(row.hint)].append(row)
-    notes = []
-    second = next((split for split in ("val", "test") if split in groups), None)
-    chosen: dict[str, list[Row]]
-    if "train" in groups and second is not None:
-        chosen = {"train": groups.pop("train"), "val": groups.pop(second)}
-        if second == "test":
-            notes.append("no validation split: the test images, which have labels, are used instead")
+        groups[split_of_path(row.hint)].append(row)
+    notes: list[str] = []
+    chosen = {"all": list(rows)}
+    if splits := choose_splits(groups):
+        names, notes = splits
+        chosen = {split: groups.pop(name) for split, name in names.items()}
         for split, others in groups.items():
             notes.append(f"images of the {split} split" if split else "images in no split")
             notes[-1] += f", not converted: {len(others)}"
-    else:
-        chosen = {"all": list(rows)}
     items = []
     for split, members in chosen.items():
         shared = PurePosixPath(os.path.commonpath([str("/" / row.image.parent) for row in members]))
-        names: dict[str, PurePosixPath] = {}
+        taken: dict[str, PurePosixPath] = {}
         for row in sorted(members, key=lambda row: row.image):
             name = ("/" / row.image).relative_to(shared).with_suffix("").as_posix()
-            if name in names:
+            if name in taken:
                 raise DataError(
-                    f"{root / names[name]} and {root / row.image}: two annotated images with the same name, or one "
+                    f"{root / taken[name]} and {root / row.image}: two annotated images with the same name, or one "
                     "that is annotated twice\nexpected one annotation for each name\nrename or remove one"
                 )
-            names[name] = row.image
+            taken[name] = row.image
             items.append(Item(split, name, root / row.image, row.label))
     return items, notes
 

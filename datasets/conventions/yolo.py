@@ -28,16 +28,15 @@ from ssaseg.datasets.conventions.outlines import (
     new_canvas,
     read_lines,
     read_points,
-    split_of,
     stencil_of,
     with_background,
 )
 from ssaseg.datasets.inspection import image_size
+from ssaseg.datasets.pairlist import SPLITS, split_of_path
 from ssaseg.datasets.pairs import first_names
 from ssaseg.files.reading import read_text
 from ssaseg.files.text import printable
 
-SPLITS = ("train", "val", "test")
 LARGEST_YAML, LARGEST_TEXT = 2**18, 2**26  # bytes
 MOST_CLASSES = 254  # beside the background
 SAMPLE = 30  # text files that are looked at to recognise the convention
@@ -262,7 +261,7 @@ def _unlisted(tree: Tree, images: Images) -> Iterator[Row]:
     for image in images.below(PurePosixPath()):
         label = _label_file(image)
         if label.parent in folders:
-            split = split_of(image.parent)
+            split = split_of_path(image.parent)
             yield Row(image, tree.root / label if label in texts else None, PurePosixPath(split or ""))
 
 

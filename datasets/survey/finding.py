@@ -12,6 +12,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from ssaseg.datasets.base import DataError
+from ssaseg.datasets.pairlist import choose_splits
 from ssaseg.datasets.pairs import IMAGE_SUFFIXES, first_names, walk
 from ssaseg.datasets.survey.choosing import Choice, choose
 from ssaseg.datasets.survey.found import Found, Paths
@@ -179,16 +180,15 @@ def _unpaired(choice: Choice, pictures: Names) -> list[str]:
 
 def _choose_splits(pairs: Mapping[str | None, Paths]) -> tuple[dict[str, tuple[Paths, str | None]], list[str]]:
     """The pairs of each split and the name that this split has in the folders; and notes."""
-    second = next((split for split in ("val", "test") if split in pairs), None)
-    if "train" not in pairs or second is None:
+    chosen = choose_splits(pairs)
+    if chosen is None:
         split, most = max(pairs.items(), key=lambda item: len(item[1]))
         notes = [] if split is None else [f"the only split found is {split}: it is divided into two"]
         if len(pairs) > 1:
             folder = PurePosixPath(most[0][0]).parent
             notes = [f"no folders of training and validation: {folder} has most pairs and is divided"]
         return {"all": (most, split)}, notes
-    notes = [] if second == "val" else ["no validation folder: the test images, which have masks, are used instead"]
-    return {"train": (pairs["train"], "train"), "val": (pairs[second], second)}, notes
+    return {split: (pairs[name], name) for split, name in chosen[0].items()}, chosen[1]
 
 
 def _folders(choice: Choice, splits: Mapping[str, tuple[Paths, str | None]]) -> dict[str, tuple[str, str]] | None:

@@ -10,7 +10,7 @@ from typing import NamedTuple
 from unicodedata import normalize
 
 from ssaseg.datasets.base import DataError
-from ssaseg.datasets.pairlist import list_splits, looks_like_pairs, read_pairs, split_of
+from ssaseg.datasets.pairlist import choose_splits, list_splits, looks_like_pairs, read_pairs, split_of
 from ssaseg.datasets.pairs import LARGEST_LIST, Pairs, read_names
 from ssaseg.datasets.survey.found import Found
 from ssaseg.files.reading import read_file
@@ -41,21 +41,25 @@ def find_pair_lists(root: Path, files: Sequence[PurePosixPath], pictures: int) -
     for group in _groups(files, any_words=True):
         if not looks_like_pairs(root / group["train"]) or (train := _read(root, group["train"])) is None:
             continue
-        for split in ("val", "test"):
-            if split in group and (second := _read(root, group[split])):
-                return _found(root, {"train": group["train"], "val": group[split]}, {"train": train, "val": second})
-        return _found(root, {"all": group["train"]}, {"all": train})
+        lists = {split: each for split, file in group.items() if split != "train" and (each := _read(root, file))}
+        lists["train"] = train
+        splits, more = choose_splits(lists) or ({"all": "train"}, [])
+        files_of = {split: group[name] for split, name in splits.items()}
+        return _found(root, files_of, {split: lists[name] for split, name in splits.items()}, more)
     for file in _single_lists(files):
         if not looks_like_pairs(root / file):
             continue
-        splits = list_splits(root / file)
+        splits, notes = choose_splits(list_splits(root / file)) or ({}, [])
         read: dict[str, tuple[Pairs, list[str]]]
-        read = {split: each for split in ("train", "val") if split in splits and (each := _read(root, file, split))}
+        read = {split: each for split, name in splits.items() if (each := _read(root, file, name))}
         if len(read) < 2:
             everything = next(iter(read.values()), None) or _read(root, file)
-            read = {"all": everything} if everything else {}
+            read, notes = {"all": everything} if everything else {}, []
         if read and 4 * sum(len(pairs.names) for pairs, _ in read.values()) >= pictures:
-            return _found(root, dict.fromkeys(read, file), read)
+            found = _found(root, dict.fromkeys(read, file), read, notes)
+            if splits.get("val") == "test" and "val" in read:
+                found.lists = {}  # of the file itself, the rows of a validation split would be read
+            return found
     return None
 
 
@@ -72,10 +76,15 @@ def _read(root: Path, file: PurePosixPath, split: str | None = None) -> tuple[Pa
     return pairs, notes
 
 
-def _found(root: Path, lists: Mapping[str, PurePosixPath], read: Mapping[str, tuple[Pairs, list[str]]]) -> Found:
+def _found(
+    root: Path,
+    lists: Mapping[str, PurePosixPath],
+    read: Mapping[str, tuple[Pairs, list[str]]],
+    more: Sequence[str] = (),
+) -> Found:
     found = Found({}, lists={split: file.as_posix() for split, file in lists.items()})
     names = " and ".join(dict.fromkeys(found.lists.values()))
-    found.notes.append(f"the pairs are those of {names}")
+    found.notes += [f"the pairs are those of {names}", *more]
     for split, (pairs, notes) in read.items():
         found.notes += [note for note in notes if note not in found.notes]
         found.pairs[split] = [
@@ -132,10 +141,10 @@ def find_name_lists(
         for at in (0, *(found.end() for found in re.finditer("/", stem))):
             by_end[stem[at:]] = None if stem[at:] in by_end else image
     for group in _groups(files):
-        second = next((split for split in ("val", "test") if split in group), None)
-        if second is None:
+        splits = choose_splits(group)
+        if splits is None:
             continue
-        chosen = {"train": group["train"], "val": group[second]}
+        chosen = {split: group[name] for split, name in splits[0].items()}
         lines = {split: _names(root / file) for split, file in chosen.items()}
         found = {split: [_find(name, by_end) for name in names] for split, names in lines.items()}
         if not all(found.values()) or any(image is None for each in found.values() for image in each):

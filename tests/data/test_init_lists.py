@@ -53,6 +53,25 @@ def test_domains_are_written_as_lists(tmp_path: Path) -> None:
     assert call("data", "check", out).exit_code in (0, 1)  # a class has no pixel in one of the splits
 
 
+def test_a_column_of_training_and_test_is_read_as_folders_are(tmp_path: Path) -> None:
+    """Test rows, which have masks, are for validation, as they are where folders or lists say the split."""
+    rows = ["image,mask,split"]
+    for number, split in enumerate(("train", "train", "eval", "tst", "tst")):
+        put(tmp_path / f"data/a/{number}.png")
+        put(tmp_path / f"data/b/{number}_x.png", (0, 1))
+        rows.append(f"a/{number}.png,b/{number}_x.png,{split}")
+    out = tmp_path / "own.yaml"
+    for wanted, changed in (([3, 4], [row for row in rows if "eval" not in row]), ([2], rows)):
+        (tmp_path / "data/all.csv").write_text("\n".join(changed) + "\n")
+        result = call("data", "init", tmp_path / "data", "--out", out)
+        assert result.exit_code == 0, result.output
+        assert ("the test images, which have labels, are used instead" in result.stdout) == (len(wanted) == 2)
+        pairs = open_split(out, "val")
+        assert [pairs.name(index) for index in range(len(pairs))] == [f"a/{number}" for number in wanted]
+        for file in tmp_path.glob("own*"):
+            file.unlink()
+
+
 def test_all_pairs_in_lists_are_divided(tmp_path: Path) -> None:
     for number in range(5):
         put(tmp_path / f"data/s{number}/images/0.png")

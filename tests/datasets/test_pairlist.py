@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import pytest
 
 from ssaseg.datasets import DataError
-from ssaseg.datasets.pairlist import read_pairs
+from ssaseg.datasets.pairlist import choose_splits, read_pairs, split_of_path
 
 FILES = "a/0.jpg a/1.jpg b/0.png b/1.png"
 BOTH = [("a/0", "b/0.png"), ("a/1", "b/1.png")]
@@ -127,3 +127,34 @@ def test_a_link_does_not_lead_a_list_out_of_its_names(tmp_path: Path) -> None:
     for text in ("../list.txt a/0.jpg\n", "a/0.jpg/x b/0.png\n"):
         with pytest.raises(DataError, match="these files do not exist"):
             read_pairs(put(tmp_path / "root", FILES, text), tmp_path / "root" / "a")
+
+
+@pytest.mark.parametrize(
+    ("path", "split"),
+    [
+        ("train2017/img", "train"),
+        ("a/instances_val2017.json", "val"),
+        ("eval/a.json", "val"),
+        ("trn/tst", "test"),
+        ("train/validation", "val"),
+        ("train_val", "train"),
+        ("constrain/evaluated", None),
+    ],
+)
+def test_words_of_splits(path: str, split: str | None) -> None:
+    assert split_of_path(PurePosixPath(path)) == split
+
+
+@pytest.mark.parametrize(
+    ("found", "chosen"),
+    [
+        ({"train", "val", "test"}, {"train": "train", "val": "val"}),
+        ({"train", "test", None}, {"train": "train", "val": "test"}),
+        ({"train", None}, None),
+        ({"val", "test"}, None),
+    ],
+)
+def test_choice_of_splits(found: set[str | None], chosen: dict[str, str] | None) -> None:
+    splits, notes = choose_splits(found) or (None, [])
+    assert splits == chosen
+    assert len(notes) == (chosen is not None and chosen["val"] == "test")
