@@ -21,6 +21,7 @@ Levels = tuple[int, int]  # values of 16-bit images that become 0 and 255; those
 _SHORT = reprlib.Repr()
 _SHORT.maxstring = 60
 
+Colour = tuple[int, int, int]  # RGB, 0..255
 IGNORED = 255  # the label of pixels that no loss and no score counts
 
 
@@ -172,3 +173,14 @@ def default_palette(count: int) -> Palette:
             channels[bit % 3] |= (index >> bit & 1) << (7 - bit // 3)
         colours.append((channels[0], channels[1], channels[2]))
     return tuple(colours)
+
+
+def hexed(colour: Colour) -> str:
+    """A colour as #rrggbb."""
+    return "#{:02x}{:02x}{:02x}".format(*colour)
+
+
+def evenly(count: int, sample: int) -> list[int]:
+    """`sample` of the indices 0..count-1 (all if there are fewer), evenly spaced, the first among them."""
+    sample = min(count, sample)
+    return [at * count // sample for at in range(sample)]

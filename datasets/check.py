@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from ssaseg.datasets.base import IGNORED, DataError, Dataset, PairFacts, Problem
+from ssaseg.datasets.base import IGNORED, DataError, Dataset, PairFacts, Problem, evenly
 from ssaseg.datasets.checking.images import Images, passed_over
 from ssaseg.datasets.checking.splits import shared_images
 from ssaseg.datasets.checking.storage import Storage, about_255
@@ -116,8 +116,8 @@ def look_through(
     decoded: how many of the images are decoded (None: all); of the others only the header and the end are read.
     workers: processes that read; 0: this process reads. progress: called with 1 after each pair.
     """
-    indices = _evenly(len(dataset), len(dataset) if sample is None or len(dataset) <= SMALL else sample)
-    chosen = {indices[at] for at in _evenly(len(indices), len(indices) if decoded is None else decoded)}
+    indices = evenly(len(dataset), len(dataset) if sample is None or len(dataset) <= SMALL else sample)
+    chosen = {indices[at] for at in evenly(len(indices), len(indices) if decoded is None else decoded)}
     findings = Findings(len(indices))
     findings.problems += [Problem("error", str(error), "incomplete") for error in dataset.incomplete]
     # Pairs are read one after the other and not kept: memory depends on the largest pair, not on their number.
@@ -290,9 +290,3 @@ def _warnings(dataset: Dataset, findings: Findings, broken: bool, per_class: Ite
 def _ids(pixels: np.ndarray) -> str:
     """The raw ids that occur, at most the first 20."""
     return first_names([str(value) for value in np.flatnonzero(pixels)], 20)
-
-
-def _evenly(count: int, sample: int) -> list[int]:
-    """`sample` of the indices 0..count-1 (all if there are fewer), evenly spaced, the first among them."""
-    sample = min(count, sample)
-    return [at * count // sample for at in range(sample)]

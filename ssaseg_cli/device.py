@@ -4,9 +4,12 @@ import os
 from typing import TYPE_CHECKING
 
 from ssaseg.cli.errors import CommandError
+from ssaseg.files.machine import count_cores
 
 if TYPE_CHECKING:
     import torch
+
+__all__ = ["LAUNCHED", "count_cores", "select_device"]
 
 # Set for the ranks that `--gpus` starts: the folder where they meet. `--gpus` prints itself how one of them ended.
 LAUNCHED = "SSASEG_LAUNCHED"
@@ -32,8 +35,3 @@ def select_device(name: str) -> "torch.device":
     # TF32, cuDNN's default, has a mantissa of only ten bits: results would differ from float32, and between GPUs.
     torch.backends.cudnn.allow_tf32 = False
     return torch.device(name)
-
-
-def count_cores() -> int:
-    """Number of cores that this process may use; the machine may have more."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -71,15 +71,15 @@ class Images:
         elif levels is not None and self.deep and self.most < levels[0] + (levels[1] - levels[0]) / 8:
             low, high = levels
             text = f"16 bits, largest value {self.largest}, with data.range: [{low}, {high}]: images are nearly black"
-            yield Problem("warning", f"{text}\nset data.range: [0, {self.best}]", "bits")
+            yield Problem("warning", f"{text}\nset data.range: [0, {self.upper_value}]", "bits")
 
     @property
     def fitting(self) -> Levels | None:
         """The range that 16-bit images need; None where there are none, or their values use most of 16 bits."""
-        return (0, self.best) if self.deep and self.most < HALF else None
+        return (0, self.upper_value) if self.deep and self.most < HALF else None
 
     @property
-    def best(self) -> int:
+    def upper_value(self) -> int:
         """The upper value of a range that fits: that of a sensor if values come near to it."""
         sensor = next((each for each in SENSORS if 0.85 * each <= self.largest <= each), None)
         # Single pixels far above all others, as of defects, are not counted.
@@ -91,7 +91,7 @@ class Images:
         return (
             f"{self.deep} image{'s have' if self.deep > 1 else ' has'} 16 bits, largest value {self.largest}{above}: "
             f"only {levels} grey level{'s are' if levels > 1 else ' is'} left\n"
-            f"set data.range: [0, {self.best}], which becomes 0..255"
+            f"set data.range: [0, {self.upper_value}], which becomes 0..255"
         )
 
 

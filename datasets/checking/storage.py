@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ssaseg.datasets.base import IGNORED, PairFacts, Problem
+from ssaseg.datasets.base import IGNORED, Colour, PairFacts, Problem, hexed
 
 RARE = 0.03  # share of all pixels up to which ids between 0 and 255 are rare
 # Of black and white with soft edges or noise:
@@ -20,8 +20,6 @@ THRESHOLD = 128  # from here on, a pixel is the object
 MOST_COLOURS = 4096  # that are remembered: palettes that agree have at most 256
 MANY = 6  # levels between 0 and 255, of which no set of a few classes has so many
 PREPARE = "`ssaseg data prepare binary --source DIR --root OUT` writes 0 and 1, by the threshold 128"
-
-Colour = tuple[int, int, int]
 
 
 @dataclass
@@ -90,12 +88,12 @@ class Storage:
         for value, colours in sorted(self.colours.items()):
             if len(colours) > 1:
                 (one, first), (two, second) = list(colours.items())[:2]
-                yield _conflict(f"{first}: id {value} is {_hex(one)} in its palette", f"{_hex(two)} in {second}")
+                yield _conflict(f"{first}: id {value} is {hexed(one)} in its palette", f"{hexed(two)} in {second}")
                 break
         for colour, values in self.ids.items():
             if len(values) > 1:
                 (low, first), (high, second) = list(values.items())[:2]
-                yield _conflict(f"{first}: {_hex(colour)} is id {low} in its palette", f"id {high} in {second}")
+                yield _conflict(f"{first}: {hexed(colour)} is id {low} in its palette", f"id {high} in {second}")
                 break
 
 
@@ -117,10 +115,6 @@ def _keep(known: dict, key: object, file: Path) -> None:
 def _colour(rgb: bytes, value: int) -> Colour:
     red, green, blue = rgb[3 * value : 3 * value + 3]
     return red, green, blue
-
-
-def _hex(colour: Colour) -> str:
-    return "#{:02x}{:02x}{:02x}".format(*colour)
 
 
 # ---- counts of all masks -----------------------------------------------------------------------------------------

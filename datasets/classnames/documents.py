@@ -63,7 +63,7 @@ def _find(value: Any, held: bool, coloured: bool, left: int = DEEPEST) -> list[L
         if found:
             return found
     found = next((lines for each, held in inner if (lines := _find(each, held, False, left - 1))), [])
-    colours = next((value[key] for key in COLOUR_LISTS if isinstance(value.get(key), list | dict)), [])
+    colours: Any = next((value[key] for key in COLOUR_LISTS if isinstance(value.get(key), list | dict)), [])
     colours = _in_order(colours) if isinstance(colours, dict) else colours
     if len(colours) == len(found) and not any(line.colour for line in found):
         found = [line._replace(colour=to_colour(each)) for line, each in zip(found, colours, strict=True)]

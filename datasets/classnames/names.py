@@ -7,9 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ssaseg.datasets.base import IGNORED
-
-Colour = tuple[int, int, int]  # RGB, 0..255
+from ssaseg.datasets.base import IGNORED, Colour
 
 # The first line of labelme's files, for pixels without a class. It has the id -1, which is 255 in a mask.
 NO_CLASS = "__ignore__"

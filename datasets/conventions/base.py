@@ -16,10 +16,9 @@ from typing import Any
 
 import numpy as np
 
-from ssaseg.datasets.base import DataError
+from ssaseg.datasets.base import Colour, DataError
 from ssaseg.datasets.pairs import walk
 
-Colour = tuple[int, int, int]  # RGB, 0..255
 TABLE, REST = frozenset({"table"}), frozenset({"background"})  # what conventions take of `Options`
 
 

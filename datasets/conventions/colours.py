@@ -14,10 +14,10 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from ssaseg.datasets.base import IGNORED, DataError
+from ssaseg.datasets.base import IGNORED, DataError, hexed
 from ssaseg.datasets.classnames.names import NO_CLASS
 from ssaseg.datasets.conventions.base import TABLE, Colour, Convention, Item, Options, Source, Tree, prepare_command
-from ssaseg.datasets.conventions.pictures import Picture, evenly, find_pairs, look_at_all, read_picture
+from ssaseg.datasets.conventions.pictures import Picture, find_pairs, look_at_all, read_picture, some_of
 from ssaseg.datasets.conventions.tables import Table, find_tables, read_table
 from ssaseg.datasets.decoding import read_mask
 from ssaseg.datasets.inspection import count_ids
@@ -40,7 +40,7 @@ def recognise(tree: Tree) -> str | None:
         pairs = find_pairs(tree.root)
     except DataError:
         return None
-    counts = count_colours(evenly(pairs.masks, SAMPLE))
+    counts = count_colours(some_of(pairs.masks, SAMPLE))
     table = choose_table(find_tables(tree), counts)
     if table is None:
         return None
@@ -54,7 +54,7 @@ def recognise(tree: Tree) -> str | None:
 def open_source(tree: Tree, options: Options) -> Source:
     """Raises NoTable where there is no table, DataError where `options` or the table do not fit."""
     pairs = find_pairs(tree.root)
-    counts = count_colours(evenly(pairs.masks, SAMPLE))
+    counts = count_colours(some_of(pairs.masks, SAMPLE))
     table = read_table(options.table) if options.table else choose_table(find_tables(tree), counts)
     if table is None:
         raise no_table(tree.root, pairs.masks, counts)
@@ -147,10 +147,6 @@ def no_table(root: Path, masks: Sequence[Path], counts: Counter[Colour]) -> Data
         f"write names into the table on stdout, save it, and run `{command}`",
         table,
     )
-
-
-def hexed(colour: Colour) -> str:
-    return "#{:02x}{:02x}{:02x}".format(*colour)
 
 
 def count_colours(masks: Sequence[Path]) -> Counter[Colour]:

@@ -17,10 +17,10 @@ from ssaseg.datasets.base import DataError
 from ssaseg.datasets.checking.storage import is_soft
 from ssaseg.datasets.conventions.base import Tree
 from ssaseg.datasets.conventions.binary import TOLERANCE
-from ssaseg.datasets.conventions.pictures import evenly, look_at_all, read_picture
+from ssaseg.datasets.conventions.pictures import look_at_all, read_picture, some_of
 from ssaseg.datasets.inspection import count_ids
 from ssaseg.datasets.pairs import IMAGE_SUFFIXES, first_names
-from ssaseg.datasets.survey.places import IMAGES, MASKS, SPLITS
+from ssaseg.datasets.survey.places import IMAGES, MASKS, SECOND, SPLITS
 
 SAMPLE = 16  # masks that are looked at to see whether each shows one object or class
 FEWEST = 0.05  # share of the images that must have several masks
@@ -30,7 +30,6 @@ OTHERS = re.compile(
     r"|overlays?|previews?|preds?|predictions?|results?|edges?|boundar(y|ies)|contours?|roi|fov|heatmaps?|probs?"
     r"|thumb(nail)?s?"
 )
-SECOND = re.compile(r"(2nd|second)\w*")  # the second opinion of two annotators
 # Words beside "images", "masks" or "train" that say nothing about the scene: "1. Original Images", "masks_png".
 PLAIN = re.compile(r"\d+|[a-z]|all|groundtruths?|originals?|sets?|full|raw|binary|data(sets?)?|png|jpe?g|tiff?|bmp")
 ROLES = {"others": OTHERS, "masks": MASKS, "images": IMAGES}
@@ -84,7 +83,7 @@ def find_layers(tree: Tree) -> Layers | None:
     if not several or len(several) < FEWEST * len(with_masks) or 2 * exact >= len(with_masks):
         return None
     masks = [tree.root / file for image in several for file, _ in image.layers]
-    if not _are_layers(evenly(masks, SAMPLE)):
+    if not _are_layers(some_of(masks, SAMPLE)):
         return None
     return Layers(with_masks, 2 * nested > len(masks), len(images) - len(with_masks))
 
@@ -197,7 +196,7 @@ def _are_layers(files: Sequence[Path]) -> bool:
 
 def are_soft(files: Sequence[Path]) -> bool:
     """Whether a sample of these masks has soft edges."""
-    read = [counts for counts in look_at_all(evenly(files, SAMPLE), _counts_of) if isinstance(counts, np.ndarray)]
+    read = [counts for counts in look_at_all(some_of(files, SAMPLE), _counts_of) if isinstance(counts, np.ndarray)]
     return is_soft(sum(read, np.zeros(256, np.int64)))
 
 

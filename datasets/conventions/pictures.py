@@ -5,7 +5,6 @@ Letters: H, W height and width [pixels].
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
@@ -14,20 +13,21 @@ from typing import Any, NamedTuple, TypeVar
 import cv2
 import numpy as np
 
-from ssaseg.datasets.base import DataError
+from ssaseg.datasets.base import DataError, evenly
 from ssaseg.datasets.conventions.base import Item
-from ssaseg.datasets.decoding import MAX_PIXELS, open_image
+from ssaseg.datasets.decoding.formats import MAX_PIXELS, open_image, read_bytes, require_size, unreadable
+from ssaseg.datasets.decoding.masks import lossy_method
+from ssaseg.datasets.decoding.tiff import tiff_header
 from ssaseg.datasets.pairs import first_names
 from ssaseg.datasets.survey import Found, find_folders
 from ssaseg.datasets.workers import Work, read_ahead
-from ssaseg.files.reading import read_file
+from ssaseg.files.machine import count_cores
 
 Result = TypeVar("Result")
 
 ANY = [str(value) for value in range(255)]  # classes, where the masks are not read as ids
 FEW = 64  # files that one process reads as quickly as several
 MOST_WORKERS = 8
-LOSSY = ("JPEG", "WEBP", "JPEG2000", "AVIF", "MPO")  # Pillow's names of formats that may change pixels
 
 
 class Picture(NamedTuple):
@@ -54,13 +54,12 @@ class Picture(NamedTuple):
 
 def read_picture(file: Path) -> Picture:
     """Raises OSError where the file cannot be read, DataError where it is no picture that a mask may be."""
-    data = read_file(file)
+    data = read_bytes(file, "mask")
+    require_size(file, data, MAX_PIXELS)
+    lossy = lossy_method(data, tiff_header(data)) is not None
     try:
         with open_image(data) as image:
-            if image.width * image.height > MAX_PIXELS:
-                size = f"{image.width}x{image.height} pixels (width x height)"
-                raise DataError(f"{file}: a mask of {size}\nexpected at most {MAX_PIXELS:,} pixels\ncut it into tiles")
-            mode, lossy, alpha, bits = image.mode, image.format in LOSSY, None, 8
+            mode, alpha, bits = image.mode, None, 8
             zero = (image.getpalette() or [0, 0])[1] if mode == "P" else None
             if (fast := _decode_png(data)) is not None:
                 pixels = fast
@@ -86,8 +85,7 @@ def read_picture(file: Path) -> Picture:
         raise
     except Exception as error:  # Pillow's readers raise ten types for damaged files
         reason = (str(error) or type(error).__name__).splitlines()[0].partition("<_io")[0]
-        expected = "expected a complete file of a known format\ncopy it again, or remove the pair"
-        raise DataError(f"{file}: damaged mask: {reason}\n{expected}") from None
+        raise unreadable(file, "mask", reason) from None
     return Picture(pixels, alpha, mode, lossy, bits, zero)
 
 
@@ -153,21 +151,16 @@ def find_pairs(root: Path, jpeg: bool = False) -> Pairs:
 
 def look_at_all(files: Sequence[Path], look: Callable[[Path], Result]) -> Iterator[Result | Exception]:
     """`look(file)` of each file in order, or its DataError or OSError; in several processes where there are many."""
-    workers = min(_cores(), MOST_WORKERS) if len(files) > FEW else 0
+    workers = min(count_cores(), MOST_WORKERS) if len(files) > FEW else 0
     stream: Any = read_ahead(_Look(files, look), range(len(files)), workers if workers > 1 else 0)
     with closing(stream):
         for (result,) in stream:
             yield result
 
 
-def evenly(files: Sequence[Path], most: int) -> list[Path]:
+def some_of(files: Sequence[Path], most: int) -> list[Path]:
     """At most so many of the files, evenly spaced, the first among them."""
-    count = min(len(files), most)
-    return [files[at * len(files) // count] for at in range(count)]
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return [files[at] for at in evenly(len(files), most)]
 
 
 class _Look(Work):

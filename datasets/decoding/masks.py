@@ -123,7 +123,7 @@ def _bytes(path: Path, ids: np.ndarray, kind: str) -> np.ndarray:
 # ---- what is refused ---------------------------------------------------------------------------------------------
 def _require_exact(path: Path, data: bytes, header: TiffHeader | None) -> None:
     """Raises DataError for lossy compression, and for samples that Pillow takes for others or does not read."""
-    if method := _lossy(data, header):
+    if method := lossy_method(data, header):
         raise DataError(
             f"{path}: a mask with {method} compression, which changes ids\nexpected PNG, or another lossless format\n"
             "export the masks again; of two values only, `ssaseg data prepare binary` makes class ids"
@@ -155,7 +155,7 @@ def _channels(path: Path, ids: np.ndarray, mode: str) -> DataError:
     return DataError(f"{path}: {found}\nexpected one channel that holds class ids\n{fix}")
 
 
-def _lossy(data: bytes, header: TiffHeader | None) -> str | None:
+def lossy_method(data: bytes, header: TiffHeader | None) -> str | None:
     """The name of the compression that may have changed ids; None where there is none."""
     name = format_of(data)
     if name == "TIFF":

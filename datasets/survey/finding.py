@@ -257,7 +257,7 @@ def _note_folders(found: Found) -> None:
 
 def _note_published(found: Found, pairs: Mapping[Any, Paths]) -> None:
     if is_segnet_camvid(pairs):
-        found.known = "camvid"
+        found.published = "camvid"
         counts = "/".join(str(len(pairs[split])) for split in ("train", "val", "test") if split in pairs)
         found.notes.append(f"this is SegNet's CamVid ({counts} frames): 11 classes, and 11 in the masks is ignored")
 

@@ -28,7 +28,7 @@ class Found:
     lists: dict[str, str] = field(default_factory=dict)  # split -> file of names, or of pairs where there are `pairs`
     notes: list[str] = field(default_factory=list)
     pairs: dict[str, Paths] = field(default_factory=dict)
-    known: str | None = None  # the published data set in another layout, whose classes are known
+    published: str | None = None  # the published data set in another layout, whose classes are known
     several: int = 0  # images that more than one mask file fits equally well
     example: tuple[str, str, str] | None = None  # such an image and two of its masks
     image_folders: list[str] = field(default_factory=list)  # all folders with images that are used

@@ -141,10 +141,10 @@ def find_name_lists(
         for at in (0, *(found.end() for found in re.finditer("/", stem))):
             by_end[stem[at:]] = None if stem[at:] in by_end else image
     for group in _groups(files):
-        splits = choose_splits(group)
-        if splits is None:
+        names_of = choose_splits(group)
+        if names_of is None:
             continue
-        chosen = {split: group[name] for split, name in splits[0].items()}
+        chosen = {split: group[name] for split, name in names_of[0].items()}
         lines = {split: _names(root / file) for split, file in chosen.items()}
         found = {split: [_find(name, by_end) for name in names] for split, names in lines.items()}
         if not all(found.values()) or any(image is None for each in found.values() for image in each):

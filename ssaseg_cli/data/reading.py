@@ -28,7 +28,7 @@ from ssaseg.datasets.conventions.colours import COLOURS, NoTable, count_colours,
 from ssaseg.datasets.conventions.colours import SAMPLE as COLOUR_SAMPLE
 from ssaseg.datasets.conventions.grey import GREY
 from ssaseg.datasets.conventions.layers import LAYERS
-from ssaseg.datasets.conventions.pictures import ANY, evenly
+from ssaseg.datasets.conventions.pictures import ANY, some_of
 from ssaseg.datasets.conventions.tables import Table
 from ssaseg.datasets.decoding.images import shown_size
 from ssaseg.datasets.ids import label_table
@@ -64,10 +64,11 @@ def look_at(root: Path, images: str | None = None, masks: str | None = None) -> 
         found = find_folders(root, images, masks)
         pairs = found.datasets(root, ANY)
     except DataError as error:
-        raise _to_prepare(root, None if given else recognise(tree)) or error from None
+        seen = None if given else recognise(tree)
+        raise (_to_prepare(root, *seen) if seen else error) from None
     # Before anything is read: one of several masks of an image must never be taken for all.
-    if not given and (seen := LAYERS.recognise(tree)):
-        raise _to_prepare(root, (LAYERS, seen)) or AssertionError
+    if not given and (layers := LAYERS.recognise(tree)):
+        raise _to_prepare(root, LAYERS, layers)
     if found.several:
         raise several_error(root, found)
     bands = look_at_bands([file for each in pairs.values() for file in each.image_files])
@@ -82,12 +83,12 @@ def look_at(root: Path, images: str | None = None, masks: str | None = None) -> 
     else:
         convention = _misread(tree, len(files), findings, table)
     if convention:
-        raise _to_prepare(root, convention) or AssertionError
+        raise _to_prepare(root, *convention)
     if not findings.pixels.any():
         raise _no_mask(root, files, findings)
     mixed = _require_alike(findings)
     names, notes = read_class_names(root, (*found.mask_folders, *found.image_folders))
-    if found.known and not findings.pixels[len((known := known_names(found.known)).names) + 1 : IGNORED].any():
+    if found.published and not findings.pixels[len((known := known_names(found.published)).names) + 1 : IGNORED].any():
         names, notes = known, []
     if names is None and table:
         names = Names(table[0].file, dict(enumerate(table[0].classes)), dict(enumerate(table[0].palette)), False)
@@ -147,11 +148,8 @@ def _keep_255(labels: Labels, pixels: np.ndarray) -> None:
     )
 
 
-def _to_prepare(root: Path, found: tuple[Convention, str] | None) -> CommandError | None:
-    """The error that names the command for a convention; None without one."""
-    if found is None:
-        return None
-    convention, seen = found
+def _to_prepare(root: Path, convention: Convention, seen: str) -> CommandError:
+    """The error that names the command for a convention. `seen`: what shows that the folder has it."""
     return CommandError(
         f"{root}: {seen}\n"
         "expected masks of class ids, or COCO-format JSON: training reads these only, others are converted once\n"
@@ -247,7 +245,7 @@ def small_images(dataset: Dataset, found: Findings, test: Test) -> list[Problem]
 
 def _no_mask(root: Path, files: Sequence[Path], findings: Findings) -> Exception:
     """The error where no mask could be read. For masks in colours a table is printed, to be filled in."""
-    counts = count_colours(evenly(files, COLOUR_SAMPLE))
+    counts = count_colours(some_of(files, COLOUR_SAMPLE))
     if not any(len(set(colour)) > 1 for colour in counts):  # damaged, or grey in three channels: see its error
         return DataError(findings.messages("error")[0])
     error = no_table(root, files, counts)

@@ -20,7 +20,8 @@ from ssaseg.datasets import DataError, Dataset, stated_classes
 from ssaseg.datasets.bands.reading import read_bands
 from ssaseg.datasets.base import Levels
 from ssaseg.datasets.decoding import read_mask
-from ssaseg.datasets.pairs import IMAGE_SUFFIXES, label_table
+from ssaseg.datasets.ids import label_table
+from ssaseg.datasets.pairs import IMAGE_SUFFIXES
 from ssaseg.datasets.published import LAYOUTS
 from ssaseg.files.text import printable
 from ssaseg.recipes import Recipe

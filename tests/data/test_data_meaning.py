@@ -209,7 +209,7 @@ def test_small_images_outside_of_the_sample_are_found(tmp_path: Path, monkeypatc
     put(tmp_path / "data/masks/val/3.png", (0, 1), (24, 50))
     from ssaseg.datasets import check
 
-    monkeypatch.setattr(check, "_evenly", lambda count, sample: [0])
+    monkeypatch.setattr(check, "evenly", lambda count, sample: [0])
     with pytest.raises(CommandError, match="3: too small for validation"):
         train_check(recipe)
 
