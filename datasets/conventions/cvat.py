@@ -13,9 +13,8 @@ import re
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
-from io import BytesIO
 from pathlib import Path, PurePosixPath
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 from xml.etree import ElementTree
 
 import numpy as np
@@ -35,7 +34,7 @@ from ssaseg.datasets.conventions.outlines import (
     with_background,
 )
 from ssaseg.datasets.pairs import first_names
-from ssaseg.files.reading import open_file, read_file
+from ssaseg.files.reading import open_file
 from ssaseg.files.text import printable
 
 LARGEST_XML = 2**29  # bytes
@@ -110,14 +109,35 @@ def open_source(tree: Tree, options: Options) -> Source:
 
 def _elements(file: Path) -> Iterator[ElementTree.Element]:
     """The elements `label` and `image`. Raises DataError for a file that is not whole, or has entities of its own."""
-    data = read_file(file, LARGEST_XML)
-    if b"\0" in data or b"<!DOCTYPE" in data or b"<!ENTITY" in data:  # entities can grow without limit
-        raise DataError(
-            f"{file}: not UTF-8, or with a DOCTYPE\nexpected the XML file that CVAT exports\nexport it again"
-        )
-    depth = 0
+    with open_file(file) as stream:
+        yield from _parse(file, Checked(file, stream))
+
+
+class Checked:
+    """A stream of XML that is read once, block by block. Entities can grow without limit: they are refused."""
+
+    def __init__(self, file: Path, stream: BinaryIO) -> None:
+        self.file, self.stream, self.end, self.size = file, stream, b"", 0
+
+    def read(self, count: int = -1) -> bytes:
+        """The next block. Raises DataError where it is not what CVAT writes, or the file is too large."""
+        block = self.stream.read(count)
+        seen, self.end, self.size = self.end + block, block[-16:], self.size + len(block)
+        if b"\0" in seen or b"<!DOCTYPE" in seen or b"<!ENTITY" in seen:
+            raise DataError(
+                f"{self.file}: not UTF-8, or with a DOCTYPE\nexpected the XML file that CVAT exports\nexport it again"
+            )
+        if self.size > LARGEST_XML:
+            most = f"expected at most {LARGEST_XML:,} bytes"
+            raise DataError(f"{self.file}: a larger file than CVAT's XML files\n{most}\nexport fewer images at once")
+        return block
+
+
+def _parse(file: Path, stream: Checked) -> Iterator[ElementTree.Element]:
+    depth, root = 0, None
     try:
-        for event, element in ElementTree.iterparse(BytesIO(data), ("start", "end")):
+        for event, element in ElementTree.iterparse(stream, ("start", "end")):
+            root = element if root is None else root
             depth += 1 if event == "start" else -1
             if depth > 32:
                 raise DataError(f"{file}: elements are nested too deeply\nexpected the XML file that CVAT exports")
@@ -128,6 +148,8 @@ def _elements(file: Path) -> Iterator[ElementTree.Element]:
             if event == "end" and element.tag in ("label", "image") and (element.tag == "image" or len(element)):
                 yield element
                 element.clear()
+                if element.tag == "image":  # the root would keep all of them
+                    root.clear()
     except ElementTree.ParseError as error:
         reason = printable(str(error))
         raise DataError(

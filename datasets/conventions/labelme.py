@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -34,6 +34,7 @@ from ssaseg.datasets.conventions.outlines import (
     require_size,
     with_background,
 )
+from ssaseg.datasets.conventions.pictures import look_at_all
 from ssaseg.datasets.inspection import image_size
 
 IGNORE, BACKGROUND = "__ignore__", "_background_"
@@ -63,14 +64,16 @@ def recognise(tree: Tree) -> str | None:
 
 def open_source(tree: Tree, options: Options) -> Source:
     images, rows, names, others = Images(tree), list[Row](), set[str](), 0
-    for file in tree.by_suffix[".json"]:
-        document = read_object(tree.root / file, "labelme")
-        if not isinstance(document.get("shapes"), list):
+    files = tree.by_suffix[".json"]
+    for file, found in zip(files, look_at_all([tree.root / each for each in files], _summary), strict=True):
+        if isinstance(found, Exception):
+            raise found
+        if found is None:
             others += 1
             continue
-        image = _image(tree, images, file, document)
+        image = _image(tree, images, file, found)
         rows.append(Row(image, tree.root / file, image.parent))
-        names |= {shape["label"] for shape in _shapes(tree.root / file, document)}
+        names |= found.labels
     listed = next(tree.named("labels.txt"), None)
     if options.table or listed:
         table = options.table or tree.root / str(listed)
@@ -93,11 +96,28 @@ def open_source(tree: Tree, options: Options) -> Source:
     return Source(items, classes, Reader(ids, rest), notes=[note, about_rest, "a later shape lies on top", *notes])
 
 
-def _image(tree: Tree, images: Images, file: PurePosixPath, document: dict[str, Any]) -> PurePosixPath:
-    name = document.get("imagePath")
+class Summary(NamedTuple):
+    """What is kept of a file, which may hold a whole image."""
+
+    image: Any  # `imagePath`
+    inside: bool  # whether the image is in the file
+    labels: frozenset[str]
+
+
+def _summary(file: Path) -> Summary | None:
+    """None for a file without shapes. Raises DataError and OSError."""
+    document = read_object(file, "labelme")
+    if not isinstance(document.get("shapes"), list):
+        return None
+    labels = frozenset(shape["label"] for shape in _shapes(file, document))
+    return Summary(document.get("imagePath"), isinstance(document.get("imageData"), str), labels)
+
+
+def _image(tree: Tree, images: Images, file: PurePosixPath, summary: Summary) -> PurePosixPath:
+    name = summary.image
     found = images.find(name, file.parent) if isinstance(name, str) else None
     found = found or images.beside(file)
-    if found is None and isinstance(document.get("imageData"), str):
+    if found is None and summary.inside:
         raise DataError(
             f"{tree.root / file}: its image {brief(name)} is only inside the file, as imageData\n"
             "expected an image file beside it\nwrite it with `labelme_export_json FILE.json`, or copy it there"

@@ -50,25 +50,27 @@ def recognise(tree: Tree) -> str | None:
 
 
 def open_source(tree: Tree, options: Options) -> Source:
-    documents = {file: read_document(tree.root / file, "COCO panoptic file", KEYS) for file in sorted(_files(tree))}
+    images, pngs, rows = Images(tree), Pngs(tree.by_suffix[".png"]), list[Row]()
     categories: dict[int, str] = {}
-    for file, document in documents.items():
+    for file in sorted(_files(tree)):
+        document = read_document(tree.root / file, "COCO panoptic file", KEYS)
         for entry in _entries(tree.root / file, document, "categories", ("id", "name")):
             if type(entry["id"]) is not int or not isinstance(entry["name"], str):
                 raise _wrong(tree.root / file, f"a category is {brief(entry)}")
             if categories.setdefault(entry["id"], entry["name"]) != entry["name"]:
                 both = f"{brief(categories[entry['id']])} and {brief(entry['name'])}"
                 raise DataError(f"{tree.root / file}: category {entry['id']} is {both}\nexpected one name for an id")
+        rows += _rows(tree, file, document, images, pngs)
+        del document  # of all files, only the segments stay in memory
     names = list(dict.fromkeys(name for _, name in sorted(categories.items())))
     rest, about_rest = IGNORED, "segment id 0 is ignored: --background NAME makes it a class"
     if options.background:
         names, rest, about_rest = with_background(names, options, tree.root)
     if len(names) > MOST_CLASSES:
         raise DataError(f"{tree.root}: {len(names)} categories\nexpected at most {MOST_CLASSES}\nmerge categories")
-    ids = {category: names.index(name) for category, name in categories.items()}
-    images = Images(tree)
-    pngs = Pngs(tree.by_suffix[".png"])
-    rows = [row for file, document in documents.items() for row in _rows(tree, file, document, images, pngs, ids, rest)]
+    ids = {0: rest} | {category + 1: names.index(name) for category, name in categories.items()}
+    for row in rows:
+        row.label.resolve(ids)
     items, notes = make_items(tree.root, rows, "panoptic JSON files")
     notes = [
         "class names in the order of the category ids",
@@ -79,14 +81,22 @@ def open_source(tree: Tree, options: Options) -> Source:
     return Source(items, names, read, notes=notes)
 
 
-@dataclass(frozen=True)
+@dataclass
 class Segments:
     """The label of one image."""
 
     json: Path
     png: Path
-    ids: np.ndarray  # int64 (S,)
-    train_ids: np.ndarray  # uint8 (S,)
+    ids: np.ndarray  # int32 (S,)
+    classes: np.ndarray  # (S,): category + 1 and 0 for unlabelled, int64; after `resolve` train ids, uint8
+
+    def resolve(self, ids: dict[int, int]) -> None:
+        """Puts train ids in the place of categories. Raises DataError for one that no file has."""
+        if unknown := sorted(set(self.classes.tolist()) - ids.keys()):
+            found = f"segments_info has category_id {unknown[0] - 1}"
+            expected = "expected an id of 1 to 16777215 and a category_id of `categories`"
+            raise DataError(f"{self.json}: {self.png.name}: {found}\n{expected}\nexport it again")
+        self.classes = np.array([ids[value] for value in self.classes.tolist()], np.uint8)
 
 
 def _rows(
@@ -95,8 +105,6 @@ def _rows(
     document: dict[str, Any],
     images: Images,
     pngs: Pngs,
-    ids: dict[int, int],
-    rest: int,
 ) -> list[Row]:
     where = tree.root / file
     names = {}
@@ -117,7 +125,7 @@ def _rows(
         image = images.find(name, near, apart)
         if image is None:
             raise no_image(where, name)
-        rows.append(Row(image, _segments(where, tree.root / png, entries, ids, rest), file))
+        rows.append(Row(image, _segments(where, tree.root / png, entries), file))
     return rows
 
 
@@ -148,15 +156,20 @@ class Pngs:
         return found[0]
 
 
-def _segments(where: Path, png: Path, entries: Any, ids: dict[int, int], rest: int) -> Segments:
-    found = {0: rest}
+def _segments(where: Path, png: Path, entries: Any) -> Segments:
+    found = {0: 0}
     for entry in entries if isinstance(entries, list) else [None]:
         number, category = (entry.get("id"), entry.get("category_id")) if isinstance(entry, dict) else (None, None)
-        if type(number) is not int or not 0 < number < 1 << 24 or type(category) is not int or category not in ids:
+        if (
+            type(number) is not int
+            or not 0 < number < 1 << 24
+            or type(category) is not int
+            or not 0 <= category < 1 << 31
+        ):
             expected = "expected an id of 1 to 16777215 and a category_id of `categories`"
             raise DataError(f"{where}: {png.name}: segments_info has {brief(entry)}\n{expected}\nexport it again")
-        found[number] = ids[category]
-    return Segments(where, png, np.array(list(found)), np.array(list(found.values()), np.uint8))
+        found[number] = category + 1
+    return Segments(where, png, np.array(list(found), np.int32), np.array(list(found.values()), np.int64))
 
 
 def read(item: Item) -> np.ndarray:
@@ -181,7 +194,7 @@ def read(item: Item) -> np.ndarray:
     numbers = red | green << 8 | blue << 16
     # Of all possible ids: 0 for those that the JSON does not list. Only the pages that are used take memory.
     table = np.zeros(1 << 24, np.uint16)
-    table[segments.ids] = segments.train_ids.astype(np.uint16) + 1
+    table[segments.ids] = segments.classes.astype(np.uint16) + 1
     found = table[numbers]
     if not found.all():
         unknown = numbers[found == 0]

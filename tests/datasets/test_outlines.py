@@ -9,6 +9,7 @@ import base64
 import io
 import json
 import pickle
+import tracemalloc
 import zlib
 from collections.abc import Callable
 from itertools import groupby
@@ -22,6 +23,7 @@ from PIL import Image, ImageDraw
 from ssaseg.datasets import DataError
 from ssaseg.datasets.conventions import recognise
 from ssaseg.datasets.conventions.base import Options, Source, Tree
+from ssaseg.datasets.conventions.cvat import _elements
 from ssaseg.datasets.conventions.hints import describe_json, hint_of
 
 HEIGHT, WIDTH = 30, 40
@@ -527,6 +529,31 @@ def test_cvat_refused(tmp_path: Path, shapes: list[str], head: str, parts: list[
 
 
 # ---- COCO panoptic -----------------------------------------------------------------------------------------------
+def test_cvat_memory_does_not_grow_with_the_number_of_images(tmp_path: Path) -> None:
+    one = f'<image name="a.jpg" width="40" height="30"><polygon label="road" points="{"1,2;" * 100}3,4"/></image>\n'
+    file = write(tmp_path / "annotations.xml", f"{HEAD}{one * 2000}</annotations>")
+    tracemalloc.start()
+    count = sum(element.tag == "image" for element in _elements(file))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert count == 2000
+    assert peak < file.stat().st_size / 4
+
+
+def test_cvat_entities_are_found_between_two_blocks(tmp_path: Path) -> None:
+    before = "<!--" + "x" * (2**14 - 12) + "-->"  # blocks of 16 KiB are read
+    file = write(tmp_path / "annotations.xml", f"{before}<!DOCTYPE a><annotations></annotations>")
+    assert file.read_bytes()[2**14 - 5 : 2**14 + 4] == b"<!DOCTYPE"
+    with pytest.raises(DataError, match="DOCTYPE"):
+        list(_elements(file))
+
+
+def test_panoptic_category_that_cannot_be_one(tmp_path: Path) -> None:
+    for category in (-1, 10**12):
+        panoptic(tmp_path, [{"id": 5, "category_id": category}], np.full((HEIGHT, WIDTH), 5))
+        refused(tmp_path, "coco_panoptic", "category_id")
+
+
 def panoptic(root: Path, segments: list[dict[str, int]], ids: np.ndarray, split: str = "train") -> Path:
     image(root / f"{split}2017" / "a.png")  # as its segments: in another folder
     folder = root / "annotations" / f"panoptic_{split}2017"

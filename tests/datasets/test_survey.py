@@ -367,7 +367,7 @@ def test_a_list_whose_paths_start_elsewhere_is_used(tmp_path: Path) -> None:
     found = look(tmp_path, f"{files} train.txt={lines['train']} val.txt={lines['val']}")
     assert found.lists == {"train": "train.txt", "val": "val.txt"}
     assert "train.txt: paths are read without S/ before them" in found.notes
-    assert found.known == "camvid"
+    assert found.published == "camvid"
 
 
 def test_a_list_of_a_few_examples_is_not_used(tmp_path: Path) -> None:
