@@ -70,7 +70,7 @@ def open_source(tree: Tree, options: Options) -> Source:
         raise DataError(f"{tree.root}: {len(names)} categories\nexpected at most {MOST_CLASSES}\nmerge categories")
     ids = {0: rest} | {category + 1: names.index(name) for category, name in categories.items()}
     for row in rows:
-        row.label.resolve(ids)
+        row.label.to_train_ids(ids)
     items, notes = make_items(tree.root, rows, "panoptic JSON files")
     notes = [
         "class names in the order of the category ids",
@@ -88,9 +88,9 @@ class Segments:
     json: Path
     png: Path
     ids: np.ndarray  # int32 (S,)
-    classes: np.ndarray  # (S,): category + 1 and 0 for unlabelled, int64; after `resolve` train ids, uint8
+    classes: np.ndarray  # (S,): category + 1 and 0 for unlabelled, int64; after `to_train_ids` train ids, uint8
 
-    def resolve(self, ids: dict[int, int]) -> None:
+    def to_train_ids(self, ids: dict[int, int]) -> None:
         """Puts train ids in the place of categories. Raises DataError for one that no file has."""
         if unknown := sorted(set(self.classes.tolist()) - ids.keys()):
             found = f"segments_info has category_id {unknown[0] - 1}"
