@@ -103,6 +103,10 @@ class Dataset(Protocol):
         """What a user can do about wrong ids; None where the recipe's keys about ids are the fix."""
 
     @property
+    def channels(self) -> int:
+        """Of every image, see `bands.reading`."""
+
+    @property
     def levels(self) -> Levels | None:
         """Values of 16-bit images that become 0 and 255, see `read_image`."""
 
@@ -148,7 +152,8 @@ def require_below(where: str, name: str) -> None:
     wrong = "a part of more than 255 characters" if max(map(len, parts)) > 255 else wrong
     if wrong:
         expected = "a path below the folder of images, with / between folders"
-        raise DataError(f"{where}: {wrong}: {brief(name)}\nexpected {expected}")
+        fix = "write / in its place" if wrong == "a backslash" else "correct the name, also that of the file if needed"
+        raise DataError(f"{printable(where)}: {wrong}: {brief(name)}\nexpected {expected}\n{fix}")
 
 
 def brief(value: object) -> str:

@@ -129,9 +129,7 @@ def look_through(
                 progress(1)
     if not is_published(dataset):
         findings.problems += findings.headers.problems(dataset.levels)
-        if isinstance(dataset, PairDataset) and dataset.image_folder is not None:
-            used = {*dataset.mask_files, *dataset.unused_masks}
-            findings.problems += passed_over(dataset.image_folder, dataset.image_suffixes, used)
+        findings.problems += passed_over(dataset)
     per_class = np.bincount(dataset.label_lut, findings.pixels, 256)[: len(dataset.classes)]
     if findings.count("error") == 0 and not per_class.any():
         text = (
@@ -154,14 +152,26 @@ def look_through(
 
 
 def compare_masks(splits: Sequence[Dataset], found: Sequence[Findings]) -> list[Problem]:
-    """What is wrong with all masks of a data set together: palettes that number colours differently, two ids for one
-    object, soft edges, an object that is ignored. `found`: the findings of each split.
+    """What is wrong with all pairs of a data set together: palettes that number colours differently, two ids for one
+    object, soft edges, an object that is ignored, a range of 16 bits without effect. `found`: the findings of each
+    split.
     """
+    both = reduce(Findings.joined, found)
+    headers = both.headers
+    if splits[0].levels is not None and headers.read and not headers.deep and not is_published(splits[0]):
+        text = "data.range has no effect: no image has more than 8 bits\nremove the key"
+        both.problems = [Problem("warning", text, "bits")]
+    else:
+        both.problems = []
     pairs = [split for split in splits if isinstance(split, PairDataset) and not is_published(split)]
     if not pairs or len(pairs) < len(splits):
-        return []
-    both, lut = reduce(Findings.joined, found), pairs[0].label_lut
-    return [*both.storage.problems(lut), *(() if both.storage.two_whites else about_255(both.pixels, lut))]
+        return both.problems
+    lut = pairs[0].label_lut
+    return [
+        *both.problems,
+        *both.storage.problems(lut),
+        *(() if both.storage.two_whites else about_255(both.pixels, lut)),
+    ]
 
 
 def compare_images(train: Dataset, val: Dataset, content: bool = False) -> list[Problem]:

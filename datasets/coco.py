@@ -179,7 +179,7 @@ class CocoDataset:
         height, width = map(int, self._sizes[index])
         fix = "correct width and height in the file, or annotate the image in its own size; images are not resized"
         if (height, width) == (image[1], image[0]):
-            fix = "the image is rotated by its EXIF orientation: annotate it as it is shown, or remove the orientation"
+            fix = "width and height are swapped, as by an EXIF orientation: annotate the image as shown, or remove it"
         return DataError(
             f"{self.image_files[index]}: image of {image[1]}x{image[0]} pixels (width x height)\n"
             f"expected {width}x{height}, as in {first_names([str(file) for file in self.annotation_files])}\n{fix}"

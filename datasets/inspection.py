@@ -8,10 +8,10 @@ from typing import NamedTuple
 import cv2
 import numpy as np
 
-from ssaseg.datasets.bands.reading import read_bands
+from ssaseg.datasets.bands.reading import stored_bands
 from ssaseg.datasets.base import DataError, Dataset, ImageFacts, Levels, PairFacts, Problem
 from ssaseg.datasets.decoding import header_size, image_facts, read_complete
-from ssaseg.datasets.decoding.images import decode_image, stored_values
+from ssaseg.datasets.decoding.images import decode_image
 from ssaseg.files.text import describe
 
 MOST_COUNTED = 2**22  # values of an image that are counted; of larger images, those of some of their rows
@@ -19,14 +19,16 @@ MOST_COUNTED = 2**22  # values of an image that are counted; of larger images, t
 
 def inspect_loaded(dataset: Dataset, index: int) -> PairFacts:
     """`Dataset.inspect` by way of `load_raw`, which raises only the first error of a pair."""
+    look = None
     try:
         raw = dataset.load_raw(index)[1]
+        if dataset.image_files:
+            look = look_at_image(dataset.image_files[index], False, dataset.channels)
     except (DataError, OSError) as error:
         return PairFacts([Problem("error", describe(error), "pair that cannot be read")], None, None, None)
     counts, problems = count_ids(raw), []
     if counts[~dataset.valid_raw].any():
         problems = [Problem("error", str(dataset.label_error(index)), "ids out of range")]
-    look = look_at_image(dataset.image_files[index], False) if dataset.image_files else None
     facts, top = (None, None) if look is None else (look.facts, look.top)
     return PairFacts(problems, counts, (raw.shape[0], raw.shape[1]), None, image=facts, top=top)
 
@@ -54,17 +56,16 @@ def look_at_image(file: Path, decode: bool, channels: int = 3) -> ImageLook:
     """
     data = read_complete(file)
     facts = image_facts(data)
-    if channels != 3:  # all bands are used: none of them is a further one
-        height, width = read_bands(file, channels).shape[:2]
-        return ImageLook((height, width), facts and facts._replace(bands=3), None)
-    if facts is not None and facts.bits > 8:
-        values = stored_values(file, data)
-        height, width = values.shape[:2]
-        # Where the decoder gives the upper 8 bits only, the values are known that well.
-        return ImageLook(
-            (height, width), facts, _top(values.astype(np.uint16) << 8 if values.dtype == np.uint8 else values)
-        )
-    return ImageLook(_size(file, data, decode), facts, None)
+    deep = facts is not None and facts.bits > 8
+    if channels == 3 and not deep:
+        return ImageLook(_size(file, data, decode), facts, None)
+    values = stored_bands(file, channels)
+    height, width = values.shape[:2]
+    if facts is not None and channels != 3:  # all bands are used: none of them is a further one, nor is a page a band
+        facts = facts._replace(bands=3, paged=facts.paged and channels == 1)
+    # Where the decoder gives the upper 8 bits only, the values are known that well.
+    values = values.astype(np.uint16) << 8 if deep and values.dtype == np.uint8 else values
+    return ImageLook((height, width), facts, _top(values) if deep else None)
 
 
 def image_size(file: Path, decode: bool) -> tuple[int, int]:

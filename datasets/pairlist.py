@@ -17,7 +17,7 @@ from unicodedata import normalize
 
 from ssaseg.datasets.base import DataError, brief
 from ssaseg.datasets.pairs import LARGEST_LIST, TWO_FILES, Pairs, first_names, raise_or_keep
-from ssaseg.files.reading import read_file
+from ssaseg.files.reading import decode_text, read_file
 
 EXPECTED = "expected an image and its mask a line, with a tab between them, as paths below data.root"
 SEPARATORS = ("\t", ";", ",")
@@ -128,7 +128,7 @@ def name_pairs(paths: Iterable[str]) -> dict[str, str]:
 def looks_like_pairs(file: Path) -> bool:
     """Whether one of the first lines could be a pair: two names of files, or a header of such columns."""
     try:
-        start = read_file(file, LARGEST_LIST)[:LONGEST_LINE].decode("utf-8-sig", errors="replace")
+        start = decode_text(read_file(file, LARGEST_LIST)[:LONGEST_LINE], "replace")
     except OSError:
         return False
     lines = [line.strip() for line in start.split("\n") if line.strip() and line[0] != "#"][:3]
@@ -152,7 +152,7 @@ def _has_split(file: Path, split: str) -> bool:
 
 def _rows(file: Path, split: str | None) -> tuple[list[_Row], list[str]]:
     try:
-        text = read_file(file, LARGEST_LIST).decode("utf-8-sig")
+        text = decode_text(read_file(file, LARGEST_LIST))
     except FileNotFoundError:
         raise DataError(f"{file}: no such file\nexpected a list of pairs\n{EXPECTED}") from None
     except UnicodeDecodeError as error:

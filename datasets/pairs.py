@@ -25,7 +25,7 @@ from ssaseg.datasets.base import IGNORED, DataError, PairFacts, Problem, default
 from ssaseg.datasets.decoding import Levels, read_mask
 from ssaseg.datasets.ids import expected_ids, label_table, likely_fix
 from ssaseg.datasets.inspection import count_ids, look_at_image
-from ssaseg.files.reading import read_file
+from ssaseg.files.reading import decode_text, read_file
 from ssaseg.files.text import describe
 
 Decoded = tuple[np.ndarray, np.ndarray, np.ndarray | None]  # image, raw ids, colours of a palette file
@@ -183,7 +183,7 @@ class PairDataset:
         """The error for an image and a mask whose shapes (H, W, …) differ."""
         fix = "resize the mask to the size of its image; masks are not resized when they are read"
         if tuple(mask[:2]) == (image[1], image[0]):
-            fix = "the image is rotated by its EXIF orientation: rotate the mask too, or remove the orientation"
+            fix = "width and height are swapped, as by an EXIF orientation: rotate the mask, or remove the orientation"
         return DataError(
             f"{self.mask_files[index]}: mask of {mask[1]}x{mask[0]} pixels (width x height)\n"
             f"expected {image[1]}x{image[0]}, as its image {self.image_files[index]}\n{fix}"
@@ -309,7 +309,7 @@ def read_names(file: Path) -> list[str]:
     Names keep their spaces. Only a line feed ends a line; a carriage return before it is dropped.
     """
     try:
-        lines = read_file(file, LARGEST_LIST).decode("utf-8-sig").split("\n")
+        lines = decode_text(read_file(file, LARGEST_LIST)).split("\n")
     except FileNotFoundError:
         raise DataError(f"{file}: no such file\nexpected the list of names, one a line") from None
     except UnicodeDecodeError as error:

@@ -45,7 +45,7 @@ class SyntheticScenes:
     incomplete: Sequence[DataError] = ()
     unused_masks: Sequence[Path] = ()
     zero_ignored = None  # labels are drawn as train ids
-    levels = None
+    channels, levels = 3, None
     fix = "ssaseg draws these scenes itself: please report this error"
 
     def __init__(self, count: int, height: int, width: int, seed: int = 0, split: str = "train") -> None:

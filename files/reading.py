@@ -1,5 +1,6 @@
 """Reads regular files of limited size. A FIFO would wait for ever, a device or a sparse file would fill the memory."""
 
+import codecs
 import errno
 import os
 import stat
@@ -52,8 +53,16 @@ def read_file(path: str | os.PathLike[str], limit: int = LARGEST) -> bytes:
 
 
 def read_text(path: str | os.PathLike[str], limit: int = LARGEST_TEXT) -> str:
-    """The text of a UTF-8 file. Raises OSError as `open_file` does, UnicodeDecodeError for other encodings."""
-    return read_file(path, limit).decode()
+    """The text of a file, see `decode_text`. Raises OSError as `open_file` does, and UnicodeDecodeError."""
+    return decode_text(read_file(path, limit))
+
+
+def decode_text(content: bytes, errors: str = "strict") -> str:
+    """Text in UTF-8, or with the mark of UTF-16, as Windows tools write it; without the mark. Raises
+    UnicodeDecodeError for other encodings, unless `errors` is "replace".
+    """
+    utf16 = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    return content.decode("utf-16" if utf16 else "utf-8-sig", errors)
 
 
 def too_large(path: str | os.PathLike[str], limit: int) -> OSError:

@@ -20,7 +20,7 @@ from PIL.TiffImagePlugin import ImageFileDirectory_v2
 
 from ssaseg.datasets.base import DataError
 from ssaseg.datasets.decoding import FORMATS, MAX_PIXELS, Levels, open_image, read_complete, read_image
-from ssaseg.datasets.decoding.images import to_bytes
+from ssaseg.datasets.decoding.images import stored_values, to_bytes
 from ssaseg.files.reading import read_file
 from ssaseg.files.text import cut, printable
 
@@ -46,11 +46,23 @@ def read_bands(path: Path, channels: int = 3, max_pixels: int = MAX_PIXELS, leve
     if channels == 3:
         return read_image(path, max_pixels, levels)
     if channels == 1:
-        image = read_image(path, max_pixels, levels)
-        if (image[..., :1] != image[..., 1:]).any():
-            raise _other_number(path, 3, 1)
-        return np.ascontiguousarray(image[..., :1])
+        return _one_band(path, read_image(path, max_pixels, levels))
+    pixels = stored_bands(path, channels, max_pixels)
+    pixels = pixels if pixels.dtype == np.uint8 else to_bytes(pixels, levels)
+    image = np.array(pixels, order="C")
+    if channels > 3:  # to BGR; faster than one index for all channels
+        image[..., 0], image[..., 2] = pixels[..., 2], pixels[..., 0]
+    return image
+
+
+def stored_bands(path: Path, channels: int, max_pixels: int = MAX_PIXELS) -> np.ndarray:
+    """The values of a file that `read_bands` reads, uint8, uint16 or int16 (H, W, channels): of three channels BGR, of
+    others in the order of the file. Raises what `read_bands` raises.
+    """
     data = read_complete(path, max_pixels)
+    if channels in (1, 3):
+        values = stored_values(path, data)
+        return values if channels == 3 else _one_band(path, values)
     most = min(max_pixels, 3 * MAX_PIXELS // channels)
     try:
         pixels = _from_tiff(data, channels, most) if data.startswith(TIFF) else _from_alpha(data)
@@ -74,11 +86,7 @@ def read_bands(path: Path, channels: int = 3, max_pixels: int = MAX_PIXELS, leve
             f"{path}: its bands hold {pixels.dtype} values\nexpected whole numbers of 8 or 16 bits\n"
             "scale the values of all images in the same way to 0..255 or 0..65535, and save them again"
         )
-    pixels = pixels if pixels.dtype == np.uint8 else to_bytes(pixels, levels)
-    image = np.array(pixels, order="C")
-    if channels > 3:  # to BGR; faster than one index for all channels
-        image[..., 0], image[..., 2] = pixels[..., 2], pixels[..., 0]
-    return image
+    return pixels
 
 
 def count_bands(file: Path | bytes) -> int | None:
@@ -109,8 +117,9 @@ def shown(image: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(image[..., :3]) if image.shape[2] > 3 else image[..., :1].repeat(3, axis=2)
 
 
-def measure(files: Sequence[Path], channels: int) -> tuple[list[float], list[float]]:
-    """Mean and standard deviation of each channel, red, green and blue first, over some of the files, on 0..255.
+def measure(files: Sequence[Path], channels: int, levels: Levels | None = None) -> tuple[list[float], list[float]]:
+    """Mean and standard deviation of each channel, red, green and blue first, over some of the files, on 0..255, where
+    16 bits become these by `levels`, see `read_bands`.
 
     Files that cannot be read are left out; raises the last error if none can be read.
     """
@@ -118,7 +127,7 @@ def measure(files: Sequence[Path], channels: int) -> tuple[list[float], list[flo
     error: Exception | None = None
     for file in files[:: max(len(files) // MEASURED, 1)][:MEASURED]:
         try:
-            pixels = read_bands(file, channels).reshape(-1, channels)[::7].astype(np.float64)
+            pixels = read_bands(file, channels, levels=levels).reshape(-1, channels)[::7].astype(np.float64)
         except (DataError, OSError) as failed:
             error = failed
             continue
@@ -137,6 +146,13 @@ def common_bands(files: Iterable[Path]) -> int | None:
     """The number of bands that all of these files have; None where they differ or cannot be read."""
     found = {count_bands(file) for file in files}
     return found.pop() if len(found) == 1 else None
+
+
+def _one_band(path: Path, values: np.ndarray) -> np.ndarray:
+    """The first of three equal channels (H, W, 3), as (H, W, 1). Raises DataError where they are not equal."""
+    if (values[..., :1] != values[..., 1:]).any():
+        raise _other_number(path, 3, 1)
+    return np.ascontiguousarray(values[..., :1])
 
 
 def _from_alpha(data: bytes) -> np.ndarray:

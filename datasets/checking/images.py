@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ssaseg.datasets.base import ImageFacts, Levels, Problem
-from ssaseg.datasets.pairs import walk
+from ssaseg.datasets.base import Dataset, ImageFacts, Levels, Problem
+from ssaseg.datasets.pairs import IMAGE_SUFFIXES, walk
 from ssaseg.files.text import printable
 
 HALF = 2**15  # of the values of 16 bits: where nearly all values are below, most of the range is unused
+# Texts beside images, such as lists, names and annotations: nobody expects that they are read as images.
+TEXTS = (".txt", ".csv", ".tsv", ".lst", ".json", ".xml", ".yaml", ".yml", ".md", ".html", ".db", ".ini", ".log", "")
 SENSORS = (2**10 - 1, 2**12 - 1, 2**14 - 1)  # largest values of 10, 12 and 14 bits
 
 
@@ -65,9 +68,6 @@ class Images:
                 yield Problem(severity, f"{count} {verb} {what}: {first}{', …' * (count > 1)}\n{fix}", kind)
         if levels is None and self.fitting:
             yield Problem("warning", self._unused(), "bits")
-        elif levels is not None and self.read and not self.deep:
-            text = "data.range has no effect: no image has more than 8 bits\nremove the key"
-            yield Problem("warning", text, "bits")
         elif levels is not None and self.deep and self.most < levels[0] + (levels[1] - levels[0]) / 8:
             low, high = levels
             text = f"16 bits, largest value {self.largest}, with data.range: [{low}, {high}]: images are nearly black"
@@ -105,13 +105,31 @@ _TEXTS = {
 }
 
 
-def passed_over(folder: Path, suffixes: Sequence[str], used: Collection[Path]) -> Iterator[Problem]:
-    """A note on the files below a folder of images that have none of the suffixes, except those that are `used`."""
-    ends = tuple(suffix.lower() for suffix in suffixes)
-    others = [path for path in walk(folder) if not path.name.lower().endswith(ends) and path not in used]
+def passed_over(dataset: Dataset) -> Iterator[Problem]:
+    """A note on the files in the folders of images that are not images by their suffix. Masks and texts are not meant.
+
+    The folders are the one that was searched, with all below it, or else those that hold the listed images.
+    """
+    folder: Path | None = getattr(dataset, "image_folder", None)
+    suffixes = tuple(suffix.lower() for suffix in getattr(dataset, "image_suffixes", IMAGE_SUFFIXES))
+    used = {*dataset.mask_files, *dataset.unused_masks}
+    folders = [folder] if folder else sorted({file.parent for file in dataset.image_files})
+    files = walk(folder) if folder else (path for each in folders for path in _files_in(each))
+    others = [
+        path
+        for path in files
+        if path.suffix.lower() not in TEXTS and not path.name.lower().endswith(suffixes) and path not in used
+    ]
     if others:
-        text = f"{count_suffixes(Counter(path.suffix.lower() for path in others))} in {folder}"
-        yield Problem("note", f"{text}\nif they are images: add their suffixes to data.image_suffixes", "other types")
+        where = f"{folders[0]}{f' and {len(folders) - 1} more folders' * (len(folders) > 1)}"
+        text = f"{count_suffixes(Counter(path.suffix.lower() for path in others))} in {where}"
+        fix = "\nif they are images: add their suffixes to data.image_suffixes" if folder else ""
+        yield Problem("note", text + fix, "other types")
+
+
+def _files_in(folder: Path) -> list[Path]:
+    with os.scandir(folder) as entries:
+        return [Path(entry) for entry in entries if not entry.name.startswith(".") and entry.is_file()]
 
 
 def count_suffixes(counts: Counter[str]) -> str:

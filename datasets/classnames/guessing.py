@@ -42,11 +42,13 @@ def guess_labels(ids: Sequence[int], names: Names | None, palette: bytes | None)
             f"the masks hold {len(ids)} different values: they look like grey levels, not like class ids\n"
             f"expected one small number for each class\nwrite class ids 0, 1, 2, … without smoothing"
         )
-    if names is not None and list(ids) == [0, IGNORED] and len(names.names) == 2:
-        note = "0 and 255 are the only ids: they are the two classes"
-        both = list(names.colours.values()) if len(names.colours) == 2 else None
-        classes, ends = list(names.names.values()), {0: 0, IGNORED: 1}
-        return Labels(classes, [0, IGNORED], False, ends, both, [f"class names: {names.file.name}", note])
+    even = list(ids) == [0, IGNORED] or _is_even(ids)
+    if even and names is not None and len(names.names) == len(ids):
+        shown = first_names([str(value) for value in ids], 10)
+        note = f"{shown} are the only ids: they are the {'two ' if len(ids) == 2 else ''}classes"
+        given = list(names.colours.values()) if len(names.colours) == len(ids) else None
+        classes, numbers = list(names.names.values()), {raw: number for number, raw in enumerate(ids)}
+        return Labels(classes, list(ids), False, numbers, given, [f"class names: {names.file.name}", note])
     labels = None if names is None else _named(present, names)
     if labels is None:
         labels = _unnamed(list(ids), present)
@@ -72,6 +74,12 @@ def guess_labels(ids: Sequence[int], names: Names | None, palette: bytes | None)
             labels.palette = [(r, g, b) for r, g, b in colours]
             labels.notes.append("colours: the palette of the mask files")
     return labels
+
+
+def _is_even(ids: Sequence[int]) -> bool:
+    """Whether ids are spread over 0..255 to be seen, as 0, 128, 255 or 0, 85, 170, 255: then 255 is a class, too."""
+    last = len(ids) - 1
+    return last >= 2 and all(abs(value - IGNORED * at / last) <= 1 for at, value in enumerate(ids)) and ids[1] > 2
 
 
 def _named(present: Sequence[int], names: Names) -> Labels | None:
@@ -103,7 +111,11 @@ def _unnamed(ids: Sequence[int], present: Sequence[int]) -> Labels:
     if ids == [0, IGNORED]:
         note = "0 and 255 are the only ids: read as two classes, not as a class and 'ignored'"
         return Labels(["class_0", "class_255"], [0, IGNORED], raw_to_train={0: 0, IGNORED: 1}, notes=[note])
-    labels = Labels([f"class_{value}" for value in present], list(present))
+    even = _is_even(ids)
+    raw_ids = list(ids if even else present)
+    labels = Labels([f"class_{value}" for value in raw_ids], raw_ids)
+    if even:
+        labels.notes.append("the ids are spread evenly over 0..255: 255 is read as a class, not as 'ignored'")
     labels.notes.append("class names are made from the ids: write the real ones")
     if present and present == list(range(1, len(present) + 1)):
         labels.reduce_zero_label = True

@@ -13,7 +13,7 @@ from ssaseg.datasets.classnames.documents import read_document
 from ssaseg.datasets.classnames.lines import read_lines, text_lines
 from ssaseg.datasets.classnames.names import MOST_NAMES, NO_CLASS, Line, Names, to_names
 from ssaseg.datasets.labels import label_space
-from ssaseg.files.reading import read_file
+from ssaseg.files.reading import decode_text, read_file
 
 # Names of such files, in lower case; in one folder the first one is used.
 NAME_FILES = tuple(
@@ -104,7 +104,7 @@ def _read(file: Path) -> list[Line]:
             if error.errno == errno.EFBIG:  # annotations, not names
                 return []
             raise
-    lines = text_lines(read_file(file, LARGEST_NAMES).decode("utf-8-sig"))
+    lines = text_lines(decode_text(read_file(file, LARGEST_NAMES)))
     if max(map(len, lines), default=0) > LONGEST_LINE:
         raise OSError(errno.EFBIG, f"a line of more than {LONGEST_LINE} characters", str(file))
     if len(lines) > MOST_NAMES + 1:

@@ -103,7 +103,7 @@ class Convention:
     def not_found(self, root: Path) -> DataError:
         """The error for a folder that is not of this kind."""
         return DataError(
-            f"{root}: no files of the kind {self.kind} were found\nexpected {self.what}\n"
+            f"{root}: no labels of {self.kind}\nexpected {self.what}\n"
             f"`ssaseg data init {shlex.quote(str(root))}` says what the folder holds"
         )
 

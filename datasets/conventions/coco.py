@@ -38,6 +38,7 @@ class FoundCoco:
     splits: dict[str, CocoSplit]
     classes: list[str]  # without a background, in the order of the ids
     background: str | None  # a category that already means this
+    images: frozenset[str] = frozenset()  # all annotated images, below the root
     notes: list[str] = field(default_factory=list)
 
 
@@ -58,7 +59,13 @@ def find_coco(tree: Tree) -> FoundCoco | None:
             "without annotation: not a class"
         )
     background = next((name for name in classes if name.lower() in ("background", "_background_")), None)
-    return FoundCoco(splits, classes, background, notes)
+    images = frozenset(
+        (PurePosixPath(split.images) / name).as_posix()
+        for split in splits.values()
+        for file in split.annotations
+        for name in summaries[PurePosixPath(file)].images
+    )
+    return FoundCoco(splits, classes, background, images, notes)
 
 
 def coco_files(tree: Tree) -> list[PurePosixPath]:

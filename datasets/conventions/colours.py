@@ -18,7 +18,7 @@ from ssaseg.datasets.base import IGNORED, DataError, hexed
 from ssaseg.datasets.classnames.names import NO_CLASS
 from ssaseg.datasets.conventions.base import TABLE, Colour, Convention, Item, Options, Source, Tree, prepare_command
 from ssaseg.datasets.conventions.pictures import Picture, find_pairs, look_at_all, read_picture, some_of
-from ssaseg.datasets.conventions.tables import Table, find_tables, read_table
+from ssaseg.datasets.conventions.tables import Table, find_tables, read_table, why_unused
 from ssaseg.datasets.decoding import read_mask
 from ssaseg.datasets.inspection import count_ids
 
@@ -135,6 +135,8 @@ def no_table(root: Path, masks: Sequence[Path], counts: Counter[Colour]) -> Data
             "smoothed or compressed masks cannot be read: export them again as PNG, without smoothing"
         )
     command = prepare_command("colours", root, "--table", "classes.csv")
+    why = why_unused(Tree(root))
+    why = f"; not this one: {why}" if why else ", such as labelmap.txt or class_dict.csv"
     common = counts.most_common()
     shown = ", ".join(f"{hexed(colour)} {count / total:.1%}" for colour, count in common[:12])
     more = f", and {len(common) - 12} more" if len(common) > 12 else ""
@@ -143,7 +145,7 @@ def no_table(root: Path, masks: Sequence[Path], counts: Counter[Colour]) -> Data
     table = "\n".join([first, "name,r,g,b", *rows])
     return NoTable(
         f"{masks[0]}: a mask in colours; {seen}: {shown}{more}\n"
-        "expected a table that says which class has which colour, such as labelmap.txt or class_dict.csv\n"
+        f"expected a table that says which class has which colour{why}\n"
         f"write names into the table on stdout, save it, and run `{command}`",
         table,
     )

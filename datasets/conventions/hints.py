@@ -1,4 +1,4 @@
-"""What a JSON file of an annotation tool is, by its keys: for recognition, and for advice where it is not read.
+"""What a file of an annotation tool is, JSON by its keys: for recognition, and for advice where it is not read.
 
 Files are not trusted, and may be huge: small ones are parsed, of large ones only the two ends are searched.
 """
@@ -6,13 +6,15 @@ Files are not trusted, and may be huge: small ones are parsed, of large ones onl
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from ssaseg.datasets.conventions.base import Tree
+from ssaseg.datasets.conventions.yolo import without_names
 from ssaseg.files.reading import open_file
 from ssaseg.files.structured import parse_json
+from ssaseg.files.text import printable
 
 WHOLE = 2**20  # bytes of a file that is parsed
 PART = 2**18  # bytes at each end of a larger file
@@ -82,12 +84,69 @@ OTHERS: tuple[tuple[set[str], str], ...] = (
     ({"regions"}, "regions, perhaps of VIA, but without `shape_attributes`: export them again as VIA JSON or COCO"),
     ({"file", "metadata", "view", "attribute"}, "a project of VIA 3: export its annotations as COCO"),
 )
+# Keys of files that training or `ssaseg data prepare` can read, and what they are.
+READABLE = (
+    *((keys, what) for keys, what, _ in KINDS),
+    ({"images", "annotations", "categories", "segmentation"}, "COCO-format annotations"),
+)
+# Other files: suffix, what their beginning holds, and what they are.
+TEXTS = (
+    (".csv", b"region_shape_attributes", "outlines of VIA as CSV: export them again as JSON"),
+    (".xml", b"<bndbox>", "boxes of PASCAL VOC: a box does not say which pixels belong to an object; outline them"),
+)
 
 
-def hint_of(files: Iterable[Path]) -> str | None:
-    """`describe_json` of the first JSON file whose keys say something; only some files are looked at."""
-    files = islice((file for file in files if file.suffix.lower() == ".json"), MOST_HINTED)
-    return next(filter(None, map(describe_json, files)), None)
+def advise(tree: Tree) -> str | None:
+    """What to do about a folder that has images, no masks, and labels that cannot be read as they are: on one line.
+
+    Only some files are looked at. None where nothing is known.
+    """
+    files = tree.by_suffix.get(".json", [])[:MOST_HINTED]
+    for file in files:
+        if text := describe_json(tree.root / file):
+            return f"{printable(str(file))}: {text}"
+    if broken := next((file for file in files if _is_broken(tree.root / file)), None):
+        return f"{printable(str(broken))} is not whole JSON: export it again, or copy it again"
+    if text := without_names(tree):
+        return text
+    for suffix, mark, what in TEXTS:
+        for file in tree.by_suffix.get(suffix, [])[:MOST_HINTED]:
+            if mark in _head(tree.root / file):
+                return f"{printable(str(file))}: {what}"
+    return None
+
+
+def beside_masks(tree: Tree) -> str | None:
+    """A note about the first JSON file that could be read, where masks are read instead; None without one."""
+    for file in tree.by_suffix.get(".json", [])[:MOST_HINTED]:
+        keys = keys_of(tree.root / file)
+        if what := next((what for wanted, what in READABLE if wanted <= keys), None):
+            return f"masks are read; not used: {what} in JSON files, such as {printable(str(file))}"
+    return None
+
+
+def _head(file: Path) -> bytes:
+    try:
+        with open_file(file) as stream:
+            return stream.read(2**16)
+    except OSError:
+        return b""
+
+
+def _is_broken(file: Path) -> bool:
+    """Whether a JSON file is cut or empty; of a large one only the end is looked at."""
+    try:
+        with open_file(file) as stream:
+            head = stream.read(WHOLE + 1)
+            if len(head) > WHOLE:
+                stream.seek(-PART, 2)
+                return stream.read(PART).rstrip()[-1:] not in (b"}", b"]")
+        parse_json(head)
+    except OSError:
+        return False
+    except ValueError:
+        return True
+    return False
 
 
 def describe_json(file: Path) -> str | None:

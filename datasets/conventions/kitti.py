@@ -36,7 +36,8 @@ def recognise(tree: Tree) -> str | None:
 
 def open_source(tree: Tree, _options: Options) -> Source:
     folder = _folder(tree)
-    assert folder is not None  # `recognise` has found it
+    if folder is None:
+        raise DataError(f"{tree.root}: no folders image_2 and semantic\nexpected the folder that has them")
     images = {file.stem: file for file in Images(tree).below(folder / "image_2")}
     masks = [file for file in tree.by_suffix[".png"] if file.parent == folder / "semantic"]
     absent = [mask for mask in masks if mask.stem not in images]

@@ -64,7 +64,7 @@ def recognise(tree: Tree) -> str | None:
 
 def open_source(tree: Tree, options: Options) -> Source:
     images, rows, names, others = Images(tree), list[Row](), set[str](), 0
-    files = tree.by_suffix[".json"]
+    files = tree.by_suffix.get(".json", [])
     for file, found in zip(files, look_at_all([tree.root / each for each in files], _summary), strict=True):
         if isinstance(found, Exception):
             raise found

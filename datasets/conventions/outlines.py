@@ -59,7 +59,7 @@ def read_object(file: Path, kind: str, limit: int = LARGEST_JSON) -> dict[str, A
 def read_lines(file: Path) -> list[str]:
     """The lines of a text file that are not empty, such as class names. Raises DataError and OSError."""
     try:
-        lines = read_text(file).removeprefix("\ufeff").splitlines()
+        lines = read_text(file).splitlines()
     except UnicodeDecodeError as error:
         raise DataError(f"{file}: not UTF-8 text ({error.reason})\nexpected class names, one a line") from None
     return [line.strip() for line in lines if line.strip()]
@@ -85,7 +85,7 @@ def require_size(image: Path, size: tuple[int, int], file: object) -> None:
         return
     fix = "annotate this image, or correct the size in the file; outlines are not scaled"
     if found == (size[1], size[0]):
-        fix = "the image is rotated by its EXIF orientation: annotate it as it is shown, or remove the orientation"
+        fix = "width and height are swapped, as by an EXIF orientation: annotate the image as shown, or remove it"
     raise DataError(
         f"{image}: image of {found[1]}x{found[0]} pixels (width x height)\n"
         f"expected {size[1]}x{size[0]}, as in {file}\n{fix}"

@@ -54,7 +54,8 @@ def _annotations(tree: Tree) -> list[PurePosixPath]:
 
 def open_source(tree: Tree, options: Options) -> Source:
     meta = _meta(tree)
-    assert meta is not None  # `recognise` has found it
+    if meta is None:
+        raise DataError(f"{tree.root}: no meta.json of Supervisely\nexpected the folder that has them")
     names, colours = _read_meta(tree.root / meta)
     classes, rest, about_rest = with_background(names, options, tree.root / meta)
     ids = {name: number for number, name in enumerate(classes)}

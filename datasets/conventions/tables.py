@@ -12,14 +12,14 @@ import csv
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from ssaseg.datasets.base import IGNORED, DataError, brief
 from ssaseg.datasets.classnames.documents import read_document
 from ssaseg.datasets.classnames.lines import read_lines, text_lines
 from ssaseg.datasets.classnames.names import MOST_ROWS, NO_CLASS, Line
 from ssaseg.datasets.conventions.base import Colour, Tree
-from ssaseg.files.reading import read_file
+from ssaseg.files.reading import decode_text, read_file
 
 LARGEST, LARGEST_YAML = 2**20, 2**16  # bytes of a table
 SUFFIXES = (".txt", ".csv", ".tsv", ".json", ".yaml", ".yml")
@@ -44,17 +44,37 @@ class Table:
         return self.classes == other.classes and self.ids == other.ids
 
 
+class Unusable(DataError):
+    """A file that probably is a table of colours, but cannot be used."""
+
+
+def why_unused(tree: Tree) -> str | None:
+    """What is wrong with the first table that cannot be used, on one line; None where there is none."""
+    for file in _likely(tree):
+        try:
+            read_table(tree.root / file)
+        except Unusable as error:
+            return str(error).split("\n")[0]
+        except (DataError, OSError):
+            continue
+    return None
+
+
 def find_tables(tree: Tree) -> list[Table]:
     """All tables of colours in a folder of data, at its root or up to two folders below; the nearest come first."""
     found = []
-    files = [file for suffix in SUFFIXES for file in tree.by_suffix.get(suffix, ())]
-    likely = [file for file in files if len(file.parts) <= DEEPEST and WORDS.search(file.stem)]
-    for file in sorted(likely, key=lambda file: (len(file.parts), file))[:MOST_FILES]:
+    for file in _likely(tree):
         try:
             found.append(read_table(tree.root / file))
         except (DataError, OSError):  # a file of something else
             continue
     return found
+
+
+def _likely(tree: Tree) -> list[PurePosixPath]:
+    files = [file for suffix in SUFFIXES for file in tree.by_suffix.get(suffix, ())]
+    likely = [file for file in files if len(file.parts) <= DEEPEST and WORDS.search(file.stem)]
+    return sorted(likely, key=lambda file: (len(file.parts), file))[:MOST_FILES]
 
 
 def read_table(file: Path) -> Table:
@@ -63,7 +83,11 @@ def read_table(file: Path) -> Table:
         rows = _read(file)
         if without := next((row for row in rows if row.colour is None), None):
             raise ValueError(f"no colour of 0..255 in {brief(without.name)}")
-    except (ValueError, csv.Error, RecursionError) as error:  # UnicodeDecodeError is a ValueError
+    except UnicodeDecodeError as error:
+        raise Unusable(
+            f"{file}: not UTF-8 text ({error.reason})\nexpected lines of name,r,g,b\nsave it as UTF-8"
+        ) from None
+    except (ValueError, csv.Error, RecursionError) as error:
         raise DataError(
             f"{file}: cannot be read as a table of colours: {error}\nexpected lines of name,r,g,b"
         ) from None
@@ -95,7 +119,7 @@ def _read(file: Path) -> list[Line]:
     if suffix in (".json", ".yaml", ".yml"):
         content, name = read_file(file, LARGEST if suffix == ".json" else LARGEST_YAML), f"table{suffix}"
         return read_document(content, name, coloured=True) or read_document(content, name)
-    lines = text_lines(read_file(file, LARGEST).decode("utf-8-sig"))
+    lines = text_lines(decode_text(read_file(file, LARGEST)))
     if len(lines) > MOST_ROWS or max(map(len, lines), default=0) > 1000:
         raise ValueError("too many or too long lines")
     return read_lines(lines)
@@ -120,7 +144,7 @@ def _to_table(file: Path, rows: Sequence[Line]) -> Table:
         if name in ids:
             several.append(name)
         elif len(ids) == IGNORED:
-            raise DataError(f"{file}: more than {IGNORED} classes\nexpected at most {IGNORED}\nmerge some of them")
+            raise Unusable(f"{file}: more than {IGNORED} classes\nexpected at most {IGNORED}\nmerge some of them")
         else:
             ids[name] = len(ids)
             table.classes.append(name)

@@ -19,7 +19,7 @@ import yaml
 
 from ssaseg.datasets.base import DataError, brief
 from ssaseg.datasets.classnames.documents import parse_yaml
-from ssaseg.datasets.conventions.base import REST, TABLE, Convention, Item, Options, Source, Tree
+from ssaseg.datasets.conventions.base import REST, TABLE, Convention, Item, Options, Source, Tree, prepare_command
 from ssaseg.datasets.conventions.outlines import (
     Images,
     Row,
@@ -181,12 +181,24 @@ def recognise(tree: Tree) -> str | None:
     return f"{configured[0] if configured else _names_file(tree)} has class names, and text files of {what} are YOLO's"
 
 
+def without_names(tree: Tree) -> str | None:
+    """What to do where there are text files of outlines, but no class names; None where there are none."""
+    if _configuration(tree) is not None or _names_file(tree) is not None or not _kind(tree):
+        return None
+    first = printable(str(next(file for file in _texts(tree) if _is_outlines(tree.root / file))))
+    command = prepare_command("yolo", tree.root, "--table", "classes.txt")
+    return f"{first}: outlines of YOLO without class names: write these in classes.txt, one a line, and run `{command}`"
+
+
 def open_source(tree: Tree, options: Options) -> Source:
-    configured, kind = _configuration(tree), _kind(tree)
-    if kind is None or (configured is None and _names_file(tree) is None and options.table is None):
-        raise YOLO.not_found(tree.root)
+    configured = _configuration(tree)
     if configured is not None and "kpt_shape" in configured[1]:
         raise DataError(f"{tree.root / configured[0]}: kpt_shape: these are key points\nexpected outlines of regions")
+    if (kind := _kind(tree)) is None or (configured is None and options.table is None and _names_file(tree) is None):
+        what = "text files of outlines for its images" if kind is None else "data.yaml, and no classes.txt"
+        raise DataError(
+            f"{tree.root}: no {what}\nexpected data.yaml, images, and labels/*.txt\nadd them, or use --table"
+        )
     if kind is False:
         first = next(file for file in _texts(tree) if _is_outlines(tree.root / file) is False)
         raise DataError(

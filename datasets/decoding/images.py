@@ -101,10 +101,14 @@ def _require_known(path: Path, header: TiffHeader) -> None:
 
 
 def _unknown(path: Path, header: TiffHeader) -> DataError:
+    many = header.samples > 4 and header.kind == "uint" and header.bits in (8, 16)
+    fix = "convert the image: scale its values to 0..255 in the same way for all images, and save PNG or TIFF"
+    if many:
+        fix = f"to read all bands, set data.channels: {header.samples}, with data.mean and data.std of that length"
     return DataError(
         f"{path}: {header.what}\n"
         "expected 1 to 4 bands of 8 or 16 bits, not stored apart, and no compression, LZW, Deflate or JPEG\n"
-        "convert the image: scale its values to 0..255 in the same way for all images, and save PNG or TIFF"
+        f"{fix}"
     )
 
 

@@ -2,7 +2,7 @@
 
 from ssaseg.datasets.survey.finding import find_folders
 from ssaseg.datasets.survey.found import Found, split_names
-from ssaseg.datasets.survey.messages import several_error
+from ssaseg.datasets.survey.messages import NoMasks, TieError, several_error
 from ssaseg.datasets.survey.places import IMAGES, MASKS, SPLITS
 from ssaseg.datasets.survey.published import COMMON_FOLDERS, find_published, require_prepared
 
@@ -12,6 +12,8 @@ __all__ = [
     "MASKS",
     "SPLITS",
     "Found",
+    "NoMasks",
+    "TieError",
     "find_folders",
     "find_published",
     "require_prepared",

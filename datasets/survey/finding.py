@@ -16,15 +16,13 @@ from ssaseg.datasets.pairlist import choose_splits
 from ssaseg.datasets.pairs import IMAGE_SUFFIXES, first_names, walk
 from ssaseg.datasets.survey.choosing import Choice, choose
 from ssaseg.datasets.survey.found import Found, Paths
-from ssaseg.datasets.survey.lists import find_name_lists, find_pair_lists
+from ssaseg.datasets.survey.lists import find_name_lists, find_pair_lists, why_unread
 from ssaseg.datasets.survey.messages import nothing_fits, tie_error
 from ssaseg.datasets.survey.places import FOLD, TRAINVAL, Place, read_place, role_of
 from ssaseg.datasets.survey.published import is_segnet_camvid
 
 # Files that are searched for images and masks.
 PICTURES = (*IMAGE_SUFFIXES, ".ppm", ".pgm", ".pbm", ".pnm")
-# Files that nobody expects to be read as an image.
-TEXTS = (".txt", ".csv", ".tsv", ".lst", ".json", ".xml", ".yaml", ".yml", ".md", ".html", ".db", ".ini", ".log", "")
 
 Names = dict[Place, list[str]]  # names of the pictures in each folder
 
@@ -43,12 +41,11 @@ def find_folders(root: Path, images: str | None = None, masks: str | None = None
     if not given and (listed := find_pair_lists(root, files, sum(map(len, pictures.values())))):
         _note_folders(listed)
         _note_published(listed, listed.pairs)
-        listed.notes += _other_types(files, listed)
         return listed
     chosen = _named(root, pictures, images, "--images"), _named(root, pictures, masks, "--masks")
     choice, equal = choose(*chosen, given, jpeg)
     if choice is None:
-        raise nothing_fits(root, pictures, files)
+        raise why_unread(root, files) or nothing_fits(root, pictures, files)
     if equal:
         raise tie_error(root, choice, equal)
     pairs, alone = _pairs(choice), _unpaired(choice, pictures)
@@ -58,7 +55,7 @@ def find_folders(root: Path, images: str | None = None, masks: str | None = None
         _use_lists(root, found, files, pairs.values(), alone)
     _note_folders(found)
     _note_published(found, pairs)
-    found.notes += [*_unused_folders(pictures, found), *_other_types(files, found)]
+    found.notes += _unused_folders(pictures, found)
     return found
 
 
@@ -287,19 +284,3 @@ def _unused_folders(pictures: Names, found: Found) -> list[str]:
     if not counts:
         return []
     return [f"other folders with pictures, not used: {first_names(sorted(counts), 6)}"]
-
-
-def _other_types(files: Sequence[PurePosixPath], found: Found) -> list[str]:
-    """Files in the folders of images that nothing reads, counted by type."""
-    kinds = Counter(
-        file.suffix.lower()
-        for file in files
-        if file.suffix.lower() not in TEXTS and _is_below(str(file.parent), found.image_folders)
-    )
-    if not kinds:
-        return []
-    shown = first_names([f"{kind} {count}" for kind, count in kinds.most_common()], 6)
-    total = sum(kinds.values())
-    return [
-        f"{total} {'files' if total > 1 else 'file'} of other types {'are' if total > 1 else 'is'} left out: {shown}"
-    ]

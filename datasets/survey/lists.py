@@ -13,7 +13,7 @@ from ssaseg.datasets.base import DataError
 from ssaseg.datasets.pairlist import choose_splits, list_splits, looks_like_pairs, read_pairs, split_of
 from ssaseg.datasets.pairs import LARGEST_LIST, Pairs, read_names
 from ssaseg.datasets.survey.found import Found
-from ssaseg.files.reading import read_file
+from ssaseg.files.reading import decode_text, read_file
 
 SUFFIXES = (".txt", ".lst", ".csv", ".tsv")
 # Words in the name of a list, beside that of the split.
@@ -60,6 +60,23 @@ def find_pair_lists(root: Path, files: Sequence[PurePosixPath], pictures: int) -
             if splits.get("val") == "test" and "val" in read:
                 found.lists = {}  # of the file itself, the rows of a validation split would be read
             return found
+    return None
+
+
+def why_unread(root: Path, files: Sequence[PurePosixPath]) -> DataError | None:
+    """What is wrong with the first list that looks like one of pairs; None where no list does.
+
+    Only for a folder without pairs: text that only looks like a list is then worth a message, too.
+    """
+    lists = [*(group["train"] for group in _groups(files, any_words=True)), *_single_lists(files)]
+    for file in dict.fromkeys(lists):
+        if looks_like_pairs(root / file):
+            try:
+                read_pairs(root / file, root)
+            except DataError as error:
+                return error
+            except OSError:
+                continue
     return None
 
 
@@ -165,7 +182,7 @@ def _names(file: Path) -> list[str]:
     except (DataError, OSError):  # not a list of names, or one of paths that start with /
         pass
     try:
-        lines = read_file(file, LARGEST_LIST).decode("utf-8-sig").splitlines()
+        lines = decode_text(read_file(file, LARGEST_LIST)).splitlines()
     except (OSError, UnicodeDecodeError):
         return []
     return [line.strip().replace("\\", "/") for line in lines if line.strip()]

@@ -11,11 +11,23 @@ from ssaseg.datasets.pairs import IMAGE_SUFFIXES, first_names
 from ssaseg.datasets.survey.choosing import Choice
 from ssaseg.datasets.survey.found import Found
 from ssaseg.datasets.survey.matching import JPEG
-from ssaseg.datasets.survey.places import IMAGES, MASKS, Place, role_of
+from ssaseg.datasets.survey.places import IMAGES, MASKS, TEXTS, Place, role_of
 from ssaseg.files.text import printable
 
+ARCHIVES = (".zip", ".tar", ".gz", ".tgz", ".bz2", ".xz", ".7z", ".rar")
 
-def tie_error(root: Path, choice: Choice, equal: Sequence[Choice]) -> DataError:
+
+class NoMasks(DataError):
+    """Images without any mask: labels may be in files that this room does not read."""
+
+
+class TieError(DataError):
+    """Several folders of masks, or of images, fit equally well. `pairs`: how many pairs each of them gives."""
+
+    pairs = 0
+
+
+def tie_error(root: Path, choice: Choice, equal: Sequence[Choice]) -> TieError:
     """The error where several folders of masks, or of images, fit equally well: it names both."""
     pairs = [next(iter(each.match.masks.items())) for each in (choice, *equal)]
     shown = [
@@ -28,11 +40,13 @@ def tie_error(root: Path, choice: Choice, equal: Sequence[Choice]) -> DataError:
     where = " and ".join(printable(name) for name in names[:2]) + (
         f" and {len(names) - 2} more" if len(names) > 2 else ""
     )
-    return DataError(
+    error = TieError(
         f"{root}: {where} hold {kind} that fit equally well ({choice.pairs} pairs each)\n"
         f"expected one folder of {kind} for each folder of {'masks' if at == 0 else 'images'}\n"
         f"choose it with `ssaseg data init DIR --{kind} {printable(names[0])}`, or write the folders in a recipe"
     )
+    error.pairs = choice.pairs
+    return error
 
 
 def several_error(root: Path, found: Found) -> DataError:
@@ -52,7 +66,9 @@ def nothing_fits(root: Path, pictures: Mapping[Place, Sequence[str]], files: Seq
     """The error where there is no pair: it names the reason if it is one of the commonest."""
     if not pictures:
         kinds = ", ".join(IMAGE_SUFFIXES)
-        return DataError(f"{root}: no images in this folder\nexpected files of {kinds}\ncheck the folder")
+        packed = next((file for file in files if file.suffix.lower() in ARCHIVES), None)
+        fix = f"unpack {printable(str(packed))} first" if packed else "check the folder"
+        return DataError(f"{root}: no images in this folder\nexpected files of {kinds}\n{fix}")
     masks = [(place, names) for place, names in pictures.items() if role_of(place.parts) == "masks"]
     images = [(place, names) for place, names in pictures.items() if role_of(place.parts) != "masks"]
     seen = first_names([f"{printable(place.folder)} ({len(names)})" for place, names in pictures.items()], 6)
@@ -60,7 +76,8 @@ def nothing_fits(root: Path, pictures: Mapping[Place, Sequence[str]], files: Seq
         place, name = jpeg[0]
         return DataError(
             f"{root / place.folder / name}: a mask in JPEG format, which changes ids\n"
-            "expected masks in a lossless format\nwrite them as PNG, one byte a pixel"
+            "expected masks in a lossless format\n"
+            "export them again as PNG, one byte a pixel: these files do not hold the ids any more"
         )
     if pair := _different_starts(pictures):
         one, other = pair
@@ -84,9 +101,10 @@ def nothing_fits(root: Path, pictures: Mapping[Place, Sequence[str]], files: Seq
             "rename the images or the masks, or write a list of pairs (data.train.pairs)"
         )
     fix = "add masks: PNG files of the same size as the image, whose pixels are class ids"
-    if any(file.suffix.lower() == ".json" for file in files):
-        fix = "for COCO-format JSON files, write a recipe with data.dataset: coco_json"
-    return DataError(
+    stems = {name.rpartition(".")[0] for names in pictures.values() for name in names}
+    if unread := next((file for file in files if file.stem in stems and file.suffix.lower() not in TEXTS), None):
+        fix = f"{printable(str(unread))} has the name of an image, but {printable(unread.suffix)} is not read: {fix}"
+    return NoMasks(
         f"{root}: images, but no masks; found {seen}\n"
         f"expected the mask beside its image (X.jpg, X_mask.png) or in a folder such as masks or annotations\n{fix}"
     )

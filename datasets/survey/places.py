@@ -36,6 +36,9 @@ TRAINVAL = re.compile(r"train[\W_]*val(?!\w*test)", re.IGNORECASE)
 FOLD = re.compile(r"(.*[\W_])?(folds?|cv)[\W_]*\d+", re.IGNORECASE)  # of cross-validation
 SECOND = re.compile(r"(2nd|second)\w*")  # the second opinion of two annotators
 
+# Files that nobody expects to be read as an image or a mask.
+TEXTS = (".txt", ".csv", ".tsv", ".lst", ".json", ".xml", ".yaml", ".yml", ".md", ".html", ".db", ".ini", ".log", "")
+
 PIECE = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[^\W\dA-Z_]+")  # of a word such as trainImages
 
 # How good a kind of mask is. Smaller is better.

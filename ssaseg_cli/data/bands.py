@@ -1,11 +1,12 @@
 """How many bands the images of a user's folder have, and what the recipe says about it."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from ssaseg.datasets import DataError
 from ssaseg.datasets.bands.reading import TIFF, common_bands, measure
+from ssaseg.datasets.base import Levels
 from ssaseg.files.reading import open_file
 from ssaseg.recipes.fields import MOST_CHANNELS
 
@@ -38,9 +39,23 @@ class Bands:
             yield f"{start}std: {list(self.std)}"
 
 
+def measured(bands: Bands, files: Sequence[Path], levels: Levels | None) -> Bands:
+    """The same with mean and spread, where they are needed. levels: `data.range` of the recipe."""
+    if bands.count == 3:
+        return bands
+    try:
+        mean, std = measure(files, bands.count, levels)
+    except (DataError, OSError):
+        if bands.used:
+            raise
+        return bands
+    return replace(bands, mean=mean, std=std, notes=[f"{note}: see data.channels" for note in bands.notes])
+
+
 def look_at_bands(files: Sequence[Path]) -> Bands:
     """What some of these images need. Two, five or more bands are all used, as such files cannot be read otherwise.
-    Grey and four bands are a comment, as most people have three channels in mind. Alpha of other files is no band.
+    Grey and four bands are a comment, as most people have three channels in mind. Alpha of other files is no band. The
+    mean and the spread are not measured yet.
     """
     some = files[:: max(len(files) // LOOKED_AT, 1)][:LOOKED_AT]
     count = common_bands(some) or 3
@@ -51,13 +66,7 @@ def look_at_bands(files: Sequence[Path]) -> Bands:
     if not used:
         said = "the images are grey, which is repeated in three channels"
         said = "the images have 4 bands: the first three are used, as red, green and blue" if count == 4 else said
-    try:
-        mean, std = measure(files, count)
-    except (DataError, OSError):
-        if used:
-            raise
-        return Bands(notes=[said])
-    return Bands(count, used, mean, std, [f"{said}: see data.channels"])
+    return Bands(count, used, notes=[said])
 
 
 def _start(file: Path) -> bytes:

@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ssaseg.cli.console import json_target, print_table, write_json
-from ssaseg.cli.data.init_coco import look_at_coco
-from ssaseg.cli.data.reading import look_at, read_through, small_images
+from ssaseg.cli.data.init_coco import look_at_own
+from ssaseg.cli.data.reading import read_through, small_images
 from ssaseg.cli.errors import CommandError
 from ssaseg.cli.printing import echo
 from ssaseg.datasets import IGNORED, DataError, Dataset, build_dataset
@@ -163,12 +163,12 @@ def _is_whole(build: Callable[[str], Dataset], counts: Mapping[str, int]) -> boo
 
 def _of_folder(root: Path) -> Target:
     """Image and mask folders as `data init` finds them, with the classes that it would write."""
-    if coco := look_at_coco(root):
-        notes = "".join(f"\n- {note}" for note in coco.all_notes())
-        build_coco = {split: partial(dict.__getitem__, coco.pairs, split) for split in coco.pairs}
-        return Target(f"{root}: images and annotations as `ssaseg data init` finds them{notes}", build_coco, {})
-    own = look_at(root)
+    own = look_at_own(root)
     labels = own.labels
+    notes = "".join(f"\n- {note}" for note in own.all_notes())
+    title = f"{root}: images and {'annotations' if own.coco else 'masks'} as `ssaseg data init` finds them{notes}"
+    if own.coco:
+        return Target(title, {split: partial(dict.__getitem__, own.pairs, split) for split in own.pairs}, {})
 
     meaning: dict[str, Any] = {"reduce_zero_label": labels.reduce_zero_label, "raw_to_train": labels.raw_to_train}
     meaning |= {"channels": own.bands.channels, "levels": own.findings.headers.fitting}
@@ -177,8 +177,7 @@ def _of_folder(root: Path) -> Target:
         return own.found.datasets(root, labels.classes, labels.palette, **meaning)[split]
 
     splits: dict[str, Callable[[], Dataset]] = {split: partial(build, split) for split in own.pairs}
-    notes = "".join(f"\n- {note}" for note in (*own.found.notes, *own.bands.notes, *labels.notes))
-    return Target(f"{root}: images and masks as `ssaseg data init` finds them{notes}", splits, {})
+    return Target(title, splits, {})
 
 
 # ---- one split ---------------------------------------------------------------------------------------------------

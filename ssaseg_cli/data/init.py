@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ssaseg.cli.data.init_coco import look_at_coco
+from ssaseg.cli.data.init_coco import look_at_own
 from ssaseg.cli.data.reading import look_at, look_at_published
 from ssaseg.cli.data.recipe_text import OwnData, recipe_text
 from ssaseg.cli.errors import CommandError
@@ -40,8 +40,10 @@ def run_init(
     out = _target(root, out)
     given = images is not None or masks is not None
     name, notes = (None, []) if given else find_published(root)
-    own = None if given else look_at_coco(root) if name is None else look_at_published(name, root)
-    own = own or look_at(root, images, masks)
+    if given:
+        own = look_at(root, images, masks)
+    else:
+        own = look_at_own(root) if name is None else look_at_published(name, root)
     own.notes += notes
     lists = {split: out.with_name(f"{out.stem}.{split}.txt") for split in ("train", "val")}
     splits = _splits(own)

@@ -70,8 +70,8 @@ def _prepare_own(convention: Convention, source: Path, root: Path | None, worker
         fix = f"give a folder outside of it: --root {shlex.quote(beside(source))}"
         raise CommandError(f"--root {root}: would be written among the data, in {source}\n{fix}")
     echo(f"searching {source}", err=True)
+    tree = Tree(source)
     try:
-        tree = Tree(source)
         convention.require(tree, options)
         found = convention.open_source(tree, options)
     except NoTable as error:

@@ -2,14 +2,14 @@
 
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import reduce
 from pathlib import Path
 
 import numpy as np
 
 from ssaseg.cli.console import progress_bar
-from ssaseg.cli.data.bands import look_at_bands
+from ssaseg.cli.data.bands import Bands, look_at_bands, measured
 from ssaseg.cli.data.recipe_text import OwnData
 from ssaseg.cli.device import count_cores
 from ssaseg.cli.errors import CommandError
@@ -18,23 +18,27 @@ from ssaseg.cli.signals import Interrupted, StopSignal
 from ssaseg.datasets import DataError, Dataset, build_dataset
 from ssaseg.datasets.base import IGNORED, Problem
 from ssaseg.datasets.check import Findings, is_published, look_through
+from ssaseg.datasets.checking.images import Images
 from ssaseg.datasets.checking.splits import too_small
 from ssaseg.datasets.checking.storage import about_255, is_object, is_soft, soft_text
 from ssaseg.datasets.classnames import Labels, Names, guess_labels, known_names, read_class_names
+from ssaseg.datasets.coco import CocoDataset
 from ssaseg.datasets.conventions import recognise
 from ssaseg.datasets.conventions.base import Convention, Tree, beside, prepare_command
 from ssaseg.datasets.conventions.binary import BINARY, recognise_mixed
 from ssaseg.datasets.conventions.colours import COLOURS, NoTable, count_colours, no_table, table_of_palettes
 from ssaseg.datasets.conventions.colours import SAMPLE as COLOUR_SAMPLE
 from ssaseg.datasets.conventions.grey import GREY
+from ssaseg.datasets.conventions.hints import advise, beside_masks
+from ssaseg.datasets.conventions.kitti import KITTI, LAST_ID
 from ssaseg.datasets.conventions.layers import LAYERS
 from ssaseg.datasets.conventions.pictures import ANY, some_of
 from ssaseg.datasets.conventions.tables import Table
 from ssaseg.datasets.decoding.images import shown_size
 from ssaseg.datasets.ids import label_table
-from ssaseg.datasets.pairs import first_names
+from ssaseg.datasets.pairs import PairDataset, first_names
 from ssaseg.datasets.published import LAYOUTS
-from ssaseg.datasets.survey import Found, find_folders, require_prepared, several_error
+from ssaseg.datasets.survey import Found, NoMasks, find_folders, require_prepared, several_error
 from ssaseg.recipes import Test, list_recipes
 
 # More processes help little where the disk is the limit, and each of them holds an image in memory.
@@ -46,52 +50,59 @@ SAMPLE = 512
 # The share of masks that cannot be read as ids from which on all are looked at as pictures.
 SEVERAL = 0.1
 
+Pairs = PairDataset | CocoDataset
 UNUSABLE = "mask that cannot be used"  # the kind of such a problem, see `PairDataset.inspect`
 
 
-def look_at(root: Path, images: str | None = None, masks: str | None = None) -> OwnData:
+def look_at(
+    root: Path,
+    images: str | None = None,
+    masks: str | None = None,
+    found: Found | None = None,
+    tree: Tree | None = None,
+) -> OwnData:
     """Finds the folders below `root` and reads every mask, with progress on stderr.
 
-    images, masks: what the user says about them, see `find_folders`. Raises CommandError and DataError where there are
-    no pairs, where their masks hold no class ids, and where an annotation tool's convention is found that `ssaseg data
-    prepare` converts: then it names the command.
+    images, masks: what the user says about them, see `find_folders`. found, tree: where they are known. Raises
+    CommandError and DataError where there are no pairs, where their masks hold no class ids, and where an annotation
+    tool's convention is found that `ssaseg data prepare` converts: then it names the command.
     """
     if not root.is_dir():
         raise CommandError(f"{root}: no such folder\nexpected the folder that holds images and masks")
     require_prepared(root)
-    tree, given = Tree(root), images is not None or masks is not None
+    tree, given = tree or Tree(root), images is not None or masks is not None
+    others = found is None  # else the caller has looked for other labels
     try:
-        found = find_folders(root, images, masks)
+        found = found or find_folders(root, images, masks)
         pairs = found.datasets(root, ANY)
     except DataError as error:
         seen = None if given else recognise(tree)
-        raise (_to_prepare(root, *seen) if seen else error) from None
+        raise (_to_prepare(root, *seen) if seen else _advised(error, tree)) from None
     # Before anything is read: one of several masks of an image must never be taken for all.
     if not given and (layers := LAYERS.recognise(tree)):
         raise _to_prepare(root, LAYERS, layers)
     if found.several:
         raise several_error(root, found)
-    bands = look_at_bands([file for each in pairs.values() for file in each.image_files])
-    for each in pairs.values():
-        each.channels = bands.channels
-    per_split = {split: read_through(each, f"read {split}", decoded=0) for split, each in pairs.items()}
+    bands, per_split = read_values(pairs, decoded=0)
     findings = reduce(Findings.joined, per_split.values())
     files = [file for each in pairs.values() for file in each.mask_files]
     table = table_of_palettes(tree, files) if findings.palettes else None
-    if not findings.pixels.any():
-        convention = recognise(tree)
-    else:
-        convention = _misread(tree, len(files), findings, table)
-    if convention:
-        raise _to_prepare(root, *convention)
+    known = _misread(tree, len(files), findings, table) if findings.pixels.any() else recognise(tree)
+    if known:
+        raise _to_prepare(root, *known)
     if not findings.pixels.any():
         raise _no_mask(root, files, findings)
-    mixed = _require_alike(findings)
+    mixed = _require_alike(root, files, findings)
+    if others and not given and (note := beside_masks(tree)):
+        found.notes.append(note)
     names, notes = read_class_names(root, (*found.mask_folders, *found.image_folders))
-    if found.published and not findings.pixels[len((known := known_names(found.published)).names) + 1 : IGNORED].any():
-        names, notes = known, []
+    if found.published and not findings.pixels[len((segnet := known_names(found.published)).names) + 1 : IGNORED].any():
+        names, notes = segnet, []
     if names is None and table:
         names = Names(table[0].file, dict(enumerate(table[0].classes)), dict(enumerate(table[0].palette)), False)
+    own_ids = names is not None or given or findings.pixels[LAST_ID + 1 : IGNORED].any()
+    if not own_ids and (kitti := KITTI.recognise(tree)):
+        raise _to_prepare(root, KITTI, kitti)
     palette, count = findings.palettes.most_common(1)[0] if findings.palettes else (b"", 0)
     common = palette if count == sum(findings.sizes.values()) else None  # the same in all masks
     present = [0, 1] if mixed else [int(value) for value in np.flatnonzero(findings.pixels)]
@@ -104,13 +115,22 @@ def look_at(root: Path, images: str | None = None, masks: str | None = None) -> 
     labels.notes += notes
     if names is None and not mixed:
         _keep_255(labels, findings.pixels)
-    found.notes += _notes(findings, labels)
+    table_of_ids, _ = label_table(len(labels.classes), IGNORED, labels.reduce_zero_label, labels.raw_to_train)
+    found.notes += [_on_one_line(problem) for problem in about_255(findings.pixels, table_of_ids)]
+    found.notes += notes_on_images(findings)
     for split, each in pairs.items():
         if each.unused_masks:
             unused = [file.name for file in each.unused_masks]
             where = "" if split == "all" else f" of the {split} split"
             found.notes.append(f"masks{where} without image, not used: {len(unused)} ({first_names(unused)})")
     return OwnData(root, found, dict(pairs), findings, labels, per_split, bands=bands)
+
+
+def _advised(error: DataError, tree: Tree) -> DataError:
+    """The error; where there are images without masks, with what is known about other files as the fix."""
+    if isinstance(error, NoMasks) and (text := advise(tree)):
+        return DataError("\n".join([*str(error).split("\n")[:2], text]))
+    return error
 
 
 def _misread(
@@ -157,26 +177,49 @@ def _to_prepare(root: Path, convention: Convention, seen: str) -> CommandError:
     )
 
 
-def _require_alike(findings: Findings) -> bool:
+def _require_alike(root: Path, files: Sequence[Path], findings: Findings) -> bool:
     """Whether binary masks store their object as 1 in some files and as 255 in others, so that both are one class.
 
-    Raises DataError where ids differ in their meaning from file to file, or are the levels of soft edges.
+    Raises DataError where ids differ in their meaning from file to file, or are the levels of soft edges. Of palettes
+    that differ a table of colours is printed, to be filled in.
     """
     if problem := next(findings.storage.palette_problems(), None):
-        raise DataError(problem.text)
+        error = no_table(root, files, count_colours(some_of(files, COLOUR_SAMPLE)))
+        if not isinstance(error, NoTable):
+            raise DataError(problem.text)
+        echo(error.table)
+        fix = f"{str(error).splitlines()[-1]}; if the ids are right, save the masks as 8-bit grey"
+        raise DataError("\n".join([*problem.text.split("\n")[:2], fix]))
     if is_soft(findings.pixels):
         raise DataError(soft_text(findings.pixels))
     return findings.storage.two_whites
 
 
-def _notes(findings: Findings, labels: Labels) -> list[str]:
-    """Doubts about 255 and about the images, and what was left out, each on one line."""
-    table, _ = label_table(len(labels.classes), IGNORED, labels.reduce_zero_label, labels.raw_to_train)
-    problems = [*about_255(findings.pixels, table), *findings.headers.problems(findings.headers.fitting)]
-    problems += [problem for problem in findings.problems if problem.kind in ("other types", "mask of several pages")][
-        :2
-    ]
-    notes = [problem.text.replace("\n", "; ") for problem in problems]
+def read_values(pairs: Mapping[str, Pairs], decoded: int | None = None) -> tuple[Bands, dict[str, Findings]]:
+    """Reads all pairs: how many bands the images have, and the findings of each split. The data sets are set to read
+    these bands, and the range of 16 bits that was found. decoded: see `look_through`.
+    """
+    files = [file for each in pairs.values() for file in each.image_files]
+    bands = look_at_bands(files)
+    for each in pairs.values():
+        each.channels = bands.channels
+    per_split = {split: read_through(each, f"read {split}", decoded) for split, each in pairs.items()}
+    levels = reduce(Images.joined, (each.headers for each in per_split.values())).fitting
+    for each in pairs.values():
+        each.levels = levels
+    return measured(bands, files, levels), per_split
+
+
+def _on_one_line(problem: Problem) -> str:
+    return problem.text.replace("\n", "; ")
+
+
+def notes_on_images(findings: Findings) -> list[str]:
+    """Doubts about the images, and what was left out, each on one line."""
+    problems = [*findings.headers.problems(findings.headers.fitting)]
+    for kind in ("other types", "mask of several pages"):
+        problems += [problem for problem in findings.problems if problem.kind == kind][:2]
+    notes = list(dict.fromkeys(map(_on_one_line, problems)))  # both splits may have one folder
     if levels := findings.headers.fitting:
         largest = f"{findings.headers.deep} images have 16 bits, largest value {findings.headers.largest}"
         notes.append(f"{largest}: data.range {list(levels)} becomes 0..255, in all images alike")

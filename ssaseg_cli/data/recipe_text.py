@@ -62,7 +62,7 @@ def recipe_text(
         "",
         "data:",
         f"  root: {_quote(os.path.abspath(own.root))} # folder of the data; data.root=DIR in a command replaces it",
-        *([f"  dataset: {own.published}"] if own.published else (*_folders(own, lists), *_classes(own))),
+        *([f"  dataset: {own.published}"] if own.published else (*_folders(own, lists), *_values(own), *_classes(own))),
         "",
         "augment:",
         f"  scale: {scale} # [width, height] [pixels], from the images' sizes",
@@ -131,8 +131,6 @@ def _folders(own: OwnData, lists: dict[str, Path]) -> Iterator[str]:
     if own.found.image_suffixes != IMAGE_SUFFIXES:
         yield f"  image_suffixes: [{', '.join(map(_quote, own.found.image_suffixes))}]"
     yield f"  mask_suffix: {_quote(own.found.mask_suffix)}"
-    if levels := own.findings.headers.fitting:
-        yield f"  range: {list(levels)} # of the 16-bit images, becomes 0..255"
 
 
 def _coco(coco: FoundCoco, root: Path, lists: dict[str, Path]) -> Iterator[str]:
@@ -146,10 +144,16 @@ def _coco(coco: FoundCoco, root: Path, lists: dict[str, Path]) -> Iterator[str]:
         yield f"  background: {_quote(coco.background)} # class of pixels in no region; null: they are ignored"
 
 
-def _classes(own: OwnData) -> Iterator[str]:
-    """Bands; classes with their pixels and masks in comments; the keys that say what ids mean."""
-    labels, findings = own.labels, own.findings
+def _values(own: OwnData) -> Iterator[str]:
+    """How the values of images are read: the range of 16 bits, and the bands."""
+    if levels := own.findings.headers.fitting:
+        yield f"  range: {list(levels)} # of the 16-bit images, becomes 0..255"
     yield from own.bands.lines()
+
+
+def _classes(own: OwnData) -> Iterator[str]:
+    """Classes with their pixels and masks in comments; the keys that say what ids mean."""
+    labels, findings = own.labels, own.findings
     total = max(int(findings.pixels.sum()), 1)
     yield "  classes:"
     for raw, name in zip(labels.raw_ids, labels.classes, strict=True):

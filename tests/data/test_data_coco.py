@@ -171,3 +171,39 @@ def test_masks_are_read_where_there_are_both(tmp_path: Path) -> None:
         mask.save(tmp_path / f"data/masks/{name}.png")
     assert call("data", "init", tmp_path / "data", "--out", tmp_path / "r.yaml").exit_code == 0
     assert load_recipe(str(tmp_path / "r.yaml")).data.dataset == "folder"
+
+
+def put_masks(folder: Path, *names: str) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in names:
+        mask = Image.new("L", (WIDTH, HEIGHT))
+        mask.paste(1, (0, 0, 9, 9))
+        mask.save(folder / name)
+
+
+def test_annotations_that_are_not_used_are_named(tmp_path: Path) -> None:
+    coco(tmp_path / "data/labels.json", "images/a.png", "images/b.png", folder=tmp_path / "data")
+    put_masks(tmp_path / "data/masks", "a.png", "b.png")
+    result = call("data", "init", tmp_path / "data", "--out", tmp_path / "r.yaml")
+    assert result.exit_code == 0, result.output
+    assert "COCO-format annotations, not used, as there are masks: labels.json" in result.stdout
+    assert "not used, as there are masks: labels.json" in call("data", "check", tmp_path / "data").output
+
+
+def test_a_few_masks_do_not_hide_the_annotations(tmp_path: Path) -> None:
+    names = [f"images/{number}.png" for number in range(6)]
+    coco(tmp_path / "data/labels.json", *names, folder=tmp_path / "data")
+    put_masks(tmp_path / "data/masks", "0.png", "1.png")
+    result = call("data", "init", tmp_path / "data", "--out", tmp_path / "r.yaml")
+    assert result.exit_code == 0, result.output
+    assert load_recipe(str(tmp_path / "r.yaml")).data.dataset == "coco_json"
+    assert "masks, not used, as most of the annotated images have none: of 2 images" in result.stdout
+
+
+def test_masks_that_fit_equally_well_are_an_error_beside_annotations_too(tmp_path: Path) -> None:
+    coco(tmp_path / "data/labels.json", "images/a.png", "images/b.png", folder=tmp_path / "data")
+    for folder in ("masks_one", "masks_two"):
+        put_masks(tmp_path / "data" / folder, "a.png", "b.png")
+    result = call("data", "init", tmp_path / "data", "--out", tmp_path / "r.yaml")
+    assert result.exit_code == 2
+    assert "masks_one and masks_two hold masks that fit equally well" in result.output

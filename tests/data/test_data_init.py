@@ -75,7 +75,6 @@ def test_folders_are_found(tmp_path: Path, files: str, folders: dict[str, tuple[
         ("", "no images in this folder"),
         ("notes.txt", "no images in this folder"),
         ("photos/a.jpg", "images, but no masks"),
-        ("images/a.jpg coco.json", "data.dataset: coco_json"),
         ("images/a.jpg masks/a.jpg", "a mask in JPEG format"),
         ("images/im1.jpg masks/label1.png", "no mask has the name of an image"),
         ("0_rgb.png 0_depth.png", "images, but no masks"),
@@ -365,3 +364,18 @@ def test_a_download_is_to_be_prepared(tmp_path: Path) -> None:
     (tmp_path / "gtFine/train/ulm").rename(tmp_path / "gtFine/train/home")
     result = call("data", "init", tmp_path, "--out", tmp_path / "x.yaml")
     assert result.exit_code == 0, "a user's own data in this layout"
+
+
+@pytest.mark.parametrize("scenes", [False, True])
+def test_files_of_other_types_are_counted_once(tmp_path: Path, scenes: bool) -> None:
+    """In two folders, and in lists of pairs. Texts are not expected to be images."""
+    for place in ("a", "b") if scenes else (".",):
+        put(tmp_path / "d" / place / "images/0.png")
+        put(tmp_path / "d" / place / "masks/0.png", (0, 1))
+        for name in ("1.heic", "2.HEIC", "3.cr2", "names.txt"):
+            (tmp_path / "d" / place / "images" / name).write_text("x")
+    result = call("data", "init", tmp_path / "d", "--out", tmp_path / "r.yaml")
+    assert result.exit_code == 0, result.output
+    count, raw = ("4 .heic", "2 .cr2") if scenes else ("2 .heic", "1 .cr2")
+    assert result.stdout.count("other types") == 1
+    assert f"{6 if scenes else 3} files of other types are left out: {count}, {raw} in " in result.stdout

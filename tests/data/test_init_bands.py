@@ -1,5 +1,8 @@
 """`ssaseg data init` on images of other than three bands: the recipe reads them, or says how."""
 
+import json
+import zlib
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +13,12 @@ from PIL import Image
 from tiffs import tiff
 
 from ssaseg.recipes import load_recipe
+
+
+@pytest.fixture(autouse=True)
+def one_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Starting processes takes longer than reading a few small files."""
+    monkeypatch.setattr("ssaseg.cli.data.reading.count_cores", lambda: 0)
 
 
 def folder(root: Path, bands: int, suffix: str = ".tif", kind: type = np.uint8) -> Path:
@@ -61,3 +70,82 @@ def test_alpha_of_photos_is_no_band(tmp_path: Path) -> None:
     assert result.exit_code == 0, result.output
     assert "channels" not in result.output
     assert "channels" not in (tmp_path / "r.yaml").read_text()
+
+
+# ---- 16 bits in every layout -------------------------------------------------------------------------------------
+def twelve_bits(file: Path, bands: int = 3, top: int = 4095) -> None:
+    rng = np.random.default_rng(zlib.crc32(str(file).encode()))
+    file.parent.mkdir(parents=True, exist_ok=True)
+    pixels = rng.integers(0, top, (24, 32, bands), np.uint16)
+    pixels[0, 0] = top
+    file.write_bytes(tiff(pixels))
+
+
+def mask(file: Path) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.resize(np.array([0, 1], np.uint8), (24, 32))).save(file)
+
+
+def coco_file(file: Path, names: list[str]) -> None:
+    images = [{"id": n, "file_name": name, "height": 24, "width": 32} for n, name in enumerate(names)]
+    outline = [[0, 0, 32, 0, 32, 12, 0, 12]]
+    regions = [{"id": n, "image_id": n, "category_id": 1, "segmentation": outline} for n in range(len(names))]
+    file.write_text(json.dumps({"images": images, "annotations": regions, "categories": [{"id": 1, "name": "road"}]}))
+
+
+def as_folders(root: Path) -> None:
+    for index in range(3):
+        twelve_bits(root / f"images/{index}.tif")
+        mask(root / f"masks/{index}.png")
+
+
+def as_pairs(root: Path) -> None:
+    for place in ("a", "b"):
+        twelve_bits(root / place / "images/0.tif")
+        mask(root / place / "masks/0.png")
+
+
+def as_names(root: Path) -> None:
+    as_folders(root)
+    for split, names in (("train", "0 1"), ("val", "2")):
+        (root / f"{split}.txt").write_text(names.replace(" ", "\n"))
+
+
+def as_coco(root: Path) -> None:
+    for index in range(3):
+        twelve_bits(root / f"images/{index}.tif")
+    coco_file(root / "labels.json", ["0.tif", "1.tif", "2.tif"])
+
+
+@pytest.mark.parametrize("make", [as_folders, as_pairs, as_names, as_coco])
+def test_the_range_of_16_bits_is_written_in_every_layout(make: Callable[[Path], None], tmp_path: Path) -> None:
+    make(tmp_path / "d")
+    result = call("data", "init", tmp_path / "d", "--out", tmp_path / "r.yaml")
+    assert result.exit_code == 0, result.output
+    assert "images have 16 bits, largest value 4095: data.range [0, 4095] becomes 0..255" in result.stdout
+    assert load_recipe(str(tmp_path / "r.yaml")).data.range == (0, 4095)
+    for checked in (call("data", "check", tmp_path / "r.yaml"), call("data", "check", tmp_path / "d")):
+        assert checked.exit_code in (0, 1), checked.output  # a class may have no pixel
+        assert "set data.range" not in checked.output
+        assert "no effect" not in checked.output
+
+
+@pytest.mark.parametrize("kind", ["folders", "coco"])
+def test_mean_and_spread_are_those_of_the_range(kind: str, tmp_path: Path) -> None:
+    """Of five bands of 12 bits. Before, these were the levels of the upper 8 bits: 0 to 15."""
+    for index in range(3):
+        twelve_bits(tmp_path / f"d/images/{index}.tif", bands=5)
+        if kind == "folders":
+            mask(tmp_path / f"d/masks/{index}.png")
+    if kind == "coco":
+        coco_file(tmp_path / "d/labels.json", ["0.tif", "1.tif", "2.tif"])
+    result = call("data", "init", tmp_path / "d", "--out", tmp_path / "r.yaml")
+    assert result.exit_code == 0, result.output
+    assert "the images have 5 bands, all of which are used: see data.channels" in result.stdout
+    data = load_recipe(str(tmp_path / "r.yaml")).data
+    assert (data.channels, data.range) == (5, (0, 4095))
+    assert all(100 < value < 155 for value in data.mean), data.mean
+    assert all(60 < value < 90 for value in data.std), data.std
+    checked = call("data", "check", tmp_path / "r.yaml")
+    assert checked.exit_code == 0, checked.output
+    assert "data.range" not in checked.output

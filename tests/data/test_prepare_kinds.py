@@ -73,5 +73,5 @@ def test_yolo_without_data_yaml_reads_names_from_the_table(tmp_path: Path) -> No
     (source / "a.txt").write_text("0 0.1 0.1 0.5 0.1 0.5 0.5\n")
     (tmp_path / "names.txt").write_text("road\n")
     call_it = ("data", "prepare", "yolo", "--source", source, "--root", tmp_path / "out", "--workers", "0")
-    assert "no files of the kind yolo" in call(*call_it).stderr
+    assert "no data.yaml" in call(*call_it).stderr
     assert call(*call_it, "--table", tmp_path / "names.txt").exit_code == 0

@@ -219,6 +219,24 @@ def test_a_table_without_the_commonest_colour_is_named(tmp_path: Path) -> None:
     assert "a table of 3 classes: labels.csv; not in it: #000000 " in result.stderr
 
 
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        ("name,r,g,b\nstra\xdfe,128,64,128\nb,0,0,0\n".encode("latin-1"), "not UTF-8 text"),
+        (
+            b"name,r,g,b\n" + b"".join(b"c%d,%d,7,7\n" % (at, at % 256) for at in range(256)) + b"x,8,8,8\n",
+            "255 classes",
+        ),
+    ],
+)
+def test_a_table_that_cannot_be_used_is_named(tmp_path: Path, content: bytes, reason: str) -> None:
+    lay_out(tmp_path, lambda file, ids, _: save(file, rgb(ids)))
+    (tmp_path / "class_dict.csv").write_bytes(content)
+    result = call("data", "init", tmp_path, "--out", tmp_path / "a.yaml")
+    assert "not this one: " in result.stderr
+    assert reason in result.stderr
+
+
 def test_colours_without_a_table_give_one_to_fill_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     source = tmp_path / "data"
@@ -617,3 +635,28 @@ def test_help_names_every_kind() -> None:
     shown = " ".join(call("data", "prepare", "--help").stdout.split())
     for convention in CONVENTIONS:
         assert f"{convention.kind} {convention.what}" in shown
+
+
+@pytest.mark.parametrize("kind", ["coco_panoptic", "supervisely", "labelme", "via", "cvat", "kitti", "yolo"])
+@pytest.mark.parametrize("table", [False, True])
+def test_a_kind_that_the_folder_has_not_is_refused(tmp_path: Path, kind: str, table: bool) -> None:
+    source = tmp_path / "data"
+    source.mkdir()
+    save(source / "a.png", rgb(TRUTHS["001"]))
+    (tmp_path / "names.txt").write_text("a\nb\n")
+    more = ("--table", tmp_path / "names.txt") if table else ()
+    result = call("data", "prepare", kind, "--source", source, "--root", tmp_path / "out", *more)
+    assert result.exit_code == 2, result.output
+    assert result.stderr.startswith("searching ")
+    assert 2 <= len(result.stderr.splitlines()[1:]) <= 3
+    assert not (tmp_path / "out").exists()
+
+
+def test_kitti_is_recognised_where_no_names_say_what_its_ids_mean(tmp_path: Path) -> None:
+    for number in range(2):
+        save(tmp_path / f"training/image_2/{number}.png", rgb(TRUTHS["001"]))
+        save(tmp_path / f"training/semantic/{number}.png", TRUTHS["001"] + 7)
+    result = call("data", "init", tmp_path, "--out", tmp_path / "a.yaml")
+    assert "ssaseg data prepare kitti --source " in result.stderr
+    (tmp_path / "classes.txt").write_text("".join(f"name_{number}\n" for number in range(11)))
+    assert call("data", "init", tmp_path, "--out", tmp_path / "a.yaml").exit_code == 0

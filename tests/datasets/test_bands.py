@@ -14,6 +14,7 @@ from tiffs import tiff
 from ssaseg.datasets.bands.reading import common_bands, count_bands, measure, read_bands, shown
 from ssaseg.datasets.base import DataError
 from ssaseg.datasets.colour import distort, from_planes, normalize, to_planes
+from ssaseg.datasets.inspection import look_at_image
 from ssaseg.datasets.pairs import PairDataset
 from ssaseg.datasets.transforms import DRAWS, TrainTransform, resize, test_image
 
@@ -203,6 +204,33 @@ def test_mean_and_spread_of_the_bands(tmp_path: Path) -> None:
     assert spread[3] == pytest.approx(10, abs=0.1)
     with pytest.raises(DataError):
         measure(files[:1], 5)
+
+
+# ---- what the check knows ------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("values", "channels"), [(pixels(5), 5), (pixels(1), 1), (pixels(2), 2)], ids=["five", "grey", "two"]
+)
+def test_the_largest_value_of_16_bits_is_known_for_any_channels(
+    values: np.ndarray, channels: int, tmp_path: Path
+) -> None:
+    deep = (values.astype(np.uint16) << 4) + 9
+    file = tmp_path / "a.tif"
+    file.write_bytes(tiff(deep))
+    look = look_at_image(file, False, channels)
+    assert look.size == values.shape[:2]
+    assert look.top is not None
+    assert look.top[0] == deep.max()
+    file.write_bytes(tiff(values))
+    assert look_at_image(file, False, channels).top is None
+
+
+def test_a_page_for_each_band_is_no_page_left_out(tmp_path: Path) -> None:
+    file = tmp_path / "a.tif"
+    file.write_bytes(tiff(*np.moveaxis(pixels(5), 2, 0)))
+    facts = look_at_image(file, False, 5).facts
+    assert facts is not None
+    assert not facts.paged
+    assert facts.bands == 3
 
 
 # ---- what happens to the pixels --------------------------------------------------------------------------------------

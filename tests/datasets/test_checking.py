@@ -241,16 +241,27 @@ def deep(high: int) -> np.ndarray:
         (60000, None, None),
         (4000, (0, 4095), None),
         (200, (0, 4095), "largest value 200, with data.range: [0, 4095]"),
-        (None, (0, 4095), "data.range has no effect"),
     ],
 )
 def test_16_bits_of_which_few_are_used(
-    tmp_path: Path, high: int | None, levels: tuple[int, int] | None, part: str | None
+    tmp_path: Path, high: int, levels: tuple[int, int] | None, part: str | None
 ) -> None:
-    images = [PHOTO if high is None else deep(high)] * 2
+    images = [deep(high)] * 2
     found = texts(look_through(make(tmp_path, [ids(0, 1, 2, 3)] * 2, images, levels=levels), decoded=0))
     assert ("bits" in found) == (part is not None)
     assert part is None or part in found["bits"]
+
+
+@pytest.mark.parametrize("high", [None, 4000])
+def test_range_has_no_effect_only_where_no_split_has_16_bits(tmp_path: Path, high: int | None) -> None:
+    splits = [
+        make(tmp_path / name, [ids(0, 1, 2, 3)], [pixels], levels=(0, 4095))
+        for name, pixels in (("train", PHOTO if high is None else deep(high)), ("val", PHOTO))
+    ]
+    found = [look_through(split) for split in splits]
+    assert not any("bits" in texts(each) for each in found)
+    problems = compare_masks(splits, found)
+    assert ["data.range has no effect" in problem.text for problem in problems] == [True] * (high is None)
 
 
 def test_dark_bands_that_are_stored_apart_are_noticed(tmp_path: Path) -> None:
@@ -276,7 +287,7 @@ def test_a_fourth_band_pages_and_other_types(tmp_path: Path) -> None:
     found = texts(look_through(PairDataset(tmp_path / "images", tmp_path / "masks", ["a", "b", "c", "d"])))
     assert found["bands"].startswith("note: 1 image has a further band")
     assert found["paged"].startswith("warning: 1 image has more than one page")
-    assert found["other types"].startswith("note: 3 files of other types are left out: 2 .heic, 1 .txt in ")
+    assert found["other types"].startswith("note: 2 files of other types are left out: 2 .heic in ")
 
 
 def test_masks_of_several_pages_are_named(tmp_path: Path) -> None:

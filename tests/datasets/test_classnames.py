@@ -102,12 +102,20 @@ def test_a_numbered_id_that_is_to_be_ignored(tmp_path: Path) -> None:
     assert (labels.classes, labels.raw_to_train) == (["cat", "dog"], {0: 255, 1: 0, 2: 1})
 
 
-@pytest.mark.parametrize("encoding", ["latin-1", "utf-16", "utf-16-le"])
+@pytest.mark.parametrize("encoding", ["latin-1", "utf-16-le"])
 def test_a_file_of_names_that_is_no_text_is_told(tmp_path: Path, encoding: str) -> None:
     (tmp_path / "classes.txt").write_bytes("Stra\xdfe\nHaus\n".encode(encoding))
     names, notes = read_class_names(tmp_path)
     assert names is None
     assert notes == ["classes.txt is not used: not UTF-8 text; save it as UTF-8"]
+
+
+def test_a_file_of_names_from_windows_is_read(tmp_path: Path) -> None:
+    """UTF-16 with its mark, as PowerShell writes it."""
+    (tmp_path / "classes.txt").write_bytes("Stra\xdfe\r\nHaus\r\n".encode("utf-16"))
+    names, notes = read_class_names(tmp_path)
+    assert names is not None
+    assert (names.names, notes) == ({0: "Straße", 1: "Haus"}, [])
 
 
 def test_colours_go_with_their_names() -> None:
@@ -190,3 +198,20 @@ def test_names_beside_the_masks(tmp_path: Path) -> None:
     assert list(names.names.values()) == ["cat", "cow"]
     assert notes == ["train/masks/classes.txt has other class names than val/classes.txt and is not used"]
     assert read_class_names(tmp_path) == (None, [])
+
+
+@pytest.mark.parametrize("ids", [[0, 127, 255], [0, 128, 255], [0, 85, 170, 255], [0, 51, 102, 153, 204, 255]])
+def test_ids_spread_over_all_levels_have_255_as_a_class(ids: list[int]) -> None:
+    """As in REFUGE's masks: 255 is a class like the others."""
+    labels = guess_labels(ids, None, None)
+    assert labels.raw_ids == ids
+    assert labels.raw_to_train == {raw: train_id for train_id, raw in enumerate(ids)}
+    assert any("255 is read as a class" in note for note in labels.notes)
+    names = Names(Path("labels.txt"), {number: f"name_{number}" for number in range(len(ids))}, {}, False)
+    named = guess_labels(ids, names, None)
+    assert (named.raw_ids, named.classes) == (ids, list(names.names.values()))
+
+
+@pytest.mark.parametrize("ids", [[0, 1, 255], [0, 1, 2, 255], [0, 100, 255], [0, 127, 128, 255], [*range(100), 255]])
+def test_other_ids_have_255_as_ignored(ids: list[int]) -> None:
+    assert 255 not in guess_labels(ids, None, None).raw_ids

@@ -24,7 +24,7 @@ from ssaseg.datasets import DataError
 from ssaseg.datasets.conventions import recognise
 from ssaseg.datasets.conventions.base import Options, Source, Tree
 from ssaseg.datasets.conventions.cvat import _elements
-from ssaseg.datasets.conventions.hints import describe_json, hint_of
+from ssaseg.datasets.conventions.hints import advise, beside_masks, describe_json
 
 HEIGHT, WIDTH = 30, 40
 ROAD = [[5, 29], [15, 10], [25, 10], [36, 29]]
@@ -638,11 +638,34 @@ def test_hint_fits_the_keys(tmp_path: Path, content: Any, hint: str | None) -> N
     assert found is None or "\n" not in found
 
 
-def test_hint_of_a_folder_is_that_of_the_first_file_that_says_something(tmp_path: Path) -> None:
-    files = [write(tmp_path / f"{number}.json", {"x": number}) for number in range(3)]
-    assert hint_of(files) is None
-    files += [labelme(tmp_path / "a.json", "a.jpg"), tmp_path / "a.jpg"]
-    assert "prepare labelme" in str(hint_of(files))
+def test_advice_is_about_the_first_file_that_says_something(tmp_path: Path) -> None:
+    for number in range(3):
+        write(tmp_path / f"{number}.json", {"x": number})
+    assert advise(Tree(tmp_path)) is None
+    assert beside_masks(Tree(tmp_path)) is None
+    labelme(tmp_path / "a.json", "a.jpg")
+    assert "prepare labelme" in str(advise(Tree(tmp_path)))
+    assert "labelme's shapes in JSON files, such as a.json" in str(beside_masks(Tree(tmp_path)))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "advice"),
+    [
+        ("a.json", '{"images": [', "a.json is not whole JSON"),
+        ("a.json", "", "a.json is not whole JSON"),
+        ("labels/a.txt", "\ufeff0 0.1 0.1 0.9 0.1 0.9 0.9\n", "ssaseg data prepare yolo --source "),
+        ("labels/a.txt", "3\n", None),
+        ("via.csv", "filename,region_shape_attributes\n", "export them again as JSON"),
+        ("a.xml", "<annotation><object><bndbox></bndbox></object></annotation>", "boxes of PASCAL VOC"),
+    ],
+)
+def test_advice_about_other_files(tmp_path: Path, name: str, content: str, advice: str | None) -> None:
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "a.jpg").touch()
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_text(content)
+    found = advise(Tree(tmp_path))
+    assert found is None if advice is None else advice in str(found)
 
 
 def test_hint_of_a_large_file_reads_its_ends(tmp_path: Path) -> None:

@@ -106,7 +106,7 @@ def test_lists_that_cannot_be_read(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no such file"):
         read_pairs(tmp_path / "gone.txt", tmp_path)
     file = put(tmp_path, FILES, "")
-    file.write_bytes("a/0.jpg b/0.png".encode("utf-16"))
+    file.write_bytes("a/0.jpg b/ü.png".encode("latin-1"))
     with pytest.raises(DataError, match="save it as UTF-8"):
         read_pairs(file, tmp_path)
 

@@ -441,10 +441,23 @@ def test_jpeg_masks_on_request(tmp_path: Path) -> None:
     assert look(tmp_path, files, jpeg=True).folders == {"all": ("Kvasir-SEG/images", "Kvasir-SEG/masks")}
 
 
+@pytest.mark.parametrize(
+    ("files", "part"),
+    [
+        ("images/1.jpg images/2.jpg masks/1.npy", "masks/1.npy has the name of an image, but .npy is not read"),
+        ("data.zip readme.txt", "unpack data.zip first"),
+        ("a/1.jpg b/x.png train.txt=a/1.jpg~b/x.png;a/1.jpg~b/x.png", "train.txt: line 2: .* is in line 1 too"),
+        ("a/1.jpg b/x.png train.txt=a/1.jpg~../c/x.png", "train.txt: line 1: .* do not exist"),
+    ],
+)
+def test_what_is_there_instead_of_masks_is_named(tmp_path: Path, files: str, part: str) -> None:
+    with pytest.raises(DataError, match=part):
+        look(tmp_path, files)
+
+
 def test_what_is_left_out_is_counted(tmp_path: Path) -> None:
     files = "images/1.jpg masks/1.png images/2.heic images/3.HEIC images/4.cr2 images/notes.txt depth/1.png"
     notes = look(tmp_path, files).notes
-    assert "3 files of other types are left out: .heic 2, .cr2 1" in notes
     assert "other folders with pictures, not used: depth" in notes
     lists = look(tmp_path / "s", "a/images/0.png a/labels/0.png b/images/0.png b/labels/0.png b/images/1.png").notes
     assert "images without mask, not used: 1 (b/images/1.png)" in lists

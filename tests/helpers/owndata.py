@@ -60,9 +60,16 @@ def command_for(source: Path, folder: Path) -> list[str]:
     return shlex.split(found[1])
 
 
+def require_checked(recipe: Path) -> None:
+    """`data check` finds no error. Warnings are usual, as of classes without a pixel in one split."""
+    result = call("data", "check", recipe)
+    assert result.exit_code in (0, 1), result.output
+    assert "error," not in result.output
+
+
 def prepared(source: Path, folder: Path, *more: str) -> tuple[Data, dict[str, np.ndarray], str]:
-    """Runs the command that `init` prints, with `--root FOLDER/out`, and reads the data by the recipe that `init` then
-    writes: the data section, the train ids by name, and what `prepare` has printed.
+    """Runs the command that `init` prints, with `--root FOLDER/out`, checks the recipe FOLDER/prepared.yaml that `init`
+    then writes, and reads the data by it: the data section, the train ids by name, and what `prepare` has printed.
     """
     words = command_for(source, folder)
     words[words.index("--root") + 1] = str(folder / "out")
@@ -71,4 +78,5 @@ def prepared(source: Path, folder: Path, *more: str) -> tuple[Data, dict[str, np
     assert "images/s" in result.stdout
     recipe = folder / "prepared.yaml"
     assert (wrote := call("data", "init", folder / "out", "--out", recipe)).exit_code == 0, wrote.output
+    require_checked(recipe)
     return *read_all(recipe), result.stdout

@@ -19,6 +19,7 @@ METADATA: dict[str, Any] = {
     "classes": ["sky", "road", "Bäume"],
     "palette": [[0, 0, 0], [1, 2, 3], [255, 255, 255]],
     "mean": [1.5, 2.0, 3.0],
+    "range": [0, 4095],
     "std": [1.0, 2.0, 4.0],
     "protocol": {"scale": [2048, 512], "multiple": 32},
     "recipe": {"name": "x", "optim": {"lr": 2.5e-4}},
