@@ -13,9 +13,9 @@ from ssaseg.datasets.pairs import IMAGE_SUFFIXES, walk
 from ssaseg.files.text import printable
 
 HALF = 2**15  # of the values of 16 bits: where nearly all values are below, most of the range is unused
+SENSORS = (2**10 - 1, 2**12 - 1, 2**14 - 1)  # largest values of 10, 12 and 14 bits
 # Texts beside images, such as lists, names and annotations: nobody expects that they are read as images.
 TEXTS = (".txt", ".csv", ".tsv", ".lst", ".json", ".xml", ".yaml", ".yml", ".md", ".html", ".db", ".ini", ".log", "")
-SENSORS = (2**10 - 1, 2**12 - 1, 2**14 - 1)  # largest values of 10, 12 and 14 bits
 
 
 @dataclass
@@ -111,7 +111,9 @@ def passed_over(dataset: Dataset) -> Iterator[Problem]:
     The folders are the one that was searched, with all below it, or else those that hold the listed images.
     """
     folder: Path | None = getattr(dataset, "image_folder", None)
-    suffixes = tuple(suffix.lower() for suffix in getattr(dataset, "image_suffixes", IMAGE_SUFFIXES))
+    # Lists name files of any suffix; those of the other split may be in the same folder.
+    listed = () if folder else {file.suffix.lower() for file in (*dataset.image_files, *dataset.mask_files)} - {""}
+    suffixes = (*(suffix.lower() for suffix in getattr(dataset, "image_suffixes", IMAGE_SUFFIXES)), *listed)
     used = {*dataset.mask_files, *dataset.unused_masks}
     folders = [folder] if folder else sorted({file.parent for file in dataset.image_files})
     files = walk(folder) if folder else (path for each in folders for path in _files_in(each))

@@ -369,6 +369,10 @@ def test_a_download_is_to_be_prepared(tmp_path: Path) -> None:
 @pytest.mark.parametrize("scenes", [False, True])
 def test_files_of_other_types_are_counted_once(tmp_path: Path, scenes: bool) -> None:
     """In two folders, and in lists of pairs. Texts are not expected to be images."""
+    if scenes:  # of a suffix that only lists have, all of them in one split
+        for place in ("a", "b"):
+            put(tmp_path / "d" / place / "images/9.ppm")
+            put(tmp_path / "d" / place / "masks/9.png", (0, 1))
     for place in ("a", "b") if scenes else (".",):
         put(tmp_path / "d" / place / "images/0.png")
         put(tmp_path / "d" / place / "masks/0.png", (0, 1))
