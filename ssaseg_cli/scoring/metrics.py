@@ -90,15 +90,31 @@ class Confusion:
         if prediction.shape != label.shape:
             raise ValueError(f"a prediction of {tuple(prediction.shape)} for a label of {tuple(label.shape)} (H, W)")
         device, classes = self._counts.device, self.num_classes
+        if device.type == "cpu":
+            self._add(torch.from_numpy(self._count_pairs(prediction.cpu().numpy(), label.cpu().numpy())))
+            return
         prediction, label = (t.to(device, non_blocking=True).flatten().long() for t in (prediction, label))
-        valid = label != IGNORED
         known = (label >= 0) & (label < classes) & (prediction >= 0) & (prediction < classes)
-        if device.type == "cpu" and (valid & ~known).any():
-            raise _out_of_range(label[valid], prediction[valid], classes)
         cell = torch.where(known, label * classes + prediction, classes**2)
-        counts = torch.zeros_like(self._counts).scatter_add_(0, cell, valid.long())
+        self._add(torch.zeros_like(self._counts).scatter_add_(0, cell, (label != IGNORED).long()))
+
+    def _count_pairs(self, prediction: np.ndarray, label: np.ndarray) -> np.ndarray:
+        """One image's counts, int64 (K·K+1), by OpenCV, in a tenth of the time of an index for each pixel."""
+        classes = self.num_classes
+        small = [each.astype(np.uint8, copy=False) for each in (label, prediction)]
+        pairs = count_pairs(*small)
+        inside = pairs[:classes, :classes]
+        exact = all(each.dtype == np.uint8 for each in (label, prediction)) or (
+            (small[0] == label).all() and (small[1] == prediction)[label != IGNORED].all()
+        )
+        if not exact or inside.sum() + pairs[IGNORED].sum() != label.size:
+            valid = label != IGNORED
+            raise _out_of_range(label[valid], prediction[valid], classes)
+        return np.append(inside.ravel(), 0)
+
+    def _add(self, counts: "torch.Tensor") -> None:
         self._counts += counts
-        self._keep(counts[:-1].view(classes, classes))
+        self._keep(counts[:-1].view(self.num_classes, self.num_classes))
 
     def _keep(self, matrix: "torch.Tensor") -> None:
         """Stores the intersections and unions of one image, given its matrix (K,K)."""
@@ -193,7 +209,19 @@ class Confusion:
         return float(percent(labelled.max(), labelled.sum())) / int((labelled > 0).sum())
 
 
-def _out_of_range(label: "torch.Tensor", prediction: "torch.Tensor", classes: int) -> ValueError:
+def count_pairs(label: np.ndarray, prediction: np.ndarray) -> np.ndarray:
+    """How many pixels have each pair of numbers; two maps uint8 (H,W) → int64 (256,256)."""
+    import cv2
+
+    total = np.zeros((256, 256), np.int64)
+    rows = max(2**24 // label.shape[1], 1)  # OpenCV counts in float32, which is exact up to 2^24
+    for top in range(0, label.shape[0], rows):
+        stripe = [np.ascontiguousarray(each[top : top + rows]) for each in (label, prediction)]
+        total += cv2.calcHist(stripe, [0, 1], None, [256, 256], [0, 256, 0, 256]).astype(np.int64)
+    return total
+
+
+def _out_of_range(label: np.ndarray, prediction: np.ndarray, classes: int) -> ValueError:
     for kind, ids in (("label", label), ("prediction", prediction)):
         wrong = ids[(ids < 0) | (ids >= classes)]
         if len(wrong):
