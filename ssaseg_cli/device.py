@@ -37,7 +37,7 @@ def calm_allocator() -> bool:
     try:
         library = ctypes.CDLL(None)
         _ = library.gnu_get_libc_version  # musl has mallopt, which does nothing
-        return all([library.mallopt(parameter, value) for parameter, value in CALM.items()])
+        return all(library.mallopt(parameter, value) for parameter, value in CALM.items())
     except (AttributeError, OSError):
         return False
 

@@ -10,8 +10,8 @@ from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 from ssaseg.cli.errors import CommandError
-from ssaseg.cli.training.state import FREE_KEYS
 from ssaseg.recipes import Recipe
+from ssaseg.recipes.resuming import FREE_KEYS
 
 JsonSchema = Mapping[str, Any]
 

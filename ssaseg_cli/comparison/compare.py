@@ -16,8 +16,8 @@ from ssaseg.cli.errors import CommandError
 from ssaseg.cli.printing import echo
 from ssaseg.cli.training.environment import read_environment
 from ssaseg.cli.training.log import read_log
-from ssaseg.cli.training.state import flat
 from ssaseg.recipes import RecipeError, load_recipe
+from ssaseg.recipes.resuming import flat
 
 MARK = {"Software": "ssaseg compare"}  # in the PNG file: only a picture with this mark is overwritten
 

@@ -12,8 +12,6 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from ssaseg.cli.errors import CommandError
 from ssaseg.cli.printing import echo
 from ssaseg.cli.training.log import LAST_STEP
@@ -34,6 +32,8 @@ LONGEST = 200  # letters of a value that decides rounding: a device's name at mo
 
 def environment(job: "Job") -> dict[str, Any]:
     """The machine, the versions and the data of a run, as JSON values."""
+    import torch  # here, as `compare` only reads what is written
+
     on_gpu = job.device.type == "cuda"
     installed = {found.metadata["Name"]: found.version for found in metadata.distributions()}
     return {

@@ -17,29 +17,7 @@ from ssaseg.cli.training.job import Progress
 from ssaseg.cli.training.stored import require_state
 from ssaseg.cli.weights.archive import read_archive
 from ssaseg.files.writing import delete_temporaries, write_atomic
-
-# Recipe keys that a resumed run may change, each with how this changes the results. All other changes are refused.
-FREE_KEYS = {
-    "name": "",  # a label
-    "data.root": "",  # where the data are: the fingerprint checks their names and sizes
-    "data.cache": "",  # the same pixels, from memory
-    "train.workers": "",  # a sample depends only on the seed and its position
-    "train.prefetch": "",  # the same batches, earlier on the device
-    "train.checkpointing": "",  # the same gradients, with activations that are computed twice
-    "train.log_every": "",
-    "train.save_every": "",
-    "train.keep": "",
-    "train.eval_every": "",  # evaluation draws no random number and writes no buffer; other weights may become the best
-    "train.patience": "",  # decides when training ends, not what is learnt before
-    # What to do if something is not finite. This may have stopped the run: then the user must be able to choose.
-    "train.nonfinite": "",
-    "train.max_skipped": "",
-    # Other kernels that compute the same.
-    "train.compile": "equal except for rounding",
-    "train.deterministic": "equal except for rounding",
-    # This changes results, but a long run must be able to continue with less memory. A step's batch and losses stay.
-    "train.micro_batch": "BatchNorm sees other groups of images from here on",
-}
+from ssaseg.recipes.resuming import FREE_KEYS, flat
 
 
 def save_state(
@@ -188,12 +166,3 @@ def _difference(key: str, old: Any, new: Any) -> str:
         at = next((k for k, (a, b) in enumerate(zip(old, new, strict=False)) if a != b), None)
         return f"{key}: {len(old)} → {len(new)} entries" if at is None else f"{key}[{at}] {old[at]} → {new[at]}"
     return f"{key} {old} → {new}"
-
-
-def flat(tree: Any, prefix: str = "") -> dict[str, Any]:
-    """The values of nested mappings, by dotted key."""
-    if not isinstance(tree, dict) or not tree:
-        return {prefix: list(tree) if isinstance(tree, tuple) else tree}
-    return {
-        key: leaf for name, inner in tree.items() for key, leaf in flat(inner, f"{prefix}.{name}".lstrip(".")).items()
-    }

@@ -27,11 +27,12 @@ from ssaseg.cli.training.job import Job, StepRecord
 from ssaseg.cli.training.nonfinite import stop_before
 from ssaseg.cli.training.pictures import write_batch
 from ssaseg.cli.training.saving import save_best
-from ssaseg.cli.training.state import FREE_KEYS, load_state, refuse_changes, state_files
+from ssaseg.cli.training.state import load_state, refuse_changes, state_files
 from ssaseg.cli.training.window import Window
 from ssaseg.datasets.pairs import PairDataset
 from ssaseg.datasets.synthetic import SyntheticScenes
 from ssaseg.recipes import load_recipe
+from ssaseg.recipes.resuming import FREE_KEYS
 
 MakeJob = Callable[..., Job]
 
