@@ -6,10 +6,13 @@ their official implementations.
 Axes: N images, K classes, C channels, h×w feature pixels, P = h·w, G groups of images.
 """
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor, nn
 
 from ssaseg.models.classifiers import losses
+from ssaseg.models.classifiers.upsampled import Branch, full_resolution_terms
 
 
 def squeeze(channels: int) -> nn.Sequential:
@@ -39,25 +42,20 @@ def class_means(sums: Tensor, pixels: Tensor, fallback: Tensor) -> Tensor:
 
 
 def upsampled_terms(
-    name: str,
-    logits: Tensor,
-    labels: Tensor,
-    pixels: Tensor,
-    members: Tensor,
-    pairs: Tensor | None,
-    dice: bool,
-    weighing: losses.Weighing,
-    align_corners: bool = True,
+    branches: Mapping[str, Branch], labels: Tensor, members: Tensor, pairs: Tensor | None = None
 ) -> dict[str, Tensor]:
-    """Cross entropy (and dice) of the logits of one branch, upsampled to the labels' size."""
-    image = losses.full_resolution_terms(logits, labels, align_corners, dice, pixels, weighing)
-    # The denominator of the main mean is the number of all pixels, ignored ones too (mmseg's avg_non_ignore=False),
-    # independent of class weights. That of the others is the sum of the weights of pixels that are not ignored.
-    all_pixels = torch.full_like(image.valid, float(labels[0].numel()))
-    counted = all_pixels if name == "main" else image.valid
-    found = {f"{name}_ce": losses.group_ratio(image.cross_entropy, counted, members)}
-    if dice:
-        # Without `pairs` this batch is the whole step. With it, the loop's mean over micro-batches gives the sum.
-        count = image.pairs.sum() if pairs is None else pairs
-        found[f"{name}_dice"] = image.dice.sum() / torch.where(count > 0, count, 1.0)
+    """Cross entropy (and dice) of each branch, upsampled to the labels' size, by name."""
+    found: dict[str, Tensor] = {}
+    if not branches:
+        return found
+    for name, image in zip(branches, full_resolution_terms(list(branches.values()), labels), strict=True):
+        # The denominator of the main mean is the number of all pixels, ignored ones too (mmseg's avg_non_ignore=False),
+        # independent of class weights. That of the others is the sum of the weights of pixels that are not ignored.
+        all_pixels = torch.full_like(image.valid, float(labels[0].numel()))
+        counted = all_pixels if name == "main" else image.valid
+        found[f"{name}_ce"] = losses.group_ratio(image.cross_entropy, counted, members)
+        if branches[name].dice:
+            # Without `pairs` this batch is the whole step. With it, the loop's mean over micro-batches gives the sum.
+            count = image.pairs.sum() if pairs is None else pairs
+            found[f"{name}_dice"] = image.dice.sum() / torch.where(count > 0, count, 1.0)
     return found

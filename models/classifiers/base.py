@@ -19,7 +19,7 @@ from typing import Any, ClassVar, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from ssaseg.models.classifiers import losses
+from ssaseg.models.classifiers.upsampled import Weighing
 from ssaseg.models.rows import Row
 
 
@@ -32,7 +32,7 @@ class LossOptions:
     number of all pixels, ignored ones too, independent of their weights. Those of coarse and teacher logits
     (`nn.CrossEntropyLoss`) are divided by the sum of the weights of pixels that are not ignored. Hard example mining
     applies to the main cross entropy only, as in mmsegmentation, and to each image separately, so that it does not
-    depend on the micro-batches of a step: see `losses.Weighing`. Dice and distillation losses do not change.
+    depend on the micro-batches of a step: see `upsampled.Weighing`. Dice and distillation losses do not change.
     """
 
     weights: Mapping[str, float] = field(default_factory=dict)  # loss → weight, where not the default; 0: left out
@@ -197,10 +197,10 @@ class Classifier(nn.Module):
         return tuple(self.MEMORY)
 
     @property
-    def weighing(self) -> losses.Weighing:
+    def weighing(self) -> Weighing:
         """The weights of pixels in the main cross entropy."""
         loss = self.loss
-        return losses.Weighing(self.class_weights, loss.label_smoothing, loss.ohem_threshold, loss.ohem_min_kept)
+        return Weighing(self.class_weights, loss.label_smoothing, loss.ohem_threshold, loss.ohem_min_kept)
 
 
 def class_convolution(channels: int, num_classes: int) -> nn.Conv2d:

@@ -16,6 +16,7 @@ from torch import Tensor
 from ssaseg.models.classifiers import losses
 from ssaseg.models.classifiers.adaptation import class_means, concatenate, semantic_means, squeeze, upsampled_terms
 from ssaseg.models.classifiers.base import Classifier, Loss, LossOptions, TrainingStep, class_convolution
+from ssaseg.models.classifiers.upsampled import Branch
 from ssaseg.models.rows import Row
 
 
@@ -93,13 +94,14 @@ class CACClassifier(Classifier):
             members = losses.group_matrix(len(labels), self.group, feature.device)
             taught = self.weights["teacher_ce"] or self.weights["response"]
             teacher = self._teach(feature.float(), small, members) if taught else logits
-            pixels = losses.class_pixels(labels, self.num_classes)
-            found: dict[str, Tensor] = {}
-            for name, each in (("main", logits), ("coarse", coarse), ("teacher", teacher)):
-                main = name == "main"
-                weighing = self.weighing if main else self.weighing._replace(threshold=None)
-                if self.weights[f"{name}_ce"]:
-                    found |= upsampled_terms(name, each, labels, pixels, members, None, False, weighing, not main)
+            others = self.weighing._replace(threshold=None)
+            branches = {
+                "main": Branch(logits, align_corners=False, weighing=self.weighing),
+                "coarse": Branch(coarse, align_corners=True, weighing=others),
+                "teacher": Branch(teacher, align_corners=True, weighing=others),
+            }
+            counted = {name: branch for name, branch in branches.items() if self.weights[f"{name}_ce"]}
+            found = upsampled_terms(counted, labels, members)
             if self.weights["response"]:
                 found["response"] = losses.response_loss(logits, teacher, small, members, edges=False)
         return TrainingStep(logits, {name: self.weights[name] * loss for name, loss in found.items()})

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ssaseg.models.classifiers import losses
 from ssaseg.models.classifiers.adaptation import class_means, concatenate, squeeze, upsampled_terms
+from ssaseg.models.classifiers.upsampled import Branch, Weighing
 
 
 class Adapted(NamedTuple):
@@ -92,21 +93,23 @@ def terms(
     labels: Tensor,
     pairs: Tensor | None,
     weights: Mapping[str, float],
-    weighing: losses.Weighing,
+    weighing: Weighing,
 ) -> dict[str, Tensor]:
     """The weighted losses by name, averaged over groups; dice losses are averaged over the step's (image, class) pairs.
 
     `weighing`: of the main cross entropy; the other cross entropies use it without hard example mining.
     """
     members = teacher.members
-    pixels = losses.class_pixels(labels, student.logits.shape[1])
-    branches = {"main": student.logits, "coarse": student.coarse, "teacher": teacher.logits}
-    found: dict[str, Tensor] = {}
-    for name, logits in branches.items():
-        dice = bool(weights.get(f"{name}_dice"))
-        if dice or weights[f"{name}_ce"]:
-            counting = weighing if name == "main" else weighing._replace(threshold=None)
-            found |= upsampled_terms(name, logits, labels, pixels, members, pairs, dice, counting)
+    branches = {
+        name: Branch(logits, True, bool(weights.get(f"{name}_dice")), counting)
+        for name, logits, counting in (
+            ("main", student.logits, weighing),
+            ("coarse", student.coarse, weighing._replace(threshold=None)),
+            ("teacher", teacher.logits, weighing._replace(threshold=None)),
+        )
+        if weights[f"{name}_ce"] or weights.get(f"{name}_dice")
+    }
+    found = upsampled_terms(branches, labels, members, pairs)
     if weights["response"]:
         found["response"] = losses.response_loss(student.logits, teacher.logits, teacher.labels, members)
     images = members.new_ones(len(labels))

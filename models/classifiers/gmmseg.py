@@ -26,6 +26,7 @@ from ssaseg.models.classifiers.prototypes import (
     new_prototypes,
     write_ring,
 )
+from ssaseg.models.classifiers.upsampled import Branch, full_resolution_terms
 from ssaseg.models.layers import ConvNorm
 from ssaseg.models.rows import Row
 
@@ -162,9 +163,7 @@ class GMMSegClassifier(PrototypeClassifier):
         """The cross entropy is that of the plain classifier; the contrast is a mean over the pixels that count."""
         found: dict[str, Tensor] = {}
         if self.weights["main_ce"]:
-            image = losses.full_resolution_terms(
-                scored.logits, labels, align_corners=False, dice=False, weighing=self.weighing
-            )
+            (image,) = full_resolution_terms([Branch(scored.logits, False, weighing=self.weighing)], labels)
             found["main_ce"] = image.cross_entropy.sum() / labels.numel()
         if self.weights["contrast"]:
             found["contrast"] = losses.group_ratio(scored.contrast, scored.counted, scored.members)

@@ -9,8 +9,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ssaseg.models.classifiers import losses
 from ssaseg.models.classifiers.base import Classifier, LossOptions, TrainingStep, class_convolution
+from ssaseg.models.classifiers.upsampled import Branch, full_resolution_terms
 from ssaseg.models.rows import Row
 
 
@@ -34,8 +34,6 @@ class LinearClassifier(Classifier):
         """One loss: cross entropy at the labels' size (align_corners=False), averaged over all pixels, ignored too."""
         logits = self(feature)
         with torch.autocast(logits.device.type, enabled=False):
-            terms = losses.full_resolution_terms(
-                logits, labels, align_corners=False, dice=False, weighing=self.weighing
-            )
+            (terms,) = full_resolution_terms([Branch(logits, align_corners=False, weighing=self.weighing)], labels)
             main = terms.cross_entropy.sum() / labels.numel()
         return TrainingStep(logits, {"main_ce": self.weights["main_ce"] * main})

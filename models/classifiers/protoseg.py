@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from ssaseg.models.classifiers import losses
 from ssaseg.models.classifiers.base import Loss, LossOptions, Option, Peers
 from ssaseg.models.classifiers.prototypes import PrototypeClassifier, Scored, known_labels, new_prototypes, one_hot
+from ssaseg.models.classifiers.upsampled import Branch, full_resolution_terms
 from ssaseg.models.rows import Row
 
 
@@ -94,9 +95,7 @@ class ProtoSegClassifier(PrototypeClassifier):
         """The cross entropy upsamples with align_corners=True; all means are over the pixels that are not ignored."""
         found: dict[str, Tensor] = {}
         if self.weights["main_ce"]:
-            image = losses.full_resolution_terms(
-                scored.logits, labels, align_corners=True, dice=False, weighing=self.weighing
-            )
+            (image,) = full_resolution_terms([Branch(scored.logits, True, weighing=self.weighing)], labels)
             found["main_ce"] = losses.group_ratio(image.cross_entropy, image.valid, scored.members)
         for name, sums in (("contrast", scored.contrast), ("distance", scored.distance)):
             if self.weights.get(name):  # DNC has none

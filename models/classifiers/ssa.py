@@ -15,6 +15,7 @@ from ssaseg.models.classifiers import distillation, losses
 from ssaseg.models.classifiers.adaptation import semantic_means
 from ssaseg.models.classifiers.base import Classifier, Loss, LossOptions, TrainingStep, class_convolution
 from ssaseg.models.classifiers.distillation import Adapted, PrototypeProjections
+from ssaseg.models.classifiers.upsampled import class_pixels
 from ssaseg.models.rows import Row
 
 
@@ -131,7 +132,7 @@ class SSAClassifier(Classifier):
 
     def step_totals(self, labels: Tensor) -> Tensor:
         """Number of (image, class) pairs in labels (N,H,W): the denominator of the dice losses."""
-        return (losses.class_pixels(labels, self.num_classes) > 0).sum().float()
+        return (class_pixels(labels, self.num_classes) > 0).sum().float()
 
     def training_only(self) -> tuple[str, ...]:
         """The teacher branch."""

@@ -14,7 +14,7 @@ from ssaseg.cli.training.build import build_network
 from ssaseg.models import CLASSIFIERS, LossOptions, build_model, load_model, save_model
 from ssaseg.models.classifiers import distillation, losses
 from ssaseg.models.classifiers.base import Classifier
-from ssaseg.models.classifiers.losses import Weighing
+from ssaseg.models.classifiers.upsampled import Branch, Weighing, full_resolution_terms
 from ssaseg.recipes import load_recipe
 
 CLASSES = 7
@@ -100,8 +100,8 @@ def weighing(options: LossOptions) -> Weighing:
 @pytest.mark.parametrize("kind", OPTIONS)
 def test_values_and_gradients(monkeypatch: pytest.MonkeyPatch, kind: str, align_corners: bool, band: int) -> None:
     """Equal to the plain formulation in double precision, to 1e-6; the dice equals that without options."""
-    monkeypatch.setattr(losses, "BAND_ELEMENTS", band)
-    monkeypatch.setattr(losses, "BAND_ROWS", band)
+    monkeypatch.setattr(f"{full_resolution_terms.__module__}.BAND_ELEMENTS", band)
+    monkeypatch.setattr(f"{full_resolution_terms.__module__}.BAND_ROWS", band)
     options = OPTIONS[kind]
     seeded = torch.Generator().manual_seed(1)
     logits = (2 * torch.randn(3, CLASSES, 16, 16, generator=seeded)).requires_grad_()
@@ -109,7 +109,7 @@ def test_values_and_gradients(monkeypatch: pytest.MonkeyPatch, kind: str, align_
     labels[torch.rand(labels.shape, generator=seeded) < 0.3] = losses.IGNORE
     labels[1, 5:] = losses.IGNORE  # fewer pixels than are to be kept
     labels[2] = losses.IGNORE  # none
-    terms = losses.full_resolution_terms(logits, labels, align_corners, True, weighing=weighing(options))
+    terms = full_resolution_terms([Branch(logits, align_corners, True, weighing(options))], labels)[0]
     double = logits.detach().double().requires_grad_()
     expected = plain_pixels(upsampled(double, labels, align_corners), labels, options).sum(dim=(1, 2))
     assert relative(terms.cross_entropy, expected) < 1e-6
@@ -118,7 +118,7 @@ def test_values_and_gradients(monkeypatch: pytest.MonkeyPatch, kind: str, align_
     (gradient,) = torch.autograd.grad((terms.cross_entropy * share).sum(), logits, retain_graph=True)
     (reference,) = torch.autograd.grad((expected * share).sum(), double)
     assert relative(gradient, reference) < 1e-6
-    bare = losses.full_resolution_terms(logits, labels, align_corners, True)
+    bare = full_resolution_terms([Branch(logits, align_corners, True)], labels)[0]
     assert torch.equal(terms.dice, bare.dice)
     assert torch.equal(*(torch.autograd.grad(each.dice.sum(), logits)[0] for each in (terms, bare)))
 
@@ -126,8 +126,8 @@ def test_values_and_gradients(monkeypatch: pytest.MonkeyPatch, kind: str, align_
 def test_options_that_change_nothing_give_the_same_bits() -> None:
     logits, labels = batch()
     logits = logits[:, :CLASSES]
-    bare = losses.full_resolution_terms(logits, labels, True, True)
-    ones = losses.full_resolution_terms(logits, labels, True, True, weighing=Weighing(torch.ones(CLASSES), 0.0, 1.0, 0))
+    bare = full_resolution_terms([Branch(logits, True, True)], labels)[0]
+    ones = full_resolution_terms([Branch(logits, True, True, Weighing(torch.ones(CLASSES), 0.0, 1.0, 0))], labels)[0]
     for name, value in bare._asdict().items():
         assert torch.equal(getattr(ones, name), value), name
     assert torch.equal(*(torch.autograd.grad(each.cross_entropy.sum(), logits)[0] for each in (bare, ones)))
@@ -143,9 +143,9 @@ def test_hard_examples_are_mmsegmentations(min_kept: int, threshold: float) -> N
     labels[2, 3:] = losses.IGNORE
     labels[3] = labels[3].clamp(max=CLASSES - 1)
     kept = plain_kept(logits.double(), labels, threshold, min_kept)
-    terms = losses.full_resolution_terms(
-        logits, labels, True, False, weighing=Weighing(threshold=threshold, min_kept=min_kept)
-    )
+    terms = full_resolution_terms(
+        [Branch(logits, True, weighing=Weighing(threshold=threshold, min_kept=min_kept))], labels
+    )[0]
     # Logits as large as the labels: a pixel counts where its own logits have a gradient.
     (gradient,) = torch.autograd.grad(terms.cross_entropy.sum(), logits)
     assert torch.equal((gradient != 0).any(dim=1), kept > 0)
@@ -232,8 +232,9 @@ def test_a_step_cut_into_micro_batches_is_the_same(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["ssa", "linear"])
-def test_nothing_reads_a_value(name: str) -> None:
-    """On tensors without values; see the test of the same kind in test_losses.py."""
+def test_nothing_reads_a_value(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """On a GPU, by tensors without values; see the test of the same kind in test_losses.py."""
+    monkeypatch.setattr(f"{full_resolution_terms.__module__}._can_look", lambda tensor: False)
     classifier = build(name, OPTIONS["all"])
     with FakeTensorMode(allow_non_fake_inputs=True):
         step = classifier.training_step(torch.randn(2, 12, 8, 8), torch.randint(0, CLASSES, (2, 32, 32)))

@@ -14,9 +14,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from ssaseg.models import CLASSIFIERS, LossOptions
-from ssaseg.models.classifiers import losses
+from ssaseg.models.classifiers import losses, upsampled
 from ssaseg.models.classifiers.base import Classifier
 from ssaseg.models.classifiers.ssa import SSAClassifier
+from ssaseg.models.classifiers.upsampled import Branch, full_resolution_terms
 
 LOSSES = SSAClassifier.LOSSES
 
@@ -128,14 +129,14 @@ def test_full_resolution_terms(
     monkeypatch: pytest.MonkeyPatch, band: int, align_corners: bool, size: tuple[int, int]
 ) -> None:
     """Equal to the plain formulation, in values and gradients, to 1e-5; absent classes and an all-ignored image too."""
-    monkeypatch.setattr(losses, "BAND_ELEMENTS", band)
-    monkeypatch.setattr(losses, "BAND_ROWS", band)
+    monkeypatch.setattr(upsampled, "BAND_ELEMENTS", band)
+    monkeypatch.setattr(upsampled, "BAND_ROWS", band)
     seeded = torch.Generator().manual_seed(1)
     logits = (3 * torch.randn(3, 7, 16, 16, generator=seeded)).requires_grad_()
     labels = torch.randint(0, 5, (3, *size), generator=seeded)
     labels[torch.rand(labels.shape, generator=seeded) < 0.3] = losses.IGNORE
     labels[2] = losses.IGNORE
-    terms = losses.full_resolution_terms(logits, labels, align_corners, dice=True)
+    terms = full_resolution_terms([Branch(logits, align_corners, dice=True)], labels)[0]
     double = logits.detach().double().requires_grad_()
     entropy, dices = plain_terms(double, labels, align_corners)
     assert relative(terms.cross_entropy.double(), entropy) < 1e-5
@@ -150,9 +151,26 @@ def test_full_resolution_terms(
         assert relative(gradient.double(), reference) < 1e-5
 
 
+@pytest.mark.parametrize("align_corners", [True, False])
+@pytest.mark.parametrize("scale", [40.0, 400.0])
+def test_extreme_logits(scale: float, align_corners: bool) -> None:
+    """Neighbours whose classes exclude each other by more than float32's exponents: nothing becomes 0/0 or infinite."""
+    seeded = torch.Generator().manual_seed(3)
+    logits = (scale * torch.randn(2, 5, 8, 8, generator=seeded)).requires_grad_()
+    labels = torch.randint(0, 5, (2, 61, 53), generator=seeded)
+    (terms,) = full_resolution_terms([Branch(logits, align_corners)], labels)
+    double = logits.detach().double().requires_grad_()
+    large = F.interpolate(double, labels.shape[1:], mode="bilinear", align_corners=align_corners)
+    expected = F.cross_entropy(large, labels, reduction="none").sum(dim=(1, 2))
+    assert relative(terms.cross_entropy, expected) < 1e-6
+    (gradient,) = torch.autograd.grad(terms.cross_entropy.sum(), logits)
+    (reference,) = torch.autograd.grad(expected.sum(), double)
+    assert relative(gradient, reference) < 1e-5
+
+
 def test_full_resolution_terms_without_dice() -> None:
     feature, labels = batch(classes=12)
-    terms = losses.full_resolution_terms(feature, labels, align_corners=True, dice=False)
+    terms = full_resolution_terms([Branch(feature, align_corners=True)], labels)[0]
     assert not terms.dice.any()
     (gradient,) = torch.autograd.grad(terms.cross_entropy.sum(), feature)
     (reference,) = torch.autograd.grad(plain_terms(feature, labels, True)[0].sum(), feature)
@@ -175,11 +193,11 @@ class LargestTensor(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("name", ["ssa", "linear"])
-@pytest.mark.parametrize("band", [losses.BAND_ELEMENTS, 1 << 30])
+@pytest.mark.parametrize("band", [upsampled.BAND_ELEMENTS, 1 << 30])
 def test_no_tensor_is_larger_than_one_image(monkeypatch: pytest.MonkeyPatch, name: str, band: int) -> None:
     """Forward and backward of the training step; on a GPU there is one band, hence the second size."""
-    monkeypatch.setattr(losses, "BAND_ELEMENTS", band)
-    monkeypatch.setattr(losses, "BAND_ROWS", band)
+    monkeypatch.setattr(upsampled, "BAND_ELEMENTS", band)
+    monkeypatch.setattr(upsampled, "BAND_ROWS", band)
     classes, size = 21, 128
     classifier = build(name, channels=16, classes=classes)
     feature, labels = batch(channels=16, classes=classes, size=size)
@@ -196,8 +214,9 @@ def test_no_tensor_is_larger_than_one_image(monkeypatch: pytest.MonkeyPatch, nam
 
 
 @pytest.mark.parametrize("name", ["ssa", "linear"])
-def test_losses_run_on_fake_tensors(name: str) -> None:
-    """Nothing reads a value: no `.item()`, no copy to the CPU, no shape that data decides. Fails for `.unique()`."""
+def test_losses_run_on_fake_tensors(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """On a GPU nothing reads a value: no `.item()`, no copy, no shape that data decides. Fails for `.unique()`."""
+    monkeypatch.setattr(upsampled, "_can_look", lambda tensor: False)  # as on a GPU
     with FakeTensorMode():
         classifier = CLASSIFIERS[name](12, 7)
         feature = torch.randn(4, 12, 16, 16, requires_grad=True)
