@@ -63,17 +63,26 @@ def has_compiler(device: torch.device) -> bool:
     return any(shutil.which(compiler) for compiler in (os.environ.get("CXX", "g++"), "clang++"))
 
 
+def for_inference(model: Segmenter, dtype: torch.dtype = torch.float32) -> Segmenter:
+    """A folded copy, channels last, whose convolutions and matrix products before the classifier are of `dtype`.
+
+    Run it under autocast to `dtype`. `model` does not change.
+    """
+    network = fold(model)
+    network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    for layer in (*network.backbone.modules(), *network.decoder.modules()):
+        if isinstance(layer, nn.Conv2d | nn.Linear):
+            layer.to(dtype)  # once; autocast would do it in each pass
+    return network
+
+
 class Accelerated(nn.Module):
     """Runs `network`, a folded copy of a model, under autocast to `dtype`."""
 
     def __init__(self, model: Segmenter, dtype: torch.dtype) -> None:
         super().__init__()
-        self.network = fold(model)
-        self.network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.network = for_inference(model, dtype)
         self.dtype = dtype
-        for layer in (*self.network.backbone.modules(), *self.network.decoder.modules()):
-            if isinstance(layer, nn.Conv2d | nn.Linear):
-                layer.to(dtype)  # once; autocast would do it in each pass
         self.eval()
 
     def train(self, mode: bool = True) -> "Accelerated":

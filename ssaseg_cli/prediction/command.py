@@ -31,6 +31,7 @@ def _kinds(context: click.Context, parameter: click.Parameter, value: str) -> tu
     type=click.IntRange(1, 2**28),  # what the decoder takes: `ssaseg.datasets.decoding.MAX_PIXELS`
     help="Skip larger images.",
 )
+@click.option("--exact", is_flag=True, help="The arithmetic of training's evaluation, bit for bit; slower by a tenth.")
 @device_option
 def predict(
     checkpoint: Path,
@@ -39,6 +40,7 @@ def predict(
     save: tuple[str, ...],
     skip_existing: bool,
     max_pixels: int,
+    exact: bool,
     device: str,
 ) -> int:
     """Label images.
@@ -67,4 +69,5 @@ def predict(
         skip_existing=skip_existing,
         device=device,
         max_pixels=max_pixels,
+        exact=exact,
     )

@@ -7,16 +7,13 @@ Axes: K classes, H×W pixels of an image.
 """
 
 import os
-import signal
-import threading
 import time
-from collections import Counter, deque
-from collections.abc import Callable, Generator, Iterable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from collections import Counter
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -26,6 +23,7 @@ from ssaseg.cli.device import count_cores, select_device
 from ssaseg.cli.errors import CommandError
 from ssaseg.cli.prediction.journal import Existing, Journal, Result, checkpoint_sum, file_result, made_of, rle_result
 from ssaseg.cli.prediction.kinds import KINDS, Style, is_needed, style_of
+from ssaseg.cli.prediction.lanes import count_lanes, in_order, leave_if_busy, shared_cores
 from ssaseg.cli.prediction.limit import memory_limit
 from ssaseg.cli.prediction.rle import LONGEST_LINE, rle_lines
 from ssaseg.cli.prediction.skipping import lacks_memory, skip_reason
@@ -37,18 +35,16 @@ from ssaseg.datasets import default_palette
 from ssaseg.datasets.bands.reading import read_bands, shown
 from ssaseg.datasets.base import Levels
 from ssaseg.datasets.checking.images import count_suffixes
+from ssaseg.datasets.decoding.images import shown_size
 from ssaseg.files.text import printable
 from ssaseg.files.writing import make_temporary, write_atomic
 from ssaseg.models import load_model
+from ssaseg.models.fast import for_inference
+from ssaseg.models.masks.base import MaskSegmenter
 from ssaseg.recipes import parse_protocol
 
 # Number of threads that read; as many write. Each holds an image in memory, so the number is limited.
 THREADS = max(2, min(8, count_cores() // 2))
-THREAD_NAME = "predict"  # their names start with it
-
-Item = TypeVar("Item")
-
-Made = TypeVar("Made")
 
 
 class Decoded(NamedTuple):
@@ -84,14 +80,16 @@ def run_predict(
     skip_existing: bool,
     device: str,
     max_pixels: int = 100_000_000,
+    exact: bool = False,
 ) -> int:
     """Labels every image of `inputs` into `out`/<kind>/. Returns 0, or 1 if an image was skipped.
 
     save: kinds of results: index, color, overlay, probs, rle, coarse. skip_existing: skip images whose results of all
     these kinds exist, made from the same image by the same checkpoint. max_pixels: of an image; larger ones are
-    skipped. After Ctrl-C or SIGTERM, images in work are written; returns 130 or 143; a second signal ends the process.
-    Raises CommandError for inputs without images, results that would overwrite each other, an `out` that cannot be
-    written, and `coarse` with a classifier that does not adapt; OSError if results cannot be written.
+    skipped. exact: the arithmetic of training's evaluation, bit for bit. After Ctrl-C or SIGTERM, images in work are
+    written; returns 130 or 143; a second signal ends the process. Raises CommandError for inputs without images,
+    results that would overwrite each other, an `out` that cannot be written, and `coarse` with a classifier that does
+    not adapt; OSError if results cannot be written.
     """
     chosen = select_device(device)
     before = checkpoint.stat()
@@ -118,9 +116,11 @@ def run_predict(
             sources = left_to_do(found, out, save, code, skip_existing)
             started = time.perf_counter()
             with stop:
-                inference = Inference(model.to(chosen).eval(), protocol, metadata["mean"], metadata["std"], chosen)
+                exact = exact or isinstance(model, MaskSegmenter)
+                network = model.to(chosen).eval() if exact else for_inference(model.to(chosen))
+                inference = Inference(network, protocol, metadata["mean"], metadata["std"], chosen)
                 levels = metadata["range"] and tuple(metadata["range"])
-                labeller = Labeller(inference, out, save, style, journal, code, max_pixels, levels)
+                labeller = Labeller(inference, out, save, style, journal, code, max_pixels, levels, exact)
                 with memory_limit() if chosen.type == "cpu" else nullcontext():  # CUDA reserves addresses of its own
                     done = label_all(labeller, sources, stop)
     except (KeyboardInterrupt, SystemExit):
@@ -173,6 +173,7 @@ class Labeller:
     code: str  # the checkpoint's sum
     max_pixels: int
     levels: Levels | None = None  # of 16-bit images, see `read_image`
+    exact: bool = False
 
     def read(self, source: Source) -> Decoded | str:
         """The image and the network's inputs, or the reason to skip the image."""
@@ -183,21 +184,42 @@ class Labeller:
         except Exception as error:
             return skip_reason(error, source.path)
 
-    def predict(self, sources: Sequence[Source], stop: StopSignal) -> Generator[Labelled, None, None]:
-        """Results of the images, until a request to stop. Images that are skipped are reported on stderr."""
+    def count_lanes(self, sources: Sequence[Source]) -> int:
+        """How many images to label side by side, see `lanes.count_lanes`."""
+        if self.exact or self.inference.device.type != "cpu" or not sources:  # other threads, other rounding
+            return 1
+        size = shown_size(sources[0].path)
+        pixels = 0 if size is None else self.inference.input_pixels(size)
+        return count_lanes(len(sources), pixels)
+
+    def predict(self, sources: Sequence[Source], lanes: int, stop: StopSignal) -> Generator[Labelled, None, None]:
+        """Results of the images, until a request to stop. Images that are skipped are reported on stderr.
+
+        lanes: 1: threads read ahead, and all cores label one image; more: as many threads read and label.
+        """
         with (
             progress_bar(len(sources), "labelled") as advance,
-            closing(in_order(self.read, sources, THREADS, stop)) as decoded,
+            nullcontext() if lanes == 1 else shared_cores(lanes) as first,
+            closing(
+                in_order(self.read, sources, THREADS, stop)
+                if lanes == 1
+                else in_order(self.read_and_infer, until(sources, stop), lanes, stop, first)
+            ) as made,
         ):
-            for source, got in zip(sources, decoded, strict=True):
-                labelled = got if isinstance(got, str) else self.infer(source, got)
+            for source, got in zip(sources, made, strict=False):
+                labelled = self.infer(source, got) if isinstance(got, Decoded) else got
                 if isinstance(labelled, str):
                     echo(f"skipped: {labelled}", err=True)
                 else:
                     yield labelled
                 advance(1)
-                if stop.requested:
+                if stop.requested and lanes == 1:  # lanes finish what they have begun
                     return
+
+    def read_and_infer(self, source: Source) -> Labelled | str:
+        """Both steps in one thread of several."""
+        decoded = self.read(source)
+        return decoded if isinstance(decoded, str) else self.infer(source, decoded)
 
     def infer(self, source: Source, decoded: Decoded) -> Labelled | str:
         """One forward pass per view, whose logits give all requested kinds of results; or the reason to skip."""
@@ -205,7 +227,7 @@ class Labeller:
             inputs = [torch.from_numpy(each) for each in decoded.inputs]
             coarse, probabilities = (is_needed(field, self.save) for field in ("coarse", "probabilities"))
             size, name = decoded.image.shape[:2], str(source.path)
-            prediction = self.inference.predict(inputs, size, coarse, probabilities, name)
+            prediction = self.inference.apart().predict(inputs, size, coarse, probabilities, name)
             return Labelled(source, shown(decoded.image), prediction, decoded.origin)
         except FloatingPointError:  # of the network, not of this image
             raise
@@ -241,11 +263,19 @@ class Labeller:
         return written
 
 
+def until(sources: Sequence[Source], stop: StopSignal) -> Iterator[Source]:
+    """The sources, up to a request to stop."""
+    for source in sources:
+        if stop.requested:
+            return
+        yield source
+
+
 def label_all(labeller: Labeller, sources: Sequence[Source], stop: StopSignal) -> int:
     """Labels all sources; reading, labelling and writing overlap. Returns the number of images done."""
     done = 0
     with (
-        closing(labeller.predict(sources, stop)) as ready,
+        closing(labeller.predict(sources, labeller.count_lanes(sources), stop)) as ready,
         closing(in_order(labeller.write, ready, THREADS, stop)) as all_written,
     ):
         for written in all_written:
@@ -255,43 +285,6 @@ def label_all(labeller: Labeller, sources: Sequence[Source], stop: StopSignal) -
                 labeller.journal.add(written.results, written.lines)
                 done += 1
     return done
-
-
-def in_order(
-    function: Callable[[Item], Made], items: Iterable[Item], threads: int, stop: StopSignal | None = None
-) -> Generator[Made, None, None]:
-    """`function` of each item, in the items' order. `threads` threads compute at most `threads` items ahead.
-
-    An exception of `function` is raised when its item is due. To stop early, close the generator: it waits for the
-    items that are being computed, except after a second signal to `stop`.
-    """
-    pool = ThreadPoolExecutor(threads, THREAD_NAME)
-    pending: deque[Future[Made]] = deque()
-    try:
-        for item in items:
-            pending.append(pool.submit(function, item))
-            if len(pending) > threads:
-                yield pending.popleft().result()
-        while pending:
-            yield pending.popleft().result()
-    finally:
-        running = [future for future in pending if not future.cancel()]
-        pool.shutdown(wait=False)
-        if stop is None or not stop.saved:
-            wait(running)  # unlike shutdown, a signal interrupts it
-
-
-def leave_if_busy(stop: StopSignal) -> None:
-    """Ends the process after a second signal if a thread does not end: at its exit Python would wait for the thread."""
-    limit = time.monotonic() + 1
-    busy = [thread for thread in threading.enumerate() if thread.name.startswith(THREAD_NAME)]
-    for thread in busy:
-        thread.join(max(0, limit - time.monotonic()))
-    alive = any(thread.is_alive() for thread in busy)
-    if stop.saved and (alive or stop.number == signal.SIGTERM):  # of Ctrl-C the command's end prints it
-        echo("stopped", err=True)
-    if stop.saved and alive:
-        os._exit(stop.exit_code)
 
 
 def key_of(kind: str, source: Source) -> str:

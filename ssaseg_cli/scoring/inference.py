@@ -13,7 +13,7 @@ Axes: K classes, H×W pixels of the original image, h×w pixels of a network's i
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -22,7 +22,7 @@ from torch import Tensor
 
 from ssaseg.datasets import DataError
 from ssaseg.datasets.colour import normalize
-from ssaseg.datasets.transforms import scaled_inputs
+from ssaseg.datasets.transforms import input_sizes, scaled_inputs
 from ssaseg.files.text import printable
 from ssaseg.models import Segmenter
 from ssaseg.models.labelling import label_map, resize_twice
@@ -64,9 +64,14 @@ class Inference:
     mean: Sequence[float]
     std: Sequence[float]
     device: torch.device
+    dtype: torch.dtype = torch.float32  # that the network computes in; the classifier and the labels are float32
     # Of the views that `require_finite` has not looked at yet: lowest and highest logit (2), and the image's name.
     ranges: list[Tensor] = field(default_factory=list)
     names: list[str] = field(default_factory=list)
+
+    def apart(self) -> "Inference":
+        """The same for another thread, with ranges and names of its own."""
+        return replace(self, ranges=[], names=[])
 
     @property
     def views(self) -> int:
@@ -79,6 +84,13 @@ class Inference:
         inputs = scaled_inputs(image, protocol.scale, protocol.multiple, protocol.ratios, name)
         require_size(inputs, name)
         return inputs
+
+    def input_pixels(self, size: tuple[int, int]) -> int:
+        """Pixels of the largest network input, or window, for an image of (height, width)."""
+        if self.protocol.crop is not None:
+            return self.protocol.crop[0] * self.protocol.crop[1]
+        sizes = input_sizes(size, self.protocol.scale, self.protocol.multiple, self.protocol.ratios)
+        return max(height * width for height, width in sizes)
 
     @torch.inference_mode()
     def labels(self, inputs: Sequence[Tensor], size: tuple[int, ...], name: str = "image") -> Tensor:
@@ -145,12 +157,13 @@ class Inference:
 
     def _logits(self, pixels: Tensor, coarse: bool = False) -> Logits:
         """Logits of a view (1,3,h,w): those of the network, or the mean (1,K,h,w) over the sliding windows."""
-        if self.protocol.mode == "whole":
-            logits = forward(self.model, pixels, coarse)
-        else:
-            assert self.protocol.crop is not None
-            assert self.protocol.stride is not None
-            logits = slide(self.model, pixels, self.protocol.crop, self.protocol.stride, coarse)
+        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
+            if self.protocol.mode == "whole":
+                logits = forward(self.model, pixels, coarse)
+            else:
+                assert self.protocol.crop is not None
+                assert self.protocol.stride is not None
+                logits = slide(self.model, pixels, self.protocol.crop, self.protocol.stride, coarse)
         # One pass over the logits, without a second tensor of their size; NaN is both the lowest and the highest.
         self.ranges.append(torch.stack(logits.final.aminmax()))
         return logits
