@@ -36,18 +36,19 @@ def find_sources(inputs: Sequence[str], out: Path, others: Counter[str] | None =
     results would have the same name, and a pattern by which a result would lie outside its folder; OSError for a folder
     that cannot be read.
     """
-    results = [os.path.join(os.path.realpath(out / folder), "") for folder in RESULTS]
-    whole = os.path.join(os.path.realpath(out), "")
+    results = tuple(os.path.join(os.path.realpath(out / folder), "") for folder in RESULTS)
+    whole = (os.path.join(os.path.realpath(out), ""),)
+    real: dict[str, str] = {}
     found: dict[str, tuple[Path, str]] = {}
     for given in inputs:
         files = _expand(given)
         named = not os.path.isdir(given) and os.path.lexists(given)
         candidates = [each for each in files if named or _is_image(each[0])]
-        rest = [path for path, _ in files if not named and not _is_image(path) and not _is_within(path, [whole])]
+        rest = [path for path, _ in files if not named and not _is_image(path) and not _is_within(path, whole, real)]
         left_out = Counter(path.suffix.lower() for path in rest)
         if others is not None:
             others.update(left_out)
-        images = [each for each in candidates if not _is_within(each[0], results)]
+        images = [each for each in candidates if not _is_within(each[0], results, real)]
         shown = printable(given)
         if candidates and not images:
             only = f"its only images are results in --out {printable(str(out))}, which are skipped"
@@ -61,9 +62,15 @@ def find_sources(inputs: Sequence[str], out: Path, others: Counter[str] | None =
     return _name(list(found.values()))
 
 
-def _is_within(path: Path, folders: Sequence[str]) -> bool:
-    # realpath: unlike Path.resolve, it raises nothing for a link to itself.
-    return os.path.realpath(path).startswith(tuple(folders))
+def _is_within(path: Path, folders: tuple[str, ...], real: dict[str, str]) -> bool:
+    """Whether a file is below one of the folders. real: of folders that were asked for, the paths without links."""
+    folder, name = os.path.split(path)
+    if os.path.islink(path):
+        return os.path.realpath(path).startswith(folders)
+    if folder not in real:
+        # realpath: unlike Path.resolve, it raises nothing for a link to itself.
+        real[folder] = os.path.join(os.path.realpath(folder), "")
+    return (real[folder] + name).startswith(folders)
 
 
 def _where(given: str) -> str:
