@@ -349,7 +349,13 @@ def files_by_name(folder: Path, suffixes: Sequence[str], kind: str, apart: Set[P
 
 
 def walk(folder: Path) -> Iterator[Path]:
-    """Visible files below `folder`, sorted by name, those of a folder before those of its subfolders.
+    """The files of `walk_below`, as paths."""
+    return (folder / below for below in walk_below(folder))
+
+
+def walk_below(folder: Path) -> Iterator[str]:
+    """Visible files below `folder`, their paths below it, with /. As text: objects of pathlib take longer than the
+    listing. Sorted by name, those of a folder before those of its subfolders.
 
     What is not a folder is a file here, even a device. Links are followed, except links to a folder that the walk is
     inside of, or to one above it: a circle ends. Raises OSError for a folder that cannot be read, none is skipped, and
@@ -357,22 +363,23 @@ def walk(folder: Path) -> Iterator[Path]:
     """
     ways: Counter[str] = Counter()
     # To list: path, the same without links, whether it is a link, and the folders that a link must not lead to again.
-    pending = [(folder, os.path.realpath(folder), True, frozenset[str]())]
+    pending = [("", os.path.realpath(folder), True, frozenset[str]())]
     while pending:
         here, real, is_link, closed = pending.pop()
         if real in closed:
             continue
         ways[real] += 1
         if ways[real] > MOST_WAYS:
-            raise OSError(errno.ELOOP, f"links lead to this folder in more than {MOST_WAYS} ways", str(here))
-        with os.scandir(here) as entries:
+            text = f"links lead to this folder in more than {MOST_WAYS} ways"
+            raise OSError(errno.ELOOP, text, str(folder / here))
+        with os.scandir(folder / here) as entries:
             visible = sorted((entry.name, *_kind(entry)) for entry in entries if entry.name[0] != ".")
-        yield from (here / name for name, is_folder, _ in visible if not is_folder)
+        yield from (here + name for name, is_folder, _ in visible if not is_folder)
         closed = closed.union([real], map(str, Path(real).parents) if is_link else ())
         for name, is_folder, is_link in reversed(visible):
             if is_folder:
                 path = f"{real}/{name}"
-                pending.append((here / name, os.path.realpath(path) if is_link else path, is_link, closed))
+                pending.append((f"{here}{name}/", os.path.realpath(path) if is_link else path, is_link, closed))
 
 
 def _kind(entry: os.DirEntry[str]) -> tuple[bool, bool]:

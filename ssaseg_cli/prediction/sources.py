@@ -11,7 +11,7 @@ from typing import NamedTuple
 from ssaseg.cli.errors import CommandError
 from ssaseg.cli.prediction.kinds import KINDS
 from ssaseg.datasets.checking.images import count_suffixes
-from ssaseg.datasets.pairs import IMAGE_SUFFIXES, walk
+from ssaseg.datasets.pairs import IMAGE_SUFFIXES, walk, walk_below
 from ssaseg.files.text import printable
 
 EXPLANATIONS = ("activation", "summary")  # folders of the results of `ssaseg explain`
@@ -21,9 +21,14 @@ RESULTS = (*KINDS, *EXPLANATIONS)  # folders in OUT whose images are results of 
 class Source(NamedTuple):
     """An image to label."""
 
-    path: Path
+    file: str
     relative: str  # path below the INPUT that it was found in
     name: str  # name of its results: path below their folder, without suffix
+
+    @property
+    def path(self) -> Path:
+        """The file. Made when it is needed: for many files, objects of pathlib take most of the time of listing."""
+        return Path(self.file)
 
 
 def find_sources(inputs: Sequence[str], out: Path, others: Counter[str] | None = None) -> list[Source]:
@@ -39,13 +44,13 @@ def find_sources(inputs: Sequence[str], out: Path, others: Counter[str] | None =
     results = tuple(os.path.join(os.path.realpath(out / folder), "") for folder in RESULTS)
     whole = (os.path.join(os.path.realpath(out), ""),)
     real: dict[str, str] = {}
-    found: dict[str, tuple[Path, str]] = {}
+    found: dict[str, tuple[str, str]] = {}
     for given in inputs:
         files = _expand(given)
         named = not os.path.isdir(given) and os.path.lexists(given)
         candidates = [each for each in files if named or _is_image(each[0])]
         rest = [path for path, _ in files if not named and not _is_image(path) and not _is_within(path, whole, real)]
-        left_out = Counter(path.suffix.lower() for path in rest)
+        left_out = Counter(_suffix(path).lower() for path in rest)
         if others is not None:
             others.update(left_out)
         images = [each for each in candidates if not _is_within(each[0], results, real)]
@@ -62,7 +67,7 @@ def find_sources(inputs: Sequence[str], out: Path, others: Counter[str] | None =
     return _name(list(found.values()))
 
 
-def _is_within(path: Path, folders: tuple[str, ...], real: dict[str, str]) -> bool:
+def _is_within(path: str, folders: tuple[str, ...], real: dict[str, str]) -> bool:
     """Whether a file is below one of the folders. real: of folders that were asked for, the paths without links."""
     folder, name = os.path.split(path)
     if os.path.islink(path):
@@ -79,15 +84,16 @@ def _where(given: str) -> str:
     return "images that match this pattern" if glob.has_magic(given) else "a file or folder of this name"
 
 
-def _expand(given: str) -> list[tuple[Path, str]]:
+def _expand(given: str) -> list[tuple[str, str]]:
     """(file, path below the input) of one file, folder or pattern. Of a pattern, paths start at the first wildcard."""
     path = Path(given)
     if not given:  # as of "$FOLDER", a variable that is not set; Path("") is the current folder
         raise CommandError("INPUT is empty\ngive a file, a folder or a pattern; . is the current folder")
     if os.path.isdir(path):
-        return [(each, each.relative_to(path).as_posix()) for each in walk(path)]
+        above = "" if path == Path() else os.path.join(path, "")
+        return [(above + below, below) for below in walk_below(path)]
     if os.path.lexists(path):
-        return [(path, path.name)]
+        return [(str(path), path.name)]
     if not glob.has_magic(given):
         return []
     base = Path(*path.parts[: next(index for index, part in enumerate(path.parts) if glob.has_magic(part))])
@@ -122,26 +128,33 @@ def _agree(names: Sequence[str], patterns: Sequence[str]) -> bool:
     return bool(names) and fnmatchcase(names[0], patterns[0]) and _agree(names[1:], patterns[1:])
 
 
-def _below(base: Path, match: Path, given: str) -> tuple[Path, str]:
+def _below(base: Path, match: Path, given: str) -> tuple[str, str]:
     """A match and its path below the folder before the first wildcard. Raises CommandError if it is not below it."""
     if ".." not in match.parts:
-        return match, match.relative_to(base).as_posix()
+        return str(match), match.relative_to(base).as_posix()
     relative = os.path.normpath(match.relative_to(base))
     if relative.startswith(".."):
         raise CommandError(
             f"{printable(given)}: {printable(str(match))} is not below {printable(str(base))}, the part of the pattern "
             "before its first wildcard\nits result would lie outside its folder: write '..' before the first wildcard"
         )
-    return Path(os.path.realpath(match)), relative  # one path for `a/../x.png` and `b/../x.png`
+    return os.path.realpath(match), relative  # one path for `a/../x.png` and `b/../x.png`
 
 
-def _is_image(path: Path) -> bool:
-    return path.suffix.lower() in IMAGE_SUFFIXES
+def _suffix(path: str) -> str:
+    """The suffix of a file's name with its dot, as pathlib has it."""
+    name = path[path.rfind("/") + 1 :]
+    dot = name.rfind(".")
+    return name[dot:] if 0 < dot < len(name) - 1 else ""
 
 
-def _name(found: Sequence[tuple[Path, str]]) -> list[Source]:
+def _is_image(path: str) -> bool:
+    return _suffix(path).lower() in IMAGE_SUFFIXES
+
+
+def _name(found: Sequence[tuple[str, str]]) -> list[Source]:
     """The sources with names for their results: the relative path without suffix, or with it if two would be equal."""
-    names = [relative.removesuffix(Path(relative).suffix) for _, relative in found]
+    names = [relative.removesuffix(_suffix(relative)) for _, relative in found]
     while True:
         groups: dict[str, list[int]] = {}
         for index, name in enumerate(names):
@@ -154,7 +167,7 @@ def _name(found: Sequence[tuple[Path, str]]) -> list[Source]:
         for index in short:
             names[index] = found[index][1]
     if equal:
-        first, second = (printable(str(found[index][0])) for index in equal[:2])
+        first, second = (printable(found[index][0]) for index in equal[:2])
         raise CommandError(
             f"{first} and {second}: their results would have the same name, {printable(names[equal[0]])}\n"
             "give the folder that holds both inputs, or run the command once for each, with another --out"
