@@ -11,6 +11,8 @@ import pytest
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 # The cores are for processes, of which `make test` runs one a core: networks and images here are small.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# One process runs many tests, some of which measure its memory: freed memory goes back to the system.
+os.environ.setdefault("SSASEG_ALLOCATOR", "system")
 
 # Files whose tests take longest, a process each: those that begin last should be short.
 FIRST = (

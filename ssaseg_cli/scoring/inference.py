@@ -13,6 +13,7 @@ Axes: K classes, H×W pixels of the original image, h×w pixels of a network's i
 """
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -157,7 +158,7 @@ class Inference:
 
     def _logits(self, pixels: Tensor, coarse: bool = False) -> Logits:
         """Logits of a view (1,3,h,w): those of the network, or the mean (1,K,h,w) over the sliding windows."""
-        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
+        with nullcontext() if self.dtype == torch.float32 else torch.autocast(self.device.type, self.dtype):
             if self.protocol.mode == "whole":
                 logits = forward(self.model, pixels, coarse)
             else:

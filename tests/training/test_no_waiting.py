@@ -15,6 +15,7 @@ from ssaseg.cli.training import loop as train
 from ssaseg.cli.training.average import Average
 from ssaseg.cli.training.guard import Guard
 from ssaseg.cli.training.job import Job
+from ssaseg.models.classifiers import upsampled
 
 META = torch.device("meta")
 aten = torch.ops.aten
@@ -22,7 +23,13 @@ aten = torch.ops.aten
 READING = {aten._local_scalar_dense, aten.nonzero, aten.masked_select, aten._unique2, aten.bincount}
 INDEXING = {aten.index, aten.index_put, aten.index_put_, aten._index_put_impl_}
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "as_on_a_gpu")
+
+
+@pytest.fixture
+def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The losses look at values on a CPU, where this costs nothing."""
+    monkeypatch.setattr(upsampled, "_can_look", lambda tensor: False)
 
 
 class NothingRead(TorchDispatchMode):
