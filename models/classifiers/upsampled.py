@@ -142,7 +142,7 @@ def _can_look(tensor: Tensor) -> bool:
 class _Target(NamedTuple):
     """The label of one image, for all of its branches."""
 
-    index: Tensor  # (H,1,W) int64 the label; 0 for ignored pixels
+    label: Tensor  # (H,1,W) int64; 0 for ignored pixels
     valid: Tensor  # (H,1,W) float32 1; 0 for ignored pixels
     pixels: Tensor  # (K,) float32 pixels of each class
     chosen: Tensor  # (P,) int64 the classes that dice looks at
@@ -242,11 +242,11 @@ def _cross_entropy(
     kept = None if weighing.threshold is None else _hard_pixels(powers, target, weighing)
     total, sums = logits.new_zeros(()), torch.zeros_like(powers.wide)
     for band in powers.bands:
-        index = target.index[band.output]
+        index = target.label[band.output]
         own, spread = _weigh(target, weighing, band.output, kept)
         exponents = powers.upsample(band, powers.memory)
         chosen = exponents.gather(1, index)
-        mean = None if spread is None else (spread[1] @ exponents).unsqueeze(1)
+        mean = chosen if spread is None else (spread[1] @ exponents).unsqueeze(1)  # before they are overwritten
         # exp2, as MKL's exp takes four times as long on AMD's processors.
         softmax = exponents.exp2_()
         mass = softmax.sum(dim=1, keepdim=True)
@@ -274,7 +274,7 @@ class _Powers(_Widened):
 
     def __init__(self, logits: Tensor, target: _Target, align_corners: bool) -> None:
         small = (logits - logits.amax(dim=0)).mul_(LOG2_E)
-        super().__init__(small, target.index.shape[0], target.index.shape[2], align_corners)
+        super().__init__(small, target.label.shape[0], target.label.shape[2], align_corners)
         self.extreme = not _can_look(logits) or bool(small.amin() < LOWEST)
         self.memory = self.room()
 
@@ -293,7 +293,7 @@ def _weigh(
     """
     counted = target.valid[rows] if kept is None else target.valid[rows] * kept[rows]
     classes, smoothing = weighing.classes, weighing.smoothing
-    own = counted if classes is None else counted * classes[target.index[rows]]
+    own = counted if classes is None else counted * classes[target.label[rows]]
     if not smoothing:
         return own, None
     if classes is None:
@@ -306,7 +306,7 @@ def _hard_pixels(powers: _Powers, target: _Target, weighing: Weighing) -> Tensor
     probability = torch.empty_like(target.valid)
     for band in powers.bands:
         exponents = powers.upsample(band, powers.memory)
-        own = exponents.gather(1, target.index[band.output])
+        own = exponents.gather(1, target.label[band.output])
         probability[band.output] = own.exp2_() / exponents.exp2_().sum(dim=1, keepdim=True)
     valid = target.valid > 0
     # 2 is larger than all probabilities: ignored pixels come after all others.
@@ -322,7 +322,7 @@ def _dice(logits: Tensor, target: _Target, align_corners: bool, gradient: bool) 
     chosen, pixels = target.chosen, target.pixels[target.chosen]
     if not len(chosen):
         return logits.new_zeros(()), torch.zeros_like(logits)
-    widened = _Widened(logits[chosen], target.index.shape[0], target.index.shape[2], align_corners)
+    widened = _Widened(logits[chosen], target.label.shape[0], target.label.shape[2], align_corners)
     rooms = widened.room(), widened.room()
     # Sums of sigmoids over all pixels and over the class's own, (P,), and of their slopes, (h,P,W).
     area, overlap = torch.zeros_like(pixels), torch.zeros_like(pixels)
