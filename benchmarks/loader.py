@@ -196,7 +196,7 @@ def stage_times(work: Any, indices: list[int]) -> dict[str, float]:
 
     functions = [
         (pairs.Path, "read_bytes", "read file"),
-        (pairs, "read_image", "decode image"),
+        (pairs, "read_bands", "decode image"),
         (pairs, "read_mask", "decode mask"),
         (work.transform, "_choose_crop", "choose crop"),
         (transforms, "resize_label_window", "resize and crop label"),

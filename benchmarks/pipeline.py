@@ -144,7 +144,7 @@ def our_stages(work: Any, chunk: int) -> dict[str, float]:
     times: dict[str, float] = defaultdict(float)
     transform = work.transform
     functions = [
-        (pairs, "read_image", "decode image"),
+        (pairs, "read_bands", "decode image"),
         (pairs, "read_mask", "decode mask"),
         (transform, "_choose_crop", "choose crop, resize label"),
         (cv2, "resize", "resize image"),
