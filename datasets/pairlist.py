@@ -16,7 +16,7 @@ from typing import NamedTuple
 from unicodedata import normalize
 
 from ssaseg.datasets.base import DataError, brief
-from ssaseg.datasets.pairs import LARGEST_LIST, TWO_FILES, Pairs, first_names, raise_or_keep
+from ssaseg.datasets.pairs import JPEG, LARGEST_LIST, TWO_FILES, Pairs, first_names, raise_or_keep
 from ssaseg.files.reading import decode_text, read_file
 
 EXPECTED = "expected an image and its mask a line, with a tab between them, as paths below data.root"
@@ -97,6 +97,11 @@ def read_pairs(
             )
         first_line[image] = row.number
         found[image.relative_to(root).as_posix()] = image, mask
+    if found and all(_is_jpeg(mask) and not _is_jpeg(image) for image, mask in found.values()):
+        raise DataError(
+            f"{file}: the second file of every line is a JPEG file, which cannot hold class ids; the first is none\n"
+            f"{EXPECTED}\nif the mask comes first, exchange the two; else write the masks as PNG, of class ids"
+        )
     if not found and not wrong:
         raise DataError(f"{file}: only comments in this file\n{EXPECTED}")
     if wrong:
@@ -109,6 +114,10 @@ def read_pairs(
         notes += [f"{file.name}: paths are read without {'/'.join(dropped)}/ before them"] if dropped else []
     named = sorted((name, *found[path]) for path, name in name_pairs(found).items())
     return Pairs([name for name, *_ in named], [each[1] for each in named], [each[2] for each in named]), notes
+
+
+def _is_jpeg(file: Path) -> bool:
+    return file.suffix.lower() in JPEG
 
 
 def _below(folder: Path, root: Path) -> Parts:

@@ -36,6 +36,7 @@ IMAGE_SUFFIXES = (
     *(".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"),
     *(".gif", ".jfif", ".jpe", ".jp2", ".avif"),
 )
+JPEG = (".jpg", ".jpeg", ".jpe", ".jfif")
 # A line of a list of pairs, where a list of names is expected: two names with suffixes.
 TWO_FILES = re.compile(r".*\.\w{2,5}['\"]?\s*[\t ,;]\s*\S.*\.\w{2,5}\b.*")
 

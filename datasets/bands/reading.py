@@ -11,7 +11,7 @@ from __future__ import annotations
 import io
 import logging
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -140,12 +140,6 @@ def measure(files: Sequence[Path], channels: int, levels: Levels | None = None) 
     spread = np.sqrt(np.maximum(squares / count - mean**2, 1.0))  # a band of one value has none
     order = [2, 1, 0, *range(3, channels)] if channels > 2 else [*range(channels)]
     return [round(float(mean[k]), 3) for k in order], [round(float(spread[k]), 3) for k in order]
-
-
-def common_bands(files: Iterable[Path]) -> int | None:
-    """The number of bands that all of these files have; None where they differ or cannot be read."""
-    found = {count_bands(file) for file in files}
-    return found.pop() if len(found) == 1 else None
 
 
 def _one_band(path: Path, values: np.ndarray) -> np.ndarray:

@@ -119,7 +119,8 @@ def choose_table(tables: Sequence[Table], counts: Counter[Colour]) -> Table | No
     if differing := next((table for table in fitting[1:] if not table.same(fitting[0])), None):
         raise DataError(
             f"{fitting[0].file} and {differing.file}: two tables of colours, which differ\n"
-            "expected one table\nname the right one: --table FILE of `ssaseg data prepare colours`"
+            "expected one table\n"
+            "name the right one: ssaseg data prepare colours --source DIR --root OUT --table FILE"
         )
     return fitting[0] if fitting else None
 

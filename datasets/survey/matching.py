@@ -12,9 +12,9 @@ from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 from unicodedata import normalize
 
+from ssaseg.datasets.pairs import JPEG
 from ssaseg.datasets.survey.places import IMAGES, MASKS, POOR, rank_images, rank_mask, words_of
 
-JPEG = (".jpg", ".jpeg", ".jpe", ".jfif")
 # How many endings of image names are tried, of how many words, and by which share of the images.
 MOST_ENDINGS, MOST_WORDS, LEAST_SHARE = 8, 3, 0.02
 

@@ -7,10 +7,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath
 
 from ssaseg.datasets.base import DataError
-from ssaseg.datasets.pairs import IMAGE_SUFFIXES, first_names
+from ssaseg.datasets.pairs import IMAGE_SUFFIXES, JPEG, first_names
 from ssaseg.datasets.survey.choosing import Choice
 from ssaseg.datasets.survey.found import Found
-from ssaseg.datasets.survey.matching import JPEG
 from ssaseg.datasets.survey.places import IMAGES, MASKS, TEXTS, Place, role_of
 from ssaseg.files.text import printable
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from ssaseg.datasets import DataError
-from ssaseg.datasets.bands.reading import TIFF, common_bands, measure
+from ssaseg.datasets.bands.reading import TIFF, count_bands, measure
 from ssaseg.datasets.base import Levels
 from ssaseg.files.reading import open_file
 from ssaseg.recipes.fields import MOST_CHANNELS
@@ -58,7 +58,11 @@ def look_at_bands(files: Sequence[Path]) -> Bands:
     mean and the spread are not measured yet.
     """
     some = files[:: max(len(files) // LOOKED_AT, 1)][:LOOKED_AT]
-    count = common_bands(some) or 3
+    found = {count_bands(file) for file in some} - {None}
+    if max(found, default=3) > 4 and len(found) > 1:
+        counts = " and ".join(str(count) for count in sorted(found))
+        return Bands(notes=[f"the images have {counts} bands: only images of at most 4 are read, as three channels"])
+    count = found.pop() if len(found) == 1 else 3
     if count == 3 or count > MOST_CHANNELS or (count != 1 and not _start(some[0]).startswith(TIFF)):
         return Bands()
     used = count not in (1, 4)

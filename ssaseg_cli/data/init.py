@@ -45,6 +45,8 @@ def run_init(
     else:
         own = look_at_own(root) if name is None else look_at_published(name, root)
     own.notes += notes
+    if "all" in own.pairs and len(own.pairs["all"]) == 1:
+        own.notes.append("there is one pair, for training and validation: its score says nothing about new images")
     lists = {split: out.with_name(f"{out.stem}.{split}.txt") for split in ("train", "val")}
     splits = _splits(own)
     if empty := [split for split, names in splits.items() if not names]:

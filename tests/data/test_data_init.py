@@ -91,6 +91,15 @@ def test_folders_that_do_not_fit(tmp_path: Path, files: str, part: str) -> None:
     assert len(str(error.value).splitlines()) <= 3
 
 
+def test_one_pair_is_in_both_splits(tmp_path: Path) -> None:
+    for folder, name in (("images", "a.jpg"), ("masks", "a.png")):
+        (tmp_path / "data" / folder).mkdir(parents=True)
+        Image.fromarray(np.arange(48 * 40).reshape(40, 48).astype(np.uint8) % 2).save(tmp_path / "data" / folder / name)
+    result = call("data", "init", tmp_path / "data", "--out", tmp_path / "one.yaml")
+    assert result.exit_code == 0, result.output
+    assert "there is one pair, for training and validation" in result.stdout
+
+
 def test_lists_of_pascal_voc_are_used(tmp_path: Path) -> None:
     for number in range(4):
         put(tmp_path / f"JPEGImages/{number}.jpg")

@@ -50,6 +50,13 @@ def test_five_bands_and_more_are_all_used(bands: int, kind: type, tmp_path: Path
     assert call("data", "check", tmp_path / "d").exit_code == 0
 
 
+def test_images_of_different_bands_are_said(tmp_path: Path) -> None:
+    root = folder(tmp_path / "d", 5)
+    Image.fromarray(np.zeros((40, 48, 3), np.uint8)).save(root / "images/0.tif")
+    result = call("data", "init", root, "--out", tmp_path / "r.yaml")
+    assert "the images have 3 and 5 bands: only images of at most 4 are read" in result.output
+
+
 @pytest.mark.parametrize(("bands", "suffix"), [(4, ".tif"), (1, ".png")])
 def test_grey_and_four_bands_are_a_comment_to_take(bands: int, suffix: str, tmp_path: Path) -> None:
     result = call("data", "init", folder(tmp_path / "d", bands, suffix), "--out", tmp_path / "r.yaml")

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from tiffs import tiff
 
-from ssaseg.datasets.bands.reading import common_bands, count_bands, measure, read_bands, shown
+from ssaseg.datasets.bands.reading import count_bands, measure, read_bands, shown
 from ssaseg.datasets.base import DataError
 from ssaseg.datasets.colour import distort, from_planes, normalize, to_planes
 from ssaseg.datasets.inspection import look_at_image
@@ -180,9 +180,7 @@ def test_what_headers_say(tmp_path: Path) -> None:
     cmyk.save(tmp_path / "c.jpg")
     assert [count_bands(tmp_path / name) for name in ("p.png", "c.jpg", "missing.png")] == [3, 3, None]
     assert count_bands(tiff(pixels(7))[:20]) is None
-    same = [put(tmp_path / f"{k}.tif", tiff(pixels(6))) for k in range(2)]
-    assert common_bands(same) == 6
-    assert common_bands([*same, tmp_path / "p.png"]) is None
+    assert count_bands(put(tmp_path / "6.tif", tiff(pixels(6)))) == 6
 
 
 def test_pictures_show_the_first_bands() -> None:

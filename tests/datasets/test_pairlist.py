@@ -52,6 +52,11 @@ def test_what_is_left_out_is_said(tmp_path: Path) -> None:
     assert "not used (1 lines)" in read_pairs(put(tmp_path, FILES, "a/0.jpg b/0.png 3\n"), tmp_path)[1][0]
 
 
+def test_a_list_with_the_masks_first_is_said(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"JPEG(.|\n)*if the mask comes first, exchange the two"):
+        read_pairs(put(tmp_path, FILES, "b/0.png a/0.jpg\nb/1.png a/1.jpg\n"), tmp_path)
+
+
 def test_paths_below_the_folder_of_the_list(tmp_path: Path) -> None:
     file = put(tmp_path / "sub", FILES, "a/0.jpg b/0.png\n")
     assert read_pairs(file, tmp_path)[0].names == ["sub/a/0"]
