@@ -58,7 +58,7 @@ def look_at_bands(files: Sequence[Path]) -> Bands:
     mean and the spread are not measured yet.
     """
     some = files[:: max(len(files) // LOOKED_AT, 1)][:LOOKED_AT]
-    found = {count_bands(file) for file in some} - {None}
+    found = {count for count in map(count_bands, some) if count is not None}
     if max(found, default=3) > 4 and len(found) > 1:
         counts = " and ".join(str(count) for count in sorted(found))
         return Bands(notes=[f"the images have {counts} bands: only images of at most 4 are read, as three channels"])
