@@ -334,11 +334,12 @@ def files_by_name(folder: Path, suffixes: Sequence[str], kind: str, apart: Set[P
         )
     endings = sorted((suffix.lower() for suffix in suffixes), key=len, reverse=True)  # _mask.png before .png
     found: dict[str, Path] = {}
-    for path in walk(folder):
-        ending = next((suffix for suffix in endings if path.name.lower().endswith(suffix)), None)
-        if ending is None or path in apart:
+    for below in walk_below(folder):
+        file = below.rpartition("/")[2].lower()
+        ending = next((suffix for suffix in endings if file.endswith(suffix)), None)
+        if ending is None or (path := folder / below) in apart:
             continue
-        name = path.relative_to(folder).as_posix()[: -len(ending)]
+        name = below[: -len(ending)]
         if name in found:
             pair = f"{found[name]} and {path}"
             raise DataError(f"{pair}: two {kind} with the same name\nexpected one file a name\nremove or rename one")

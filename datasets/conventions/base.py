@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from ssaseg.datasets.base import Colour, DataError
-from ssaseg.datasets.pairs import walk
+from ssaseg.datasets.pairs import walk_below
 
 TABLE, REST = frozenset({"table"}), frozenset({"background"})  # what conventions take of `Options`
 
@@ -31,7 +31,7 @@ class Tree:
     @cached_property
     def files(self) -> tuple[PurePosixPath, ...]:
         """Paths below `root`, sorted."""
-        return tuple(PurePosixPath(path.relative_to(self.root).as_posix()) for path in walk(self.root))
+        return tuple(PurePosixPath(below) for below in walk_below(self.root))
 
     @cached_property
     def by_suffix(self) -> Mapping[str, list[PurePosixPath]]:

@@ -5,7 +5,6 @@ Nothing here is certain: every guess comes with a note that says what was found,
 
 from __future__ import annotations
 
-import os
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path, PurePosixPath
@@ -13,7 +12,7 @@ from typing import Any
 
 from ssaseg.datasets.base import DataError
 from ssaseg.datasets.pairlist import choose_splits
-from ssaseg.datasets.pairs import IMAGE_SUFFIXES, first_names, walk
+from ssaseg.datasets.pairs import IMAGE_SUFFIXES, first_names, walk_below
 from ssaseg.datasets.survey.choosing import Choice, choose
 from ssaseg.datasets.survey.found import Found, Paths
 from ssaseg.datasets.survey.lists import find_name_lists, find_pair_lists, why_unread
@@ -64,9 +63,7 @@ def _list_files(root: Path) -> tuple[Names, list[PurePosixPath]]:
     pictures: Names = defaultdict(list)
     others: list[PurePosixPath] = []
     places: dict[str, Place] = {}
-    start = len(str(root / "x")) - 1
-    for path in walk(root):  # as text: objects of pathlib cost more than all else here
-        file = str(path)[start:].replace(os.sep, "/")
+    for file in walk_below(root):
         folder, _, name = file.rpartition("/")
         if _suffix(name) not in PICTURES:
             others.append(PurePosixPath(file))

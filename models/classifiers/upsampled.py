@@ -64,18 +64,16 @@ class Branch(NamedTuple):
     weighing: Weighing = Weighing()
 
 
-def full_resolution_terms(branches: Sequence[Branch], labels: Tensor, pixels: Tensor | None = None) -> list[ImageTerms]:
+def full_resolution_terms(branches: Sequence[Branch], labels: Tensor) -> list[ImageTerms]:
     """Cross entropy and dice of each branch, upsampled bilinearly to the labels' size, summed per image.
 
     Logits (N,K,h,w) float, labels (N,H,W) integer. Only one band of one image is upsampled at a time, and backward
     stores only gradients of the size of the logits: their memory does not depend on H×W or N·H×W·K.
     Dice of a present class: 1 − (2Σpt + 1) / (Σp + Σt + 1), p = sigmoid, t = its mask, Σ over all pixels of the image.
-    Without `dice` that term is 0. `pixels`: `class_pixels` of the labels, if already computed. A branch's `weighing`
-    applies to its cross entropy only; hard examples cost a second pass over the bands, and one float32 per pixel of
-    one image.
+    Without `dice` that term is 0. A branch's `weighing` applies to its cross entropy only; hard examples cost a second
+    pass over the bands, and one float32 per pixel of one image.
     """
-    if pixels is None:
-        pixels = class_pixels(labels, branches[0].logits.shape[1])
+    pixels = class_pixels(labels, branches[0].logits.shape[1])
     settings = [branch[1:] for branch in branches]
     sums = _FullResolutionTerms.apply(labels, pixels, settings, *(branch.logits.float() for branch in branches))
     present = (pixels > 0).sum(dim=1).float()

@@ -11,7 +11,7 @@ from typing import NamedTuple
 from ssaseg.cli.errors import CommandError
 from ssaseg.cli.prediction.kinds import KINDS
 from ssaseg.datasets.checking.images import count_suffixes
-from ssaseg.datasets.pairs import IMAGE_SUFFIXES, walk, walk_below
+from ssaseg.datasets.pairs import IMAGE_SUFFIXES, walk_below
 from ssaseg.files.text import printable
 
 EXPLANATIONS = ("activation", "summary")  # folders of the results of `ssaseg explain`
@@ -114,9 +114,9 @@ def _matches(pattern: Path) -> Iterator[Path]:
     start = str(Path(*pattern.parts[:at]))
     folders = glob.glob(start) if glob.has_magic(start) else [start]
     for folder in filter(os.path.isdir, folders):
-        for path in walk(Path(folder)):
-            if _agree(path.relative_to(folder).parts, rest):
-                yield path
+        for below in walk_below(Path(folder)):
+            if _agree(below.split("/"), rest):
+                yield Path(folder, below)
 
 
 def _agree(names: Sequence[str], patterns: Sequence[str]) -> bool:
