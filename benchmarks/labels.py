@@ -34,7 +34,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ssaseg.cli.profiling.profile import LiveTensors
-from ssaseg.cli.scoring.inference import forward
+from ssaseg.cli.scoring.engines import TorchEngine
 from ssaseg.datasets.colour import normalize
 from ssaseg.datasets.transforms import test_image
 from ssaseg.models import load_model
@@ -89,7 +89,7 @@ def model_logits(checkpoint: Path, folder: Path, count: int) -> tuple[list[Tenso
         resized = test_image(image, metadata["protocol"]["scale"], metadata["protocol"]["multiple"])
         with torch.inference_mode():
             pixels = normalize(torch.from_numpy(resized)[None], metadata["mean"], metadata["std"])
-            final = forward(model, pixels).final
+            final = TorchEngine(model, CPU).logits(pixels).final
         logits.append(final.clone())
         size = resized.shape[:2]
     return logits, size

@@ -63,7 +63,7 @@ def reached(rounds: int = 20) -> dict[str, float]:
         return min(seconds(lambda: [work() for _ in range(times)])[0] / times for _ in range(rounds))
 
     def product(dtype: torch.dtype) -> float:
-        # Emulated bfloat16 is a hundred times slower: the full size would take minutes, for a bound that nobody reaches.
+        # Emulated bfloat16 is a hundred times slower: the full size would take minutes, for a bound out of reach.
         side = 1024 if dtype == torch.float32 or has_bfloat16(torch.device("cpu")) else 128
         square = torch.randn(side, side).to(dtype)
         # In bfloat16 the speed depends on which operand is transposed, and the faster one is not always the same.

@@ -18,7 +18,7 @@ os.environ.setdefault("OPENCV_IO_MAX_IMAGE_PIXELS", str(2**28))
 # Name -> the module and the function that declare the command. These modules import nothing that is slow to import.
 COMMANDS = {
     "train": ("ssaseg.cli.training.command", "train"),
-    "eval": ("ssaseg.cli.scoring.command", "evaluate"),
+    "eval": ("ssaseg.cli.evaluation.command", "evaluate"),
     "predict": ("ssaseg.cli.prediction.command", "predict"),
     "explain": ("ssaseg.cli.explanation.command", "explain"),
     "profile": ("ssaseg.cli.profiling.command", "profile"),

@@ -30,7 +30,7 @@ MAY_IMPORT = {
 # here is a room of its own; "" is what else lies directly in the folder.
 ROOMS = {
     "cli": ["printing", "signals", "errors", "device", "console", "options", "drawing", "ranks", "scoring", "weights",
-            "data", "prediction", "profiling", "training", "comparison", "explanation", ""],
+            "engine", "evaluation", "data", "prediction", "profiling", "training", "comparison", "explanation", ""],
     "models": ["rows", "layers", "stem", "classifiers", "decoder", "segmenter", "networks", "masks", "build",
                "official", "header", "checkpoint", ""],
 }  # fmt: skip

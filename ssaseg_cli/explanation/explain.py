@@ -9,17 +9,17 @@ from pathlib import Path
 from ssaseg.cli.console import progress_bar
 from ssaseg.cli.device import select_device
 from ssaseg.cli.errors import CommandError
+from ssaseg.cli.evaluation.report import require_labels
 from ssaseg.cli.explanation import items, summary
 from ssaseg.cli.explanation.figures import figures
 from ssaseg.cli.explanation.pictures import Artist
 from ssaseg.cli.explanation.probing import Probe, open_probe
 from ssaseg.cli.explanation.sums import Sums, edge_distance
-from ssaseg.cli.prediction.limit import memory_limit
 from ssaseg.cli.prediction.predict import make_folders
 from ssaseg.cli.prediction.skipping import skip_reason
 from ssaseg.cli.prediction.sources import EXPLANATIONS
 from ssaseg.cli.printing import echo
-from ssaseg.cli.scoring.report import require_labels
+from ssaseg.cli.scoring.limit import memory_limit
 from ssaseg.cli.signals import StopSignal
 from ssaseg.datasets import default_palette
 from ssaseg.datasets.bands.reading import shown
@@ -184,7 +184,7 @@ def class_index(name: str, classes: Sequence[str]) -> int:
 
 def require_equal_classes(probe: Probe, other: Probe) -> None:
     """Raises CommandError unless both checkpoints have the same classes in the same order, and read the same images."""
-    channels = [each.inference.model.channels for each in (probe, other)]
+    channels = [each.model.channels for each in (probe, other)]
     if channels[0] != channels[1]:
         raise CommandError(
             f"{other.path}: for images of {channels[1]} channels; {probe.path}: {channels[0]} channels\n"

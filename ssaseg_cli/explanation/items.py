@@ -14,8 +14,8 @@ import cv2
 import numpy as np
 
 from ssaseg.cli.errors import CommandError
+from ssaseg.cli.evaluation.report import open_dataset, recipe_of, require_channels, require_data_classes
 from ssaseg.cli.prediction.sources import Source, find_sources
-from ssaseg.cli.scoring.report import open_dataset, recipe_of, require_channels, require_data_classes
 from ssaseg.datasets import DataError, Dataset, stated_classes
 from ssaseg.datasets.bands.reading import read_bands
 from ssaseg.datasets.base import Levels

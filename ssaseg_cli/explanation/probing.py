@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 
 from ssaseg.cli.errors import CommandError
+from ssaseg.cli.scoring.engines import TorchEngine
 from ssaseg.cli.scoring.inference import Inference, state_views
 from ssaseg.datasets.colour import normalize
-from ssaseg.models import load_model
+from ssaseg.models import Segmenter, load_model
 from ssaseg.models.classifiers.cac import CACClassifier
 from ssaseg.models.classifiers.distillation import Adapted
 from ssaseg.models.classifiers.ssa import SSAClassifier
@@ -94,6 +95,7 @@ class Probe:
     """A checkpoint in evaluation mode on a device."""
 
     path: Path
+    model: Segmenter
     inference: Inference
     metadata: Mapping[str, Any]
     changed: bool  # whether `eval` would use windows, several scales or mirrored images
@@ -101,23 +103,23 @@ class Probe:
     @property
     def classifier(self) -> str:
         """Name of its classifier."""
-        return self.inference.model.classifier_name
+        return self.model.classifier_name
 
     @property
     def adapts(self) -> bool:
         """Whether it has logits before adaptation."""
-        return self.inference.model.classifier.has_coarse
+        return self.model.classifier.has_coarse
 
     @property
     def missing(self) -> list[str]:
         """Kinds of adapted prototypes that it does not have."""
-        classifier = self.inference.model.classifier
+        classifier = self.model.classifier
         found = {"semantic": SSAClassifier | CACClassifier, "spatial": SSAClassifier}
         return [name for name, kinds in found.items() if not isinstance(classifier, kinds)]
 
     def facts(self) -> dict[str, Any]:
         """For the report: which network it is, and the size of its input."""
-        model = self.inference.model
+        model = self.model
         return {
             "checkpoint": str(self.path),
             "model": model.name,
@@ -135,8 +137,8 @@ class Probe:
         (resized,) = inference.inputs(image, name)
         middle = resized.shape[:2]
         pixels = torch.tensor(resized)[None].to(inference.device)
-        feature = inference.model.feature(normalize(pixels, inference.mean, inference.std))
-        classifier = inference.model.classifier
+        feature = self.model.feature(normalize(pixels, inference.mean, inference.std))
+        classifier = self.model.classifier
         coarse: Tensor | None
         prototypes = None
         if isinstance(classifier, SSAClassifier | CACClassifier):
@@ -162,8 +164,8 @@ def open_probe(path: Path, device: torch.device) -> Probe:
         raise CommandError(f"{path}: {model.name} is a mask method, without logits and without adaptation to explain")
     whole = parse_protocol(metadata["protocol"], f"{path}: protocol")
     protocol = parse_protocol(whole.model_dump() | ONE_INPUT, f"{path}: protocol")
-    inference = Inference(model.to(device).eval(), protocol, metadata["mean"], metadata["std"], device)
-    return Probe(path, inference, metadata, changed=protocol != whole)
+    inference = Inference(TorchEngine.of(model, device, exact=True), protocol, metadata["mean"], metadata["std"])
+    return Probe(path, model, inference, metadata, changed=protocol != whole)
 
 
 def make_stage(logits: Tensor, middle: tuple[int, ...], size: tuple[int, ...]) -> Stage:

@@ -20,16 +20,17 @@ import torch
 
 from ssaseg.cli.console import progress_bar
 from ssaseg.cli.device import count_cores, select_device
+from ssaseg.cli.engine.opening import make_engine, open_file
 from ssaseg.cli.errors import CommandError
 from ssaseg.cli.prediction.journal import Existing, Journal, Result, checkpoint_sum, file_result, made_of, rle_result
 from ssaseg.cli.prediction.kinds import KINDS, Style, is_needed, style_of
-from ssaseg.cli.prediction.lanes import count_lanes, in_order, leave_if_busy, shared_cores
-from ssaseg.cli.prediction.limit import memory_limit
 from ssaseg.cli.prediction.rle import LONGEST_LINE, rle_lines
 from ssaseg.cli.prediction.skipping import lacks_memory, skip_reason
 from ssaseg.cli.prediction.sources import Source, find_sources
 from ssaseg.cli.printing import echo
 from ssaseg.cli.scoring.inference import Inference, Prediction, state_views
+from ssaseg.cli.scoring.lanes import count_lanes, in_order, leave_if_busy, shared_cores
+from ssaseg.cli.scoring.limit import memory_limit
 from ssaseg.cli.signals import StopSignal
 from ssaseg.datasets import default_palette
 from ssaseg.datasets.bands.reading import read_bands, shown
@@ -38,8 +39,6 @@ from ssaseg.datasets.checking.images import count_suffixes
 from ssaseg.datasets.decoding.images import shown_size
 from ssaseg.files.text import printable
 from ssaseg.files.writing import make_temporary, write_atomic
-from ssaseg.models import load_model
-from ssaseg.models.fast import for_inference
 from ssaseg.models.masks.base import MaskSegmenter
 from ssaseg.recipes import parse_protocol
 
@@ -93,10 +92,12 @@ def run_predict(
     """
     chosen = select_device(device)
     before = checkpoint.stat()
-    model, metadata = load_model(checkpoint)
+    opened = open_file(checkpoint)
     code = checkpoint_sum(checkpoint)
     if not os.path.samestat(before, after := checkpoint.stat()) or before.st_mtime_ns != after.st_mtime_ns:
         raise CommandError(f"{checkpoint}: was replaced while it was read\nrun the command again")
+    model, metadata = opened.model, opened.metadata
+    assert model is not None
     protocol = parse_protocol(metadata["protocol"], f"{checkpoint}: protocol")
     if is_needed("coarse", save) and not model.classifier.has_coarse:
         raise CommandError(
@@ -117,8 +118,8 @@ def run_predict(
             started = time.perf_counter()
             with stop:
                 exact = exact or isinstance(model, MaskSegmenter)
-                network = model.to(chosen).eval() if exact else for_inference(model.to(chosen))
-                inference = Inference(network, protocol, metadata["mean"], metadata["std"], chosen)
+                engine = make_engine(opened, chosen, exact=exact)
+                inference = Inference(engine, protocol, metadata["mean"], metadata["std"])
                 levels = metadata["range"] and tuple(metadata["range"])
                 labeller = Labeller(inference, out, save, style, journal, code, max_pixels, levels, exact)
                 with memory_limit() if chosen.type == "cpu" else nullcontext():  # CUDA reserves addresses of its own
@@ -179,7 +180,7 @@ class Labeller:
         """The image and the network's inputs, or the reason to skip the image."""
         try:
             origin = made_of(self.code, source.path)  # before it is read: if it changes now, it is labelled again
-            image = read_bands(source.path, self.inference.model.channels, self.max_pixels, self.levels)
+            image = read_bands(source.path, self.inference.engine.channels, self.max_pixels, self.levels)
             return Decoded(image, self.inference.inputs(image, str(source.path)), origin)
         except Exception as error:
             return skip_reason(error, source.path)

@@ -8,6 +8,7 @@ import torch
 
 from ssaseg.cli.ranks.ranks import Ranks
 from ssaseg.cli.scoring.boundary import Boundaries
+from ssaseg.cli.scoring.engines import Engine, TorchEngine
 from ssaseg.cli.scoring.inference import Inference, require_size, state_views
 from ssaseg.cli.scoring.metrics import Confusion
 from ssaseg.cli.signals import Interrupted, StopSignal
@@ -21,7 +22,7 @@ WORKERS = 2  # processes that decode images ahead
 
 # ---- many images -------------------------------------------------------------------------------------------------
 def evaluate_model(
-    model: Segmenter,
+    model: Segmenter | Engine,
     dataset: Dataset,
     protocol: Mapping[str, Any],
     mean: Sequence[float],
@@ -34,9 +35,9 @@ def evaluate_model(
     stop: StopSignal | None = None,
     ranks: Ranks | None = None,
 ) -> Confusion:
-    """Counts the predictions of `model` on the first `limit` images (None: all) of `dataset`.
+    """Counts the predictions of a model or an engine on the first `limit` images (None: all) of `dataset`.
 
-    Restores the model's training or evaluation mode. `protocol`: like a recipe's `test` section. `workers`: processes
+    A model is put in evaluation mode, and then back. `protocol`: like a recipe's `test` section. `workers`: processes
     that decode and resize images ahead; 0: none. `progress` is called with 1 after each image. `boundaries`, if given,
     is updated, too. Memory depends on the largest image, and on what `Confusion` keeps of each image. Raises what the
     data set raises, DataError for an image that is too small, and FloatingPointError for logits that are not finite.
@@ -48,10 +49,12 @@ def evaluate_model(
     count = len(dataset) if limit is None else min(limit, len(dataset))
     confusion = Confusion(model.num_classes, device)
     test = parse_protocol(protocol, "test-time protocol")
-    inference = Inference(model, test, mean, std, device)
+    engine = TorchEngine(model, device) if isinstance(model, Segmenter) else model
+    inference = Inference(engine, test, mean, std)
 
-    was_training = model.training
-    model.eval()
+    was_training = isinstance(model, Segmenter) and model.training
+    if isinstance(model, Segmenter):
+        model.eval()
     # Each image belongs to one rank. If all ranks had the same number of images, some would have to be counted twice.
     indices = range(ranks.rank, count, ranks.size)
     loader: Any = eval_loader(dataset, test.scale, test.multiple, workers, test.ratios, indices)
@@ -70,7 +73,8 @@ def evaluate_model(
                     break
             inference.require_finite()
     finally:
-        model.train(was_training)
+        if isinstance(model, Segmenter):
+            model.train(was_training)
     if stop is not None and ranks.agree(stop):
         raise Interrupted
     if ranks.size > 1:

@@ -13,7 +13,6 @@ Axes: K classes, H×W pixels of the original image, h×w pixels of a network's i
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -21,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ssaseg.cli.scoring.engines import Engine, Logits, TorchEngine
 from ssaseg.datasets import DataError
 from ssaseg.datasets.colour import normalize
 from ssaseg.datasets.transforms import input_sizes, scaled_inputs
@@ -41,16 +41,9 @@ class Prediction(NamedTuple):
     probabilities: np.ndarray | None  # float16 (K,H,W); None unless requested
 
 
-class Logits(NamedTuple):
-    """One view's logits (1,K,·,·) float32 on the device; coarse logits only if the classifier has them."""
-
-    final: Tensor
-    coarse: Tensor | None
-
-
 @dataclass(frozen=True)
 class Inference:
-    """A model in evaluation mode on `device`, and all that decides its labels; mean and std: RGB, on the scale 0..255.
+    """An engine, and all that decides its labels; mean and std: RGB, on the scale 0..255.
 
     Memory besides the network's: with one view, no tensor of K·H·W numbers, unless probabilities are requested; with
     several views, two tensors of K·H·W float32 (the sum and the next summand); with sliding windows, the sum of their
@@ -60,12 +53,10 @@ class Inference:
     nothing on a GPU; it only notes them, and `require_finite` raises.
     """
 
-    model: Segmenter
+    engine: Engine
     protocol: Test
     mean: Sequence[float]
     std: Sequence[float]
-    device: torch.device
-    dtype: torch.dtype = torch.float32  # that the network computes in; the classifier and the labels are float32
     # Of the views that `require_finite` has not looked at yet: lowest and highest logit (2), and the image's name.
     ranges: list[Tensor] = field(default_factory=list)
     names: list[str] = field(default_factory=list)
@@ -73,6 +64,11 @@ class Inference:
     def apart(self) -> "Inference":
         """The same for another thread, with ranges and names of its own."""
         return replace(self, ranges=[], names=[])
+
+    @property
+    def device(self) -> torch.device:
+        """Where the engine computes."""
+        return self.engine.device
 
     @property
     def views(self) -> int:
@@ -158,13 +154,12 @@ class Inference:
 
     def _logits(self, pixels: Tensor, coarse: bool = False) -> Logits:
         """Logits of a view (1,3,h,w): those of the network, or the mean (1,K,h,w) over the sliding windows."""
-        with nullcontext() if self.dtype == torch.float32 else torch.autocast(self.device.type, self.dtype):
-            if self.protocol.mode == "whole":
-                logits = forward(self.model, pixels, coarse)
-            else:
-                assert self.protocol.crop is not None
-                assert self.protocol.stride is not None
-                logits = slide(self.model, pixels, self.protocol.crop, self.protocol.stride, coarse)
+        if self.protocol.mode == "whole":
+            logits = self.engine.logits(pixels, coarse)
+        else:
+            assert self.protocol.crop is not None
+            assert self.protocol.stride is not None
+            logits = slide(self.engine, pixels, self.protocol.crop, self.protocol.stride, coarse)
         # One pass over the logits, without a second tensor of their size; NaN is both the lowest and the highest.
         self.ranges.append(torch.stack(logits.final.aminmax()))
         return logits
@@ -190,11 +185,11 @@ class Inference:
 
     def _votes(self, maps: Tensor) -> Tensor:
         """What is averaged over views, from logits (K,H,W), which it may change: probabilities, or scores unchanged."""
-        return maps if self.model.classifier.gives_scores else softmax_(maps)
+        return maps if self.engine.gives_scores else softmax_(maps)
 
     def _shares(self, maps: Tensor, votes: bool = False) -> Tensor:
         """Probabilities (K,H,W) from what the network gives, or from the mean of `_votes`."""
-        if self.model.classifier.gives_scores:
+        if self.engine.gives_scores:
             return maps / maps.sum(dim=0).clamp(min=1e-12)
         return maps if votes else maps.softmax(dim=0)
 
@@ -217,8 +212,11 @@ def predict_labels(
     coarse: bool = True,
     probabilities: bool = False,
 ) -> Prediction:
-    """Labels of one image, BGR uint8 (H,W,3), as `Inference.predict`; `protocol`: like a recipe's `test` section."""
-    inference = Inference(model, parse_protocol(protocol, "test-time protocol"), mean, std, device)
+    """Labels of one image, BGR uint8 (H,W,3), as `Inference.predict`, of a model in evaluation mode on `device`.
+
+    `protocol`: like a recipe's `test` section.
+    """
+    inference = Inference(TorchEngine(model, device), parse_protocol(protocol, "test-time protocol"), mean, std)
     inputs = [torch.tensor(each) for each in inference.inputs(image, "image")]  # copied: a cached image is read-only
     return inference.predict(inputs, image.shape[:2], coarse, probabilities)
 
@@ -231,14 +229,8 @@ def require_size(inputs: Sequence[np.ndarray | Tensor], name: str) -> None:
         raise DataError(f"{name}: too small: {got}, expected {SMALLEST}x{SMALLEST} or more")
 
 
-def forward(model: Segmenter, pixels: Tensor, coarse: bool = True) -> Logits:
-    """The network's logits of normalised pixels (1,3,h,w)."""
-    final, before = model.classifier.stages(model.feature(pixels))
-    return Logits(final.float(), before.float() if coarse and before is not None else None)
-
-
 def slide(
-    model: Segmenter, pixels: Tensor, crop: tuple[int, int], stride: tuple[int, int], coarse: bool = False
+    engine: Engine, pixels: Tensor, crop: tuple[int, int], stride: tuple[int, int], coarse: bool = False
 ) -> Logits:
     """Mean logits (1,K,h,w) of sliding windows over normalised pixels (1,3,h,w); crop and stride are (height, width).
 
@@ -252,7 +244,7 @@ def slide(
         for columns in windows(width, crop[1], stride[1]):
             window = pixels[..., rows, columns]
             times_seen[rows, columns] += 1
-            for index, logits in enumerate(forward(model, window, coarse)):
+            for index, logits in enumerate(engine.logits(window, coarse)):
                 if logits is None:
                     continue
                 total = sums[index]

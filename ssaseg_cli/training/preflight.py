@@ -30,7 +30,7 @@ def require_start(path: Path) -> None:
 
 def require_memory(recipe: Recipe, classes: int, device: torch.device) -> None:
     """Raises CommandError if the classifier's memory of pixels is larger than what the host or the GPU has free."""
-    from ssaseg.cli.prediction.limit import free_memory
+    from ssaseg.cli.scoring.limit import free_memory
 
     name, kind, options = recipe.model.name, recipe.model.classifier, recipe.model.options
     if kind not in CLASSIFIERS or not CLASSIFIERS[kind].MEMORY:

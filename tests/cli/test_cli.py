@@ -24,11 +24,11 @@ from ssaseg.cli.console import json_target, print_table, write_json
 from ssaseg.cli.data import check, init
 from ssaseg.cli.device import select_device
 from ssaseg.cli.errors import CommandError
+from ssaseg.cli.evaluation import report
 from ssaseg.cli.explanation import explain
 from ssaseg.cli.main import cli
 from ssaseg.cli.prediction import predict
 from ssaseg.cli.profiling import profile as profiling
-from ssaseg.cli.scoring import report
 from ssaseg.cli.training import loop
 from ssaseg.cli.weights import convert
 from ssaseg.models import build_model

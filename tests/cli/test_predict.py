@@ -19,11 +19,11 @@ from pycocotools import mask as coco
 
 from ssaseg.cli.errors import CommandError
 from ssaseg.cli.prediction import predict, rle
-from ssaseg.cli.prediction.lanes import in_order
 from ssaseg.cli.prediction.predict import run_predict
 from ssaseg.cli.prediction.rle import write_rle
 from ssaseg.cli.prediction.sources import find_sources
 from ssaseg.cli.scoring.inference import predict_labels
+from ssaseg.cli.scoring.lanes import in_order
 from ssaseg.models import load_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -63,7 +63,7 @@ def test_semantic_prototypes_of_cac(place: Path, tmp_path: Path) -> None:
     rows = json.loads((tmp_path / "explain.json").read_text())["prototypes"]
     assert [row["name"] for row in rows] == CLASSES
     probe = open_probe(file, torch.device("cpu"))
-    network = probe.inference.model
+    network = probe.model
     images = [cv2.imread(str(place / f"images/{name}.png")) for name in ("a/one", "two")]
     adapted = []
     with torch.inference_mode():

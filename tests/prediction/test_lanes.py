@@ -13,7 +13,8 @@ import torch
 from calling import call
 from predicting import files, picture, save_checkpoint, write
 
-from ssaseg.cli.prediction import lanes, predict
+from ssaseg.cli.prediction import predict
+from ssaseg.cli.scoring import lanes
 from ssaseg.cli.scoring.inference import predict_labels
 from ssaseg.datasets.decoding import read_image, read_mask
 from ssaseg.models import load_model

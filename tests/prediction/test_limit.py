@@ -9,8 +9,8 @@ import pytest
 from calling import call
 from PIL import Image
 
-from ssaseg.cli.prediction import limit
-from ssaseg.cli.prediction.limit import free_memory, memory_limit
+from ssaseg.cli.scoring import limit
+from ssaseg.cli.scoring.limit import free_memory, memory_limit
 from ssaseg.models import build_model, save_model
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="only Linux has this limit")

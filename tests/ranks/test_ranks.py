@@ -28,13 +28,13 @@ from torch.distributed import run
 from torch.utils._pytree import tree_leaves
 
 from ssaseg.cli.errors import CommandError
+from ssaseg.cli.evaluation.report import run_eval
 from ssaseg.cli.main import cli
 from ssaseg.cli.ranks import launcher as launch
 from ssaseg.cli.ranks import ranks as distributed
 from ssaseg.cli.ranks.lost import is_loss
 from ssaseg.cli.ranks.ranks import Ranks, connect, images_per_rank
 from ssaseg.cli.scoring.metrics import Confusion
-from ssaseg.cli.scoring.report import run_eval
 from ssaseg.cli.signals import StopSignal
 from ssaseg.cli.training.preflight import describe
 from ssaseg.datasets.loader import train_loader

@@ -14,13 +14,13 @@ from click.testing import CliRunner
 from torch.nn import functional as F
 
 from ssaseg.cli.errors import CommandError
+from ssaseg.cli.evaluation.report import run_eval
 from ssaseg.cli.main import cli
 from ssaseg.cli.profiling.profile import LiveTensors
 from ssaseg.cli.scoring import report as evaluate
 from ssaseg.cli.scoring.evaluate import evaluate_model
 from ssaseg.cli.scoring.inference import Inference, predict_labels
 from ssaseg.cli.scoring.metrics import BLOCK
-from ssaseg.cli.scoring.report import run_eval
 from ssaseg.models import Segmenter, build_model, labelling, save_model
 from ssaseg.models.labelling import label_map
 

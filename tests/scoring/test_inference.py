@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from ssaseg.cli.prediction.predict import run_predict
 from ssaseg.cli.profiling.profile import LiveTensors
+from ssaseg.cli.scoring.engines import TorchEngine
 from ssaseg.cli.scoring.inference import Inference, predict_labels, slide, state_views, windows
 from ssaseg.datasets import DataError
 from ssaseg.datasets.transforms import scaled_inputs
@@ -64,7 +65,7 @@ def test_the_fixture_has_all_that_the_protocol_knows() -> None:
 @pytest.mark.parametrize("case", range(len(CASES)), ids=lambda i: state_views(parse_protocol(CASES[i]["protocol"], "")))
 def test_labels_and_probabilities_equal_those_of_mmsegmentation(stored_network: Segmenter, case: int) -> None:
     image, expected = STORED[f"image{CASES[case]['image']}"], STORED[f"case{case}_labels"]
-    inference = Inference(stored_network, parse_protocol(CASES[case]["protocol"], "case"), MEAN, STD, CPU)
+    inference = Inference(TorchEngine(stored_network, CPU), parse_protocol(CASES[case]["protocol"], "case"), MEAN, STD)
     inputs = [torch.from_numpy(each) for each in inference.inputs(image, "image")]
     result = inference.predict(inputs, image.shape[:2], probabilities=True)
     # None of these labels is as close to another class as float32 rounds.
@@ -103,7 +104,7 @@ def test_windows_of_a_real_network_are_averaged(model: Segmenter) -> None:
                 logits = F.interpolate(model(window), (48, 48), mode="bilinear", align_corners=False)
                 total[..., top : top + 48, left : left + 48] += logits
                 count[top : top + 48, left : left + 48] += 1
-        result = slide(model, pixels, (48, 48), (32, 40), coarse=True)
+        result = slide(TorchEngine(model, CPU), pixels, (48, 48), (32, 40), coarse=True)
     torch.testing.assert_close(result.final, total / count, rtol=0, atol=1e-6)
     assert (result.coarse is not None) == model.classifier.has_coarse
     if result.coarse is not None:
@@ -191,7 +192,7 @@ def test_protocols_in_words() -> None:
 
 def test_views_too_small_for_a_network_are_named(model: Segmenter) -> None:
     protocol = parse_protocol({"ratios": [1.0, 0.5]}, "")
-    inference = Inference(model, protocol, MEAN, STD, CPU)
+    inference = Inference(TorchEngine(model, CPU), protocol, MEAN, STD)
     with pytest.raises(
         DataError, match=r"a/b\.jpg: too small: got 40x25 pixels as the network's input, expected 32x32"
     ):
@@ -200,7 +201,7 @@ def test_views_too_small_for_a_network_are_named(model: Segmenter) -> None:
 
 def peak_memory(model: Segmenter, protocol: dict, image: torch.Tensor, size: tuple[int, int]) -> int:
     """Bytes that tensors take at most while an image is labelled."""
-    inference = Inference(model, parse_protocol(protocol, ""), MEAN, STD, CPU)
+    inference = Inference(TorchEngine(model, CPU), parse_protocol(protocol, ""), MEAN, STD)
     held = [image, *model.parameters(), *model.buffers()]
     inference.labels([image] * len(inference.protocol.ratios), size)  # what is cached between images does not count
     with LiveTensors(held) as live:

@@ -12,6 +12,7 @@ from PIL import Image
 from torch import nn
 
 from ssaseg.cli.main import cli
+from ssaseg.cli.scoring.engines import TorchEngine
 from ssaseg.cli.scoring.evaluate import evaluate_model
 from ssaseg.cli.scoring.inference import Inference, predict_labels
 from ssaseg.cli.scoring.metrics import Confusion
@@ -56,7 +57,7 @@ def image(spot: int = 0) -> np.ndarray:
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 def test_predict_names_the_image(protocol: dict[str, Any], value: float) -> None:
     """One pixel is enough. The next image is not blamed."""
-    inference = Inference(network(value), parse_protocol(protocol, "test"), MEAN, STD, CPU)
+    inference = Inference(TorchEngine(network(value), CPU), parse_protocol(protocol, "test"), MEAN, STD)
     for method in (inference.predict, inference.labels):
         dark = [torch.from_numpy(each) for each in inference.inputs(image(), "dark.png")]
         bright = [torch.from_numpy(each) for each in inference.inputs(image(255), "bright.png")]
@@ -71,8 +72,8 @@ def test_predict_names_the_image(protocol: dict[str, Any], value: float) -> None
 
 def test_a_gpu_is_asked_once_at_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
     """`labels` then notes the range of each view; here a CPU that the code takes for a GPU."""
-    inference = Inference(network(float("nan")), parse_protocol({"flip": True}, "test"), MEAN, STD, CPU)
-    object.__setattr__(inference, "device", torch.device("meta"))
+    engine = TorchEngine(network(float("nan")), torch.device("meta"))
+    inference = Inference(engine, parse_protocol({"flip": True}, "test"), MEAN, STD)
     monkeypatch.setattr(Inference, "_pixels", lambda self, each: each[None].permute(0, 3, 1, 2).float())
     for spot, name in ((0, "a"), (255, "b"), (0, "c")):
         inference.labels([torch.from_numpy(image(spot))], (40, 48), name)
@@ -85,7 +86,9 @@ def test_a_gpu_is_asked_once_at_the_end(monkeypatch: pytest.MonkeyPatch) -> None
 @pytest.mark.parametrize("protocol", [{"ratios": [1e6]}, {"scale": [10**9, 10**9]}, {"ratios": [1.0, 500.0]}])
 def test_inputs_that_would_fill_the_memory(protocol: dict[str, Any]) -> None:
     """A protocol comes with the checkpoint. The recipe's limits are wider: they do not know the images."""
-    inference = Inference(network(0.0), Test.model_construct(**{**Test().model_dump(), **protocol}), MEAN, STD, CPU)
+    inference = Inference(
+        TorchEngine(network(0.0), CPU), Test.model_construct(**{**Test().model_dump(), **protocol}), MEAN, STD
+    )
     with pytest.raises(DataError, match=r"^big\.png: the network's input would have \d+x\d+ pixels\nexpected at most"):
         inference.inputs(image(), "big.png")
 

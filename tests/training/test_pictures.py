@@ -16,8 +16,9 @@ from matplotlib.figure import Figure
 
 from ssaseg.cli.drawing import bars, curves, panels
 from ssaseg.cli.drawing.panels import LINE, RIGHTED, STILL_WRONG, WIDTH, WORSENED, Panel
+from ssaseg.cli.evaluation import confused
 from ssaseg.cli.main import cli
-from ssaseg.cli.scoring import confused, inference
+from ssaseg.cli.scoring import inference
 from ssaseg.cli.scoring.metrics import Confusion
 from ssaseg.cli.training import pictures
 from ssaseg.cli.training.log import MetricsLog, read_metrics

@@ -17,10 +17,11 @@ from predicting import write
 from safetensors.torch import load_file
 from torch import Tensor
 
+from ssaseg.cli.evaluation import report
 from ssaseg.cli.profiling import profile as profiling
-from ssaseg.cli.scoring import report
-from ssaseg.cli.scoring.inference import Inference, predict_labels
+from ssaseg.cli.scoring.inference import predict_labels
 from ssaseg.cli.weights.matching import outline
+from ssaseg.datasets.colour import normalize
 from ssaseg.datasets.synthetic import SyntheticScenes
 from ssaseg.models import build_model, load_model
 from ssaseg.models.build import family_of
@@ -28,7 +29,6 @@ from ssaseg.models.masks import peers, pem
 from ssaseg.models.masks.base import MASKS
 from ssaseg.models.networks import resnet
 from ssaseg.models.official import official_entries
-from ssaseg.recipes import parse_protocol
 
 CLASSES = SyntheticScenes(1, height=64, width=64).classes
 
@@ -107,7 +107,7 @@ def test_scores_are_not_put_through_a_softmax(checkpoint: Path) -> None:
     how: dict[str, Any] = {"mean": metadata["mean"], "std": metadata["std"], "device": torch.device("cpu")}
     one = predict_labels(model, image, {"scale": None, "multiple": None}, **how, probabilities=True)
     both = predict_labels(model, image, {"scale": None, "multiple": None, "flip": True}, **how, probabilities=True)
-    pixels = Inference(model, parse_protocol({"scale": None}, "test"), **how)._pixels(torch.from_numpy(image))
+    pixels = normalize(torch.from_numpy(image)[None], how["mean"], how["std"])
     with torch.inference_mode():
         scores, mirrored = model(pixels)[0], model(pixels.flip(3))[0].flip(2)
     for found, expected in ((one, scores), (both, (scores + mirrored) / 2)):

@@ -12,10 +12,10 @@ import numpy as np
 from ssaseg.cli.console import json_target, print_table, progress_bar, write_json
 from ssaseg.cli.device import select_device
 from ssaseg.cli.errors import CommandError
+from ssaseg.cli.evaluation.confused import confused_pairs, most_confused
 from ssaseg.cli.printing import echo
 from ssaseg.cli.ranks.ranks import Ranks, connect
 from ssaseg.cli.scoring.boundary import STATEMENT, Boundaries
-from ssaseg.cli.scoring.confused import confused_pairs, most_confused
 from ssaseg.cli.scoring.evaluate import WORKERS, evaluate_model, state_protocol
 from ssaseg.cli.scoring.metrics import Confusion, Interval, nan_mean
 from ssaseg.cli.signals import Interrupted, StopSignal

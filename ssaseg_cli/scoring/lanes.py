@@ -14,8 +14,8 @@ import cv2
 import torch
 
 from ssaseg.cli.device import count_cores
-from ssaseg.cli.prediction.limit import free_memory
 from ssaseg.cli.printing import echo
+from ssaseg.cli.scoring.limit import free_memory
 from ssaseg.cli.signals import StopSignal
 
 THREAD_NAME = "predict"  # the names of all threads start with it

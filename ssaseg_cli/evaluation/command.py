@@ -64,7 +64,7 @@ def evaluate(
         raise click.UsageError("give either --slide or --whole", click.get_current_context())
     if needs_ranks(gpus):
         return run_launch(gpus or 1)
-    from ssaseg.cli.scoring.report import run_eval
+    from ssaseg.cli.evaluation.report import run_eval
 
     changes = {key: value for key, value in changes.items() if value is not None}
     if slide or whole:
