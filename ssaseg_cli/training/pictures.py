@@ -12,8 +12,8 @@ import torch
 from ssaseg.cli.drawing import bars, panels
 from ssaseg.cli.drawing.curves import draw_curves
 from ssaseg.cli.drawing.panels import Panel
+from ssaseg.cli.evaluation import confused
 from ssaseg.cli.printing import echo
-from ssaseg.cli.scoring import confused
 from ssaseg.cli.training.environment import resumptions
 from ssaseg.cli.training.log import read_metrics
 from ssaseg.datasets import IGNORED

@@ -14,10 +14,10 @@ from click.testing import CliRunner
 from torch.nn import functional as F
 
 from ssaseg.cli.errors import CommandError
+from ssaseg.cli.evaluation import report as evaluate
 from ssaseg.cli.evaluation.report import run_eval
 from ssaseg.cli.main import cli
 from ssaseg.cli.profiling.profile import LiveTensors
-from ssaseg.cli.scoring import report as evaluate
 from ssaseg.cli.scoring.evaluate import evaluate_model
 from ssaseg.cli.scoring.inference import Inference, predict_labels
 from ssaseg.cli.scoring.metrics import BLOCK
