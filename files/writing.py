@@ -86,6 +86,19 @@ def open_append(path: Path) -> TextIO:
     return os.fdopen(descriptor, "a", encoding="utf-8")
 
 
+def open_to_others(folder: Path) -> Path | None:
+    """The folder itself, or the one that it lies in, if every user of the machine can change what is read from
+    `folder`; None if neither. A file system without rights may show this of every folder. Raises OSError.
+    """
+    folder = Path(os.path.realpath(folder))
+    # In a folder with this bit, like /tmp, only its owner can rename `folder`.
+    for place, kept in ((folder, 0), (folder.parent, stat.S_ISVTX)):
+        mode = place.stat().st_mode
+        if mode & stat.S_IWOTH and not mode & kept:
+            return place
+    return None
+
+
 class FolderInUse(Exception):
     """Another process has locked the folder. The text describes that process, and may be empty."""
 

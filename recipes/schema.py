@@ -36,8 +36,9 @@ class Model(Section):
     name: Text = Field(description="network, for example seaformer_b")
     classifier: Text = Field(default="ssa", description="computes classes from the network's features")
     options: dict[NonEmpty, Any] = Field(default={}, description="options of the classifier, by name")
-    drop_path: Share | None = Field(
-        default=None, description="share of residual branches dropped in training; null: the network's default"
+    drop_path: Share |    pretrained: NonEmpty | None = Field(
+        default=None,
+        description="share of residual branches dropped in training; null: the network's default"
     )
     dropout: Share | None = Field(
         default=None,
@@ -50,7 +51,9 @@ class Model(Section):
         "stage's BatchNorm twice a step; an error for other networks",
     )
     pretrained: NonEmpty | None = Field(
-        default=None, description="checkpoint that the training starts from; null: random weights"
+        default=None,
+        description="checkpoint that the training starts from: a file, or a name of `ssaseg weights list`; null: random "
+        "weights",
     )
 
 

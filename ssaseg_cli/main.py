@@ -23,6 +23,7 @@ COMMANDS = {
     "explain": ("ssaseg.cli.explanation.command", "explain"),
     "profile": ("ssaseg.cli.profiling.command", "profile"),
     "convert": ("ssaseg.cli.weights.command", "convert"),
+    "weights": ("ssaseg.cli.weights.fetch_commands", "weights"),
     "compare": ("ssaseg.cli.comparison.command", "compare"),
     "data": ("ssaseg.cli.data.commands", "data"),
     "recipes": ("ssaseg.cli.recipes", "recipes"),

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from ssaseg.cli.data.bands import Bands
 from ssaseg.cli.device import count_cores
+from ssaseg.cli.weights.known import starts_of
 from ssaseg.datasets import Dataset, default_palette
 from ssaseg.datasets.check import Findings
 from ssaseg.datasets.classnames import Labels
@@ -58,7 +59,7 @@ def recipe_text(
         "model:",
         f"  name: {model}",
         f"  classifier: {classifier}",
-        "  pretrained: null # or a checkpoint to start from; ImageNet weights, made by `ssaseg convert`, help a lot",
+        f"  pretrained: null # {_start(model)}",
         "",
         "data:",
         f"  root: {_quote(os.path.abspath(own.root))} # folder of the data; data.root=DIR in a command replaces it",
@@ -84,6 +85,14 @@ def recipe_text(
         f"  save_every: {min(steps // 10, 1000)}",
     ]
     return "\n".join(text) + "\n"
+
+
+def _start(model: str) -> str:
+    """A comment about weights to start from."""
+    name = next(iter(starts_of(model)), None)
+    if name is None:
+        return "or a checkpoint to start from"
+    return f"starts from ImageNet, which helps a lot: ssaseg weights fetch {name}, then pretrained: {name}"
 
 
 def _header(

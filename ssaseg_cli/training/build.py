@@ -16,7 +16,7 @@ from ssaseg.cli.training.environment import fingerprints, require_same_data
 from ssaseg.cli.training.guard import Guard
 from ssaseg.cli.training.job import Job, Progress
 from ssaseg.cli.training.optimiser import freeze, make_optimiser
-from ssaseg.cli.training.preflight import check_labels, require_memory, require_start, require_trainable
+from ssaseg.cli.training.preflight import check_labels, find_start, require_memory, require_trainable
 from ssaseg.cli.training.stored import require_fit
 from ssaseg.datasets.check import require_same_classes
 from ssaseg.datasets.prefetch import Preparer
@@ -29,17 +29,25 @@ COMPILER = "inductor"
 
 
 def build_job(
-    recipe: Recipe, out: Path, ranks: Ranks, stored: dict[str, Any] | None = None, check: str = "sample"
+    recipe: Recipe,
+    out: Path,
+    ranks: Ranks,
+    stored: dict[str, Any] | None = None,
+    check: str = "sample",
+    dry_run: bool = False,
 ) -> Job:
-    """Data, model, optimiser and loader, with the stored state loaded. Checks labels first, see `check_labels`."""
+    """Data, model, optimiser and loader, with the stored state loaded. Checks labels first, see `check_labels`.
+
+    dry_run: nothing is downloaded.
+    """
     device, train = ranks.device, recipe.train
-    start = recipe.model.pretrained if stored is None else None
     train_set, val_set = load_data(recipe)
     prints = fingerprints(train_set, val_set)
     if stored is not None:
         require_same_data(stored.get("extra", {}).get("data"), prints, out)
-    if start:
-        require_start(Path(start))
+    start = None
+    if recipe.model.pretrained and stored is None:
+        start = find_start(recipe.model.pretrained, recipe.model.name, dry_run, ranks.main)
     if ranks.main:  # an error on this rank ends the others
         check_labels({"training": train_set, "validation": val_set}, check, recipe)
     ranks.barrier()
@@ -215,10 +223,10 @@ def open_loader(job: Job, step: int, workers: int, rank: int) -> Iterator[Any]:
     )
 
 
-def load_start(model: Segmenter, path: str, classes: Sequence[str], print_match: bool) -> None:
+def load_start(model: Segmenter, path: Path, classes: Sequence[str], print_match: bool) -> None:
     """Loads `model.pretrained`; prints what matched if `print_match`. At least 95 % of the backbone must match."""
     from ssaseg.cli.weights.pretrained import load_pretrained
 
-    matched = load_pretrained(model, Path(path), classes=classes)
+    matched = load_pretrained(model, path, classes=classes)
     if print_match:
         echo(str(matched), err=True)

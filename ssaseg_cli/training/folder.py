@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,7 @@ from ssaseg.cli.printing import echo
 from ssaseg.cli.training import environment as records
 from ssaseg.cli.training.state import load_state, refuse_changes, state_files
 from ssaseg.files.text import printable
-from ssaseg.files.writing import FolderInUse, FolderLock, write_atomic
+from ssaseg.files.writing import FolderInUse, FolderLock, open_to_others, write_atomic
 from ssaseg.recipes import Recipe, dump_recipe, parse_recipe
 
 if TYPE_CHECKING:
@@ -49,6 +50,12 @@ def open_run(out: Path, recipe: Recipe, resume: bool, restarted: bool = False, r
     # restart would continue the run that it found here.
     failed = (out / LOCK).exists()
     lock, failing = _lock(out), False
+    if (place := open_to_others(out)) is not None:
+        echo(
+            f"warning: every user of this machine can write to {place}, and so change what --resume reads from {out}\n"
+            f"take this right away: chmod o-w {shlex.quote(str(place))}",
+            err=True,
+        )
     try:
         run = _resumed_run(out, recipe, ranks) if resume or (restarted and failed) else _new_run(out, recipe)
         run.lock = lock

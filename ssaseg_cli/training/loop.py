@@ -70,7 +70,7 @@ def run_train(
         sent, stored = ranks.broadcast((recipe.model_dump(mode="json"), stored))
         if not ranks.main:
             recipe = parse_recipe(sent, str(out))
-        job = build_job(recipe, out, ranks, stored, check)
+        job = build_job(recipe, out, ranks, stored, check, dry_run)
         if ranks.main:
             describe(job)
         if dry_run:

@@ -11,6 +11,8 @@ import torch
 from ssaseg.cli.errors import CommandError
 from ssaseg.cli.printing import echo
 from ssaseg.cli.training.job import Job
+from ssaseg.cli.weights import fetching
+from ssaseg.cli.weights.known import KNOWN, starts_of
 from ssaseg.models import CLASSIFIERS, Segmenter, build_model
 from ssaseg.recipes import Recipe
 
@@ -18,14 +20,37 @@ FEW = 2  # classes: with so few, SSA's authors see little gain
 ADAPTIVE = ("ssa", "cac")
 
 
-def require_start(path: Path) -> None:
-    """Raises CommandError if `model.pretrained` is not there. Called before the slower check of the labels."""
-    if not (path.is_file() or path.is_dir()):
+def find_start(value: str, network: str, dry_run: bool = False, say: bool = True) -> Path | None:
+    """The file or folder of `model.pretrained`. Called before the slower check of the labels.
+
+    A name of `ssaseg weights list` is fetched if it is not here; every rank calls this, and waits for the one that
+    downloads. None: a dry run, for which nothing is downloaded. say: whether to print what is done. Raises CommandError
+    if there is no such file, it cannot be fetched, or the weights of this name cannot start `network`.
+    """
+    path = Path(value)
+    if path.is_file() or path.is_dir():
+        if value in KNOWN and say:
+            echo(f"note: model.pretrained={value}: the file of this name is used, not the weights of this name", err=True)
+        return path
+    names = starts_of(network)
+    if value not in KNOWN:
+        name = names[0] if names else "NAME"
         raise CommandError(
             f"model.pretrained={path}: no such checkpoint\n"
-            "download it to this path (`ssaseg recipes show` prints the source), or use model.pretrained=FILE\n"
+            f"download it to this path (`ssaseg recipes show` prints the source), or use model.pretrained={name}, one of "
+            "`ssaseg weights list`\n"
             "model.pretrained=null starts from random weights instead; the final mIoU is then lower"
         )
+    if network not in KNOWN[value].networks:
+        raise CommandError(
+            f"model.pretrained={value}: starts {' or '.join(KNOWN[value].networks)}, model.name is {network}\n"
+            f"expected one of: {', '.join(names) or f'none starts {network}'}"
+        )
+    if dry_run and fetching.here(value) is None:
+        if say:
+            echo(f"note: model.pretrained={value} is not here, so this dry run starts from random weights", err=True)
+        return None
+    return fetching.fetch(value, say)
 
 
 def require_memory(recipe: Recipe, classes: int, device: torch.device) -> None:

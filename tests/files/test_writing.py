@@ -12,7 +12,7 @@ import pytest
 from ssaseg.files import writing
 from ssaseg.files.reading import open_file, read_file
 from ssaseg.files.text import KEPT, printable
-from ssaseg.files.writing import FolderInUse, FolderLock, open_append, write_atomic
+from ssaseg.files.writing import FolderInUse, FolderLock, open_append, open_to_others, write_atomic
 
 HOLD = """
 import sys
@@ -202,3 +202,22 @@ def test_what_could_change_a_terminal_is_shown_by_its_code() -> None:
     assert printable("gpj.\u202efdp\u2028") == r"gpj.\u202efdp\u2028"
     assert printable(b"\xff.png".decode(errors="surrogateescape") + "\ud800") == r"\xff.png\ud800"
     assert printable("Straße – 道路 é ☃") == "Straße – 道路 é ☃"
+
+
+@pytest.mark.parametrize(
+    ("parent", "folder", "open_one"),
+    [
+        (0o755, 0o755, None),
+        (0o777, 0o755, "parent"),
+        (0o1777, 0o755, None),  # like /tmp: others cannot rename what is not theirs
+        (0o755, 0o777, "folder"),
+        (0o755, 0o1777, "folder"),  # others can add files
+        (0o775, 0o775, None),  # a group works together
+    ],
+)
+def test_folders_that_every_user_can_write_to(tmp_path: Path, parent: int, folder: int, open_one: str | None) -> None:
+    places = {"parent": tmp_path / "parent", "folder": tmp_path / "parent" / "folder"}
+    places["folder"].mkdir(parents=True)
+    places["folder"].chmod(folder)
+    places["parent"].chmod(parent)
+    assert open_to_others(places["folder"]) == (places[open_one] if open_one else None)

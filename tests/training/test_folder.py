@@ -460,3 +460,17 @@ def test_a_fingerprint_tells_data_apart(tmp_path: Path) -> None:
 def test_drawn_scenes_have_a_fingerprint() -> None:
     kinds = [(3, 64, 64, 0, "train"), (3, 64, 64, 1, "train"), (3, 64, 96, 0, "train")]
     assert len({records.fingerprint(SyntheticScenes(*kind))["content"] for kind in kinds}) == 3
+
+
+@pytest.mark.parametrize("mode", [0o700, 0o777])
+def test_a_run_folder_that_every_user_can_write_to(
+    tmp_path: Path, mode: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Others could add a newer state: the user is warned before it is read."""
+    run = tmp_path / "my run"
+    run.mkdir()
+    run.chmod(mode)
+    with open_run(run, load_recipe("demo"), resume=False):
+        pass
+    expected = f"warning: every user of this machine can write to {run}, and so change what --resume reads from {run}\n"
+    assert capsys.readouterr().err == (f"{expected}take this right away: chmod o-w '{run}'\n" if mode == 0o777 else "")
