@@ -196,7 +196,7 @@ def _moved(address: str, target: str) -> str:
 
 def _read(answer: Any, timeout: float) -> bytes:
     with _network_errors(timeout):
-        chunk: bytes = answer.read(CHUNK)
+        chunk: bytes = answer.read1(CHUNK)  # what has arrived: nothing is lost where the connection breaks
     return chunk
 
 

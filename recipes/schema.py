@@ -36,9 +36,8 @@ class Model(Section):
     name: Text = Field(description="network, for example seaformer_b")
     classifier: Text = Field(default="ssa", description="computes classes from the network's features")
     options: dict[NonEmpty, Any] = Field(default={}, description="options of the classifier, by name")
-    drop_path: Share |    pretrained: NonEmpty | None = Field(
-        default=None,
-        description="share of residual branches dropped in training; null: the network's default"
+    drop_path: Share | None = Field(
+        default=None, description="share of residual branches dropped in training; null: the network's default"
     )
     dropout: Share | None = Field(
         default=None,

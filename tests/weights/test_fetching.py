@@ -22,7 +22,8 @@ from ssaseg.cli.weights.known import KNOWN, Start, starts_of
 from ssaseg.cli.weights.matching import outline
 from ssaseg.files.writing import FolderLock
 from ssaseg.models import build_model, list_models
-from ssaseg.models.official import official_keys
+from ssaseg.models.networks import vit_adapter
+from ssaseg.models.official import official_entries, official_keys
 
 MakeJob = Callable[..., Any]
 NAME = "seaformer_t"  # the network of the demo
@@ -83,8 +84,10 @@ def test_an_entry_is_complete(name: str) -> None:
     assert len(start.sha256) == (8 if any(host in start.address for host in ("openmmlab", "fbaipublic")) else 0)
     assert start.licence
     assert start.source
-    backbone = outline(start.networks[0]).backbone.state_dict().values()
-    numbers = sum(each.numel() for each in backbone if each.is_floating_point())
+    model = outline(start.networks[0])
+    layout = vit_adapter.PLAIN_VIT.name if start.layout == "timm's plain ViT" else ""
+    own, keys = model.state_dict(), {key for each in official_entries(model, True, layout) for key in each.ours}
+    numbers = sum(own[key].numel() for key in keys if own[key].is_floating_point())
     assert start.megabytes == round(4 * numbers / 1e6)
 
 
