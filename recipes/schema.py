@@ -51,8 +51,8 @@ class Model(Section):
     )
     pretrained: NonEmpty | None = Field(
         default=None,
-        description="checkpoint that the training starts from: a file, or a name of `ssaseg weights list`; null: random "
-        "weights",
+        description="checkpoint that the training starts from: a file, or a name of `ssaseg weights list`; null: "
+        "random weights",
     )
 
 

@@ -30,15 +30,14 @@ def find_start(value: str, network: str, dry_run: bool = False, say: bool = True
     path = Path(value)
     if path.is_file() or path.is_dir():
         if value in KNOWN and say:
-            echo(f"note: model.pretrained={value}: the file of this name is used, not the weights of this name", err=True)
+            echo(f"note: model.pretrained={value}: the file with this name is used, no download", err=True)
         return path
     names = starts_of(network)
     if value not in KNOWN:
-        name = names[0] if names else "NAME"
         raise CommandError(
             f"model.pretrained={path}: no such checkpoint\n"
-            f"download it to this path (`ssaseg recipes show` prints the source), or use model.pretrained={name}, one of "
-            "`ssaseg weights list`\n"
+            "download it to this path (`ssaseg recipes show` prints the source), or use a name of `ssaseg weights list`"
+            f"{f', such as {names[0]}' if names else ''}\n"
             "model.pretrained=null starts from random weights instead; the final mIoU is then lower"
         )
     if network not in KNOWN[value].networks:

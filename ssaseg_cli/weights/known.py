@@ -1,9 +1,9 @@
 """Published weights that a training can start from, by name: `model.pretrained: NAME`.
 
-Nothing in this table was tried by us. Addresses and pages are those that the `source` of each entry names. OpenMMLab and
-DeiT put the first 8 digits of the SHA-256 into the names of their files, from where they are taken. Sizes are not those
-of the files: they are computed, 4 bytes for each number of the network's backbone. Of SSA-Seg no checkpoint was
-published (README.md of SSA-Seg, commit e67fc2f).
+Nothing in this table was tried by us. Addresses and pages are those that the `source` of each entry names. OpenMMLab
+and DeiT put the first 8 digits of the SHA-256 into the names of their files, from where they are taken. Sizes are not
+those of the files: they are computed, 4 bytes for each number of the network's backbone, without the branches of
+ViT-Adapter. Of SSA-Seg no checkpoint was published (README.md of SSA-Seg, commit e67fc2f).
 """
 
 import re
