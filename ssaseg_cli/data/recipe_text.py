@@ -92,7 +92,7 @@ def _start(model: str) -> str:
     name = next(iter(starts_of(model)), None)
     if name is None:
         return "or a checkpoint to start from"
-    return f"starts from ImageNet, which helps a lot: ssaseg weights fetch {name}, then pretrained: {name}"
+    return f"ImageNet weights help a lot: ssaseg weights fetch {name}, then pretrained: {name}"
 
 
 def _header(

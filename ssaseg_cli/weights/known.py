@@ -15,8 +15,8 @@ DIGITS = re.compile(r"-([0-9a-f]{8,64})\.pth$")
 
 # ---- licences, with their sources --------------------------------------------------------------------------------
 APACHE = "Apache-2.0"
-SEGNEXT = "Apache-2.0; commercial use: ask its authors"  # README.md of SegNeXt
-NVIDIA = "NVIDIA Source Code License: not for commercial use"  # README.md of SegFormer
+SEGNEXT = "Apache-2.0, commercial: ask"  # README.md of SegNeXt: ask its authors
+NVIDIA = "NVIDIA, non-commercial"  # NVIDIA Source Code License, README.md of SegFormer
 SNAP = "MIT terms of Snap Inc."  # LICENSE of EfficientFormer
 SWIN = "MIT (not verified)"  # no licence file at hand; copies in other model collections say so
 HRNET = "MIT (not verified)"  # likewise

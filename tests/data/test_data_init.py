@@ -100,6 +100,17 @@ def test_one_pair_is_in_both_splits(tmp_path: Path) -> None:
     assert "there is one pair, for training and validation" in result.stdout
 
 
+def test_weights_to_start_from_are_named(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        put(tmp_path / "data" / "images" / f"{name}.jpg")
+        put(tmp_path / "data" / "masks" / f"{name}.png", (0, 1))
+    done = call("data", "init", tmp_path / "data", "--model", "segnext_t", "--out", tmp_path / "own.yaml")
+    assert done.exit_code == 0, done.output
+    line = "  pretrained: null # ImageNet weights help a lot: ssaseg weights fetch mscan_t, then pretrained: mscan_t"
+    assert line in (tmp_path / "own.yaml").read_text().splitlines()
+    assert load_recipe(str(tmp_path / "own.yaml")).model.pretrained is None
+
+
 def test_lists_of_pascal_voc_are_used(tmp_path: Path) -> None:
     for number in range(4):
         put(tmp_path / f"JPEGImages/{number}.jpg")
