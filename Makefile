@@ -48,13 +48,14 @@ lint: setup
 # mypy wants the import names as folders: a tree of links to the real ones.
 types: setup
 	rm -rf build/typing && mkdir -p build/typing/ssaseg
+	ln -s $(addprefix ../../../,$(wildcard ssaseg/*.py)) build/typing/ssaseg/
 	ln -s ../../../ssaseg_cli build/typing/ssaseg/cli
 	ln -s ../../../files ../../../models ../../../datasets ../../../recipes build/typing/ssaseg/
 	cd build/typing && ../../$(BIN)/mypy --config-file ../../pyproject.toml --cache-dir ../../.mypy_cache -p ssaseg
 
-# The page of a recipe's keys; a test holds that it is current.
+# What help pages list, and the page of a recipe's keys; tests hold that they are current.
 docs: setup
-	mkdir -p docs
+	$(BIN)/python -c "from ssaseg.cli.recipe_keys import write; write()"
 	$(BIN)/ssaseg recipes keys > docs/recipe.md
 
 clean:

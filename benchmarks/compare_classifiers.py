@@ -47,7 +47,7 @@ ROWS: dict[str, tuple[str, list[str]]] = {
 def ssaseg(*words: str, log: Path) -> tuple[float, float]:
     """Runs a command of ssaseg, its output into `log`. Returns processor time [s] and peak memory [MiB]."""
     with log.open("a") as out:
-        process = subprocess.Popen([sys.executable, "-m", "ssaseg.cli", *words], stdout=out, stderr=out)
+        process = subprocess.Popen([sys.executable, "-m", "ssaseg", *words], stdout=out, stderr=out)
         _, status, usage = os.wait4(process.pid, 0)
     process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:

@@ -133,7 +133,7 @@ def seconds(work: Callable[[], Any]) -> tuple[float, Any]:
 def about(side: str) -> dict[str, str]:
     if side in PEERS:
         return versions(side)
-    import ssaseg.models.build
+    import ssaseg.models
 
     return {"from": str(ssaseg.models.__file__)}
 

@@ -105,17 +105,17 @@ class Worker:
 
 def plain_package(revision: str, folder: Path) -> Path | None:
     """The folder of the package at an earlier commit, below `folder`; None if git does not have this commit."""
-    names = {"cli": "ssaseg_cli", "models": "models", "datasets": "datasets", "recipes": "recipes"}
+    names = {"cli": "ssaseg_cli", **{name: name for name in ("models", "datasets", "recipes", "files")}}
     archive, source = folder / "plain.tar", folder / "plain"
-    command = ["git", "-C", str(ROOT), "archive", "--output", str(archive), revision, *names.values()]
     try:
-        subprocess.run(command, check=True, capture_output=True)
+        subprocess.run(["git", "-C", ROOT, "archive", "-o", archive, revision], check=True, capture_output=True)
     except (OSError, subprocess.CalledProcessError):
         return None
     with tarfile.open(archive) as files:
         files.extractall(source, filter="data")
-    (source / "ssaseg").mkdir()
-    for name, room in names.items():
+    (source / "ssaseg").mkdir(exist_ok=True)  # a newer commit has this folder
+    (source / "ssaseg" / "__init__.py").touch()  # without it, Python would prefer an installed ssaseg
+    for name, room in names.items():  # of an old commit, the link to files leads nowhere
         (source / "ssaseg" / name).symlink_to(source / room)
     return source
 

@@ -1,19 +1,10 @@
 """`ssaseg`: the table of commands. A command is imported when it is called, so that every `--help` is quick."""
 
-import os
 from importlib import import_module
 
 import click
 
 from ssaseg.cli.errors import CommandGroup
-
-# PyTorch's CPU threads spin while they wait for one another. If a loader's worker needs the same core, they spin for
-# their whole time slice, and a step can take many times as long. After a short spin the core is free for the worker.
-os.environ.setdefault("GOMP_SPINCOUNT", "1000")
-
-# OpenCV's own limit, which it reads when it is imported: for files whose size only OpenCV can tell. As
-# `ssaseg.datasets.decoding.MAX_PIXELS`.
-os.environ.setdefault("OPENCV_IO_MAX_IMAGE_PIXELS", str(2**28))
 
 # Name -> the module and the function that declare the command. These modules import nothing that is slow to import.
 COMMANDS = {

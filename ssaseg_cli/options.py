@@ -5,8 +5,9 @@ from typing import Any
 
 import click
 
-# Written out: to ask `ssaseg.models` for them would make `--help` slow. A test compares.
-CLASSIFIERS = click.Choice(["linear", "ssa", "cac", "protoseg", "gmmseg", "dnc"])
+from ssaseg.cli.help_tables import help_tables
+
+CLASSIFIERS = click.Choice(list(help_tables()["classifiers"]))
 
 
 class CheckpointFile(click.Path):

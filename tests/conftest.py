@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-# As in ssaseg.cli.main: threads that spin for long make the suite many times slower on a machine that is not idle.
-os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+import ssaseg  # noqa: F401 (sets GOMP_SPINCOUNT: threads that spin for long make the suite many times slower)
+
 # The cores are for processes, of which `make test` runs one a core: networks and images here are small.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 # One process runs many tests, some of which measure its memory: freed memory goes back to the system.

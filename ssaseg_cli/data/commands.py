@@ -4,6 +4,7 @@ from pathlib import Path
 
 import click
 
+from ssaseg.cli.help_tables import help_tables
 from ssaseg.cli.options import CLASSIFIERS, json_option
 from ssaseg.cli.printing import echo
 
@@ -66,10 +67,8 @@ class _WithKinds(click.Command):
     """Its help ends with the conventions of annotation tools."""
 
     def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        from ssaseg.datasets.conventions import CONVENTIONS
-
         with formatter.section("Own data: KIND and content of SOURCE"):
-            formatter.write_dl([(each.kind, each.what) for each in CONVENTIONS])
+            formatter.write_dl(list(help_tables()["conventions"].items()))
 
 
 @data.command(cls=_WithKinds)

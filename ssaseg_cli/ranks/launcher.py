@@ -21,7 +21,7 @@ from ssaseg.cli.device import LAUNCHED, count_cores
 from ssaseg.cli.errors import CommandError
 from ssaseg.files.text import printable
 
-# The command, as `python -m ssaseg.cli` would run it, but without the current directory in Python's search path: a file
+# The command, as `python -m ssaseg` would run it, but without the current directory in Python's search path: a file
 # there may have the name of one of our modules.
 COMMAND = (
     "import sys; sys.path[:1] = filter(None, sys.path[:1]); from ssaseg.cli.main import cli; cli(prog_name='ssaseg')"

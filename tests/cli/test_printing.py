@@ -36,7 +36,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def shell(script: str, *given: str | Path, **env: str) -> tuple[int, str]:
     """Exit code and stderr of a shell script, in which "$@" is the command."""
-    command = [sys.executable, "-m", "ssaseg.cli", *map(str, given)]
+    command = [sys.executable, "-m", "ssaseg", *map(str, given)]
     done = subprocess.run(
         ["bash", "-c", script, "bash", *command], env={**os.environ, **env}, capture_output=True, text=True, timeout=120
     )
@@ -135,7 +135,7 @@ def test_a_line_end_in_a_file_name_hides_no_reason(capsys: pytest.CaptureFixture
 def test_a_folder_whose_name_is_not_unicode_is_printed(checkpoint: Path, tmp_path: Path) -> None:
     put(tmp_path / "in/a.png")
     out = os.fsencode(tmp_path) + b"/out\xff"
-    command = [sys.executable, "-m", "ssaseg.cli", "predict", checkpoint, tmp_path / "in", "--out", out]
+    command = [sys.executable, "-m", "ssaseg", "predict", checkpoint, tmp_path / "in", "--out", out]
     done = subprocess.run(
         [*command, "--device", "cpu"],
         env={**os.environ, "PYTHONIOENCODING": "utf-8:strict"},

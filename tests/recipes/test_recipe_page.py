@@ -1,5 +1,6 @@
 """The page of a recipe's keys: current, complete, and its defaults are those that a recipe gets."""
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -8,8 +9,10 @@ import pytest
 from click.testing import CliRunner, Result
 from places import PROJECT
 
+from ssaseg.cli.help_tables import help_tables
 from ssaseg.cli.main import cli
-from ssaseg.cli.recipe_page import read_schema, recipe_page
+from ssaseg.cli.recipe_keys import collect, read_schema
+from ssaseg.cli.recipe_page import recipe_page
 from ssaseg.recipes import load_recipe
 from ssaseg.recipes.reading import Layer, apply_overrides
 
@@ -37,7 +40,7 @@ def flat(values: dict[str, Any], above: str = "") -> dict[str, Any]:
 
 
 def test_the_page_is_current() -> None:
-    assert PAGE.read_text(encoding="utf-8") == recipe_page(), "the schema was changed: run `make docs`"
+    assert PAGE.read_text(encoding="utf-8") == recipe_page(), "run `make docs`"
     assert keys().output == recipe_page()
     assert max(map(len, recipe_page().splitlines())) <= 120
 
@@ -112,3 +115,8 @@ def test_an_unknown_name_is_told_with_the_nearest(wanted: str, hint: str) -> Non
     assert result.exit_code == 2
     assert f"error: {wanted}: no section or key" in result.stderr
     assert hint in result.stderr
+
+
+def test_the_table_of_names_is_current() -> None:
+    """Help pages and `recipes keys` read it, to be quick."""
+    assert json.loads(json.dumps(collect())) == help_tables(), "run `make docs`"

@@ -1,6 +1,0 @@
-"""`python -m ssaseg.cli`, and with it `torchrun … -m ssaseg.cli train …`: the command `ssaseg`."""
-
-from ssaseg.cli.main import cli
-
-if __name__ == "__main__":
-    cli(prog_name="ssaseg")
