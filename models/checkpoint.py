@@ -43,8 +43,15 @@ def save_model(
     stays until the new one is complete on the disk. Raises ValueError if `classes`, `mean` or `std` does not fit the
     model, OSError if the file cannot be written.
     """
-    metadata = _described(model, metadata)
-    known = {**DEFAULTS, "classes": numbered(model.num_classes), **metadata}
+    known = complete_metadata(model, metadata)
+    memory = model.memory()
+    kept = {key: value for key, value in model.state_dict().items() if not is_below(key, memory)}
+    write_tensors(Path(path), kept, known, root)
+
+
+def complete_metadata(model: Segmenter, metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """What the header of a checkpoint says, see `save_model`, which raises the same ValueError."""
+    known = {**DEFAULTS, "classes": numbered(model.num_classes), **_described(model, metadata)}
     if len(known["classes"]) != model.num_classes:
         raise ValueError(f"metadata names {len(known['classes'])} classes, the model has {model.num_classes}")
     for key in ("mean", "std"):
@@ -52,9 +59,7 @@ def save_model(
             raise ValueError(
                 f"metadata has {len(known[key])} numbers as {key}, the model has {model.channels} channels"
             )
-    memory = model.memory()
-    kept = {key: value for key, value in model.state_dict().items() if not is_below(key, memory)}
-    write_tensors(Path(path), kept, known, root)
+    return known
 
 
 def _described(model: Segmenter, metadata: Mapping[str, Any]) -> dict[str, Any]:

@@ -106,6 +106,10 @@ def _are_options(value: object) -> bool:
     )
 
 
+def _are_sides(value: object) -> bool:
+    return _are(lambda each: isinstance(each, int) and _is_number(each, 1, 2**16), 2)(value)
+
+
 def _is_deploy(value: object) -> bool:
     return isinstance(value, dict) and value.get("weights") == "float16" and _are(_is_name)(value.get("without"))
 
@@ -134,4 +138,9 @@ SCHEMA: Mapping[str, tuple[Callable[[Any], bool], str]] = {
     "scores": (lambda value: isinstance(value, dict), "a mapping"),
     "reduce_zero_label": (lambda value: isinstance(value, bool), "true or false"),  # of a folder of transformers
     "deploy": (_is_deploy, 'a mapping such as {"weights": "float16", "without": ["classifier.teacher"]}'),
+    # Of an exported graph.
+    "input": (lambda value: value in ("normalized", "rgb"), "normalized or rgb"),
+    "output": (lambda value: value in ("logits", "logits-full", "labels"), "logits, logits-full or labels"),
+    "size": (lambda value: value is None or _are_sides(value), "null or [height, width]"),
+    "smallest": (_are_sides, "[height, width]"),
 }

@@ -22,6 +22,43 @@ class CheckpointFile(click.Path):
 
 
 existing_file = CheckpointFile(exists=True, dir_okay=False, path_type=Path)
+
+
+class NetworkFile(click.Path):
+    """An existing file that holds a network, or a folder of transformers; see `ssaseg.cli.engine.opening.open_file`."""
+
+    def convert(self, value: Any, parameter: click.Parameter | None, context: click.Context | None) -> Any:
+        """The path."""
+        path = Path(super().convert(value, parameter, context))
+        if path.is_dir() and not (path / "config.json").is_file():
+            self.fail(f"{value} is a folder without config.json, expected a file or a folder of transformers.")
+        return path
+
+
+network_file = NetworkFile(exists=True, path_type=Path)
+BACKENDS = click.Choice(["auto", "torch", "onnxruntime", "openvino"])
+
+
+def opening_options(command: Any) -> Any:
+    """Adds `--classes` and `--protocol`: what a file does not say itself; arguments of `open_file`."""
+    classes = click.option(
+        "--classes",
+        metavar="NAME|FILE|A,B,...",
+        help="Classes of a file that does not name them: of a data set, a recipe, or a file of names.",
+    )
+    protocol = click.option(
+        "--protocol", metavar="RECIPE", help="Sizes, mean and std for a file that does not say them: a recipe's."
+    )
+    return classes(protocol(command))
+
+
+backend_option = click.option(
+    "--backend",
+    type=BACKENDS,
+    default="auto",
+    show_default=True,
+    help="What runs a checkpoint; auto: another than torch where it is installed and the run is long.",
+)
 device_option = click.option(
     "--device",
     type=click.Choice(["auto", "cpu", "cuda"]),

@@ -2,6 +2,6 @@
 
 from ssaseg.datasets.classnames.guessing import Labels, guess_labels
 from ssaseg.datasets.classnames.names import Names
-from ssaseg.datasets.classnames.searching import known_names, read_class_names
+from ssaseg.datasets.classnames.searching import known_names, read_class_names, read_names
 
-__all__ = ["Labels", "Names", "guess_labels", "known_names", "read_class_names"]
+__all__ = ["Labels", "Names", "guess_labels", "known_names", "read_class_names", "read_names"]

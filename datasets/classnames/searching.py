@@ -93,6 +93,11 @@ def _order(name: str) -> int:
     return next((at for at, pattern in enumerate(NAME_FILES) if pattern.fullmatch(name.lower())), len(NAME_FILES))
 
 
+def read_names(file: Path) -> Names:
+    """The class names in one file that a user names. Raises OSError and ValueError if it cannot be read."""
+    return to_names(file, _read(file))
+
+
 def _read(file: Path) -> list[Line]:
     if not file.is_file():  # a folder of this name
         return []

@@ -48,8 +48,12 @@ class Engine(Protocol):
     def gives_scores(self) -> bool:
         """Whether it gives scores, not logits, see `Classifier.gives_scores`."""
 
+    @property
+    def takes(self) -> str:
+        """Which pixels: "normalized", float32; or "rgb", uint8, which it normalises itself."""
+
     def logits(self, pixels: Tensor, coarse: bool = False) -> Logits:
-        """Logits (N,K,·,·) of normalised pixels float32 (N,C,h,w); coarse: also those before adaptation, if any."""
+        """Logits (N,K,·,·) of pixels (N,C,h,w), see `takes`; coarse: also those before adaptation, if any."""
 
 
 @dataclass(frozen=True)
@@ -95,6 +99,11 @@ class TorchEngine:
     def gives_scores(self) -> bool:
         """See `Classifier.gives_scores`."""
         return self.model.classifier.gives_scores
+
+    @property
+    def takes(self) -> str:
+        """See `Engine`."""
+        return "normalized"
 
     def logits(self, pixels: Tensor, coarse: bool = False) -> Logits:
         """Logits (N,K,·,·) of normalised pixels float32 (N,C,h,w)."""

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from ssaseg.cli.scoring.engines import Engine, Logits, TorchEngine
 from ssaseg.datasets import DataError
-from ssaseg.datasets.colour import normalize
+from ssaseg.datasets.colour import normalize, to_planes
 from ssaseg.datasets.transforms import input_sizes, scaled_inputs
 from ssaseg.files.text import printable
 from ssaseg.models import Segmenter
@@ -150,7 +150,10 @@ class Inference:
     # ---- one view ------------------------------------------------------------------------------------------------
 
     def _pixels(self, resized: Tensor) -> Tensor:
-        return normalize(resized.unsqueeze(0).to(self.device, non_blocking=True), self.mean, self.std)
+        images = resized.unsqueeze(0).to(self.device, non_blocking=True)
+        if self.engine.takes == "rgb":
+            return to_planes(images).byte()
+        return normalize(images, self.mean, self.std)
 
     def _logits(self, pixels: Tensor, coarse: bool = False) -> Logits:
         """Logits of a view (1,3,h,w): those of the network, or the mean (1,K,h,w) over the sliding windows."""
@@ -239,7 +242,7 @@ def slide(
     """
     height, width = pixels.shape[2:]
     sums: list[Tensor | None] = [None, None]
-    times_seen = pixels.new_zeros(height, width)
+    times_seen = pixels.new_zeros(height, width, dtype=torch.float32)
     for rows in windows(height, crop[0], stride[0]):
         for columns in windows(width, crop[1], stride[1]):
             window = pixels[..., rows, columns]
@@ -249,7 +252,7 @@ def slide(
                     continue
                 total = sums[index]
                 if total is None:
-                    sums[index] = total = pixels.new_zeros(1, logits.shape[1], height, width)
+                    sums[index] = total = logits.new_zeros(1, logits.shape[1], height, width)
                 total[..., rows, columns] += resize_bilinear(logits, window.shape[2:])
     final, before = (None if total is None else total.div_(times_seen) for total in sums)
     assert final is not None

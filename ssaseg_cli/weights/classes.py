@@ -1,7 +1,7 @@
 """The classes of a checkpoint: their names, and how to move a classifier's rows to other classes by name."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +23,18 @@ RUN_METADATA = ("recipe", "step", "scores", "reduce_zero_label")
 
 
 # ---- names -------------------------------------------------------------------------------------------------------
-def own_classes(source: Path, dataset: str | None, meta: Mapping[str, Any], classes: int) -> dict[str, Any]:
+def own_classes(
+    source: Path,
+    dataset: str | None,
+    meta: Mapping[str, Any],
+    classes: int,
+    report: Callable[[str], object] = echo,
+    option: str = "--dataset",
+) -> dict[str, Any]:
     """Metadata of an official file's classes: from `--dataset`, from the file itself, or ADE20K's if there are 150.
 
-    Empty if none of these applies; the classes are then numbered. Raises CommandError if `--dataset` has another number
-    of classes.
+    Empty if none of these applies; the classes are then numbered. `report` gets lines for the user; `option`: of the
+    command, for messages. Raises CommandError if `--dataset` has another number of classes.
     """
     stated, palette = meta.get("classes"), meta.get("palette")
     if dataset is None and isinstance(stated, list | tuple) and len(stated) == classes:
@@ -36,19 +43,19 @@ def own_classes(source: Path, dataset: str | None, meta: Mapping[str, Any], clas
             return {"classes": [str(c) for c in stated], "palette": _palette(palette, classes)}
         dataset = same[0]
     if dataset is None and isinstance(stated, list | tuple):
-        echo(f"  classes      the file names {len(stated)}, but its head has {classes}: the names are not used")
+        report(f"  classes      the file names {len(stated)}, but its head has {classes}: the names are not used")
     if dataset is None and classes == len(label_space("ade20k").classes):
         dataset = "ade20k"
     if dataset is None:
-        echo(f"  classes      {classes} without names: they are numbered; give their names with --dataset")
+        report(f"  classes      {classes} without names: they are numbered; give their names with {option}")
         return {}
-    metadata = dataset_metadata(dataset)
+    metadata = dataset_metadata(dataset, option)
     if len(metadata["classes"]) != classes:
         raise CommandError(
-            f"--dataset {dataset} has {len(metadata['classes'])} classes, {source} has {classes}\n"
+            f"{option} {dataset} has {len(metadata['classes'])} classes, {source} has {classes}\n"
             f"expected a data set with {classes}; one of: {', '.join(list_label_spaces())}, or a recipe"
         )
-    echo(f"  classes      of {dataset}")
+    report(f"  classes      of {dataset}")
     return metadata
 
 

@@ -19,10 +19,10 @@ from ssaseg.cli.options import CLASSIFIERS
 @click.option("--classes", metavar="NAME|A,B,...", help="New classes; weights of classes with the same name are kept.")
 @click.option("--allow-partial", is_flag=True, help="Accept missing and unexpected keys, and tensors of another shape.")
 @click.option("--deploy", is_flag=True, help="Write a small .safetensors: float16, no training-only weights.")
-@click.option("--output", type=click.Choice(["logits", "logits-full", "labels"]), help="What .onnx and .pt2 return.")
-@click.option("--input", type=click.Choice(["normalized", "rgb"]), help="What .onnx and .pt2 take as input.")
-@click.option("--size", nargs=2, type=click.IntRange(min=32), metavar="H W", help="Fixed input size of .onnx and .pt2.")
-@click.option("--verify", metavar="FILE|DIR", help="More images to verify .onnx and .pt2 on.")
+@click.option("--output", type=click.Choice(["logits", "logits-full", "labels"]), help="What exported files return.")
+@click.option("--input", type=click.Choice(["normalized", "rgb"]), help="What exported files take as input.")
+@click.option("--size", nargs=2, type=click.IntRange(min=32), metavar="H W", help="Fixed input size of exported files.")
+@click.option("--verify", metavar="FILE|DIR", help="More images to verify exported files on.")
 def convert(
     source: Path,
     destination: Path,
@@ -36,11 +36,11 @@ def convert(
 ) -> int:
     """Convert official weights to ssaseg's format, or back, or export a model.
 
-    The suffix of DESTINATION decides the format: .safetensors (ssaseg's), .pth (official names), .onnx or .pt2
-    (torch.export); without a suffix, or where a folder is, a folder of Hugging Face transformers. SOURCE may be such a
-    folder too. Prints which keys matched, were missing, were unexpected or had another shape. An .onnx or .pt2 file
-    is for other programs: it has no training-only weights, and accepts any batch size and image size. It is compared
-    with PyTorch before it is written.
+    The suffix of DESTINATION decides the format: .safetensors (ssaseg's), .pth (official names), .onnx, .pt2
+    (torch.export) or .xml (OpenVINO); without a suffix, or where a folder is, a folder of Hugging Face transformers.
+    SOURCE may be such a folder too. Prints which keys matched, were missing, were unexpected or had another shape. An
+    exported file has no training-only weights, and accepts any batch size and image size. It is compared with PyTorch
+    before it is written.
 
     \b
     --input   normalized  float32 (N,3,H,W), (RGB - mean) / std    --output  logits       (N,K,h,w), the default

@@ -1,6 +1,6 @@
 """`ssaseg convert`: opens the source, changes its classes if requested, writes it by the suffix of the destination.
 
-`foreign` reads files, `matching` fits them to a network, `classes` finds the names of their classes.
+`opening` opens official weights, `classes` moves rows of classes by their names.
 
 An ImageNet checkpoint has no classifier, so the result is not a model that can predict. The file then holds only the
 backbone's tensors, under our keys, with the format "ssaseg-backbone-1" in its header. It is for `model.pretrained` of
@@ -14,29 +14,19 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
 
 from ssaseg.cli.errors import CommandError
 from ssaseg.cli.printing import echo
-from ssaseg.cli.weights.classes import follow_names, ignores_zero, own_classes, requested_classes
+from ssaseg.cli.weights.classes import follow_names, ignores_zero, requested_classes
 from ssaseg.cli.weights.deploy import write_deploy
-from ssaseg.cli.weights.export import Form, write_export
-from ssaseg.cli.weights.foreign import Weights, count_rows, read_weights
+from ssaseg.cli.weights.export import SUFFIXES, Form, write_export
+from ssaseg.cli.weights.foreign import read_weights
 from ssaseg.cli.weights.huggingface import weights_file, write_folder
-from ssaseg.cli.weights.matching import (
-    best_guess,
-    describe_source,
-    explain_mismatch,
-    likely_model,
-    match,
-    outline,
-    stem_channels,
-)
-from ssaseg.cli.weights.pretrained import PRETRAINED_SHARE
+from ssaseg.cli.weights.opening import Given, Loaded, fresh, open_official
 from ssaseg.files.writing import write_atomic
-from ssaseg.models import Segmenter, build_model, list_mask_models, list_models, load_model, save_model
+from ssaseg.models import Segmenter, load_model, save_model
 from ssaseg.models.checkpoint import write_tensors
-from ssaseg.models.header import DEFAULTS, MOST_CLASSES, CheckpointError
+from ssaseg.models.header import CheckpointError
 from ssaseg.models.masks.base import MASKS
 from ssaseg.models.official import aliases, left_out, official_entries
 
@@ -57,26 +47,21 @@ class Request:
     deploy: bool = False
     form: Mapping[str, Any] = field(default_factory=dict)
 
+    @property
+    def given(self) -> Given:
+        """What it says about official weights."""
+        return Given(self.model, self.classifier, self.dataset, self.allow_partial)
+
     def options(self) -> list[str]:
         """The given options that belong only to some writers."""
         own = {"--dataset": self.dataset, "--classes": self.classes, "--allow-partial": self.allow_partial or None}
         return [name for name, value in own.items() if value is not None] + [f"--{name}" for name in self.form]
 
 
-class Opened(NamedTuple):
-    """What a source holds: a whole network, or only the tensors of a backbone."""
-
-    name: str
-    network: Segmenter | None
-    metadata: dict[str, Any]  # of a network; without `classes` if these have no names
-    backbone: dict[str, Tensor]
-    complete: bool = True  # everything matched
-
-
 class Writer(NamedTuple):
     """One kind of destination."""
 
-    write: Callable[[Request, Opened], int]
+    write: Callable[[Request, Loaded], int]
     ours: bool  # accepts only a whole checkpoint of ours
     options: frozenset[str]  # those that it accepts
     fix: str  # the last line of the error for other options
@@ -93,8 +78,8 @@ def run_convert(
     deploy: bool = False,
     form: Mapping[str, Any] | None = None,
 ) -> int:
-    """Converts weights. The suffix of `destination` decides the format: .safetensors ours, .pth official names, .onnx
-    and .pt2 exports, for which `form` has those fields of `Form` that were given; without a suffix, and for a folder
+    """Converts weights. The suffix of `destination` decides the format: .safetensors ours, .pth official names, .onnx,
+    .pt2 and .xml exports, for which `form` has those fields of `Form` that were given; without a suffix, and for a folder
     that exists, a folder of transformers.
 
     `model`, `classifier`: None reads them from the file. `dataset`: a published data set or a recipe that names the
@@ -120,8 +105,8 @@ def find_writer(request: Request) -> Writer:
     if suffix not in WRITERS:
         raise CommandError(
             f"{destination}: cannot convert to {destination.suffix}\n"
-            "expected .safetensors (ssaseg's format), .pth (official names), .onnx, .pt2 or a folder (transformers):\n"
-            "a name without a suffix, or an empty folder that exists"
+            "expected .safetensors (ssaseg's format), .pth (official names), .onnx, .pt2, .xml (OpenVINO) or a folder\n"
+            "(transformers): a name without a suffix, or an empty folder that exists"
         )
     if suffix == FOLDER and destination.exists() and not (destination.is_dir() and not any(destination.iterdir())):
         raise CommandError(
@@ -134,7 +119,7 @@ def find_writer(request: Request) -> Writer:
     if request.deploy and suffix != ".safetensors":
         raise CommandError(
             f"--deploy: only for .safetensors, not {destination}\n"
-            "leave it out: .onnx and .pt2 never have training-only weights"
+            "leave it out: exported files never have training-only weights"
         )
     writer = DEPLOY if request.deploy else WRITERS[suffix]
     wrong = next((option for option in request.options() if option not in writer.options), None)
@@ -150,7 +135,7 @@ def find_writer(request: Request) -> Writer:
 # ---- opening -------------------------------------------------------------------------------------------------------
 
 
-def open_ours(request: Request) -> Opened:
+def open_ours(request: Request) -> Loaded:
     """A checkpoint of ours. Raises CommandError if an option contradicts it, or for a deploy form, except to export."""
     source = request.source
     try:
@@ -163,10 +148,10 @@ def open_ours(request: Request) -> Opened:
         raise CommandError(
             f"{source}: is not a checkpoint of ssaseg\nconvert it first: ssaseg convert {source} OURS.safetensors"
         ) from None
-    if "deploy" in metadata and request.destination.suffix.lower() not in EXPORTS:
+    if "deploy" in metadata and request.destination.suffix.lower() not in SUFFIXES:
         raise CommandError(
             f"{source}: is a deploy form, without the weights that only training needs\n"
-            "convert the checkpoint that it was made from; a deploy form can only be converted to .onnx and .pt2"
+            "convert the checkpoint that it was made from; a deploy form can only be exported: .onnx, .pt2, .xml"
         )
     for option, given, own in (
         ("--model", request.model, network.name),
@@ -174,10 +159,10 @@ def open_ours(request: Request) -> Opened:
     ):
         if given not in (None, own):
             raise CommandError(f"{source}: its header says {own}, {option} says {given}\nleave {option} out")
-    return Opened(network.name, network, metadata, {})
+    return Loaded(network.name, network, metadata, {})
 
 
-def open_any(request: Request) -> Opened:
+def open_any(request: Request) -> Loaded:
     """Official weights, or a checkpoint of ours that gets new classes."""
     source, weights = request.source, read_weights(request.source)
     if weights.is_backbone and request.classes is not None:
@@ -185,10 +170,7 @@ def open_any(request: Request) -> Opened:
             f"{source}: holds only a backbone, so it has no classes that --classes could keep\nleave out --classes"
         )
     if weights.header is None:
-        name = model_name(source, weights, request.model)
-        if weights.is_backbone:
-            return open_backbone(request, weights, name)
-        return open_official(request, weights, name)
+        return open_official(source, weights, request.given)
     if request.classes is None:
         raise CommandError(
             f"{source}: is already a file of ssaseg (format {weights.header['format']})\n"
@@ -201,98 +183,10 @@ def open_any(request: Request) -> Opened:
     return open_ours(request)
 
 
-def open_official(request: Request, weights: Weights, name: str) -> Opened:
-    """A whole official segmentation network."""
-    source, key = request.source, weights.classes_key
-    classes = count_rows(weights.tensors.get(key))
-    if classes == 0:
-        raise CommandError(f"{source}: has no {key}\nexpected it, with one row for each class, to count the classes")
-    if classes > MOST_CLASSES:
-        raise CommandError(f"{source}: {key} has {classes} rows\nexpected one for each class, up to {MOST_CLASSES}")
-    likely = weights.classifier
-    if name in list_mask_models():
-        classes, likely = max(classes - 1, 1), MASKS  # the last row is of "no object"
-    # A mask method's package may not be installed, and its images have three channels.
-    channels = (stem_channels(outline(name), weights) or 3) if likely != MASKS else 3
-    network = fresh(name, classes, request.classifier or likely, channels=channels)
-    heading = describe_source(source, weights, f"{name}, {network.classifier_name}, {classes} classes")
-    found, tensors = match(network, weights, heading)
-    echo(str(found))
-    if not (found.complete or (request.allow_partial and found.matched)):
-        raise CommandError(explain_mismatch(source, weights, network, found))
-    network.load_state_dict(tensors, strict=False)
-    metadata = own_classes(source, request.dataset, weights.meta or {}, classes)
-    if len(metadata.get("mean", DEFAULTS["mean"])) != channels:
-        raise CommandError(
-            f"{source}: a network for images of {channels} channels, whose mean and std are not known\n"
-            f"give --dataset a recipe with data.channels: {channels}, data.mean and data.std"
-        )
-    if likely == MASKS and "protocol" in metadata:  # the official code pads images to multiples, as the network here
-        metadata["protocol"] = {**metadata["protocol"], "multiple": None}
-    if weights.stated is not None:
-        stated = weights.stated.metadata.get("protocol")
-        metadata = {**weights.stated.metadata, **metadata}
-        for line in weights.stated.lines:
-            echo(line)
-        if stated is not None and metadata["protocol"] != stated:
-            scale = metadata["protocol"]["scale"]
-            echo(f"  images       but these are the classes of a published data set, so as there: fitted into {scale}")
-    return Opened(name, network, metadata, {}, found.complete)
-
-
-def open_backbone(request: Request, weights: Weights, name: str) -> Opened:
-    """A pre-trained backbone without decoder and classifier."""
-    network = outline(name)
-    found, tensors = match(network, weights, describe_source(request.source, weights, f"{name}, only the backbone"))
-    echo(str(found))
-    if found.backbone_share < PRETRAINED_SHARE and not (request.allow_partial and found.matched):
-        raise CommandError(explain_mismatch(request.source, weights, network, found))
-    return Opened(name, None, {}, tensors, found.complete)
-
-
-def model_name(source: Path, weights: Weights, given: str | None) -> str:
-    """The name of the network that official weights belong to.
-
-    Raises CommandError if `given` is not a network, or if it is None and the file does not fit one network completely.
-    """
-    stated = None if weights.stated is None else weights.stated.model
-    if stated is not None and (given is None or (given != stated and not weights.is_backbone)):
-        if given is None:
-            return stated
-        raise CommandError(f"{source}: its config.json says {stated}, --model says {given}\nleave --model out")
-    known = [*list_models(), *list_mask_models()]
-    if given in known:
-        return str(given)
-    if given is not None:
-        raise CommandError(f"--model {given}: no such network\nexpected one of: {', '.join(known)}")
-    name, fitting = likely_model(weights)
-    if fitting < 1:
-        raise CommandError(
-            f"{source}: not clear which network this is: {best_guess(name, fitting)}\n"
-            f"give its name with --model, one of: {', '.join(known)}"
-        )
-    return name
-
-
-def fresh(
-    name: str, classes: int, classifier: str, options: Mapping[str, Any] | None = None, channels: int = 3
-) -> Segmenter:
-    """A network whose random weights are always the same. Does not change the caller's random generator.
-
-    Raises CommandError for a mask method with a classifier, or one whose package is not installed.
-    """
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        try:
-            return build_model(name, classes, classifier, options=options, memory=False, channels=channels)
-        except ValueError as error:
-            raise CommandError(str(error)) from None
-
-
 # ---- new classes -----------------------------------------------------------------------------------------------------
 
 
-def change_classes(request: Request, opened: Opened) -> tuple[Opened, bool]:
+def change_classes(request: Request, opened: Loaded) -> tuple[Loaded, bool]:
     """The network with the classes of `--classes`, if given, and whether it already had any of them."""
     if request.classes is None or opened.network is None:
         return opened, True
@@ -311,7 +205,7 @@ def change_classes(request: Request, opened: Opened) -> tuple[Opened, bool]:
 # ---- writing ---------------------------------------------------------------------------------------------------------
 
 
-def write_ours(request: Request, opened: Opened) -> int:
+def write_ours(request: Request, opened: Loaded) -> int:
     """Writes a checkpoint of ours, or only a backbone, see the module's docstring."""
     if opened.network is not None:
         save_model(request.destination, opened.network, opened.metadata)
@@ -322,13 +216,13 @@ def write_ours(request: Request, opened: Opened) -> int:
     return 0
 
 
-def write_official(request: Request, opened: Opened) -> int:
+def write_official(request: Request, opened: Loaded) -> int:
     """Writes one of our checkpoints with official names, as mmsegmentation 0.x reads them."""
     network, metadata = whole(opened), opened.metadata
     if not network.classifier.OFFICIAL_FILES:
         raise CommandError(
             f"{request.destination}: no other program reads a {network.name} with {network.classifier_name}\n"
-            "expected .safetensors, .onnx or .pt2"
+            "expected .safetensors, .onnx, .pt2 or .xml"
         )
     state, official = network.state_dict(), {}
     for entry in official_entries(network):
@@ -347,7 +241,7 @@ def write_official(request: Request, opened: Opened) -> int:
     return 0
 
 
-def write_transformers(request: Request, opened: Opened) -> int:
+def write_transformers(request: Request, opened: Loaded) -> int:
     """Writes one of our checkpoints as a folder of transformers."""
     network, metadata = whole(opened), opened.metadata
     lost = write_folder(request.destination, network, metadata, ignores_zero(metadata))
@@ -357,30 +251,29 @@ def write_transformers(request: Request, opened: Opened) -> int:
     return 0
 
 
-def write_small(request: Request, opened: Opened) -> int:
+def write_small(request: Request, opened: Loaded) -> int:
     """Writes the deploy form of one of our checkpoints."""
     return write_deploy(request.source, request.destination, whole(opened), opened.metadata)
 
 
-def write_graph(request: Request, opened: Opened) -> int:
-    """Writes .onnx or .pt2."""
+def write_graph(request: Request, opened: Loaded) -> int:
+    """Writes .onnx, .pt2 or .xml."""
     require_classifier(request.source, opened, request.destination.suffix)
     return write_export(request.source, request.destination, whole(opened), opened.metadata, Form(**request.form))
 
 
-def require_classifier(source: Path, opened: Opened, what: str) -> None:
+def require_classifier(source: Path, opened: Loaded, what: str) -> None:
     """Raises CommandError for a mask method: `what`, an option or a suffix, needs a network with a classifier."""
     if whole(opened).classifier_name == MASKS:
         raise CommandError(f"{source}: {opened.name} is a mask method; {what} is only for networks with a classifier")
 
 
-def whole(opened: Opened) -> Segmenter:
+def whole(opened: Loaded) -> Segmenter:
     """The network of a source that was opened as a checkpoint of ours."""
     assert opened.network is not None
     return opened.network
 
 
-EXPORTS = (".onnx", ".pt2")
 FOLDER = ""  # stands for a suffix
 OFFICIAL_ONLY = ("--dataset", "--allow-partial")
 WRITERS = {
@@ -388,7 +281,7 @@ WRITERS = {
     ".pth": Writer(write_official, True, frozenset(), "leave it out, or convert to .safetensors first"),
     FOLDER: Writer(write_transformers, True, frozenset(), "leave it out, or convert to .safetensors first"),
     **dict.fromkeys(
-        EXPORTS,
+        SUFFIXES,
         Writer(
             write_graph,
             True,

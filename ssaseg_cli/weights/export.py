@@ -1,7 +1,8 @@
-"""`ssaseg convert` to .onnx and .pt2: a network for other programs. It is verified before it is written.
+"""`ssaseg convert` to .onnx, .pt2 and .xml: a network for other programs. It is verified before it is written.
 
-The file describes itself: its header has the checkpoint's classes and preprocessing, and the input and output of the
-graph. In ONNX the header is the model's metadata, JSON values by key; in a .pt2 it is the extra file `ssaseg.json`.
+The file describes itself: its header has the checkpoint's classes, preprocessing and recipe, and the input and output
+of the graph. In ONNX the header is the model's metadata, JSON values by key; in a .pt2 it is the extra file
+`ssaseg.json`; for OpenVINO see `openvino_files`.
 """
 
 import json
@@ -25,6 +26,7 @@ from torch.export import ExportedProgram
 
 from ssaseg.cli.errors import CommandError
 from ssaseg.cli.printing import echo
+from ssaseg.cli.weights.openvino_files import compile_graph, from_onnx, read_graph, runner
 from ssaseg.datasets.bands.reading import read_bands
 from ssaseg.datasets.colour import normalize, to_planes
 from ssaseg.datasets.pairs import IMAGE_SUFFIXES
@@ -40,7 +42,10 @@ HEADER = "ssaseg.json"  # a .pt2's extra file
 
 OPSET = 18  # of ONNX: the oldest that PyTorch writes without converting, for old runtimes
 
-NEEDED = ("onnx", "onnxscript", "onnxruntime")
+SUFFIXES = (".onnx", ".pt2", ".xml")
+
+# Packages that write and verify each kind of file.
+NEEDED = {".onnx": ("onnx", "onnxscript", "onnxruntime"), ".pt2": (), ".xml": ("onnx", "onnxscript", "openvino")}
 
 # Height and width that a graph for any size is traced with [pixels]. A network skips a resize if the size is already
 # right. With this size no resize is skipped, so the graph has all of them. One that is not needed later has no effect.
@@ -96,41 +101,80 @@ class Difference(NamedTuple):
         return f"{100 * self.share:.3f} % of the labels differ (allowed {100 * DIFFERING:g} %); their logits: {logits}"
 
 
+class Made(NamedTuple):
+    """A verified export: the content of its file, of an .xml also of the .bin beside it; and the smallest size."""
+
+    content: bytes
+    weights: bytes | None
+    least: tuple[int, int]  # height and width [pixels]
+
+
 def write_export(source: Path, destination: Path, model: Segmenter, metadata: Mapping[str, Any], form: Form) -> int:
-    """Writes `model` as .onnx or .pt2, by the suffix of `destination`, and prints how much it differs from PyTorch.
+    """Writes `model` as .onnx, .pt2 or .xml, by the suffix of `destination`, and prints how it differs from PyTorch.
 
     `source`: the checkpoint that it is from, for messages. Returns 0. Raises CommandError, before anything is written:
     with exit code 3 if PyTorch cannot trace the graph, or if the graph does not run or differs by more than TOLERANCE;
     with 2 if packages are missing, or if `destination` cannot be written.
     """
-    kind = destination.suffix.lower()
-    missing = [name for name in NEEDED if kind == ".onnx" and find_spec(name) is None]
-    if missing:
-        raise CommandError(f"{destination}: needs {', '.join(missing)}, not installed\npip install {' '.join(missing)}")
+    require_packages(destination, NEEDED[destination.suffix.lower()])
     destination.parent.mkdir(parents=True, exist_ok=True)  # fails now, rather than after minutes
     if not os.access(destination.parent, os.W_OK | os.X_OK):
         raise CommandError(f"{destination}: its folder cannot be written\ngive a file in a folder that can")
-    pictures = _user_images(form.verify, metadata, model.channels)
-    plain, folded = (_deployed(source, each, metadata, form) for each in (model, fold(model)))
-    any_size = "any size" if form.size is None else "{} x {} pixels".format(*form.size)
-    echo(f"{source}: {model.name}, {model.classifier_name}, {model.num_classes} classes; {any_size}")
-    with PoolByProducts() if kind == ".onnx" else nullcontext():
-        program = _program(source, folded, form)
-    header = {key: metadata[key] for key in ("model", "classifier", "classes", "palette", "mean", "std", "protocol")}
-    header |= {"range": metadata.get("range")} | ({} if model.channels == 3 else {"channels": model.channels})
-    header |= {"format": FORMAT, "input": form.input, "output": form.output}
-    header |= {"size": form.size, "smallest": smallest(program)}
-    with _quiet():
-        content = onnx_bytes(program, header) if kind == ".onnx" else pt2_bytes(program, header)
-        run = onnx_runner(content) if kind == ".onnx" else pt2_runner(content)
-    _verify(destination, plain, run, cases(form, metadata, pictures, smallest(program)))
-    write_atomic(destination, content)
-    least = "" if form.size else ", images of at least {} x {} pixels".format(*smallest(program))
-    echo(f"wrote {destination}: {len(content) / 2**20:.1f} MiB, {form.input} to {form.output}, any batch size{least}")
+    made = make_export(source, destination, model, metadata, form)
+    size = len(made.content)
+    if made.weights is not None:
+        write_atomic(destination.with_suffix(".bin"), made.weights)
+        size += len(made.weights)
+    write_atomic(destination, made.content)
+    least = "" if form.size else ", images of at least {} x {} pixels".format(*made.least)
+    written = str(destination) if made.weights is None else f"{destination} and its .bin"
+    echo(f"wrote {written}: {size / 2**20:.1f} MiB, {form.input} to {form.output}, any batch size{least}")
     return 0
 
 
-def _deployed(source: Path, model: Segmenter, metadata: Mapping[str, Any], form: Form) -> Deployed:
+def require_packages(file: Path, names: Sequence[str]) -> None:
+    """Raises CommandError, which says how to install them, if packages that `file` needs are missing."""
+    missing = [name for name in names if find_spec(name) is None]
+    if missing:
+        raise CommandError(f"{file}: needs {', '.join(missing)}, not installed\npip install {' '.join(missing)}")
+
+
+def make_export(
+    source: Path,
+    destination: Path,
+    model: Segmenter,
+    metadata: Mapping[str, Any],
+    form: Form,
+    report: Callable[[str], object] = echo,
+) -> Made:
+    """The export of `model` for a file with the suffix of `destination`, verified, not written. `report` gets the
+    lines for the user. Raises what `write_export` raises.
+    """
+    kind = destination.suffix.lower()
+    pictures = _user_images(form.verify, metadata, model.channels)
+    plain, folded = (_deployed(source, each, metadata, form) for each in (model, fold(model)))
+    any_size = "any size" if form.size is None else "{} x {} pixels".format(*form.size)
+    report(f"{source}: {model.name}, {model.classifier_name}, {model.num_classes} classes; {any_size}")
+    with nullcontext() if kind == ".pt2" else PoolByProducts():
+        program = _program(source, folded, form)
+    least = smallest(program)
+    header = {key: metadata[key] for key in ("model", "classifier", "classes", "palette", "mean", "std", "protocol")}
+    header |= {"range": metadata.get("range")} | ({} if model.channels == 3 else {"channels": model.channels})
+    header |= {"step": metadata.get("step", 0), "recipe": metadata.get("recipe")}
+    header |= {"format": FORMAT, "input": form.input, "output": form.output, "size": form.size, "smallest": least}
+    weights, run = None, None
+    with _quiet():
+        content = pt2_bytes(program, header) if kind == ".pt2" else onnx_bytes(program, header)
+        if kind == ".xml":
+            content, weights = from_onnx(content, header)
+            run = runner(compile_graph(read_graph(content, weights)))
+        else:
+            run = onnx_runner(content) if kind == ".onnx" else pt2_runner(content)
+    _verify(destination, plain, run, cases(form, metadata, pictures, least), report)
+    return Made(content, weights, least)
+
+
+def _deployed
     prepare = Normalize(metadata["mean"], metadata["std"]) if form.input == "rgb" else None
     try:
         return Deployed(model, form.output, prepare).eval()
@@ -254,8 +298,10 @@ def _bands(scenes: SyntheticScenes, index: int, channels: int) -> np.ndarray:
     return np.ascontiguousarray(scenes.load_image(index)[..., [channel % 3 for channel in range(channels)]])
 
 
-def _verify(destination: Path, plain: Deployed, run: Run, tried: Iterator[Case]) -> None:
-    """Prints the difference of each case. Raises CommandError with exit code 3 for the first case that fails."""
+def _verify(
+    destination: Path, plain: Deployed, run: Run, tried: Iterator[Case], report: Callable[[str], object]
+) -> None:
+    """Reports the difference of each case. Raises CommandError with exit code 3 for the first case that fails."""
     for name, images in tried:
         title = f"{name} {'x'.join(map(str, images.shape))}"
         try:
@@ -266,7 +312,7 @@ def _verify(destination: Path, plain: Deployed, run: Run, tried: Iterator[Case])
                 f"{destination}: not written, because it does not run on {title}\n{reason}", 3
             ) from error
         found = difference(plain, images, got)
-        echo(f"  {title:32} {found}")
+        report(f"  {title:32} {found}")
         if not found.passes:
             raise CommandError(
                 f"{destination}: not written, because PyTorch computes another result on {title}\n"

@@ -153,7 +153,7 @@ def test_what_float16_does_not_hold_is_refused(tmp_path: Path) -> None:
             ["other.safetensors", "--classes", "sky,car"],
             "is a deploy form, without the weights that only training needs",
         ),
-        ("ours", ["small.onnx", "--deploy"], ".onnx and .pt2 never have training-only weights"),
+        ("ours", ["small.onnx", "--deploy"], "exported files never have training-only weights"),
         ("ours", ["other.safetensors", "--deploy", "--classes", "sky,car"], "--classes: not with --deploy"),
         ("ours", ["other.safetensors", "--deploy", "--model", "segnext_t"], "its header says seaformer_t"),
     ],

@@ -1,0 +1,210 @@
+"""Reads .pt2 files and runs their graphs, without `torch.export.load`: that unpickles, evaluates texts as Python, and
+calls any function that the file names. Here a file holds numbers, and a list of operations out of OPERATIONS.
+
+Source of the format: PyTorch 2.13, `torch/_export/serde/schema.py` and `torch/export/pt2_archive`.
+"""
+
+import json
+import math
+import operator
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from io import BytesIO
+from typing import Any
+from zipfile import ZIP_STORED, ZipFile
+
+import torch
+from torch import Tensor
+
+from ssaseg.cli.weights.export import HEADER
+
+# Those of all networks here, without the overload that follows the second dot: pure functions of tensors.
+OPERATIONS = frozenset(
+    """
+    """.split()
+)
+# Of sizes, which are integers here.
+SYMBOLIC: Mapping[str, Callable[..., Any]] = {
+    **{f"_operator.{name}": getattr(operator, name) for name in "add sub mul floordiv truediv mod neg".split()},
+    **{f"_operator.{name}": getattr(operator, name) for name in "eq ne lt le gt ge and_ or_".split()},
+    "math.trunc": math.trunc,
+    "torch.sym_int": int,
+    "torch.sym_float": float,
+    "torch.sym_max": max,
+    "torch.sym_min": min,
+    "torch.sym_not": operator.not_,
+}
+TYPES = {
+    1: torch.uint8, 2: torch.int8, 4: torch.int32, 5: torch.int64, 6: torch.float16, 7: torch.float32,
+    8: torch.float64, 12: torch.bool, 13: torch.bfloat16,
+}  # fmt: skip
+FORMATS = {1: torch.contiguous_format, 2: torch.channels_last, 4: torch.preserve_format}
+PLAIN = ("as_int", "as_bool", "as_string", "as_ints", "as_bools")
+
+Run = Callable[[Tensor], Tensor]
+End = tuple[str, tuple[int | None, ...]]  # of a graph: the type and shape of an input or output
+
+
+@dataclass(frozen=True)
+class Step:
+    """One operation of a graph."""
+
+    function: Callable[..., Any]
+    inputs: list[tuple[str | None, Any]]  # keyword, or None for a position; and the argument as the file has it
+    outputs: list[str]
+    done: list[str]  # values that no later step needs
+
+
+@dataclass(frozen=True)
+class Program:
+    """A graph and its weights."""
+
+    steps: list[Step]
+    values: dict[str, Tensor]  # weights by the names of the graph
+    image: str
+    output: str
+
+    def on(self, device: torch.device) -> Run:
+        """A function from images to logits; several threads may call it."""
+        weights = {name: value.to(device) for name, value in self.values.items()}
+
+        @torch.inference_mode()
+        def run(images: Tensor) -> Tensor:
+            values: dict[str, Any] = {**weights, self.image: images}
+            for step in self.steps:
+                positions = [_fill(each, values, device) for keyword, each in step.inputs if keyword is None]
+                named = {keyword: _fill(each, values, device) for keyword, each in step.inputs if keyword is not None}
+                found = step.function(*positions, **named)
+                if step.outputs:
+                    several = found if isinstance(found, list | tuple) else [found]
+                    values.update(zip(step.outputs, several, strict=True))
+                for name in step.done:
+                    del values[name]
+            result: Tensor = values[self.output]
+            return result
+
+        return run
+
+
+def read_pt2(content: bytes) -> tuple[Program, tuple[list[End], list[End]], dict[str, str]]:
+    """The program in a file, its inputs and outputs, and our header, JSON values by key.
+
+    Raises ValueError with the reason for operations that are not known, and various errors for damaged files.
+    """
+    with ZipFile(BytesIO(content)) as archive:
+        records = {info.filename.partition("/")[2]: info for info in archive.infolist()}
+        if any(info.compress_type != ZIP_STORED for info in records.values()):
+            raise ValueError("a record in it is compressed, which PyTorch never does")
+        if "models/model.json" not in records:
+            raise ValueError("it has no models/model.json, as PyTorch 2.8 and later write it")
+        texts = {name: archive.read(info) for name, info in records.items() if name.endswith(".json")}
+        weights = _tensors(archive, records, texts, "data/weights/", "weights")
+        weights |= _tensors(archive, records, texts, "data/constants/", "constants")
+    module = json.loads(texts["models/model.json"])["graph_module"]
+    graph, signature = module["graph"], module["signature"]
+    values: dict[str, Tensor] = {}
+    images: list[str] = []
+    for spec in signature["input_specs"]:
+        ((kind, inner),) = spec.items()
+        if kind == "user_input":
+            images.append(inner["arg"]["as_tensor"]["name"])
+        else:
+            values[inner["arg"]["name"]] = weights[inner[f"{kind}_name"]]
+    outputs = [spec["user_output"]["arg"]["as_tensor"]["name"] for spec in signature["output_specs"]]
+    header = json.loads(texts.get(f"extra/{HEADER}", b"{}"))
+    program = Program(_steps(graph["nodes"], {*values, *images, *outputs}), values, images[0], outputs[0])
+    ends = [[_end(graph["tensor_values"][name]) for name in names] for names in (images, outputs)]
+    return program, (ends[0], ends[1]), {key: json.dumps(value) for key, value in header.items()}
+
+
+def _tensors(
+    archive: ZipFile, records: Mapping[str, Any], texts: Mapping[str, bytes], folder: str, kind: str
+) -> dict[str, Tensor]:
+    """The tensors in a folder of the archive, by name."""
+    found = {}
+    for name, each in json.loads(texts[f"{folder}model_{kind}_config.json"])["config"].items():
+        meta, path = each["tensor_meta"], each["path_name"]
+        if each["use_pickle"] or meta is None:
+            raise ValueError("it holds a pickle, which is not read")
+        sizes, strides = ([side["as_int"] for side in meta[key]] for key in ("sizes", "strides"))
+        raw, dtype = bytearray(archive.read(records[folder + path])), TYPES[meta["dtype"]]
+        flat = torch.frombuffer(raw, dtype=dtype) if raw else torch.empty(0, dtype=dtype)
+        found[name] = flat.as_strided(sizes, strides, meta["storage_offset"]["as_int"])
+    return found
+
+
+def _end(meta: Mapping[str, Any]) -> End:
+    return str(TYPES[meta["dtype"]]).removeprefix("torch."), tuple(side.get("as_int") for side in meta["sizes"])
+
+
+def _steps(nodes: list[Any], kept: set[str]) -> list[Step]:
+    """The operations in their order. `kept`: names of values that are needed to the end."""
+    steps: list[Step] = []
+    later = set(kept)
+    for node in reversed(nodes):
+        outputs = [name for each in node["outputs"] for name in _names(each)]
+        used = {*outputs, *(name for each in node["inputs"] for name in _names(each["arg"]))}
+        function, symbolic = _function(node["target"])
+        inputs = [
+            (None if symbolic or each["kind"] == 1 else str(each["name"]), each["arg"]) for each in node["inputs"]
+        ]
+        steps.append(Step(function, inputs, outputs, sorted(used - later)))
+        later |= used
+    return steps[::-1]
+
+
+def _function(target: str) -> tuple[Callable[..., Any], bool]:
+    """The function of an operation, and whether it is one of sizes. Raises ValueError for one that is not known."""
+    if target in SYMBOLIC:
+        return SYMBOLIC[target], True
+    space, _, name = target.rpartition("torch.ops.aten.")
+    name, _, overload = name.partition(".")
+    if space or name not in OPERATIONS or not overload.isidentifier() or overload.startswith("_"):
+        raise ValueError(f"an operation in it is not known: {target[:80]}")
+    return getattr(getattr(torch.ops.aten, name), overload), False
+
+
+def _names(argument: Any) -> Iterator[str]:
+    """The names of values in an argument as the file has it."""
+    if isinstance(argument, dict):
+        for key, value in argument.items():
+            if key in ("name", "as_name"):
+                yield value
+            else:
+                yield from _names(value)
+    elif isinstance(argument, list):
+        for each in argument:
+            yield from _names(each)
+
+
+def _fill(argument: Mapping[str, Any], values: Mapping[str, Any], device: torch.device) -> Any:
+    """The value of an argument. Raises ValueError for a kind that no network here has."""
+    ((kind, value),) = argument.items()
+    match kind:
+        case "as_none":
+            return None
+        case "as_name":
+            return values[value]
+        case "as_tensor":
+            return values[value["name"]]
+        case "as_tensors":
+            return [values[each["name"]] for each in value]
+        case "as_sym_int" | "as_sym_float" | "as_sym_bool" | "as_optional_tensor":
+            return _fill(value, values, device)
+        case "as_sym_ints" | "as_sym_floats" | "as_sym_bools" | "as_optional_tensors":
+            return [_fill(each, values, device) for each in value]
+        case "as_float":
+            return float(value)  # infinity is a text
+        case "as_floats":
+            return [float(each) for each in value]
+        case "as_scalar_type":
+            return TYPES[value]
+        case "as_memory_format":
+            return FORMATS[value]
+        case "as_layout":
+            return torch.strided
+        case "as_device":
+            return device
+        case _ if kind in PLAIN:
+            return value
+    raise ValueError(f"an argument in it is not known: {kind[:80]}")
