@@ -40,7 +40,6 @@ TAKES = {"float32": "normalized", "f32": "normalized", "uint8": "rgb", "u8": "rg
 Ends = tuple[list[End], list[End]]  # inputs and outputs of a graph
 
 
-
 class Graph(NamedTuple):
     """A file's graph, which takes images and gives logits."""
 

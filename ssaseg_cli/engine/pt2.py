@@ -19,14 +19,36 @@ from torch import Tensor
 from ssaseg.cli.weights.export import HEADER
 
 # Those of all networks here, without the overload that follows the second dot: pure functions of tensors.
-OPERATIONS = frozenset(
-    """
-    """.split()
-)
+OPERATIONS = frozenset({
+    "_assert_scalar", "_assert_tensor_metadata", "adaptive_avg_pool2d", "add", "amax", "arange", "argmax",
+    "avg_pool2d", "batch_norm", "bmm", "broadcast_tensors", "cat", "chunk", "clamp", "clamp_min", "clone", "constant_pad_nd", "contiguous",
+    "conv2d", "detach", "detach_", "div", "dropout", "dropout_", "einsum", "eq", "exp", "expand", "feature_dropout",
+    "flatten", "full", "ge", "gelu", "gt", "hardsigmoid", "hardswish", "hardtanh", "hardtanh_", "index", "layer_norm",
+    "le", "lift_fresh_copy", "linalg_vector_norm", "linear", "log", "lt", "matmul", "max", "max_pool2d", "mean",
+    "mul", "neg", "norm", "ones", "pad", "permute", "pow", "reciprocal", "relu", "relu_", "reshape", "roll", "rsqrt",
+    "scaled_dot_product_attention", "select", "sigmoid", "silu", "slice", "softmax", "split", "split_with_sizes",
+    "sqrt", "squeeze", "sub", "sum", "sym_size", "to", "transpose", "unbind", "unflatten", "unsqueeze",
+    "upsample_bilinear2d", "view", "zeros",
+})  # fmt: skip
+WRAPPED = "torch.ops.higher_order.wrap_with_autocast"  # a graph in the graph, computed without autocast
 # Of sizes, which are integers here.
 SYMBOLIC: Mapping[str, Callable[..., Any]] = {
-    **{f"_operator.{name}": getattr(operator, name) for name in "add sub mul floordiv truediv mod neg".split()},
-    **{f"_operator.{name}": getattr(operator, name) for name in "eq ne lt le gt ge and_ or_".split()},
+    "=": lambda value: value,
+    "_operator.add": operator.add,
+    "_operator.sub": operator.sub,
+    "_operator.mul": operator.mul,
+    "_operator.floordiv": operator.floordiv,
+    "_operator.truediv": operator.truediv,
+    "_operator.mod": operator.mod,
+    "_operator.neg": operator.neg,
+    "_operator.eq": operator.eq,
+    "_operator.ne": operator.ne,
+    "_operator.lt": operator.lt,
+    "_operator.le": operator.le,
+    "_operator.gt": operator.gt,
+    "_operator.ge": operator.ge,
+    "_operator.and_": operator.and_,
+    "_operator.or_": operator.or_,
     "math.trunc": math.trunc,
     "torch.sym_int": int,
     "torch.sym_float": float,
@@ -112,7 +134,7 @@ def read_pt2(content: bytes) -> tuple[Program, tuple[list[End], list[End]], dict
             values[inner["arg"]["name"]] = weights[inner[f"{kind}_name"]]
     outputs = [spec["user_output"]["arg"]["as_tensor"]["name"] for spec in signature["output_specs"]]
     header = json.loads(texts.get(f"extra/{HEADER}", b"{}"))
-    program = Program(_steps(graph["nodes"], {*values, *images, *outputs}), values, images[0], outputs[0])
+    program = Program(_steps([*_inlined(graph["nodes"])], {*values, *images, *outputs}), values, images[0], outputs[0])
     ends = [[_end(graph["tensor_values"][name]) for name in names] for names in (images, outputs)]
     return program, (ends[0], ends[1]), {key: json.dumps(value) for key, value in header.items()}
 
@@ -153,13 +175,55 @@ def _steps(nodes: list[Any], kept: set[str]) -> list[Step]:
     return steps[::-1]
 
 
+def _inlined(nodes: list[Any], prefix: str = "") -> Iterator[Any]:
+    """The operations of a graph, with those of graphs in it in the places of these. `prefix`: of all names."""
+    for number, node in enumerate(nodes):
+        if node["target"] != WRAPPED:
+            yield _renamed(node, prefix)
+            continue
+        _, _, enabled, _, wrapped, *given = (each["arg"] for each in node["inputs"])
+        if enabled != {"as_bool": False}:
+            raise ValueError("a part of it computes in another type")
+        graph, inner = wrapped["as_graph"]["graph"], f"{prefix}{number}."
+        yield from _equal(graph["inputs"], inner, given, prefix)
+        yield from _inlined(graph["nodes"], inner)
+        yield from _equal(node["outputs"], prefix, graph["outputs"], inner)
+
+
+def _equal(outputs: list[Any], prefix: str, values: list[Any], other: str) -> Iterator[Any]:
+    """Steps that give values other names."""
+    names = [(out, value) for out, value in zip(map(_names, outputs), map(_names, values), strict=True)]
+    for out, value in ((a, b) for left, right in names for a, b in zip(left, right, strict=True)):
+        argument = {"as_tensor": {"name": other + value}}
+        yield {
+            "target": "=",
+            "inputs": [{"name": "", "arg": argument, "kind": 1}],
+            "outputs": [{"as_tensor": {"name": prefix + out}}],
+        }
+
+
+def _renamed(node: Any, prefix: str) -> Any:
+    """An operation with `prefix` before the names of its values."""
+    if isinstance(node, list):
+        return [_renamed(each, prefix) for each in node]
+    if not isinstance(node, dict):
+        return node
+    if "arg" in node:  # whose own name is that of an argument
+        return {**node, "arg": _renamed(node["arg"], prefix)}
+    return {
+        key: prefix + value if key in ("name", "as_name") and value is not None else _renamed(value, prefix)
+        for key, value in node.items()
+        if key != "metadata"
+    }
+
+
 def _function(target: str) -> tuple[Callable[..., Any], bool]:
     """The function of an operation, and whether it is one of sizes. Raises ValueError for one that is not known."""
     if target in SYMBOLIC:
         return SYMBOLIC[target], True
     space, _, name = target.rpartition("torch.ops.aten.")
     name, _, overload = name.partition(".")
-    if space or name not in OPERATIONS or not overload.isidentifier() or overload.startswith("_"):
+    if space or name.removesuffix("_") not in OPERATIONS or not overload.isidentifier() or overload.startswith("_"):
         raise ValueError(f"an operation in it is not known: {target[:80]}")
     return getattr(getattr(torch.ops.aten, name), overload), False
 

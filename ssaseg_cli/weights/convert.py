@@ -79,8 +79,8 @@ def run_convert(
     form: Mapping[str, Any] | None = None,
 ) -> int:
     """Converts weights. The suffix of `destination` decides the format: .safetensors ours, .pth official names, .onnx,
-    .pt2 and .xml exports, for which `form` has those fields of `Form` that were given; without a suffix, and for a folder
-    that exists, a folder of transformers.
+    .pt2 and .xml exports, for which `form` has those fields of `Form` that were given; without a suffix, and for a
+    folder that exists, a folder of transformers.
 
     `model`, `classifier`: None reads them from the file. `dataset`: a published data set or a recipe that names the
     classes of official weights. `classes`: the new classes of a .safetensors file, see `requested_classes`; the rows of

@@ -174,7 +174,7 @@ def make_export(
     return Made(content, weights, least)
 
 
-def _deployed
+def _deployed(source: Path, model: Segmenter, metadata: Mapping[str, Any], form: Form) -> Deployed:
     prepare = Normalize(metadata["mean"], metadata["std"]) if form.input == "rgb" else None
     try:
         return Deployed(model, form.output, prepare).eval()

@@ -51,9 +51,7 @@ class Loaded(NamedTuple):
     complete: bool = True  # everything matched
 
 
-def open_official(
-    source: Path, weights: Weights, given: Given = Given(), report: Callable[[str], object] = echo
-) -> Loaded:
+def open_official(source: Path, weights: Weights, given: Given, report: Callable[[str], object] = echo) -> Loaded:
     """A network with official weights, as they are read from `source`; of a backbone alone, its tensors.
 
     `report` gets the lines for the user; the first text says what matched. Raises CommandError if it is not clear which
@@ -104,7 +102,8 @@ def _open_whole(source: Path, weights: Weights, name: str, given: Given, report:
             report(line)
         if stated is not None and "protocol" not in given.metadata and metadata["protocol"] != stated:
             scale = metadata["protocol"]["scale"]
-            report(f"  images       but these are the classes of a published data set, so as there: fitted into {scale}")
+            said = "but these are the classes of a published data set, so as there"
+            report(f"  images       {said}: fitted into {scale}")
     return Loaded(name, network, metadata, {}, found.complete)
 
 
@@ -154,5 +153,3 @@ def fresh(
             return build_model(name, classes, classifier, options=options, memory=False, channels=channels)
         except ValueError as error:
             raise CommandError(str(error)) from None
-
-

@@ -7,9 +7,11 @@ from functools import partial
 from typing import Any
 
 import pytest
+from torch import Tensor, nn
 
 from ssaseg.cli.weights import huggingface
 from ssaseg.models.build import FAMILIES
+from ssaseg.models.decoder import Decoder
 from ssaseg.models.networks import (
     afformer,
     cgrseg,
@@ -98,6 +100,29 @@ BUILT: dict[str, tuple[str, Callable[[int, float | None], Parts]]] = {
         lambda classes, drop_path: _upernet(vit_adapter.ViTAdapter(ADAPTER, drop_path), classes),
     ),
 }
+
+
+class Flat(Decoder):
+    """Gives the maps as they are."""
+
+    channels = 8
+
+    def forward(self, maps: Tensor) -> Tensor:
+        return maps
+
+
+@contextmanager
+def flat_network() -> Iterator[None]:
+    """Makes `build_model` know flat_x, one convolution and a classifier: the quickest network to export."""
+    family = FAMILIES["fcn"]
+
+    def build(name: str, classes: int, drop_path: float | None = None) -> Parts:
+        return Parts(nn.Conv2d(3, 8, 8, stride=8), Flat())
+
+    with pytest.MonkeyPatch.context() as patch:
+        flat = replace(family, variants={**family.variants, "flat_x": None}, build=build)
+        patch.setitem(FAMILIES, "fcn", flat)  # type: ignore[arg-type]
+        yield
 
 
 @contextmanager
