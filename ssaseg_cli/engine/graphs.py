@@ -253,8 +253,8 @@ def onnx_runner(content: bytes, threads: int) -> Callable[[Tensor], Tensor]:
 
 
 def graph_engine(path: Path, graph: Graph, backend: str, classes: int, precision: str, device: torch.device) -> Any:
-    """The engine of a graph. `backend`: "onnxruntime", "openvino" or "pt2". Raises CommandError if it does not run."""
-    if backend == "pt2":
+    """The engine of a graph. `backend`: "onnxruntime", "openvino" or "torch". Raises CommandError if it does not run."""
+    if backend == "torch":  # a .pt2
         return GraphEngine(path, "torch, .pt2, float32", graph, classes, graph.content.on(device), device)
     try:
         if backend == "openvino":
