@@ -253,7 +253,7 @@ def onnx_runner(content: bytes, threads: int) -> Callable[[Tensor], Tensor]:
 
 
 def graph_engine(path: Path, graph: Graph, backend: str, classes: int, precision: str, device: torch.device) -> Any:
-    """The engine of a graph. `backend`: "onnxruntime", "openvino" or "torch". Raises CommandError if it does not run."""
+    """The engine of a graph. backend: onnxruntime, openvino, or torch for a .pt2. CommandError if it does not run."""
     if backend == "torch":  # a .pt2
         return GraphEngine(path, "torch, .pt2, float32", graph, classes, graph.content.on(device), device)
     try:

@@ -150,7 +150,7 @@ def make_engine(
         return _graph_engine(opened, device, precision, backend, exact)
     chosen = backend
     if backend == "auto":
-        chosen = "torch" if exact else choose_backend(opened.model, device, pixels)
+        chosen = "torch" if exact else choose_backend(opened.model, device, pixels, precision)
     if chosen != "torch" and (exact or device.type != "cpu"):
         option = "--exact" if exact else f"--device {device.type}"
         raise CommandError(f"--backend {chosen}: not with {option}\nleave one of them out")
