@@ -29,7 +29,8 @@ class NetworkFile(click.Path):
 
     def convert(self, value: Any, parameter: click.Parameter | None, context: click.Context | None) -> Any:
         """The path."""
-        path = Path(super().convert(value, parameter, context))
+        made: Any = super().convert(value, parameter, context)
+        path = Path(made)
         if path.is_dir() and not (path / "config.json").is_file():
             self.fail(f"{value} is a folder without config.json, expected a file or a folder of transformers.")
         return path

@@ -20,16 +20,16 @@ from ssaseg.cli.weights.export import HEADER
 
 # Those of all networks here, without the overload that follows the second dot: pure functions of tensors.
 OPERATIONS = frozenset({
-    "_assert_scalar", "_assert_tensor_metadata", "adaptive_avg_pool2d", "add", "amax", "arange", "argmax",
+    "_assert_scalar", "_assert_tensor_metadata", "adaptive_avg_pool2d", "add", "alias", "amax", "arange", "argmax",
     "avg_pool2d", "batch_norm", "bmm", "broadcast_tensors", "cat", "chunk", "clamp", "clamp_min", "clone",
-    "constant_pad_nd", "contiguous", "conv2d", "detach", "div", "dropout", "einsum", "eq", "exp", "expand",
-    "feature_dropout", "flatten", "full", "ge", "gelu", "group_norm", "gt", "hardsigmoid", "hardswish", "hardtanh",
-    "index", "layer_norm", "le", "lift_fresh_copy", "linalg_vector_norm", "linear", "log", "lt", "mT", "matmul",
-    "max", "max_pool2d", "mean", "mul", "ne", "neg", "norm", "ones", "pad", "permute", "pow", "reciprocal", "relu",
-    "relu6", "repeat", "reshape", "roll", "rsqrt", "scaled_dot_product_attention", "select", "sigmoid", "silu",
-    "slice", "softmax", "split", "split_with_sizes", "sqrt", "squeeze", "sub", "sum", "sym_size", "to", "transpose",
-    "unbind", "unflatten", "unsqueeze", "upsample_bicubic2d", "upsample_bilinear2d", "upsample_linear1d", "view",
-    "where", "zeros",
+    "constant_pad_nd", "contiguous", "conv2d", "conv_transpose2d", "detach", "div", "dropout", "einsum", "eq", "exp",
+    "expand", "expand_as", "feature_dropout", "flatten", "full", "ge", "gelu", "grid_sampler", "group_norm", "gt",
+    "hardsigmoid", "hardswish", "hardtanh", "index", "layer_norm", "le", "lift_fresh_copy", "linalg_vector_norm",
+    "linear", "log", "lt", "mT", "matmul", "max", "max_pool2d", "maximum", "mean", "mul", "ne", "neg", "norm", "ones",
+    "pad", "permute", "pow", "reciprocal", "relu", "relu6", "repeat", "reshape", "roll", "rsqrt",
+    "scaled_dot_product_attention", "select", "sigmoid", "silu", "slice", "softmax", "split", "split_with_sizes",
+    "sqrt", "square", "squeeze", "stack", "sub", "sum", "sym_size", "to", "transpose", "unbind", "unflatten",
+    "unsqueeze", "upsample_bicubic2d", "upsample_bilinear2d", "upsample_linear1d", "view", "where", "zeros",
 })  # fmt: skip
 WRAPPED = "torch.ops.higher_order.wrap_with_autocast"  # a graph in the graph, computed without autocast
 # Of sizes, which are integers here.

@@ -15,8 +15,11 @@ from networks import BUILT, TINY, tiny_networks
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ssaseg.cli.engine.opening import make_engine, open_file
+from ssaseg.cli.errors import CommandError
 from ssaseg.cli.weights import export
 from ssaseg.cli.weights.export import DIFFERING, TOLERANCE, Difference, difference
+from ssaseg.datasets import DataError
 from ssaseg.datasets.exporting import export_scenes
 from ssaseg.models import Segmenter, build_model, list_models, load_model, save_model
 from ssaseg.models import deploy as deploy_module
@@ -204,6 +207,8 @@ def test_export_of_any_size(checkpoint: Path, tmp_path: Path, suffix: str) -> No
         got = RUN[suffix](path, pixels)
         assert (got.dtype, got.shape) == (torch.uint8, (batch, height, width))
         assert difference(plain, pixels, got).passes
+    with pytest.raises(CommandError, match="--output logits"):
+        open_file(path)
     content = path.read_bytes()
     assert str(Path(deploy_module.__file__).parent).encode() not in content
     header = read_header(path)
@@ -243,6 +248,10 @@ def test_export_of_one_size(checkpoint: Path, tmp_path: Path, suffix: str, outpu
     if suffix == ".pt2":
         with pytest.raises((AssertionError, RuntimeError)):
             run_pt2(path, images(1, 96, 96))
+    engine = make_engine(open_file(path), torch.device("cpu"))
+    torch.testing.assert_close(engine.logits(pixels).final, expected, rtol=0, atol=TOLERANCE * 15)
+    with pytest.raises(DataError, match="only 64 x 96 pixels"):
+        engine.logits(images(1, 96, 96))
 
 
 def skip_if_slow(name: str) -> None:
@@ -259,12 +268,12 @@ def test_every_family_exports_for_any_size(name: str, classifier: str, tmp_path:
     result = convert(tmp_path / "model.safetensors", tmp_path / "made.pt2")
     assert result.exit_code == 0, result.output
     run = torch.export.load(tmp_path / "made.pt2").module()
+    engine = make_engine(open_file(tmp_path / "made.pt2"), torch.device("cpu"))
     for pixels in (images(1, 192, 192), images(1, 512, 512), images(3, 99, 130)):
         with torch.no_grad():
             expected = model(pixels)
-        torch.testing.assert_close(
-            run(pixels), expected, rtol=0, atol=TOLERANCE * max(1.0, expected.abs().max().item())
-        )
+        for found in (run(pixels), engine.logits(pixels).final):
+            torch.testing.assert_close(found, expected, rtol=0, atol=TOLERANCE * max(1.0, expected.abs().max().item()))
 
 
 @pytest.mark.parametrize("name", [*BUILT, "segformer_x"])
