@@ -79,8 +79,8 @@ def _open_official(path: Path, stated: Mapping[str, Any]) -> Opened:
         raise CommandError("\n".join([first, *others[:-1], fix])) from None
     (heading, matched, *_), *rest = (line.splitlines() for line in lines)
     echo(f"{heading}:{matched.partition(';')[0].replace('matched', '').strip():>1} tensors matched", err=True)
-    for said in rest:
-        echo(" ".join(said[0].split()), err=True)
+    if rest:
+        echo("; ".join(" ".join(said[0].split()) for said in rest), err=True)
     assert loaded.network is not None
     network = loaded.network.eval()
     return Opened(path, "torch", network, complete_metadata(network, loaded.metadata))

@@ -13,7 +13,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from networks import flat_network, tiny_networks
+from networks import flat_network, tiny_networks, tiny_swin
 from places import FIXTURES
 
 from ssaseg.cli.engine.opening import Opened, device_for, make_engine, open_file
@@ -91,28 +91,50 @@ def test_every_kind_of_graph_labels_as_the_checkpoint(folder: Path, suffix: str)
         engine.logits(torch.zeros(1, 3, 2, 2))
 
 
-def test_official_weights_in_memory(tmp_path: Path, capsys: Any) -> None:
-    """The same network, classes and labels as after `convert`; what matched is said in two lines at most."""
+@pytest.fixture(scope="module")
+def official(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A .pth with official names, beside the checkpoint that it is from."""
+    path = tmp_path_factory.mktemp("official") / "model.pth"
     torch.manual_seed(0)
     model = build_model("seaformer_y", len(CLASSES), "linear")
-    torch.nn.init.normal_(model.classifier.conv_seg.weight)
-    save_model(tmp_path / "model.safetensors", model, {"classes": CLASSES})
-    run_convert(tmp_path / "model.safetensors", tmp_path / "model.pth")
-    run_convert(tmp_path / "model.pth", tmp_path / "back.safetensors")
-    capsys.readouterr()
-    opened, back = open_file(tmp_path / "model.pth"), open_file(tmp_path / "back.safetensors")
+    save_model(path.with_suffix(".safetensors"), model, {"classes": CLASSES})
+    run_convert(path.with_suffix(".safetensors"), path)
+    return path
+
+
+def test_official_weights_in_memory(official: Path, tmp_path: Path, capsys: Any) -> None:
+    """The same network as after `convert`; what matched is said in at most two lines, and nothing is written."""
+    opened, ours = open_file(official), open_file(official.with_suffix(".safetensors"))
     said = capsys.readouterr()
     assert said.out == ""
     assert "read as seaformer_y, linear, 5 classes" in said.err
     assert "(100.0 %)" in said.err
     assert len(said.err.splitlines()) <= 2
-    assert opened.metadata == back.metadata
-    assert np.array_equal(labels(opened), labels(back))
-    assert len(np.unique(labels(back))) > 2
-    named = open_file(tmp_path / "model.pth", "a,b,c,d,e", recipe(tmp_path / "my.yaml"))
+    assert opened.metadata == ours.metadata
+    assert opened.model is not None
+    assert ours.model is not None
+    assert not opened.model.training
+    for key, value in ours.model.state_dict().items():
+        assert torch.equal(opened.model.state_dict()[key], value)
+    named = open_file(official, "a,b,c,d,e", recipe(tmp_path / "my.yaml"))
     assert (named.metadata["classes"], named.metadata["mean"]) == ([*"abcde"], [1, 2, 3])
-    assert "5 classes, --classes names 2" in refusal(tmp_path / "model.pth", "a,b")
-    assert {each.suffix for each in tmp_path.iterdir()} == {".safetensors", ".pth", ".yaml"}
+    assert "5 classes, --classes names 2" in refusal(official, "a,b")
+    assert len([*official.parent.iterdir()]) == 2
+
+
+def test_a_folder_of_transformers(tmp_path: Path, capsys: Any) -> None:
+    with tiny_swin():
+        model = build_model("upernet_swin_x", 2, "linear").eval()
+        save_model(tmp_path / "model.safetensors", model, {"classes": ["land", "water"]})
+        run_convert(tmp_path / "model.safetensors", tmp_path / "folder")
+        capsys.readouterr()
+        opened = open_file(tmp_path / "folder")
+    assert opened.metadata["classes"] == ["land", "water"]
+    assert opened.model is not None
+    pixels = torch.rand(1, 3, 64, 64)
+    with torch.no_grad():
+        assert torch.equal(opened.model(pixels), model(pixels))
+    assert len(capsys.readouterr().err.splitlines()) <= 2
 
 
 @pytest.mark.parametrize("suffix", KINDS)
@@ -303,10 +325,8 @@ def test_a_pt2_runs_nothing_but_operations(folder: Path, tmp_path: Path) -> None
     assert not (tmp_path / "called").exists()
 
 
-def test_weights_that_are_no_network(tmp_path: Path) -> None:
-    save_model(tmp_path / "model.safetensors", build_model("seaformer_y", 3, "linear"), {})
-    run_convert(tmp_path / "model.safetensors", tmp_path / "model.pth")
-    content = torch.load(tmp_path / "model.pth", weights_only=True)
+def test_weights_that_are_no_network(official: Path, tmp_path: Path) -> None:
+    content = torch.load(official, weights_only=True)
     weights = content["state_dict"]
     torch.save({key: value for key, value in weights.items() if key.startswith("backbone")}, tmp_path / "backbone.pth")
     assert "only a backbone" in refusal(tmp_path / "backbone.pth")
