@@ -19,8 +19,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from ssaseg.cli.device import select_device
-from ssaseg.cli.engine.opening import make_engine, open_file
+from ssaseg.cli.engine.opening import device_for, make_engine, open_file
 from ssaseg.cli.errors import CommandError
 from ssaseg.cli.scoring.engines import PRECISIONS
 from ssaseg.cli.scoring.inference import Inference, state_views
@@ -36,6 +35,7 @@ Labels = NDArray[np.uint8]
 OnePicture = TypeVar("OnePicture", bound=Picture)
 
 DEVICES = ("auto", "cpu", "cuda")
+BACKENDS = ("auto", "torch", "onnxruntime", "openvino")
 
 
 class Predictor:
@@ -60,8 +60,10 @@ class Predictor:
         device: str = "auto",
         *,
         precision: str = "float32",
-        backend: str = "torch",
+        backend: str = "auto",
         exact: bool = False,
+        classes: str | None = None,
+        protocol: str | None = None,
     ) -> None:
         """Reads a file that `ssaseg predict` takes.
 
@@ -69,20 +71,21 @@ class Predictor:
             path: the file.
             device: "auto" (a GPU if there is one, else the CPU), "cpu" or "cuda".
             precision: "float32", "bf16" or "fp16": what the network computes in.
-            backend: what runs a checkpoint of ours, as `--backend` of `ssaseg predict`.
+            backend: what runs the file, as `--backend` of `ssaseg predict`; "auto": PyTorch, or the runtime of a graph.
             exact: the arithmetic of training's evaluation, bit for bit, as `--exact` of `ssaseg predict`.
+            classes, protocol: what the file does not say itself, as `--classes` and `--protocol` of `ssaseg predict`.
 
         Raises:
             OSError: the file does not exist or cannot be read.
             ValueError: it holds no network that labels images, or the other arguments do not fit this machine.
         """
-        for name, value, known in (("device", device, DEVICES), ("precision", precision, PRECISIONS)):
+        given = (("device", device, DEVICES), ("precision", precision, PRECISIONS), ("backend", backend, BACKENDS))
+        for name, value, known in given:
             if value not in known:
                 raise ValueError(f"{name} is {value!r}\nexpected {', '.join(known)}")
         try:
-            chosen = select_device(device)
-            opened = open_file(Path(path))
-            engine = make_engine(opened, chosen, precision, backend, exact)
+            opened = open_file(Path(path), classes, protocol)
+            engine = make_engine(opened, device_for(opened, device), precision, backend, exact)
         except CommandError as error:  # which is for the command line
             raise ValueError(str(error)) from None
         found = opened.metadata

@@ -43,7 +43,8 @@ def skip_reason(error: Exception, path: Path, writing: bool = False, again: str 
     # In the text of an error a line feed in the file's name would end the first line.
     text = str(error).replace(str(path), shown)
     if isinstance(error, DataError):
-        return printable("; ".join(text.splitlines()[:2]))
+        reason = printable("; ".join(text.splitlines()[:2]))
+        return reason if shown in reason else f"{shown}: {reason}"  # an engine does not know the image
     if isinstance(error, FloatingPointError | CommandError):
         raise error
     if lacks_memory(error):

@@ -16,6 +16,7 @@ import torch
 from networks import flat_network, tiny_networks, tiny_swin
 from places import FIXTURES
 
+from ssaseg import Predictor
 from ssaseg.cli.engine.opening import Opened, device_for, make_engine, open_file
 from ssaseg.cli.errors import CommandError
 from ssaseg.cli.scoring.engines import TorchEngine
@@ -144,6 +145,18 @@ def test_graphs_that_normalise_and_upsample(folder: Path, suffix: str) -> None:
     assert (labels(opened) == expected(folder)).mean() > 0.999
     slide = {"mode": "slide", "crop": [64, 64], "stride": [16, 32], "flip": True, "ratios": [1.0, 1.5]}
     assert (labels(opened, **slide) == expected(folder, **slide)).mean() > 0.999
+
+
+def test_predictor_takes_any_file(folder: Path, tmp_path: Path) -> None:
+    image = picture()
+    expected = Predictor(folder / "model.safetensors")(image)
+    assert (Predictor(folder / "model.onnx")(image) == expected).mean() > 0.999
+    path = foreign(tmp_path / "other.onnx")
+    predictor = Predictor(path, classes="land,water", protocol=recipe(tmp_path / "my.yaml"))
+    assert predictor.classes == ("land", "water")
+    assert predictor(image).shape == (70, 90)
+    with pytest.raises(ValueError, match="backend is 'tensorrt'"):
+        Predictor(path, backend="tensorrt")
 
 
 @pytest.mark.parametrize("suffix", KINDS)

@@ -282,7 +282,7 @@ def test_arguments_that_do_not_fit(checkpoint: Path, given: dict[str, str], part
 def test_files_that_hold_no_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, checkpoint: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"gone\.safetensors"):
         Predictor(tmp_path / "gone.safetensors")
-    with pytest.raises(OSError, match=re.escape(str(tmp_path))):
+    with pytest.raises(ValueError, match=re.escape(f"{tmp_path}: a folder without config.json")):
         Predictor(tmp_path)
     (tmp_path / "x.safetensors").write_bytes(b"not a checkpoint")
     with pytest.raises(ValueError, match=r"x\.safetensors"):
