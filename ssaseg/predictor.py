@@ -89,8 +89,8 @@ class Predictor:
         except CommandError as error:  # which is for the command line
             raise ValueError(str(error)) from None
         found = opened.metadata
-        protocol = parse_protocol(found["protocol"], f"{path}: protocol")
-        self._inference = Inference(engine, protocol, found["mean"], found["std"])
+        rules = parse_protocol(found["protocol"], f"{path}: protocol")
+        self._inference = Inference(engine, rules, found["mean"], found["std"])
         self._levels = tuple(found["range"]) if found.get("range") else None
         self._exact = exact
         self.path = Path(path)
@@ -98,7 +98,7 @@ class Predictor:
         # RGB, uint8 (K, 3): `palette[labels]` is a picture.
         self.palette: Labels = np.array(found.get("palette") or default_palette(len(self.classes)), np.uint8)
         # Keys and values of a recipe's section `test`.
-        self.protocol: dict[str, Any] = protocol.model_dump(mode="json")
+        self.protocol: dict[str, Any] = rules.model_dump(mode="json")
 
     def __repr__(self) -> str:
         engine = self._inference.engine
