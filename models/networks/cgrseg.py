@@ -20,7 +20,7 @@ from ssaseg.models.decoder import Decoder
 from ssaseg.models.layers import ConvNorm, Depthwise, init_conv_module, resize_bilinear
 from ssaseg.models.networks import efficientformer
 from ssaseg.models.networks.efficientformer import EfficientFormerV2
-from ssaseg.models.networks.family import Family, Parts
+from ssaseg.models.networks.family import Family, Parts, Quadratic
 from ssaseg.models.rows import Row, conv_norm, rows_of
 
 MLP_RATIO = 2
@@ -210,6 +210,13 @@ _CALIBRATION = {
     "scale": "gamma",
 }
 
+
+def _attention_bytes(pixels: int) -> float:
+    """Of `AttentionDownsample`: its scores, biases and their sum are in memory together."""
+    queries, keys = pixels / 32**2, pixels / 16**2
+    return 3 * 4 * efficientformer.HEADS * queries * keys
+
+
 FAMILY = Family(
     variants=VARIANTS,
     build=build,
@@ -231,4 +238,5 @@ FAMILY = Family(
     not_pretrained=("*.attention_biases_seg",),
     plain=GuidedClassifier,
     build_plain=build_guided,
+    quadratic=Quadratic(pixels=800_000, memory=_attention_bytes),
 )

@@ -21,6 +21,15 @@ class Parts(NamedTuple):
     auxiliary: Mapping[str, AuxiliaryHead] = {}
 
 
+class Quadratic(NamedTuple):
+    """Attention among all positions: its work grows with the square of the number of pixels of an input."""
+
+    pixels: int  # from here on a pixel takes twice the time that it takes at 512×512; measured on a CPU
+    # Bytes of the matrices that are in memory at the same time, for an input of so many pixels; None: PyTorch's fused
+    # attention keeps none.
+    memory: Callable[[int], float] | None = None
+
+
 @dataclass(frozen=True)
 class Layout:
     """Names that another program gives to a family's tensors. A file of a backbone has them after "backbone."."""
@@ -74,3 +83,4 @@ class Family:
     # The plain classifier of the family, which `linear` means, and the function that builds the parts for it.
     plain: type[Classifier] = LinearClassifier
     build_plain: Callable[[str, int, float | None], Parts] | None = None
+    quadratic: Quadratic | None = None  # of the backbone's attention; None: the work grows with the number of pixels

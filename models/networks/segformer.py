@@ -28,13 +28,14 @@ from ssaseg.models.layers import (
     resize_bilinear,
     run_stages,
 )
-from ssaseg.models.networks.family import Family, Layout, Parts
+from ssaseg.models.networks.family import Family, Layout, Parts, Quadratic
 from ssaseg.models.rows import Row, conv_norm, query_key_value, rows_of
 
 HEADS = (1, 2, 5, 8)
 REDUCTIONS = (8, 4, 2, 1)  # of the sides of the map that keys and values are taken from
 MLP_RATIO = 4
 EPS = 1e-6  # of every LayerNorm
+QUADRATIC = Quadratic(pixels=2_400_000)  # measured with B0
 
 
 @dataclass(frozen=True)
@@ -328,4 +329,5 @@ FAMILY = Family(
     mark="backbone.layers.0.0.projection",
     layouts=[NVIDIA, TRANSFORMERS],
     renamed=[TRANSFORMERS_RENAMED],
+    quadratic=QUADRATIC,
 )

@@ -100,4 +100,5 @@ FAMILY = Family(
     heads=NVIDIA.heads,
     last=NVIDIA.last,
     left_out=NVIDIA.left_out,
+    quadratic=segformer.QUADRATIC,
 )

@@ -5,7 +5,7 @@ from typing import Any
 
 import click
 
-from ssaseg.cli.options import device_option, existing_file, gpus_option, json_option
+from ssaseg.cli.options import backend_option, device_option, gpus_option, json_option, network_file, opening_options
 from ssaseg.cli.ranks.launcher import needs_ranks, run_launch
 
 
@@ -17,8 +17,8 @@ def _ratios(context: click.Context, parameter: click.Parameter, value: str | Non
 
 
 @click.command("eval")
-@click.argument("checkpoint", type=existing_file)
-@click.option("--data", metavar="RECIPE", help="Recipe with the data.  [default: the checkpoint's]")
+@click.argument("files", metavar="FILE...", nargs=-1, required=True, type=network_file)
+@click.option("--data", metavar="RECIPE", help="Recipe with the data.  [default: the first FILE's]")
 @click.option("--root", type=click.Path(path_type=Path), help="Folder of the data, in place of data.root.")
 @click.option("--split", type=click.Choice(["train", "val"]), default="val", show_default=True, help="Images to score.")
 @json_option
@@ -34,8 +34,18 @@ def _ratios(context: click.Context, parameter: click.Parameter, value: str | Non
 )
 @click.option("--whole", is_flag=True, help="The whole image in one pass, without windows.")
 @click.option("--boundary", is_flag=True, help="Also compute the boundary IoU (Cheng et al. 2021).")
+@click.option(
+    "--precision",
+    type=click.Choice(["auto", "float32", "bf16", "fp16"]),
+    default="auto",
+    show_default=True,
+    help="Of the network; auto is float32.",
+)
+@backend_option
+@opening_options
+@click.option("--exact", is_flag=True, help="The network as it was trained, not folded: its own bits; slower.")
 def evaluate(
-    checkpoint: Path,
+    files: tuple[Path, ...],
     data: str | None,
     root: Path | None,
     split: str,
@@ -44,40 +54,42 @@ def evaluate(
     gpus: int | None,
     limit: int | None,
     boundary: bool,
+    precision: str,
+    backend: str,
+    classes: str | None,
+    protocol: str | None,
+    exact: bool,
     slide: tuple[int, int] | None,
     whole: bool,
     **changes: Any,
 ) -> int:
-    """Score a checkpoint on labelled images.
+    """Score files on labelled images.
 
     Prints IoU and accuracy per class, mIoU with its 95 % interval over images, fwIoU, aAcc and mAcc [%], and the
-    protocol that they were measured with. The protocol is the checkpoint's, or that of --data; --ratios, --flip,
+    protocol that they were measured with. The protocol is that of the first FILE, or of --data; --ratios, --flip,
     --slide and --whole change it. Each ratio takes one forward pass per image; --flip doubles the number of passes.
+
+    Several FILEs of the same classes are scored on the same pixels in one pass, side by side: their mIoUs, the
+    difference to the first with its interval, and the share of labels that are equal.
 
     \b
     Example:
       ssaseg eval runs/demo/best.safetensors
       ssaseg eval best.safetensors --data camvid-seaformer_b-ssa --root data/camvid --json scores.json
       ssaseg eval best.safetensors --ratios 0.5,0.75,1,1.25,1.5,1.75 --flip
+      ssaseg eval linear.safetensors ssa.safetensors ssa.onnx
     """
     if slide and whole:
         raise click.UsageError("give either --slide or --whole", click.get_current_context())
+    if exact and precision not in ("auto", "float32"):
+        raise click.UsageError("--exact computes in float32; leave out --precision", click.get_current_context())
     if needs_ranks(gpus):
         return run_launch(gpus or 1)
-    from ssaseg.cli.evaluation.report import run_eval
+    from ssaseg.cli.evaluation.report import Request, run_eval
 
     changes = {key: value for key, value in changes.items() if value is not None}
     if slide or whole:
         crop, stride = ([side, side] for side in slide) if slide else (None, None)
         changes |= {"mode": "slide" if slide else "whole", "crop": crop, "stride": stride}
-    return run_eval(
-        checkpoint=checkpoint,
-        data=data,
-        root=root,
-        split=split,
-        json_out=json_out,
-        device=device,
-        limit=limit,
-        changes=changes,
-        boundary=boundary,
-    )
+    request = Request(data, root, split, limit, changes, boundary, precision, exact, backend, classes, protocol)
+    return run_eval(files=files, request=request, json_out=json_out, device=device)

@@ -1,114 +1,160 @@
-"""`ssaseg eval`: scores a checkpoint on labelled images, and prints and writes the report."""
+"""`ssaseg eval`: scores one or several files on labelled images, and prints and writes the report."""
 
 import sys
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from ssaseg.cli.console import json_target, print_table, progress_bar, write_json
-from ssaseg.cli.device import select_device
+from ssaseg.cli.engine.graphs import KINDS
+from ssaseg.cli.engine.opening import Opened, device_for, make_engine, open_file
 from ssaseg.cli.errors import CommandError
 from ssaseg.cli.evaluation.confused import confused_pairs, most_confused
+from ssaseg.cli.evaluation.several import (
+    MEANS,
+    differences,
+    note_what_differs,
+    print_several,
+    require_one_set_of_classes,
+)
 from ssaseg.cli.printing import echo
 from ssaseg.cli.ranks.ranks import Ranks, connect
+from ssaseg.cli.scoring.attention import warn_of_attention
 from ssaseg.cli.scoring.boundary import STATEMENT, Boundaries
-from ssaseg.cli.scoring.evaluate import WORKERS, evaluate_model, state_protocol
+from ssaseg.cli.scoring.evaluate import WORKERS, Tally, count_predictions, state_protocol
+from ssaseg.cli.scoring.inference import Inference
 from ssaseg.cli.scoring.metrics import Confusion, Interval, nan_mean
 from ssaseg.cli.signals import Interrupted, StopSignal
 from ssaseg.datasets import Dataset, build_dataset
-from ssaseg.models import Segmenter, load_model
 from ssaseg.recipes import Recipe, Test, load_recipe, parse_protocol, parse_recipe
 
-MEANS = ("mIoU", "mBoundaryIoU", "fwIoU", "aAcc", "mAcc")  # those that are printed; the report has more
+LARGE_INPUTS = "sliding windows (--slide 1024 768) or smaller inputs (--ratios 0.5) are faster, and change the score"
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is to be scored, and how.
+
+    data: name or file of a recipe that replaces the recipe in the file; its `test` section is then the protocol. root:
+    replaces the recipe's `data.root`. changes: keys of the protocol to change. boundary: also compute the boundary IoU.
+    precision: "auto" is float32. backend: what runs checkpoints; "auto" is PyTorch, as in the evaluations during
+    training. exact: the network as it was trained, not folded. classes, protocol: what the files do not say themselves.
+    """
+
+    data: str | None = None
+    root: Path | None = None
+    split: str = "val"
+    limit: int | None = None
+    changes: Mapping[str, Any] = field(default_factory=dict)
+    boundary: bool = False
+    precision: str = "auto"
+    exact: bool = False
+    backend: str = "auto"
+    classes: str | None = None
+    protocol: str | None = None
 
 
 # ---- the command -------------------------------------------------------------------------------------------------
-def run_eval(
-    checkpoint: Path,
-    data: str | None,
-    root: Path | None,
-    split: str,
-    json_out: str | None,
-    device: str,
-    limit: int | None = None,
-    changes: Mapping[str, Any] | None = None,
-    boundary: bool = False,
-) -> int:
-    """Scores `checkpoint` on a split, prints a table, and returns exit code 0.
+def run_eval(files: Sequence[Path], request: Request, json_out: str | None, device: str) -> int:
+    """Scores `files` on a split, prints a table, and returns exit code 0.
 
-    data: name or file of a recipe that replaces the recipe in the checkpoint; its `test` section is then the protocol.
-    changes: keys of the protocol to change. boundary: also compute the boundary IoU. root: replaces the recipe's
-    `data.root`. json_out: a file for the report; "-": stdout, without the table. Several ranks divide the images among
-    them; rank 0 prints and writes. Raises CommandError if the classes of data and checkpoint differ or no pixel is
-    labelled, and what loading either raises; SystemExit after Ctrl-C (130) and SIGTERM (143).
+    Several files are scored on the same pixels in one pass, and compared with the first. json_out: a file for the
+    report; "-": stdout, without the table. Several ranks divide the images among them; rank 0 prints and writes.
+    Raises CommandError if the classes of files or data differ or no pixel is labelled, and what loading either raises;
+    SystemExit after Ctrl-C (130) and SIGTERM (143).
     """
     json_out = json_target(json_out)
-    with connect(select_device(device)) as ranks:
-        report = _score(ranks, checkpoint, data, root, split, limit, changes, boundary)
+    with connect(device_of(files, device)) as ranks:
+        report = _score(ranks, files, request)
         if ranks.main:
             write_json(json_out, report)  # before printing, which may fail: an evaluation can take hours
         if ranks.main and json_out != "-":
-            print_report(report)
+            (print_report if len(files) == 1 else print_several)(report)
     return 0
 
 
-def _score(
-    ranks: Ranks,
-    checkpoint: Path,
-    data: str | None,
-    root: Path | None,
-    split: str,
-    limit: int | None,
-    changes: Mapping[str, Any] | None,
-    boundary: bool,
-) -> dict[str, Any]:
-    """The report of `run_eval`."""
-    model, metadata = load_model(checkpoint)
-    recipe = recipe_of(checkpoint, metadata, data)
-    before = recipe.test if data else parse_protocol(metadata["protocol"], f"{checkpoint}: protocol")
-    protocol = parse_protocol(before.model_dump() | dict(changes or {}), "protocol") if changes else before
-    require_channels(checkpoint, metadata, recipe)
-    dataset = open_dataset(recipe, split, root)
-    require_data_classes(checkpoint, metadata["classes"], recipe.name, dataset.classes)
-    count = len(dataset) if limit is None else min(limit, len(dataset))
+def _score(ranks: Ranks, files: Sequence[Path], request: Request) -> dict[str, Any]:
+    """The report of `run_eval`: of one file, or of several with their differences."""
+    opened = [open_file(path, request.classes, request.protocol) for path in files]
+    require_one_set_of_classes(opened)
+    source = next((each for each in opened if each.metadata["recipe"] is not None), opened[0])
+    recipe = recipe_of(source.path, source.metadata, request.data)
+    protocol = protocol_of(opened[0], recipe, request)
+    for each in opened:
+        require_channels(each.path, each.metadata, recipe)
+    if ranks.main:
+        note_what_differs(opened, protocols=not request.data)
+    dataset = open_dataset(recipe, request.split, request.root)
+    require_data_classes(opened[0].path, opened[0].metadata["classes"], recipe.name, dataset.classes)
+    precision = "float32" if request.precision == "auto" else request.precision
+    tallies = []
+    for each in opened:
+        engine = make_engine(each, ranks.device, precision, request.backend, request.exact)
+        inference = Inference(engine, protocol, each.metadata["mean"], each.metadata["std"])
+        tallies.append(Tally.of(inference, request.boundary))
+    opened = [each._replace(model=None) for each in opened]  # the engines have copies
+    if ranks.main:
+        for each, tally in zip(opened, tallies, strict=True):
+            warn_of_attention(each.metadata["model"], tally.inference, dataset.image_files, LARGE_INPUTS)
+    count = len(dataset) if request.limit is None else min(request.limit, len(dataset))
     started = time.perf_counter()
-    boundaries = Boundaries(model.num_classes, ranks.device) if boundary else None
-    confusion = _count(model.to(ranks.device), dataset, protocol, metadata, ranks, count, boundaries)
-    require_labels(confusion.matrix, f"{split} split of recipe {recipe.name} ({count} images)")  # waits for the device
+    _count(tallies, dataset, ranks, count)
+    # Reading the matrix waits for the device.
+    require_labels(tallies[0].confusion.matrix, f"{request.split} split of recipe {recipe.name} ({count} images)")
+    speed = count / (time.perf_counter() - started)
+    shared = {"recipe": recipe.name, "split": request.split, "images": count, "of_images": len(dataset)}
+    reports = [
+        _report(*each, shared | {"images_per_s": speed, "precision": precision}, dataset.classes)
+        for each in zip(opened, tallies, strict=True)
+    ]
+    if len(reports) == 1:
+        return reports[0]
+    return {"models": reports, "differences": differences(files, tallies)}
+
+
+def _report(opened: Opened, tally: Tally, shared: Mapping[str, Any], classes: Sequence[str]) -> dict[str, Any]:
+    """The report of one file."""
+    metadata, inference = opened.metadata, tally.inference
+    engine, protocol, matrix = inference.engine, inference.protocol, tally.confusion.matrix
+    views = (shared["split"], shared["images"], shared["of_images"], engine.gives_scores)
+    statement = state_protocol(protocol, *views) + (f"; {STATEMENT}" if tally.boundaries is not None else "")
     return {
-        "checkpoint": str(checkpoint),
+        "checkpoint": str(opened.path),
         # Official weights that `convert` has converted have step 0 and no recipe: their number of steps is unknown.
         "step": metadata["step"] if metadata["step"] or metadata["recipe"] else None,
-        "model": model.name,
-        "classifier": model.classifier_name,
-        "recipe": recipe.name,
-        "split": split,
-        "images": count,
-        "of_images": len(dataset),
-        "images_per_s": count / (time.perf_counter() - started),
+        "model": metadata["model"],
+        "classifier": metadata["classifier"],
+        **shared,
+        "engine": engine.what,
         "protocol": protocol.model_dump(mode="json"),
-        "statement": state_protocol(protocol, split, count, len(dataset), model.classifier.gives_scores)
-        + (f"; {STATEMENT}" if boundary else ""),
-        **_figures(confusion, dataset.classes, boundaries),
-        "confused": confused_pairs(confusion.matrix, dataset.classes),
-        "confusion": confusion.matrix.tolist(),
+        "statement": f"{statement}; computed by {engine.what}",
+        **_figures(tally.confusion, classes, tally.boundaries),
+        "confused": confused_pairs(matrix, classes),
+        "confusion": matrix.tolist(),
     }
 
 
-def _count(
-    model: Segmenter,
-    dataset: Dataset,
-    protocol: Test,
-    metadata: Mapping[str, Any],
-    ranks: Ranks,
-    count: int,
-    boundaries: Boundaries | None,
-) -> Confusion:
-    """`evaluate_model` on `count` images, with progress on stderr.
+def device_of(files: Sequence[Path], name: str) -> torch.device:
+    """The device of `--device` for all files: the CPU if one of them is a graph that runs only there."""
+    kinds = [KINDS.get(path.suffix.lower(), "torch") for path in files]
+    devices = [device_for(Opened(path, kind, None, {}), name) for path, kind in zip(files, kinds, strict=True)]
+    return next((device for device in devices if device.type == "cpu"), devices[0])
+
+
+def protocol_of(opened: Opened, recipe: Recipe, request: Request) -> Test:
+    """The protocol to score by: the file's, or that of the recipe that `data` names, with the changes."""
+    own = recipe.test if request.data else parse_protocol(opened.metadata["protocol"], f"{opened.path}: protocol")
+    return parse_protocol(own.model_dump() | dict(request.changes), "protocol") if request.changes else own
+
+
+def _count(tallies: Sequence[Tally], dataset: Dataset, ranks: Ranks, count: int) -> None:
+    """`count_predictions` on `count` images, with progress on stderr.
 
     Ctrl-C and SIGTERM take effect between two images: while an image is being received from a worker, the worker would
     report a broken connection.
@@ -125,10 +171,7 @@ def _count(
                     done += images
                     advance(images)
 
-                mean, std, values = metadata["mean"], metadata["std"], protocol.model_dump()
-                return evaluate_model(
-                    model, dataset, values, mean, std, ranks.device, WORKERS, count, progress, boundaries, stop, ranks
-                )
+                count_predictions(tallies, dataset, WORKERS, count, progress, stop, ranks)
         except (Interrupted, KeyboardInterrupt, RuntimeError):  # RuntimeError: a worker was still starting
             if not stop.requested:
                 raise

@@ -42,9 +42,12 @@ class Boundaries:
         self.counts = torch.zeros(3, num_classes + 1, dtype=torch.int64, device=device)
 
     def update(self, prediction: "np.ndarray | Tensor", label: "np.ndarray | Tensor") -> None:
-        """Add one image: prediction and label (H,W), integers in [0, K); pixels with label 255 are ignored.
+        """Add one image, see `count`."""
+        self.counts += self.count(prediction, label)
 
-        Does not check the class numbers: `Confusion` does.
+    def count(self, prediction: "np.ndarray | Tensor", label: "np.ndarray | Tensor") -> Tensor:
+        """One image's numbers, int64 (3,K+1): prediction and label (H,W), integers in [0, K); pixels with label 255 are
+        ignored. Does not check the class numbers: `Confusion` does. Several threads may call it at the same time.
         """
         device, none = self.counts.device, self.num_classes
         prediction, label = (
@@ -53,9 +56,10 @@ class Boundaries:
         maps = torch.stack([label, torch.where(label == IGNORED, label, prediction)])
         labelled, predicted = torch.where(bands(maps, reach(label.shape)), maps, none)
         both = torch.where(labelled == predicted, labelled, none)
-        one = self.counts.new_ones(()).expand(label.numel())
-        for counts, cells in zip(self.counts, (both, labelled, predicted), strict=True):
+        found, one = torch.zeros_like(self.counts), self.counts.new_ones(()).expand(label.numel())
+        for counts, cells in zip(found, (both, labelled, predicted), strict=True):
             counts.scatter_add_(0, cells.flatten().long(), one)
+        return found
 
     def scores(self) -> np.ndarray:
         """Boundary IoU per class [%], float64 (K,); NaN for a class without a band."""

@@ -1,15 +1,25 @@
-"""Runs a model on the images of a data set and counts its predictions."""
+"""Runs networks on the images of a data set and counts their predictions.
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+On a CPU several images are computed side by side, each in a thread with its share of the cores; a large image is
+computed alone, by all cores. On a GPU neighbouring images of equal size are computed in one pass. In both cases the
+images are counted in order, as integers, so that scores and intervals do not depend on how many are in work.
+
+Axes: K classes, H×W pixels of an image, h×w pixels of a network's input.
+"""
+
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, nullcontext
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from ssaseg.cli.ranks.ranks import Ranks
 from ssaseg.cli.scoring.boundary import Boundaries
 from ssaseg.cli.scoring.engines import Engine, TorchEngine
 from ssaseg.cli.scoring.inference import Inference, require_size, state_views
+from ssaseg.cli.scoring.lanes import Room, in_order
 from ssaseg.cli.scoring.metrics import Confusion
 from ssaseg.cli.signals import Interrupted, StopSignal
 from ssaseg.datasets import Dataset
@@ -18,6 +28,59 @@ from ssaseg.models import Segmenter
 from ssaseg.recipes import Test, parse_protocol
 
 WORKERS = 2  # processes that decode images ahead
+# Pixels of the network inputs that a GPU computes in one pass, as long as they are of several images: those of 8 images
+# of 512×512, so that the memory is that of one image of 2048×1024.
+BATCH = 2**21
+
+Item = tuple[list[Tensor], Tensor, str]  # what `eval_loader` gives
+
+
+class Counts(NamedTuple):
+    """What is counted of one image and one network."""
+
+    pairs: Tensor  # see `Confusion.count`
+    boundary: Tensor | None  # see `Boundaries.count`
+    equal: Tensor  # int64 (): pixels whose label is that of the first network
+
+
+@dataclass
+class Tally:
+    """A network, and what is counted of its predictions."""
+
+    inference: Inference
+    confusion: Confusion
+    boundaries: Boundaries | None = None
+    equal: Tensor | int = 0  # pixels whose label is that of the first network, of all `pixels`
+    pixels: int = 0
+
+    @classmethod
+    def of(cls, inference: Inference, boundary: bool = False) -> "Tally":
+        """Without images; boundary: whether pixels near boundaries are counted, too."""
+        classes, device = inference.engine.num_classes, inference.device
+        return cls(inference, Confusion(classes, device), Boundaries(classes, device) if boundary else None)
+
+    def count(self, labels: Tensor, label: Tensor, first: Tensor) -> Counts:
+        """What `add` takes of one image: predicted labels, the image's label, and the first network's labels (H,W)."""
+        boundary = None if self.boundaries is None else self.boundaries.count(labels, label)
+        return Counts(self.confusion.count(labels, label), boundary, (labels == first).sum())
+
+    def add(self, counts: Counts, pixels: int) -> None:
+        """Adds an image of so many pixels."""
+        self.confusion.add(counts.pairs)
+        if self.boundaries is not None:
+            assert counts.boundary is not None
+            self.boundaries.counts += counts.boundary
+        self.equal = self.equal + counts.equal
+        self.pixels += pixels
+
+    def gather(self, ranks: Ranks) -> None:
+        """Replaces the counts by those of all ranks."""
+        if ranks.size > 1:
+            self.confusion.merge(ranks.gather(self.confusion.snapshot()))
+            if self.boundaries is not None:
+                self.boundaries.counts = ranks.total(self.boundaries.counts)
+            sums = ranks.gather([int(self.equal), self.pixels])
+            self.equal, self.pixels = (sum(each) for each in zip(*sums, strict=True))
 
 
 # ---- many images -------------------------------------------------------------------------------------------------
@@ -31,57 +94,71 @@ def evaluate_model(
     workers: int = 0,
     limit: int | None = None,
     progress: Callable[[int], object] | None = None,
-    boundaries: Boundaries | None = None,
     stop: StopSignal | None = None,
     ranks: Ranks | None = None,
 ) -> Confusion:
-    """Counts the predictions of a model or an engine on the first `limit` images (None: all) of `dataset`.
+    """Counts the predictions of a model or an engine, see `count_predictions`; a model is evaluated as it is.
 
-    A model is put in evaluation mode, and then back. `protocol`: like a recipe's `test` section. `workers`: processes
-    that decode and resize images ahead; 0: none. `progress` is called with 1 after each image. `boundaries`, if given,
-    is updated, too. Memory depends on the largest image, and on what `Confusion` keeps of each image. Raises what the
-    data set raises, DataError for an image that is too small, and FloatingPointError for logits that are not finite.
-
-    `stop`: read between two images; if one rank has a request to stop, all ranks raise Interrupted. `ranks`: each of R
-    ranks counts every R-th image; each returns the counts of all images.
+    A model is put in evaluation mode, and then back. `protocol`: like a recipe's `test` section. mean, std: RGB, on
+    the scale 0..255.
     """
-    ranks = ranks or Ranks(device)
-    count = len(dataset) if limit is None else min(limit, len(dataset))
-    confusion = Confusion(model.num_classes, device)
-    test = parse_protocol(protocol, "test-time protocol")
     engine = TorchEngine(model, device) if isinstance(model, Segmenter) else model
-    inference = Inference(engine, test, mean, std)
-
+    tally = Tally.of(Inference(engine, parse_protocol(protocol, "test-time protocol"), mean, std))
     was_training = isinstance(model, Segmenter) and model.training
     if isinstance(model, Segmenter):
         model.eval()
-    # Each image belongs to one rank. If all ranks had the same number of images, some would have to be counted twice.
-    indices = range(ranks.rank, count, ranks.size)
-    loader: Any = eval_loader(dataset, test.scale, test.multiple, workers, test.ratios, indices)
     try:
-        with closing(loader):  # ends the processes, also after an error
-            for inputs, label, name in read(loader, stop):
-                require_size(inputs, name)
-                label = label.to(device, non_blocking=True)
-                labels = inference.labels(inputs, label.shape, name)
-                confusion.update(labels, label)
-                if boundaries is not None:
-                    boundaries.update(labels, label)
-                if progress is not None:
-                    progress(1)
-                if stop is not None and stop.requested:
-                    break
-            inference.require_finite()
+        count_predictions([tally], dataset, workers, limit, progress, stop, ranks)
     finally:
         if isinstance(model, Segmenter):
             model.train(was_training)
+    return tally.confusion
+
+
+def count_predictions(
+    tallies: Sequence[Tally],
+    dataset: Dataset,
+    workers: int = 0,
+    limit: int | None = None,
+    progress: Callable[[int], object] | None = None,
+    stop: StopSignal | None = None,
+    ranks: Ranks | None = None,
+) -> None:
+    """Counts the predictions of several networks on the first `limit` images (None: all) of `dataset`.
+
+    Each image is read once; the networks, which have one protocol, label it in turn. `workers`: processes that decode
+    and resize images ahead; 0: this process does. `progress` is called with 1 after each image. Raises what the data
+    set raises, DataError for an image that is too small, and FloatingPointError for logits that are not finite.
+
+    Memory depends on the largest image, on the number of images in work (see `Room` and `BATCH`), and on what
+    `Confusion` keeps of each image.
+
+    `stop`: read between two images; if one rank has a request to stop, all ranks raise Interrupted. `ranks`: each of R
+    ranks counts every R-th image; each gets the counts of all images.
+    """
+    first = tallies[0].inference
+    ranks = ranks or Ranks(first.device)
+    count = len(dataset) if limit is None else min(limit, len(dataset))
+    # Each image belongs to one rank. If all ranks had the same number of images, some would have to be counted twice.
+    indices = range(ranks.rank, count, ranks.size)
+    test = first.protocol
+    loader: Any = eval_loader(dataset, test.scale, test.multiple, workers, test.ratios, indices)
+    items = read(loader, stop)
+    scored = (side_by_side if can_share(tallies) else in_turn)(tallies, items)
+    with closing(loader), closing(scored):  # ends processes and threads, also after an error
+        for pixels, counts in scored:
+            for tally, each in zip(tallies, counts, strict=True):
+                tally.add(each, pixels)
+            if progress is not None:
+                progress(1)
+            if stop is not None and stop.requested:
+                break
+    for tally in tallies:
+        tally.inference.require_finite()
     if stop is not None and ranks.agree(stop):
         raise Interrupted
-    if ranks.size > 1:
-        confusion.merge(ranks.gather(confusion.snapshot()))
-        if boundaries is not None:
-            boundaries.counts = ranks.total(boundaries.counts)
-    return confusion
+    for tally in tallies:
+        tally.gather(ranks)
 
 
 def read(loader: Iterator[Any], stop: StopSignal | None) -> Iterator[Any]:
@@ -95,6 +172,83 @@ def read(loader: Iterator[Any], stop: StopSignal | None) -> Iterator[Any]:
         if item is None:
             return
         yield item
+
+
+# ---- images in work ----------------------------------------------------------------------------------------------
+
+Scored = tuple[int, list[Counts]]  # of one image: its number of pixels, and the counts of each network
+
+
+def score(tallies: Sequence[Tally], inferences: Sequence[Inference], items: Sequence[Item]) -> list[Scored]:
+    """Labels and counts images; several of them only with one view and inputs of equal size."""
+    device = inferences[0].device
+    for inputs, _, name in items:
+        require_size(inputs, name)
+    given = [inputs for inputs, _, _ in items]
+    names = [name for _, _, name in items]
+    truths = [label.to(device, non_blocking=True) for _, label, _ in items]
+    sizes = [label.shape for label in truths]
+    made: list[list[Counts]] = [[] for _ in items]
+    base: list[Tensor] = []
+    for tally, inference in zip(tallies, inferences, strict=True):
+        if len(items) == 1:
+            maps = [inference.labels(given[0], sizes[0], names[0])]
+        else:
+            maps = inference.labels_batch([only for (only,) in given], sizes, names)
+        base = base or maps
+        for counts, labels, truth, first in zip(made, maps, truths, base, strict=True):
+            counts.append(tally.count(labels, truth, first))
+    return [(label.numel(), counts) for label, counts in zip(truths, made, strict=True)]
+
+
+def in_turn(tallies: Sequence[Tally], items: Iterable[Item]) -> Generator[Scored, None, None]:
+    """The counts of each image; on a GPU in batches."""
+    inferences = [tally.inference for tally in tallies]
+    batch = BATCH if inferences[0].device.type == "cuda" and inferences[0].views == 1 else 0
+    for together in batches(items, batch):
+        yield from score(tallies, inferences, together)
+
+
+def batches(items: Iterable[Item], most: int) -> Iterator[list[Item]]:
+    """Neighbours whose network inputs have equal sizes, together at most `most` pixels; larger images alone."""
+    batch: list[Item] = []
+    for item in items:
+        shape = item[0][0].shape
+        if batch and batch[0][0][0].shape != shape:
+            yield batch
+            batch = []
+        batch.append(item)
+        if (len(batch) + 1) * shape[0] * shape[1] > most:  # before the next item is read
+            yield batch
+            batch = []
+    if batch:
+        yield batch
+
+
+def can_share(tallies: Sequence[Tally]) -> bool:
+    """Whether the images are computed side by side, on several cores of a CPU; exact networks compute one at a time.
+
+    The arithmetic of `exact` is that of all cores on one image.
+    """
+    engines = [tally.inference.engine for tally in tallies]
+    exact = any(isinstance(engine, TorchEngine) and engine.exact for engine in engines)
+    return not exact and engines[0].device.type == "cpu" and torch.get_num_threads() > 1
+
+
+def side_by_side(tallies: Sequence[Tally], items: Iterable[Item]) -> Generator[Scored, None, None]:
+    """The counts of each image, in order, from threads that share cores and memory, see `Room`."""
+    room = Room()
+
+    def one(item: Item) -> Scored:
+        inputs, label, _ = item
+        with room.taken(max(each.shape[0] * each.shape[1] for each in (*inputs, label))):
+            return score(tallies, [tally.inference.apart() for tally in tallies], [item])[0]
+
+    try:
+        with closing(in_order(one, items, room.lanes)) as made:
+            yield from made
+    finally:
+        torch.set_num_threads(room.threads)  # libraries may keep the number for the process
 
 
 def state_protocol(protocol: Test, split: str, count: int, total: int, scores: bool = False) -> str:

@@ -96,11 +96,23 @@ class Inference:
             labels = self._probabilities(inputs, size, coarse=False)[0].argmax(dim=0).byte()
         else:
             (only,) = inputs
-            labels = label_map(self._logits(self._pixels(only)).final, only.shape[:2], size)
+            labels = label_map(self._logits(self._pixels(only[None])).final, only.shape[:2], size)
         self.names.extend([name] * (len(self.ranges) - len(self.names)))
         if self.device.type == "cpu":
             self.require_finite()
         return labels
+
+    @torch.inference_mode()
+    def labels_batch(
+        self, inputs: Sequence[Tensor], sizes: Sequence[tuple[int, ...]], names: Sequence[str]
+    ) -> list[Tensor]:
+        """`labels` of several images in one pass, with one view and network inputs of equal size, one of each image."""
+        logits = self._logits(self._pixels(torch.stack([*inputs]))).final
+        self.names.extend(names)
+        if self.device.type == "cpu":
+            self.require_finite()
+        middle = inputs[0].shape[:2]
+        return [label_map(each, middle, size) for each, size in zip(logits.split(1), sizes, strict=True)]
 
     def require_finite(self) -> None:
         """Raises FloatingPointError for the first image since the last call whose logits are not finite."""
@@ -128,35 +140,42 @@ class Inference:
         For a single view mmsegmentation takes the arg-max of the softmax. Here it is the arg-max of the logits, which
         rounding cannot make equal.
         """
+        return self.predict_batch([inputs], [size], [name], coarse, probabilities)[0]
+
+    @torch.inference_mode()
+    def predict_batch(
+        self,
+        inputs: Sequence[Sequence[Tensor]],
+        sizes: Sequence[tuple[int, ...]],
+        names: Sequence[str],
+        coarse: bool = True,
+        probabilities: bool = False,
+    ) -> list[Prediction]:
+        """`predict` of several images at once; with one view, their network inputs must have equal sizes."""
         if self.views > 1:
-            means = self._probabilities(inputs, size, coarse)
-            labels, before = (None if each is None else each.argmax(dim=0).byte() for each in means)
-            wanted = self._shares(means[0], votes=True) if probabilities else None
+            made = [self._from_views(*each, coarse, probabilities) for each in zip(inputs, sizes, names, strict=True)]
         else:
-            (only,) = inputs
-            middle = only.shape[:2]
-            logits = self._logits(self._pixels(only), coarse)
-            labels, before = (None if each is None else label_map(each, middle, size) for each in logits)
-            wanted = self._shares(resize_twice(logits.final, middle, size)[0]) if probabilities else None
-        assert labels is not None
-        self.names.extend([name] * (len(self.ranges) - len(self.names)))
+            batch = torch.stack([only for (only,) in inputs])
+            logits = self._logits(self._pixels(batch), coarse)
+            self.names.extend(names)
+            made = [
+                self._from_logits(each, batch.shape[1:3], size, probabilities)
+                for each, size in zip(_split(logits), sizes, strict=True)
+            ]
         self.require_finite()
-        return Prediction(
-            labels.cpu().numpy(),
-            None if before is None else before.cpu().numpy(),
-            None if wanted is None else wanted.half().cpu().numpy(),
-        )
+        return made
 
     # ---- one view ------------------------------------------------------------------------------------------------
 
     def _pixels(self, resized: Tensor) -> Tensor:
-        images = resized.unsqueeze(0).to(self.device, non_blocking=True)
+        """What the engine takes, (N,3,h,w), from uint8 (N,h,w,3)."""
+        images = resized.to(self.device, non_blocking=True)
         if self.engine.takes == "rgb":
             return to_planes(images).byte()
         return normalize(images, self.mean, self.std)
 
     def _logits(self, pixels: Tensor, coarse: bool = False) -> Logits:
-        """Logits of a view (1,3,h,w): those of the network, or the mean (1,K,h,w) over the sliding windows."""
+        """Logits of views (N,3,h,w): those of the network, or the means (N,K,h,w) over the sliding windows."""
         if self.protocol.mode == "whole":
             logits = self.engine.logits(pixels, coarse)
         else:
@@ -164,8 +183,16 @@ class Inference:
             assert self.protocol.stride is not None
             logits = slide(self.engine, pixels, self.protocol.crop, self.protocol.stride, coarse)
         # One pass over the logits, without a second tensor of their size; NaN is both the lowest and the highest.
-        self.ranges.append(torch.stack(logits.final.aminmax()))
+        self.ranges.extend(torch.stack(each.aminmax()) for each in logits.final)
         return logits
+
+    def _from_logits(
+        self, logits: Logits, middle: tuple[int, ...], size: tuple[int, ...], probabilities: bool
+    ) -> Prediction:
+        """From the logits (1,K,·,·) of one image; `middle`: size of the network's input."""
+        labels, before = (None if each is None else label_map(each, middle, size) for each in logits)
+        wanted = self._shares(resize_twice(logits.final, middle, size)[0]) if probabilities else None
+        return _on_cpu(labels, before, wanted)
 
     # ---- several views -------------------------------------------------------------------------------------------
 
@@ -196,13 +223,37 @@ class Inference:
             return maps / maps.sum(dim=0).clamp(min=1e-12)
         return maps if votes else maps.softmax(dim=0)
 
+    def _from_views(
+        self, inputs: Sequence[Tensor], size: tuple[int, ...], name: str, coarse: bool, probabilities: bool
+    ) -> Prediction:
+        """The result for one image from all its views."""
+        means = self._probabilities(inputs, size, coarse)
+        self.names.extend([name] * (len(self.ranges) - len(self.names)))
+        labels, before = (None if each is None else each.argmax(dim=0).byte() for each in means)
+        return _on_cpu(labels, before, self._shares(means[0], votes=True) if probabilities else None)
+
     def _each_view(self, inputs: Sequence[Tensor]) -> Iterator[tuple[Tensor, bool]]:
         """For each view: normalised pixels (1,3,h,w), and whether they are mirrored."""
         for each in inputs:
-            pixels = self._pixels(each)
+            pixels = self._pixels(each[None])
             yield pixels, False
             if self.protocol.flip:
                 yield pixels.flip(3), True
+
+
+def _on_cpu(labels: Tensor | None, before: Tensor | None, probabilities: Tensor | None) -> Prediction:
+    assert labels is not None
+    return Prediction(
+        labels.cpu().numpy(),
+        None if before is None else before.cpu().numpy(),
+        None if probabilities is None else probabilities.half().cpu().numpy(),
+    )
+
+
+def _split(logits: Logits) -> Iterator[Logits]:
+    """The logits (1,K,·,·) of each image."""
+    befores = [None] * len(logits.final) if logits.coarse is None else logits.coarse.split(1)
+    yield from map(Logits, logits.final.split(1), befores)
 
 
 def predict_labels(
@@ -235,7 +286,7 @@ def require_size(inputs: Sequence[np.ndarray | Tensor], name: str) -> None:
 def slide(
     engine: Engine, pixels: Tensor, crop: tuple[int, int], stride: tuple[int, int], coarse: bool = False
 ) -> Logits:
-    """Mean logits (1,K,h,w) of sliding windows over normalised pixels (1,3,h,w); crop and stride are (height, width).
+    """Mean logits (N,K,h,w) of sliding windows over normalised pixels (N,3,h,w); crop and stride are (height, width).
 
     The logits of each window are resized to the size of the window and added up. A pixel in several windows gets their
     mean.
@@ -252,7 +303,7 @@ def slide(
                     continue
                 total = sums[index]
                 if total is None:
-                    sums[index] = total = logits.new_zeros(1, logits.shape[1], height, width)
+                    sums[index] = total = logits.new_zeros(len(logits), logits.shape[1], height, width)
                 total[..., rows, columns] += resize_bilinear(logits, window.shape[2:])
     final, before = (None if total is None else total.div_(times_seen) for total in sums)
     assert final is not None

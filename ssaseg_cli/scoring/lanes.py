@@ -26,6 +26,8 @@ FEWEST = 8
 # Bytes that one image takes for each pixel of the network's input, at most (SegNeXt-T with SSA: 700), and the share of
 # the free memory that all lanes may take.
 BYTES, SHARE = 1500, 0.5
+# Pixels of a network's input above which evaluation computes an image alone, by all cores: more than 1920×1080.
+LARGE = 2_200_000
 
 Item = TypeVar("Item")
 Made = TypeVar("Made")
@@ -56,6 +58,45 @@ def shared_cores(lanes: int) -> Iterator[Callable[[], None]]:
     finally:
         cv2.setNumThreads(decoder)
         torch.set_num_threads(before)
+
+
+class Room:
+    """The cores and the memory for threads that compute one image each.
+
+    How many cores compute an image depends on its size alone: other numbers of threads round in other ways, and a score
+    must depend neither on the number of images nor on the free memory. Images of more than `LARGE` pixels are computed
+    alone, by all cores. Smaller ones are computed side by side, each by `share` cores, at most `lanes` of them, and as
+    many as `SHARE` of the free memory holds. lanes: so many at most, each by as large a share of the cores as there is.
+    """
+
+    def __init__(self, lanes: int | None = None) -> None:
+        self.threads = torch.get_num_threads()
+        self.share = -(-self.threads // MOST_LANES) if lanes is None else max(self.threads // lanes, 1)
+        self.lanes = self.threads // self.share
+        free = free_memory()
+        self.pixels = self.lanes * LARGE
+        if free is not None:
+            self.pixels = max(min(self.pixels, int(SHARE * free / BYTES)), 1)
+        self.left = self.pixels
+        self.changed = threading.Condition()
+
+    @contextmanager
+    def taken(self, pixels: int) -> Iterator[None]:
+        """Inside this context an image whose network input has so many pixels is in work; waits for the room.
+
+        The calling thread then has the cores for it.
+        """
+        needed = min(pixels, self.pixels) if pixels <= LARGE else self.pixels
+        with self.changed:
+            self.changed.wait_for(lambda: self.left >= needed)
+            self.left -= needed
+        try:
+            torch.set_num_threads(self.share if pixels <= LARGE else self.threads)  # PyTorch keeps it for each thread
+            yield
+        finally:
+            with self.changed:
+                self.left += needed
+                self.changed.notify_all()
 
 
 def in_order(

@@ -78,7 +78,12 @@ class Confusion:
         self._blocks: list[torch.Tensor] = []  # of int32 (BLOCK,2,K): each image's intersections and unions
 
     def update(self, prediction: "np.ndarray | torch.Tensor", label: "np.ndarray | torch.Tensor") -> None:
-        """Add one image: prediction and label (H,W), integers in [0, K); pixels with label 255 are ignored.
+        """Add one image: `count`, then `add`."""
+        self.add(self.count(prediction, label))
+
+    def count(self, prediction: "np.ndarray | torch.Tensor", label: "np.ndarray | torch.Tensor") -> "torch.Tensor":
+        """What `add` takes of one image, int64 (K·K+1): prediction and label (H,W), integers in [0, K); pixels with
+        label 255 are ignored. Several threads may call it at the same time.
 
         Raises ValueError if the two maps differ in size, and for a class out of range: immediately if this matrix is on
         the CPU, otherwise when `matrix` is read. mmsegmentation drops such labels from one count and keeps them in
@@ -91,12 +96,11 @@ class Confusion:
             raise ValueError(f"a prediction of {tuple(prediction.shape)} for a label of {tuple(label.shape)} (H, W)")
         device, classes = self._counts.device, self.num_classes
         if device.type == "cpu":
-            self._add(torch.from_numpy(self._count_pairs(prediction.cpu().numpy(), label.cpu().numpy())))
-            return
+            return torch.from_numpy(self._count_pairs(prediction.cpu().numpy(), label.cpu().numpy()))
         prediction, label = (t.to(device, non_blocking=True).flatten().long() for t in (prediction, label))
         known = (label >= 0) & (label < classes) & (prediction >= 0) & (prediction < classes)
         cell = torch.where(known, label * classes + prediction, classes**2)
-        self._add(torch.zeros_like(self._counts).scatter_add_(0, cell, (label != IGNORED).long()))
+        return torch.zeros_like(self._counts).scatter_add_(0, cell, (label != IGNORED).long())
 
     def _count_pairs(self, prediction: np.ndarray, label: np.ndarray) -> np.ndarray:
         """One image's counts, int64 (K·K+1), by OpenCV, in a tenth of the time of an index for each pixel."""
@@ -112,7 +116,8 @@ class Confusion:
             raise _out_of_range(label[valid], prediction[valid], classes)
         return np.append(inside.ravel(), 0)
 
-    def _add(self, counts: "torch.Tensor") -> None:
+    def add(self, counts: "torch.Tensor") -> None:
+        """Add what `count` returned of one image. The order of the images decides the interval."""
         self._counts += counts
         self._keep(counts[:-1].view(self.num_classes, self.num_classes))
 
@@ -194,12 +199,7 @@ class Confusion:
         """
         if self._images < 2:
             return None
-        means = resampled_miou(self.rows, resamples, np.random.default_rng(seed))
-        known = means[~np.isnan(means)]
-        if not len(known):
-            return None
-        low, high = np.percentile(known, [50 - level / 2, 50 + level / 2])
-        return Interval(float(low), float(high), level, resamples, seed)
+        return _middle(resampled_miou(self.rows, resamples, np.random.default_rng(seed)), level, resamples, seed)
 
     def majority_miou(self) -> float:
         """The mIoU [%] of predicting the most common class everywhere. A model that has learnt something exceeds it."""
@@ -207,6 +207,31 @@ class Confusion:
         if not labelled.sum():
             return float("nan")
         return float(percent(labelled.max(), labelled.sum())) / int((labelled > 0).sum())
+
+
+def difference_interval(
+    first: Confusion, second: Confusion, level: float = 95.0, resamples: int = 1000, seed: int = 0
+) -> Interval | None:
+    """The same as `Confusion.interval` for the difference `second` - `first` of two mIoUs [points] on the same images.
+
+    It is paired: each resample has the same images for both, so that what makes an image hard for both does not widen
+    the interval. Both must have counted the images in the same order; raises ValueError if their numbers differ.
+    """
+    rows = first.rows, second.rows
+    if len(rows[0]) != len(rows[1]):
+        raise ValueError(f"{len(rows[0])} and {len(rows[1])} images; expected the same images in both")
+    if len(rows[0]) < 2:
+        return None
+    before, after = (resampled_miou(each, resamples, np.random.default_rng(seed)) for each in rows)
+    return _middle(after - before, level, resamples, seed)
+
+
+def _middle(means: np.ndarray, level: float, resamples: int, seed: int) -> Interval | None:
+    known = means[~np.isnan(means)]
+    if not len(known):
+        return None
+    low, high = np.percentile(known, [50 - level / 2, 50 + level / 2])
+    return Interval(float(low), float(high), level, resamples, seed)
 
 
 def count_pairs(label: np.ndarray, prediction: np.ndarray) -> np.ndarray:

@@ -240,9 +240,13 @@ def say(job: Job, text: str) -> None:
 def evaluate(job: Job) -> bool:
     """Evaluates in float32, logs, keeps the best weights, draws pictures. False if a signal interrupted it.
 
+    A folded copy of the network computes, as in `ssaseg eval`, so that this prints the same score for the weights that
+    are kept. It takes the memory of the parameters once more, at a time when a step's activations take none.
+
     The weights were saved before this, so it is known that they are finite. The state that says "evaluated" is saved
     last.
     """
+    from ssaseg.cli.scoring.engines import TorchEngine
     from ssaseg.cli.scoring.evaluate import evaluate_model, state_protocol
 
     recipe, progress = job.recipe, job.progress
@@ -254,8 +258,9 @@ def evaluate(job: Job) -> bool:
     try:
         with job.averaged(), stance, faults.explained(job, evaluation=True):
             job.ranks.same_statistics(job.model)
+            engine = TorchEngine.of(job.model, job.device)
             confusion = evaluate_model(
-                job.model,
+                engine,
                 job.val_set,
                 recipe.test.model_dump(),
                 recipe.data.mean,
@@ -265,7 +270,9 @@ def evaluate(job: Job) -> bool:
                 stop=job.stop,
                 ranks=job.ranks,
             )
-            take_score(job, confusion, state_protocol(recipe.test, "val", len(job.val_set), len(job.val_set)), started)
+            count = len(job.val_set)
+            statement = f"{state_protocol(recipe.test, 'val', count, count)}; computed by {engine.what}"
+            take_score(job, confusion, statement, started)
     except Interrupted:
         say(job, f"stopped while evaluating step {progress.step}; state saved, continue with --resume")
         return False

@@ -28,7 +28,7 @@ from torch.distributed import run
 from torch.utils._pytree import tree_leaves
 
 from ssaseg.cli.errors import CommandError
-from ssaseg.cli.evaluation.report import run_eval
+from ssaseg.cli.evaluation.report import Request, run_eval
 from ssaseg.cli.main import cli
 from ssaseg.cli.ranks import launcher as launch
 from ssaseg.cli.ranks import ranks as distributed
@@ -359,7 +359,7 @@ def test_eval_on_three_ranks_is_eval_on_one(
         file = tmp_path / f"{count}.json"
         command = ["eval", str(checkpoint), "--data", str(recipe), "--json", str(file), "--device", "cpu", "--boundary"]
         if count == 1:
-            assert run_eval(checkpoint, str(recipe), None, "val", str(file), "cpu", boundary=True) == 0
+            assert run_eval([checkpoint], Request(data=str(recipe), boundary=True), str(file), "cpu") == 0
         else:
             capfd.readouterr()
             assert in_ranks(monkeypatch, count, changes.command, command) == 0

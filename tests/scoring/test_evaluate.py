@@ -15,7 +15,6 @@ from torch.nn import functional as F
 
 from ssaseg.cli.errors import CommandError
 from ssaseg.cli.evaluation import report as evaluate
-from ssaseg.cli.evaluation.report import run_eval
 from ssaseg.cli.main import cli
 from ssaseg.cli.profiling.profile import LiveTensors
 from ssaseg.cli.scoring.evaluate import evaluate_model
@@ -27,6 +26,12 @@ from ssaseg.models.labelling import label_map
 pytestmark = pytest.mark.usefixtures("one_thread")
 CPU = torch.device("cpu")
 MEAN, STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
+
+
+def run_eval(
+    file: Path, data: str | None, root: Path | None, split: str, json_out: str | None, device: str, **more: Any
+) -> int:
+    return evaluate.run_eval([file], evaluate.Request(data, root, split, **more), json_out, device)
 
 
 class Pairs:

@@ -74,7 +74,7 @@ def test_a_gpu_is_asked_once_at_the_end(monkeypatch: pytest.MonkeyPatch) -> None
     """`labels` then notes the range of each view; here a CPU that the code takes for a GPU."""
     engine = TorchEngine(network(float("nan")), torch.device("meta"))
     inference = Inference(engine, parse_protocol({"flip": True}, "test"), MEAN, STD)
-    monkeypatch.setattr(Inference, "_pixels", lambda self, each: each[None].permute(0, 3, 1, 2).float())
+    monkeypatch.setattr(Inference, "_pixels", lambda self, each: each.permute(0, 3, 1, 2).float())
     for spot, name in ((0, "a"), (255, "b"), (0, "c")):
         inference.labels([torch.from_numpy(image(spot))], (40, 48), name)
     assert inference.names == ["a", "a", "b", "b", "c", "c"]

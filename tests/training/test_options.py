@@ -1,6 +1,7 @@
 """What can be asked of the training: averaging, freezing, stopping early, compiling, determinism, time limits."""
 
 import errno
+import json
 import os
 import signal
 import time
@@ -14,6 +15,7 @@ from safetensors.torch import load_file
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ssaseg.cli.errors import CommandError
+from ssaseg.cli.evaluation.report import Request, run_eval
 from ssaseg.cli.training import build as jobs
 from ssaseg.cli.training import faults, window
 from ssaseg.cli.training import loop as train
@@ -85,6 +87,10 @@ def test_the_average_is_scored_and_kept_as_best(undisturbed: Job) -> None:
     if header["step"] == 6:
         assert all(torch.equal(best[key], value) for key, value in averages.items())
     assert header["scores"]["mIoU"] == undisturbed.progress.best_miou
+    report = undisturbed.folder / "report.json"
+    assert run_eval([undisturbed.folder / "best.safetensors"], Request(), str(report), "cpu") == 0
+    printed = json.loads(report.read_text())
+    assert {key: printed[key] for key in header["scores"]} == header["scores"], "the same arithmetic"
     assert of_last["scores"] == {}, "they are the average's"
 
 
