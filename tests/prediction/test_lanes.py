@@ -13,7 +13,7 @@ import torch
 from calling import call
 from predicting import files, picture, save_checkpoint, write
 
-from ssaseg.cli.prediction import predict
+from ssaseg.cli.prediction import labelling, predict
 from ssaseg.cli.scoring import lanes
 from ssaseg.cli.scoring.inference import predict_labels
 from ssaseg.datasets.decoding import read_image, read_mask
@@ -58,7 +58,7 @@ def test_side_by_side_is_as_one_after_the_other(tmp_path: Path, monkeypatch: pyt
         write(tmp_path / f"in/{index}.png", picture(40 + 8 * (index % 3), 56, index))
     (tmp_path / "in/4.png").write_bytes(b"no image")
     begun = []
-    monkeypatch.setattr(predict, "count_lanes", lambda images, pixels: begun.append((images, pixels)) or 3)
+    monkeypatch.setattr(labelling, "count_lanes", lambda images, pixels: begun.append((images, pixels)) or 3)
     results = {}
     for out, words in (("fast", ()), ("exact", ("--exact",))):
         result = call("predict", checkpoint, tmp_path / "in", "--out", tmp_path / out, *words)
@@ -83,8 +83,8 @@ def test_a_stopped_run_keeps_what_its_lanes_have_begun(tmp_path: Path, monkeypat
     checkpoint = save_checkpoint(tmp_path / "a.safetensors")
     for index in range(12):
         write(tmp_path / f"in/{index:02}.png", picture(seed=index))
-    monkeypatch.setattr(predict, "count_lanes", lambda images, pixels: 2)
-    begun, real = [], predict.Inference.predict
+    monkeypatch.setattr(labelling, "count_lanes", lambda images, pixels: 2)
+    begun, real = [], predict.Inference.predict_batch
 
     def stopping(*given: Any) -> Any:
         begun.append(given)
@@ -92,7 +92,7 @@ def test_a_stopped_run_keeps_what_its_lanes_have_begun(tmp_path: Path, monkeypat
             os.kill(os.getpid(), signal.SIGTERM)
         return real(*given)
 
-    monkeypatch.setattr(predict.Inference, "predict", stopping)
+    monkeypatch.setattr(predict.Inference, "predict_batch", stopping)
     result = call("predict", checkpoint, tmp_path / "in", "--out", tmp_path / "out")
     assert result.exit_code == 143
     assert 4 <= len(begun) < 12
