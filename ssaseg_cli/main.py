@@ -13,6 +13,7 @@ COMMANDS = {
     "predict": ("ssaseg.cli.prediction.command", "predict"),
     "explain": ("ssaseg.cli.explanation.command", "explain"),
     "profile": ("ssaseg.cli.profiling.command", "profile"),
+    "quantize": ("ssaseg.cli.quantization.command", "quantize"),
     "convert": ("ssaseg.cli.weights.command", "convert"),
     "weights": ("ssaseg.cli.weights.fetch_commands", "weights"),
     "compare": ("ssaseg.cli.comparison.command", "compare"),

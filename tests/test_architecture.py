@@ -33,8 +33,8 @@ MAY_IMPORT = {
 # here is a room of its own; "" is what else lies directly in the folder.
 ROOMS = {
     "cli": ["printing", "signals", "errors", "importing", "device", "console", "help_tables", "options", "drawing",
-            "ranks", "scoring", "weights", "engine", "evaluation", "data", "prediction", "profiling", "training",
-            "comparison", "explanation", ""],
+            "ranks", "scoring", "weights", "engine", "evaluation", "data", "prediction", "quantization", "profiling",
+            "training", "comparison", "explanation", ""],
     "models": ["rows", "layers", "stem", "classifiers", "decoder", "segmenter", "networks", "masks", "build",
                "official", "header", "checkpoint", ""],
 }  # fmt: skip

@@ -260,7 +260,7 @@ def graph_engine(path: Path, graph: Graph, backend: str, classes: int, precision
         if backend == "openvino":
             content = graph.content
             made = openvino_files.read_graph(content) if isinstance(content, bytes) else content
-            run = PerThreads(lambda n: openvino_files.runner(openvino_files.compile_graph(made, n, precision)))
+            run = PerThreads(lambda n: openvino_files.SizedRunner(made, n, precision))
         else:
             run = PerThreads(lambda n: onnx_runner(graph.content, n))
         run.ready()

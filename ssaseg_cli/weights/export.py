@@ -67,12 +67,14 @@ class Form:
     (uint8).
 
     `size`: the only (height, width) that the graph accepts; None: any. `verify`: an image or a folder of images.
+    `opset`: version of ONNX's operators.
     """
 
     output: str = "logits"
     input: str = "normalized"
     size: tuple[int, int] | None = None
     verify: str | None = None
+    opset: int = OPSET
 
 
 class Case(NamedTuple):
@@ -164,7 +166,7 @@ def make_export(
     header |= {"format": FORMAT, "input": form.input, "output": form.output, "size": form.size, "smallest": least}
     weights, run = None, None
     with _quiet():
-        content = pt2_bytes(program, header) if kind == ".pt2" else onnx_bytes(program, header)
+        content = pt2_bytes(program, header) if kind == ".pt2" else onnx_bytes(program, header, form.opset)
         if kind == ".xml":
             content, weights = from_onnx(content, header)
             run = runner(compile_graph(read_graph(content, weights)))
@@ -197,15 +199,17 @@ def _program(source: Path, network: Deployed, form: Form) -> ExportedProgram:
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Inside this context the exporters print no warnings."""
-    logger = logging.getLogger("torch.onnx")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL)  # errors are also raised
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
             yield
         finally:
-            logger.setLevel(level)
+            for logger, level in zip(loggers, levels, strict=True):
+                logger.setLevel(level)
 
 
 # ---- the two kinds of file ---------------------------------------------------------------------------------------
@@ -221,13 +225,16 @@ def pt2_runner(content: bytes) -> Run:
     return torch.export.load(BytesIO(content)).module()
 
 
-def onnx_bytes(program: ExportedProgram, header: Mapping[str, Any]) -> bytes:
-    """An ONNX file with the input `images` and one output, whose name is the kind of output."""
+def onnx_bytes(program: ExportedProgram, header: Mapping[str, Any], opset: int = OPSET) -> bytes:
+    """An ONNX file with the input `images` and one output, whose name is the kind of output.
+
+    Raises CommandError, with exit code 3, if PyTorch cannot write it with these operators.
+    """
     made = torch.onnx.export(
         program,
         (),
         dynamo=True,
-        opset_version=OPSET,
+        opset_version=opset,
         input_names=["images"],
         output_names=[header["output"]],
         external_data=False,
@@ -235,6 +242,11 @@ def onnx_bytes(program: ExportedProgram, header: Mapping[str, Any]) -> bytes:
     )
     assert made is not None
     proto = made.model_proto
+    written = {each.domain: each.version for each in proto.opset_import}[""]
+    if written != opset:  # PyTorch only warns if it cannot convert
+        raise CommandError(
+            f"--opset {opset}: not all operators can be converted to it, PyTorch wrote {written}\nleave it out", 3
+        )
     names = {str(side): name for side, name in zip(sides(program), ("height", "width"), strict=True)}
     for value in (*proto.graph.input, *proto.graph.output, *proto.graph.value_info):
         for dim in value.type.tensor_type.shape.dim:

@@ -5,6 +5,7 @@ Our header is a text of JSON in the graph's `rt_info`, under HEADER. The package
 
 import json
 import threading
+from collections import Counter
 from collections.abc import Callable, Mapping
 from functools import cache
 from importlib import import_module
@@ -21,6 +22,9 @@ from ssaseg.files.reading import read_file
 HEADER = "ssaseg"  # the key in rt_info
 
 HINTS = {"float32": "f32", "bf16": "bf16", "fp16": "f16"}
+# A graph is compiled for one size once REPEATS images of it have come, as that takes up to seconds; for SIZES sizes.
+REPEATS, SIZES = 8, 4
+
 CAPABILITIES = {"float32": "FP32", "bf16": "BF16", "fp16": "FP16"}
 
 
@@ -84,3 +88,31 @@ def runner(compiled: Any) -> Callable[[Tensor], Tensor]:
         return torch.from_numpy(own.request.infer([images.numpy()])[0])
 
     return run
+
+
+class SizedRunner:
+    """Computes a graph's first output; several threads may call it.
+
+    Code for any size is slow: for a size that comes again and again, the graph is compiled for it alone.
+    """
+
+    def __init__(self, graph: Any, threads: int | None = None, precision: str = "float32") -> None:
+        self.graph, self.threads, self.precision = graph, threads, precision
+        self.any_size = runner(compile_graph(graph, threads, precision))
+        self.seen: Counter[tuple[int, ...]] = Counter()
+        self.sized: dict[tuple[int, ...], Callable[[Tensor], Tensor]] = {}
+        self.lock = threading.Lock()
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """The graph's output for images (N,C,h,w)."""
+        shape = tuple(images.shape)
+        run = self.sized.get(shape)
+        if run is None and len(self.sized) < SIZES:
+            with self.lock:
+                self.seen[shape] += 1
+                if self.seen[shape] > REPEATS and shape not in self.sized and len(self.sized) < SIZES:
+                    graph = self.graph.clone()
+                    graph.reshape(list(shape))
+                    self.sized[shape] = runner(compile_graph(graph, self.threads, self.precision))
+                run = self.sized.get(shape)
+        return (run or self.any_size)(images)
