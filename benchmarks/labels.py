@@ -33,7 +33,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ssaseg.cli.profiling.profile import LiveTensors
+from ssaseg.cli.profiling.memory import LiveTensors
 from ssaseg.cli.scoring.engines import TorchEngine
 from ssaseg.datasets.colour import normalize
 from ssaseg.datasets.transforms import test_image

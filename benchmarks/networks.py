@@ -18,8 +18,8 @@ transformers is NVIDIA's: where no variant of ours has it, only the backbones do
 
 --general measures the paper's other networks, and what SSA costs on top of linear in each family, beside the paper.
 
-Roofline: network_roofline.py explains the bounds. "measured/bound" relates the eager network to all its operations, and
-the compiled networks to the products only.
+Roofline: see ssaseg.cli.profiling.roofline. "measured/bound" relates the eager network to all its operations, and the
+compiled networks to the products only.
 """
 
 import argparse
@@ -41,9 +41,9 @@ from typing import Any
 
 import torch
 from network_peers import peer_of
-from network_roofline import reached, roofline
 from network_sides import PEERS, THREADS, Case, in_form, our_network, seconds
 
+from ssaseg.cli.profiling.roofline import reached, roofline
 from ssaseg.models.fast import has_bfloat16
 
 ROOT = Path(__file__).parents[1]
@@ -236,7 +236,7 @@ def on_cpu(options: argparse.Namespace, cases: list[Case]) -> dict[str, Any]:
             share = f"{100 * found['same labels']:.3f} %{verdict('labels', found['same labels'])}"
             print(f"labels of {found['model']}, step {found['step']}: {share}, worst image {found['worst image']:.4f}")
     for case, result in zip(cases, measured, strict=True):
-        bound = result["roofline"] = roofline(case, speed)
+        bound = result["roofline"] = roofline(our_network(case), case.images(), speed)
         kinds = {"eager": "all, float32", "compiled": "products, float32"}
         kinds["fast"] = "products, bfloat16" if "bf16" in FORMS else kinds["compiled"]
         result["measured/bound"] = {

@@ -12,10 +12,11 @@ from itertools import pairwise
 from typing import Any
 
 import torch
-from network_roofline import Work
 from step_sides import Side
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
+
+from ssaseg.cli.profiling.roofline import Work
 
 ROUNDS = 5
 PRODUCTS = ("gemm", "conv", "cutlass", "xmma", "nvjet", "addmm", "bmm", "::mm", "fprop", "dgrad", "wgrad")

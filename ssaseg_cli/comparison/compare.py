@@ -10,7 +10,7 @@ import numpy as np
 
 from ssaseg.cli.console import json_target, print_table, write_json
 from ssaseg.cli.drawing import curves
-from ssaseg.cli.drawing.bars import finish_bars, save_figure, shorten
+from ssaseg.cli.drawing.bars import finish_bars, require_picture, save_figure, shorten
 from ssaseg.cli.drawing.curves import Record, line
 from ssaseg.cli.errors import CommandError
 from ssaseg.cli.printing import echo
@@ -88,7 +88,7 @@ def run_compare(runs: Sequence[Path], out: Path, json_out: str | None) -> int:
     Raises CommandError where none of them is a run folder, and where `out` is a file that this command did not write.
     """
     json_out = json_target(json_out)
-    require_writable(out)
+    require_picture(out, MARK["Software"])
     read = open_runs(runs)
     rows = [run.figures() for run in read]
     differences = recipe_differences(read)
@@ -268,28 +268,6 @@ def brief(value: Any, most: int = 40) -> str:
 
 
 # ---- drawing -----------------------------------------------------------------------------------------------------
-def require_writable(path: Path) -> None:
-    """Raises CommandError where `path` is not a .png, cannot be written, or is a file that another program wrote."""
-    from ssaseg.datasets.decoding import open_image
-    from ssaseg.files.reading import read_file
-
-    if path.suffix != ".png" or path.is_dir():
-        raise CommandError(f"--out {path}: expected a file that ends in .png")
-    if not path.parent.is_dir() or not os.access(path.parent, os.W_OK | os.X_OK):
-        raise CommandError(
-            f"--out {path}: {path.parent} is not a folder that can be written\ncreate it, or give another folder"
-        )
-    if not path.exists():
-        return
-    try:
-        with open_image(read_file(path)) as image:
-            ours = image.info.get("Software") == MARK["Software"]
-    except Exception:  # Pillow's readers raise ten types for damaged files
-        ours = False
-    if not ours:
-        raise CommandError(f"--out {path}: already exists and is not a picture of `ssaseg compare`\ngive another name")
-
-
 def draw(runs: Sequence[Run], classes: Sequence[Mapping[str, Any]], destination: Path) -> None:
     """Draws mIoU, the sum of the losses, each term that several runs have, learning rate, gradient norm and speed; on
     the right the classes that differ most.

@@ -1,6 +1,7 @@
 """Bar charts: IoU per class, and the most confused pairs of classes."""
 
 import io
+import os
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from ssaseg.cli.errors import CommandError
 from ssaseg.files.text import KEPT, printable
 from ssaseg.files.writing import write_atomic
 
@@ -102,3 +104,27 @@ def save_figure(
         warnings.filterwarnings("ignore", message="Glyph .* missing")
         figure.savefig(picture, dpi=110, metadata=metadata)
     write_atomic(destination, picture.getvalue(), sync=False, root=root)
+
+
+def require_picture(path: Path, command: str) -> None:
+    """Raises CommandError where `path`, of `--out`, is not a .png, cannot be written, or is a file that another program
+    wrote. command: what stands as Software in the pictures of this one, such as "ssaseg compare".
+    """
+    from ssaseg.datasets.decoding import open_image
+    from ssaseg.files.reading import read_file
+
+    if path.suffix != ".png" or path.is_dir():
+        raise CommandError(f"--out {path}: expected a file that ends in .png")
+    if not path.parent.is_dir() or not os.access(path.parent, os.W_OK | os.X_OK):
+        raise CommandError(
+            f"--out {path}: {path.parent} is not a folder that can be written\ncreate it, or give another folder"
+        )
+    if not path.exists():
+        return
+    try:
+        with open_image(read_file(path)) as image:
+            ours = image.info.get("Software") == command
+    except Exception:  # Pillow's readers raise ten types for damaged files
+        ours = False
+    if not ours:
+        raise CommandError(f"--out {path}: already exists and is not a picture of `{command}`\ngive another name")

@@ -1,13 +1,32 @@
 """`ssaseg profile`: its arguments and help. PyTorch is imported inside the function, so that `--help` is quick."""
 
+from pathlib import Path
+
 import click
 
-from ssaseg.cli.options import CLASSIFIERS, device_option, json_option
+from ssaseg.cli.options import CLASSIFIERS, device_option, existing_file, json_option
+
+SIZE = (512, 512)
+MOST = 4096  # images of a batch, threads
+
+
+def _numbers(context: click.Context, parameter: click.Parameter, value: str | None) -> tuple[int, ...]:
+    try:
+        numbers = tuple(int(number) for number in value.split(",")) if value is not None else ()
+    except ValueError:
+        numbers = (0,)
+    if not all(1 <= number <= MOST for number in numbers):
+        expected = f"whole numbers from 1 to {MOST} with commas between them, such as 1,2,4"
+        raise click.BadParameter(f"{value!r}: expected {expected}", context, parameter)
+    return tuple(dict.fromkeys(numbers))
 
 
 @click.command()
-@click.argument("target", metavar="[NAME|CHECKPOINT]", required=False)
+@click.argument("targets", metavar="[NAME|FILE]", nargs=-1)
 @click.option("--paper-table", is_flag=True, help="Measure the paper's networks, beside its figures.")
+@click.option(
+    "--scatter", is_flag=True, help="Draw latency against mIoU of run folders, checkpoints and reports of eval."
+)
 @click.option(
     "--classifier",
     "classifiers",
@@ -21,18 +40,34 @@ from ssaseg.cli.options import CLASSIFIERS, device_option, json_option
     nargs=2,
     type=click.IntRange(min=32),
     metavar="H W",
-    default=(512, 512),
     help="Height and width of the input [pixels].  [default: 512 512]",
+)
+@click.option("--image", type=existing_file, help="Image to measure on, prepared by the protocol of FILE.")
+@click.option("--roofline", is_flag=True, help="Beside the times, the least that this machine allows.")
+@click.option("--backends", is_flag=True, help="Compare PyTorch exact, folded and compiled, and other runtimes.")
+@click.option("--batch", "batches", metavar="N,N,...", callback=_numbers, help="Batch sizes to measure.")
+@click.option("--threads", metavar="N,N,...", callback=_numbers, help="Numbers of CPU threads to measure.")
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    help="With --scatter: the picture to write.  [default: scatter.png]",
 )
 @json_option
 @device_option
 @click.option("--runs", type=click.IntRange(min=1), default=30, show_default=True, help="Number of timed passes.")
 def profile(
-    target: str | None,
+    targets: tuple[str, ...],
     paper_table: bool,
+    scatter: bool,
     classifiers: tuple[str, ...],
     classes: int | None,
-    size: tuple[int, int],
+    size: tuple[int, int] | None,
+    image: Path | None,
+    roofline: bool,
+    backends: bool,
+    batches: tuple[int, ...],
+    threads: tuple[int, ...],
+    out: Path | None,
     json_out: str | None,
     device: str,
     runs: int,
@@ -40,35 +75,63 @@ def profile(
     """Measure parameters, compute, time and memory.
 
     Prints parameters [M], multiply-accumulates [GMACs], latency [ms] and peak memory of a network, with two or more
-    classifiers side by side. Give the NAME of a network or of a mask method, or a
-    CHECKPOINT.
+    classifiers side by side, and the time, share and memory of each stage from the image file to the file of labels.
+    Give the NAME of a network or of a mask method, or a FILE that `predict` takes. It is measured as `predict` runs it,
+    and beside it the exact network.
 
     \b
     Example:
       ssaseg profile seaformer_b --size 512 512
       ssaseg profile seaformer_b --classifier cac --classifier gmmseg
-      ssaseg profile runs/demo/best.safetensors --json profile.json
+      ssaseg profile runs/demo/best.safetensors --image photo.jpg --roofline --json profile.json
+      ssaseg profile runs/demo/best.safetensors --backends --batch 1,2,4 --threads 1,2
+      ssaseg profile --scatter runs/* scores.json --out scatter.png
       ssaseg profile --paper-table
     """
-    if (target is None) != paper_table:
-        raise click.UsageError("give either NAME|CHECKPOINT or --paper-table", click.get_current_context())
-    if target is None:
-        if classifiers or classes or size != (512, 512):
-            raise click.UsageError(
-                "--paper-table sets classifiers, classes and size itself; leave out these options",
-                click.get_current_context(),
-            )
+
+    def refuse(kind: str, given: dict[str, object]) -> None:
+        wrong = [name for name, value in given.items() if value]
+        if wrong:
+            raise click.UsageError(f"{wrong[0]} does not go with {kind}; leave it out", click.get_current_context())
+
+    one = {"--image": image, "--roofline": roofline, "--backends": backends, "--batch": batches, "--threads": threads}
+    sets = {"--classifier": classifiers, "--classes": classes}
+    if paper_table:
+        refuse("--paper-table", {"NAME|FILE": targets, "--scatter": scatter, "--size": size, "--out": out, **sets, **one})
         from ssaseg.cli.profiling.paper_table import run_paper_table
 
         return run_paper_table(json_out=json_out, device=device, runs=runs)
+    if scatter:
+        refuse("--scatter", {**sets, **one})
+        if not targets:
+            raise click.UsageError("--scatter: give run folders, checkpoints or reports", click.get_current_context())
+        from ssaseg.cli.profiling.scatter import run_scatter
+
+        picture = out or Path("scatter.png")
+        return run_scatter(
+            sources=targets, size=size or SIZE, out=picture, json_out=json_out, device=device, runs=runs
+        )
+    if len(targets) != 1:
+        got = f"got {len(targets)}: {' '.join(targets)}" if targets else "got none"
+        fix = "give one NAME or FILE, or --paper-table, or --scatter with several files"
+        raise click.UsageError(f"{got}; {fix}", click.get_current_context())
+    if out is not None:
+        raise click.UsageError("--out is only for --scatter; leave it out", click.get_current_context())
+    if image is not None and size is not None:
+        raise click.UsageError("give either --image or --size", click.get_current_context())
     from ssaseg.cli.profiling.profile import run_profile
 
     return run_profile(
-        target=target,
+        target=targets[0],
         classifiers=tuple(dict.fromkeys(classifiers)),
         classes=classes,
-        size=size,
+        size=size or SIZE,
         json_out=json_out,
         device=device,
         runs=runs,
+        image=image,
+        roofline=roofline,
+        backends=backends,
+        batches=batches,
+        threads=threads,
     )

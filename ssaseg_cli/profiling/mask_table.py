@@ -12,7 +12,10 @@ from torch import Tensor
 from ssaseg.cli.console import print_table
 from ssaseg.cli.errors import CommandError
 from ssaseg.cli.printing import echo
-from ssaseg.cli.profiling.profile import EVERY_OPERATION, count, mask_model, measure_latency
+from ssaseg.cli.profiling.counting import EVERY_OPERATION, count
+from ssaseg.cli.profiling.latency import measure_latency
+from ssaseg.cli.profiling.targets import mask_model
+from ssaseg.cli.scoring.engines import TorchEngine
 
 
 class Figures(NamedTuple):
@@ -51,13 +54,13 @@ def measure_masks(image: Tensor, runs: int) -> list[dict[str, Any]]:
             continue
         echo(f"{name} is measured", err=True)
         counts = count(model, image)
-        (timings,) = measure_latency([model.to(image.device)], image, runs)
+        (timings,) = measure_latency([TorchEngine.of(model, image.device)], image, runs)
         rows.append(describe(name, counts, figures) | timings)
     return rows
 
 
 def describe(name: str, counts: dict[str, Any], figures: Figures) -> dict[str, Any]:
-    """A row without timings: what `profile.count` found, beside what is known."""
+    """A row without timings: what `counting.count` found, beside what is known."""
     return {
         "model": name,
         "classifier": "masks",

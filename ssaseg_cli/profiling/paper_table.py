@@ -14,16 +14,12 @@ from torch import Tensor
 from ssaseg.cli.console import json_target, print_table, write_json
 from ssaseg.cli.device import select_device
 from ssaseg.cli.printing import echo
+from ssaseg.cli.profiling.counting import COUNTINGS, EVERY_OPERATION, MODULES_ONLY, count
+from ssaseg.cli.profiling.latency import measure_latency
 from ssaseg.cli.profiling.mask_table import measure_masks, print_masks
-from ssaseg.cli.profiling.profile import (
-    CLASSES,
-    COUNTINGS,
-    EVERY_OPERATION,
-    MODULES_ONLY,
-    conditions,
-    count,
-    measure_latency,
-)
+from ssaseg.cli.profiling.profile import conditions
+from ssaseg.cli.profiling.targets import CLASSES
+from ssaseg.cli.scoring.engines import TorchEngine
 from ssaseg.models import build_model
 
 SIZE = (512, 512)
@@ -95,15 +91,14 @@ def measure(name: str, image: Tensor, runs: int) -> list[dict[str, Any]]:
     """The rows of one network: with each classifier that the paper has figures of. `image` is on the device."""
     models = [build_model(name, CLASSES, classifier).eval().requires_grad_(False) for classifier in PAPER[name]]
     rows = [describe(name, model.classifier_name, count(model, image)) for model in models]
-    for row, timings in zip(
-        rows, measure_latency([model.to(image.device) for model in models], image, runs), strict=True
-    ):
+    engines = [TorchEngine.of(model, image.device, exact=True) for model in models]  # as the paper measures them
+    for row, timings in zip(rows, measure_latency(engines, image, runs), strict=True):
         row.update(timings)
     return rows
 
 
 def describe(name: str, classifier: str, counts: dict[str, Any]) -> dict[str, Any]:
-    """A row without timings: what `profile.count` found for a network, beside the paper's figures.
+    """A row without timings: what `counting.count` found for a network, beside the paper's figures.
 
     `parameters` [M], as the paper counts them: without SSA's teacher, but with auxiliary heads, and with those that the
     official model has but never uses. `deviation_percent`: None where the paper's figure is not known.
@@ -152,9 +147,10 @@ def print_paper_table(report: dict[str, Any]) -> None:
         echo(f"{name}: as in the paper, with {unused:,} parameters that the official model has but never uses")
     for name, meaning in COUNTINGS.items():
         echo(f"{name}: {meaning}")
-    conditions = f"{report['device']}, {report['threads']} CPU threads, torch {report['torch']}"
+    measured = f"{report['device']}, {report['threads']} CPU threads, torch {report['torch']}"
     echo(
-        f"latency: {conditions}; {report['runs']} timed passes each, in turn; the paper's latency: on its authors' GPU"
+        f"latency: of the exact networks, nothing folded; {measured}; {report['runs']} timed passes each, in turn; the "
+        "paper's latency: on its authors' GPU"
     )
     if report["masks"]:
         print_masks(report["masks"], report["rows"], _title(report))

@@ -24,7 +24,7 @@ def memory_limit(free: int | None = None) -> Iterator[None]:
     free: by default what the system has. Does nothing where that is not known.
     """
     free = free_memory() if free is None else free
-    used = _kilobytes("/proc/self/status", "VmData")
+    used = kilobytes("/proc/self/status", "VmData")
     if free is None or used is None or sys.platform != "linux":
         yield
         return
@@ -40,7 +40,7 @@ def memory_limit(free: int | None = None) -> Iterator[None]:
 
 def free_memory() -> int | None:
     """Bytes that the system can give to this process, within the limits of its container; None: not known."""
-    parts = [_kilobytes("/proc/meminfo", name) for name in FREE]
+    parts = [kilobytes("/proc/meminfo", name) for name in FREE]
     if parts[0] is None:
         return None
     free = sum(part or 0 for part in parts)
@@ -50,7 +50,7 @@ def free_memory() -> int | None:
     return max(free, 0)
 
 
-def _kilobytes(file: str, name: str) -> int | None:
+def kilobytes(file: str, name: str) -> int | None:
     """The value of a line "NAME: 12 kB", in bytes."""
     with contextlib.suppress(OSError):
         found = re.search(rf"^{name}:\s+(\d+) kB", read_text(file), re.MULTILINE)

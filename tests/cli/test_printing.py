@@ -78,7 +78,7 @@ def test_other_reports_are_written_before_they_are_printed(
     (tmp_path / "run").mkdir()
     (tmp_path / "run/metrics.jsonl").write_text('{"step": 1, "loss": 1.0}\n{"step": 1, "mIoU": 2.0, "IoU": [2.0]}\n')
     (tmp_path / "run/config.yaml").write_text("")
-    for place in ("console.echo", "data.check.echo", "profiling.profile.echo", "comparison.compare.echo"):
+    for place in ("console.echo", "data.check.echo", "profiling.tables.echo", "comparison.compare.echo"):
         module, _, name = f"ssaseg.cli.{place}".rpartition(".")
         __import__(module)
         monkeypatch.setattr(sys.modules[module], name, fail)

@@ -12,10 +12,12 @@ from torch import nn
 
 from ssaseg.cli.errors import CommandError
 from ssaseg.cli.main import cli
-from ssaseg.cli.profiling import mask_table
+from ssaseg.cli.profiling import counting, latency, mask_table
 from ssaseg.cli.profiling import paper_table as papertable
 from ssaseg.cli.profiling import profile as profiling
-from ssaseg.cli.profiling.profile import EVERY_OPERATION, MODULES_ONLY, LiveTensors, count_modules, run_profile
+from ssaseg.cli.profiling.counting import EVERY_OPERATION, MODULES_ONLY, count_modules
+from ssaseg.cli.profiling.memory import LiveTensors
+from ssaseg.cli.profiling.profile import run_profile
 from ssaseg.models import Segmenter, build_model, save_model
 from ssaseg.models.classifiers.linear import LinearClassifier
 from ssaseg.models.masks import peers
@@ -34,7 +36,7 @@ TIMINGS = {key: {"p50": 1.0, "p90": 2.0} for key in ("network_ms", "post_ms")}
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """No warm-up, and one thread: two wait for each other where other tests run beside these."""
-    monkeypatch.setattr(profiling, "WARM_UP", 0)
+    monkeypatch.setattr(latency, "WARM_UP", 0)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -133,7 +135,7 @@ def test_fused_attention_is_counted() -> None:
     block = vit_adapter.Block(192, 3, 0.0).eval().requires_grad_(False)
     model = Segmenter(block, nn.Identity(), LinearClassifier(192, 2))  # type: ignore[arg-type]
     model.forward = block.forward  # type: ignore[method-assign]
-    found = profiling.count(model, torch.zeros(1, 64, 192))["gmacs"][EVERY_OPERATION]
+    found = counting.count(model, torch.zeros(1, 64, 192))["gmacs"][EVERY_OPERATION]
     assert found * 1e9 == pytest.approx(12 * 64 * 192**2 + 2 * 64**2 * 192)
 
 

@@ -22,7 +22,7 @@ from places import GOLDEN
 from torch import Tensor
 
 from ssaseg.cli.profiling.mask_table import KNOWN
-from ssaseg.cli.profiling.profile import EVERY_OPERATION, count
+from ssaseg.cli.profiling.counting import EVERY_OPERATION, count
 from ssaseg.models import LossOptions, build_model, facts, list_mask_models, list_models
 from ssaseg.models.build import family_of
 from ssaseg.models.fast import accelerate

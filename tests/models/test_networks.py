@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from ssaseg.cli.profiling import paper_table
-from ssaseg.cli.profiling.profile import EVERY_OPERATION, MODULES_ONLY, count_modules
+from ssaseg.cli.profiling.counting import EVERY_OPERATION, MODULES_ONLY, count_modules
 from ssaseg.models import Segmenter, build_model, list_models, load_model, save_model
 from ssaseg.models.networks.efficientformer import RelativeBias
 

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from ssaseg.cli.errors import CommandError
 from ssaseg.cli.evaluation import report as evaluate
 from ssaseg.cli.main import cli
-from ssaseg.cli.profiling.profile import LiveTensors
+from ssaseg.cli.profiling.memory import LiveTensors
 from ssaseg.cli.scoring.evaluate import evaluate_model
 from ssaseg.cli.scoring.inference import Inference, predict_labels
 from ssaseg.cli.scoring.metrics import BLOCK

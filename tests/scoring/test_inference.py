@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from ssaseg.cli.prediction.predict import run_predict
-from ssaseg.cli.profiling.profile import LiveTensors
+from ssaseg.cli.profiling.memory import LiveTensors
 from ssaseg.cli.scoring.engines import TorchEngine
 from ssaseg.cli.scoring.inference import Inference, predict_labels, slide, state_views, windows
 from ssaseg.datasets import DataError

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from ssaseg.cli.evaluation import report
-from ssaseg.cli.profiling import profile as profiling
+from ssaseg.cli.profiling import counting, latency
 from ssaseg.cli.scoring.inference import predict_labels
 from ssaseg.cli.weights.matching import outline
 from ssaseg.datasets.colour import normalize
@@ -39,7 +39,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(resnet.DEPTHS, "r50", (1, 1, 1, 1))
     for name in ("CHANNELS", "WIDTH", "FEED"):
         monkeypatch.setattr(pem, name, 16)
-    monkeypatch.setattr(profiling, "WARM_UP", 0)
+    monkeypatch.setattr(latency, "WARM_UP", 0)
     monkeypatch.setattr(report, "WORKERS", 0)
 
 
@@ -92,7 +92,7 @@ def test_predict_eval_and_profile(tmp_path: Path, checkpoint: Path) -> None:
     measured = call("profile", checkpoint, "--size", "64", "64", "--runs", "1", "--json", "-", "--device", "cpu")
     (column,) = json.loads(measured.stdout)["columns"]
     product = 100 * len(CLASSES) * 64 * 64 / 1e9  # of masks and classes
-    assert column["gmacs"][profiling.EVERY_OPERATION] > product
+    assert column["gmacs"][counting.EVERY_OPERATION] > product
     deployed = call("convert", checkpoint, tmp_path / "small.safetensors", "--deploy").output
     assert "largest difference of the scores" in deployed
     assert "logits" not in deployed

@@ -1,0 +1,171 @@
+"""The same network in each way in which this machine can run it: exact, folded, compiled, and in other runtimes.
+
+Each way is built and measured in a process of its own, one after the other, so that its memory is its own. In this
+process it takes turns with the exact network: the ratio of the two does not depend on the load of the machine.
+"""
+
+import multiprocessing
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from multiprocessing.connection import Connection
+from statistics import median
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ssaseg.cli.device import select_device
+from ssaseg.cli.engine.opening import Opened, make_engine
+from ssaseg.cli.errors import CommandError
+from ssaseg.cli.printing import echo
+from ssaseg.cli.profiling.latency import now, quantiles
+from ssaseg.cli.profiling.memory import process_peak
+from ssaseg.cli.profiling.targets import open_targets
+from ssaseg.models.fast import accelerate, has_bfloat16, has_compiler
+from ssaseg.models.labelling import label_map
+from ssaseg.models.masks.base import MaskSegmenter
+
+PAUSE = 0.02  # seconds between two turns: threads of the other runtime that still spin would slow down this one
+
+
+class Way(NamedTuple):
+    """A way to run a network."""
+
+    backend: str
+    precision: str
+    form: str = ""  # of torch: exact, folded or compiled
+
+    @property
+    def name(self) -> str:
+        """For example "torch, folded, float32"."""
+        return ", ".join(filter(None, (self.backend, self.form, self.precision)))
+
+
+class Order(NamedTuple):
+    """What a process measures; all values can be sent to it."""
+
+    target: str
+    classifiers: tuple[str, ...]
+    classes: int | None
+    way: Way
+    pixels: np.ndarray  # float32 (1,C,h,w), normalised
+    size: tuple[int, ...]  # of the image (H, W), whose labels are compared
+    device: str
+    threads: int
+    rounds: int
+
+
+def ways_of(opened: Opened, device: torch.device) -> list[Way]:
+    """All ways for this network on this device; packages may be missing for some. Raises CommandError for other files."""
+    if opened.model is None:
+        raise CommandError(
+            f"--backends: {opened.path}: only {opened.kind} runs this file\ngive the checkpoint that it was made from"
+        )
+    precisions = ["float32", *["bf16"] * has_bfloat16(device), *["fp16"] * (device.type == "cuda")]
+    ways = [Way("torch", "float32", "exact")]
+    if isinstance(opened.model, MaskSegmenter):  # nothing is folded, and other runtimes do not have its operations
+        return ways
+    ways += [Way("torch", precision, "folded") for precision in precisions]
+    if has_compiler(device):
+        ways += [Way("torch", precision, "compiled") for precision in precisions]
+    ways += [Way("onnxruntime", "float32")]
+    ways += [Way("openvino", precision) for precision in precisions if precision != "fp16"]
+    return ways
+
+
+def measure_backends(orders: Sequence[Order]) -> Iterator[dict[str, Any]]:
+    """A row for each order: `name`, and what `measure_way` returns or, where that failed, `failed`: why."""
+    for order in orders:
+        echo(f"{order.way.name} is built and measured", err=True)
+        yield {"name": order.way.name, **in_own_process(measure_way, order)}
+
+
+def measure_way(order: Order) -> dict[str, Any]:
+    """Builds one way and measures it in turn with the exact network; for a process that does only this.
+
+    Keys: `build_s`: building and the first pass; `network_ms`; `ratio`: the exact network's time divided by this one's;
+    `same_labels`: share of pixels; `peak_mib` of the process, and `libraries_mib` of it before building; None where the
+    system does not say it.
+    """
+    torch.set_num_threads(order.threads)
+    device = select_device(order.device)
+    (opened,) = open_targets(order.target, order.classifiers, order.classes)
+    pixels = torch.from_numpy(order.pixels).to(device)
+    before = process_peak()
+    started = now(device)
+    run = build(opened, order.way, device)
+    with torch.no_grad():  # not inference_mode, whose tensors compiled code cannot always use
+        logits = run(pixels)
+        spent = now(device) - started
+        for _ in range(2):
+            run(pixels)
+        peak = process_peak()
+        exact = build(opened, Way("torch", "float32", "exact"), device)
+        size = tuple(pixels.shape[-2:])
+        equal = (label_map(logits, size, order.size) == label_map(exact(pixels), size, order.size)).double().mean()
+        times = take_turns([exact, run], pixels, order.rounds)
+    return {
+        "build_s": spent,
+        **quantiles({"network_ms": times[1]}),
+        "ratio": median(slow / quick for slow, quick in zip(*times, strict=True)),
+        "same_labels": equal.item(),
+        "peak_mib": None if peak is None else peak / 2**20,
+        "libraries_mib": None if before is None else before / 2**20,
+    }
+
+
+def build(opened: Opened, way: Way, device: torch.device) -> Callable[[Tensor], Tensor]:
+    """A function from pixels to logits float32. Raises CommandError where packages are missing."""
+    if way.form == "compiled":
+        assert opened.model is not None
+        dtype = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[way.precision]
+        return accelerate(opened.model.to(device), dtype, compiled=True)
+    engine = make_engine(opened, device, way.precision, way.backend, exact=way.form == "exact")
+    return lambda pixels: engine.logits(pixels).final
+
+
+def take_turns(runs: Sequence[Callable[[Tensor], Tensor]], pixels: Tensor, rounds: int) -> list[list[float]]:
+    """Times [ms] of each function, one per round. Before each timed pass there is a pause and a pass that is not timed."""
+    times: list[list[float]] = [[] for _ in runs]
+    for _ in range(rounds):
+        for run, spent in zip(runs, times, strict=True):
+            time.sleep(PAUSE)
+            run(pixels)
+            started = now(pixels.device)
+            run(pixels)
+            spent.append(1e3 * (now(pixels.device) - started))
+    return times
+
+
+def in_own_process(function: Callable[[Order], dict[str, Any]], order: Order) -> dict[str, Any]:
+    """What `function` returns in a new process; {"failed": why} if it raises an error, or if the process is killed."""
+    context = multiprocessing.get_context("spawn")
+    receiving, sending = context.Pipe(duplex=False)
+    process = context.Process(target=_answer, args=(sending, function, order))
+    process.start()
+    sending.close()  # else the end of the process would not be noticed
+    try:
+        answer: dict[str, Any] = receiving.recv()
+    except EOFError:
+        process.join()
+        why = "killed, for example as memory was used up" if process.exitcode == -9 else f"exit code {process.exitcode}"
+        return {"failed": f"the process ended: {why}"}
+    finally:
+        process.kill()  # also after Ctrl-C: a compilation takes a minute
+        process.join()
+    return answer
+
+
+def _answer(sending: Connection, function: Callable[[Order], dict[str, Any]], order: Order) -> None:
+    """Runs in the new process."""
+    try:
+        answer = function(order)
+    except Exception as error:  # each runtime and the compiler have their own types
+        if os.environ.get("SSASEG_DEBUG") == "1":
+            raise
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        # Of ours all lines: they have the pip command.
+        answer = {"failed": "; ".join(lines) if isinstance(error, CommandError) else lines[0]}
+    sending.send(answer)
