@@ -30,7 +30,7 @@ EXPECTED = "expected a run folder, a checkpoint of `ssaseg train`, or a report o
 class Scored(NamedTuple):
     """A checkpoint and its score."""
 
-    checkpoint: Path
+    opened: Opened
     miou: float  # [%]
     interval: tuple[float, float] | None  # of the mIoU, 95 %; None: not known
     statement: str  # how it was scored
@@ -48,16 +48,15 @@ def run_scatter(
     json_out = json_target(json_out)
     require_picture(out, MARK["Software"])
     scored = [each for source in sources for each in read_source(Path(source))]
-    opened = [open_file(each.checkpoint) for each in scored]
-    engines = [make_engine(each, chosen) for each in opened]
+    engines = [make_engine(each.opened, chosen) for each in scored]
     spent: list[dict[str, Any]] = [{} for _ in engines]
     for channels in {engine.channels for engine in engines}:
         which = [index for index, engine in enumerate(engines) if engine.channels == channels]
         pixels = torch.randn(1, channels, *size, generator=torch.Generator().manual_seed(0)).to(chosen)
         for index, found in zip(which, measure_latency([engines[i] for i in which], pixels, runs), strict=True):
             spent[index] = found
-    points = describe(scored, opened, spent)
-    notes = remarks(scored, opened)
+    points = describe(scored, spent)
+    notes = remarks(scored)
     report = {"size": list(size), **conditions(chosen, runs), "points": points, "notes": notes}
     del report["countings"]
     draw(report, out)
@@ -79,33 +78,37 @@ def read_source(source: Path) -> list[Scored]:
     if not path.is_file():
         why = f"no {BEST} in it" if source.is_dir() else "no such file or folder"
         raise CommandError(f"{source}: {why}\n{EXPECTED}")
-    metadata = open_file(path).metadata
-    scores = metadata.get("scores") or {}
+    opened = open_file(path)
+    scores = opened.metadata.get("scores") or {}
     if not is_score(scores.get("mIoU")):
         fix = f"score it first: ssaseg eval {path} --json report.json, and give report.json"
         raise CommandError(f"{path}: it has no mIoU in its header\n{fix}")
     statement = scores.get("statement")
-    return [Scored(path, float(scores["mIoU"]), None, statement if isinstance(statement, str) else "")]
+    return [Scored(opened, float(scores["mIoU"]), None, statement if isinstance(statement, str) else "")]
 
 
 def read_report(source: Path) -> list[Scored]:
-    """The checkpoint and score of a report of `ssaseg eval --json`."""
+    """The checkpoints and scores of a report of `ssaseg eval --json`, of one file or of several."""
     try:
         report = read_json(source)
     except ValueError as error:
         raise CommandError(f"{source}: not JSON ({error})\n{EXPECTED}") from None
+    several = report.get("models") if isinstance(report, dict) else None
+    return [_scored(source, each) for each in (several if isinstance(several, list) and several else [report])]
+
+
+def _scored(source: Path, report: Any) -> Scored:
+    """One file of a report."""
     if not isinstance(report, dict) or not isinstance(report.get("checkpoint"), str) or not is_score(report.get("mIoU")):
         raise CommandError(f"{source}: no checkpoint with an mIoU in it\n{EXPECTED}")
     interval, statement = report.get("mIoU_interval"), report.get("statement")
     ends = [interval.get(key) for key in ("low", "high")] if isinstance(interval, dict) else []
-    return [
-        Scored(
-            find_checkpoint(source, Path(report["checkpoint"])),
-            float(report["mIoU"]),
-            (float(ends[0]), float(ends[1])) if ends and all(map(is_score, ends)) else None,
-            statement if isinstance(statement, str) else "",
-        )
-    ]
+    return Scored(
+        open_file(find_checkpoint(source, Path(report["checkpoint"]))),
+        float(report["mIoU"]),
+        (float(ends[0]), float(ends[1])) if ends and all(map(is_score, ends)) else None,
+        statement if isinstance(statement, str) else "",
+    )
 
 
 def find_checkpoint(report: Path, checkpoint: Path) -> Path:
@@ -124,23 +127,21 @@ def is_score(value: object) -> bool:
 
 
 # ---- results -----------------------------------------------------------------------------------------------------
-def describe(
-    scored: Sequence[Scored], opened: Sequence[Opened], spent: Sequence[Mapping[str, Any]]
-) -> list[dict[str, Any]]:
+def describe(scored: Sequence[Scored], spent: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """The points of the report, the fastest first. `front`: no other is both faster and better."""
     points: list[dict[str, Any]] = [
         {
             "name": name,
-            "checkpoint": str(each.checkpoint),
-            "model": file.metadata.get("model"),
-            "classifier": file.metadata.get("classifier"),
+            "checkpoint": str(each.opened.path),
+            "model": each.opened.metadata.get("model"),
+            "classifier": each.opened.metadata.get("classifier"),
             "mIoU": each.miou,
             "mIoU_interval": each.interval,
             "statement": each.statement,
             **times,
             "latency_ms": times["network_ms"]["p50"] + times["post_ms"]["p50"],
         }
-        for name, each, file, times in zip(names_of(opened), scored, opened, spent, strict=True)
+        for name, each, times in zip(names_of([each.opened for each in scored]), scored, spent, strict=True)
     ]
     points.sort(key=lambda point: (point["latency_ms"], -point["mIoU"]))
     best = -1.0
@@ -163,10 +164,10 @@ def names_of(opened: Sequence[Opened]) -> list[str]:
     ]
 
 
-def remarks(scored: Sequence[Scored], opened: Sequence[Opened]) -> list[str]:
+def remarks(scored: Sequence[Scored]) -> list[str]:
     """Why the scores cannot be compared, where they cannot."""
     notes = []
-    if len({tuple(each.metadata["classes"]) for each in opened}) > 1:
+    if len({tuple(each.opened.metadata["classes"]) for each in scored}) > 1:
         notes.append("the checkpoints have different classes, so their mIoUs cannot be compared")
     elif len({each.statement for each in scored}) > 1:
         notes.append("the mIoUs were measured in different ways (see statement in --json), so they cannot be compared")

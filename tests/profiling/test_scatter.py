@@ -65,12 +65,13 @@ def test_a_report_finds_its_checkpoint(checkpoint: Path, tmp_path: Path, monkeyp
     (tmp_path / "sub").mkdir()
     for name in ("best.safetensors", "runs/gone/best.safetensors"):
         (found,) = read_source(report(tmp_path / "scores.json", name))
-        assert found == (tmp_path / "best.safetensors", 61.0, (60.0, 63.0), "val split")
+        assert found.opened.path == tmp_path / "best.safetensors"
+        assert found[1:] == (61.0, (60.0, 63.0), "val split")
     with pytest.raises(CommandError, match="does not exist\nrun the command in the folder where"):
         read_source(report(tmp_path / "sub/scores.json", "best.safetensors"))
     monkeypatch.chdir(tmp_path)
     (found,) = read_source(report(tmp_path / "sub/scores.json", "best.safetensors"))
-    assert found.checkpoint == Path("best.safetensors")
+    assert found.opened.path == Path("best.safetensors")
 
 
 @pytest.mark.parametrize(
