@@ -110,7 +110,9 @@ def name_points(axes: Any, points: Sequence[Point]) -> None:
         taken.append((x - 1, min(ends, default=y), x + 1, max(ends, default=y)))
     for point in points:
         anchor = (point.x, point.y)
-        text = axes.annotate(shorten(point.name, 40), anchor, (0, 0), textcoords="offset points", fontsize=8.5, zorder=4)
+        text = axes.annotate(
+            shorten(point.name, 40), anchor, (0, 0), textcoords="offset points", fontsize=8.5, zorder=4
+        )
         text.set_in_layout(False)
         extent, (x, y) = text.get_window_extent(renderer), axes.transData.transform(anchor)
 
@@ -121,7 +123,7 @@ def name_points(axes: Any, points: Sequence[Point]) -> None:
             return left, bottom, left + extent.width, bottom + extent.height
 
         def covered(place: tuple[int, tuple[int, int]], area: float = extent.width * extent.height) -> float:
-            own = box(place)  # noqa: B023 (used in this round only)
+            own = box(place)
             return sum(_shared(own, other) for other in taken) + area - _shared(own, inside)
 
         gap, (right, up) = place = min(product(GAPS, DIRECTIONS), key=covered)  # the first of equal ones

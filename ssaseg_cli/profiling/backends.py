@@ -58,7 +58,7 @@ class Order(NamedTuple):
 
 
 def ways_of(opened: Opened, device: torch.device) -> list[Way]:
-    """All ways for this network on this device; packages may be missing for some. Raises CommandError for other files."""
+    """All ways for a network on this device; packages may be missing for some. Raises CommandError for other files."""
     if opened.model is None:
         raise CommandError(
             f"--backends: {opened.path}: only {opened.kind} runs this file\ngive the checkpoint that it was made from"
@@ -127,7 +127,7 @@ def build(opened: Opened, way: Way, device: torch.device) -> Callable[[Tensor], 
 
 
 def take_turns(runs: Sequence[Callable[[Tensor], Tensor]], pixels: Tensor, rounds: int) -> list[list[float]]:
-    """Times [ms] of each function, one per round. Before each timed pass there is a pause and a pass that is not timed."""
+    """Times [ms] of each function, one per round. A pause and a pass that is not timed come before each."""
     times: list[list[float]] = [[] for _ in runs]
     for _ in range(rounds):
         for run, spent in zip(runs, times, strict=True):

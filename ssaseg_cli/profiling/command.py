@@ -97,7 +97,9 @@ def profile(
     one = {"--image": image, "--roofline": roofline, "--backends": backends, "--batch": batches, "--threads": threads}
     sets = {"--classifier": classifiers, "--classes": classes}
     if paper_table:
-        refuse("--paper-table", {"NAME|FILE": targets, "--scatter": scatter, "--size": size, "--out": out, **sets, **one})
+        refuse(
+            "--paper-table", {"NAME|FILE": targets, "--scatter": scatter, "--size": size, "--out": out, **sets, **one}
+        )
         from ssaseg.cli.profiling.paper_table import run_paper_table
 
         return run_paper_table(json_out=json_out, device=device, runs=runs)
@@ -108,9 +110,7 @@ def profile(
         from ssaseg.cli.profiling.scatter import run_scatter
 
         picture = out or Path("scatter.png")
-        return run_scatter(
-            sources=targets, size=size or SIZE, out=picture, json_out=json_out, device=device, runs=runs
-        )
+        return run_scatter(sources=targets, size=size or SIZE, out=picture, json_out=json_out, device=device, runs=runs)
     if len(targets) != 1:
         got = f"got {len(targets)}: {' '.join(targets)}" if targets else "got none"
         fix = "give one NAME or FILE, or --paper-table, or --scatter with several files"

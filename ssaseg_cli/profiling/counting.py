@@ -44,8 +44,8 @@ POOLINGS = (nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveMaxPool2d, nn.AdaptiveAvgPool
 def count(model: Segmenter, image: Tensor) -> dict[str, Any]:
     """Parameters, and giga multiply-accumulates of one pass over `image` (1,3,H,W); both on the CPU.
 
-    The parameters of the model take no gradient: otherwise the flop counter would hook the arguments of each module, which
-    fails for an argument that is a parameter itself, such as the table of prototypes of SSA.
+    The parameters of the model take no gradient: otherwise the flop counter would hook the arguments of each module,
+    which fails for an argument that is a parameter itself, such as SSA's table of prototypes.
 
     `parameters_deployed` does not count what only training uses: SSA's teacher branch and auxiliary heads, whose own
     number is `parameters_auxiliary`. `memory_mib`: the memory of pixels that some classifiers keep in training.
@@ -118,4 +118,3 @@ def module_operations(module: nn.Module, given: Any, output: Any) -> int:
     if isinstance(module, nn.Upsample):
         return output[0].numel()
     return 0
-

@@ -17,8 +17,8 @@ WARM_UP = 3  # passes before the first timed one
 def measure_latency(engines: Sequence[Engine], pixels: Tensor, runs: int) -> list[dict[str, Any]]:
     """p50 and p90 [ms] of network and post-processing, per engine. The engines take turns.
 
-    Post-processing: both bilinear steps and the arg-max; the labels stay on the device. The pixels (1,C,H,W) are already
-    on the device.
+    Post-processing: both bilinear steps and the arg-max; the labels stay on the device. The pixels (1,C,H,W) are
+    already on the device.
     """
     size = tuple(pixels.shape[-2:])
     times: list[dict[str, list[float]]] = [{"network_ms": [], "post_ms": []} for _ in engines]

@@ -16,8 +16,8 @@ from ssaseg.models.labelling import label_map
 
 
 def peak_memory(engine: Engine, pixels: Tensor) -> int | None:
-    """Largest number of bytes held during one pass, with post-processing: the model's tensors, the pixels (N,C,H,W), all
-    results. None if another runtime than PyTorch computes.
+    """Largest number of bytes held during one pass, with post-processing: the model's tensors, the pixels (N,C,H,W),
+    all results. None if another runtime than PyTorch computes.
 
     Measured by `max_memory_allocated` on CUDA, and on the CPU by `LiveTensors`, which misses the memory that operations
     use internally.
@@ -106,7 +106,8 @@ class LiveTensors(TorchDispatchMode):
         self.now -= size
 
 
-
 def process_peak() -> int | None:
     """The most bytes of memory that this process has had so far; None where the system does not say it."""
-    return kilobytes("/proc/self/status", "VmHWM")  # not ru_maxrss, which counts the parent's memory before it starts us
+    return kilobytes(
+        "/proc/self/status", "VmHWM"
+    )  # not ru_maxrss, which counts the parent's memory before it starts us

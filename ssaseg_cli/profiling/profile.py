@@ -85,7 +85,9 @@ def require_threads(threads: Sequence[int], device: torch.device) -> None:
     if threads and device.type != "cpu":
         raise CommandError(f"--threads: only for a CPU, and this device is {device.type}\nadd --device cpu")
     if max(threads, default=1) > count_cores():
-        raise CommandError(f"--threads {max(threads)}: this process may use {count_cores()} cores\ngive at most as many")
+        raise CommandError(
+            f"--threads {max(threads)}: this process may use {count_cores()} cores\ngive at most as many"
+        )
 
 
 def measure(
@@ -105,7 +107,12 @@ def measure(
     exact = [exact_engine(each, engine) for each, engine in zip(opened, engines, strict=True)]
     pixels = on_cpu.to(device)
     every = [engine for pair in zip(engines, exact, strict=True) for engine in pair if engine is not None]
-    timings = iter([{"engine": engine.what, **found} for engine, found in zip(every, measure_latency(every, pixels, runs), strict=True)])
+    timings = iter(
+        [
+            {"engine": engine.what, **found}
+            for engine, found in zip(every, measure_latency(every, pixels, runs), strict=True)
+        ]
+    )
     columns: list[dict[str, Any]] = []
     for each, numbers, engine, plain in zip(opened, counts, engines, exact, strict=True):
         column = {"classifier": each.metadata.get("classifier"), **numbers, **next(timings)}

@@ -78,7 +78,7 @@ def reached(rounds: int = 20, device: torch.device = CPU) -> dict[str, float]:
         return min(found)
 
     def product(dtype: torch.dtype) -> float:
-        # Emulated bfloat16 is a hundred times slower: the full size would take minutes, for a bound that nobody reaches.
+        # Emulated bfloat16 is a hundred times slower: the full size would take minutes, for a bound out of reach.
         side = SIDES[device.type] if dtype == torch.float32 or has_bfloat16(device) else 128
         square = torch.randn(side, side, device=device).to(dtype)
         # In bfloat16 the speed depends on which operand is transposed, and the faster one is not always the same.
@@ -129,9 +129,9 @@ def roofline(model: nn.Module, images: Tensor, speed: Mapping[str, float]) -> di
     }
 
 
-@torch.inference_mode()
+@torch.no_grad()  # in inference mode, convolutions would not come as the operations that the flop counter knows
 def stage_bounds(each: Pass, speed: Mapping[str, float], measured: Mapping[str, float]) -> list[dict[str, Any]]:
-    """Work and least times of the network's stages, and the last row of all together; empty if another runtime computes.
+    """Work and least times of the network's stages; the last row: all together. Empty if another runtime computes.
 
     measured: times [ms] of the stages. Keys: `gmacs`; `operations`; `mb`: bytes of all operations; `least_ms`: for all
     operations; `products_ms`: for products only; `ms`: measured; `ratio`: measured by `least_ms`.

@@ -99,7 +99,11 @@ def read_report(source: Path) -> list[Scored]:
 
 def _scored(source: Path, report: Any) -> Scored:
     """One file of a report."""
-    if not isinstance(report, dict) or not isinstance(report.get("checkpoint"), str) or not is_score(report.get("mIoU")):
+    if (
+        not isinstance(report, dict)
+        or not isinstance(report.get("checkpoint"), str)
+        or not is_score(report.get("mIoU"))
+    ):
         raise CommandError(f"{source}: no checkpoint with an mIoU in it\n{EXPECTED}")
     interval, statement = report.get("mIoU_interval"), report.get("statement")
     ends = [interval.get(key) for key in ("low", "high")] if isinstance(interval, dict) else []
@@ -112,7 +116,7 @@ def _scored(source: Path, report: Any) -> Scored:
 
 
 def find_checkpoint(report: Path, checkpoint: Path) -> Path:
-    """The checkpoint of a report, whose path is relative to where `eval` ran; or a file of that name beside the report."""
+    """The checkpoint of a report: its path from where `eval` ran, or a file of that name beside the report."""
     for path in (checkpoint, report.parent / checkpoint, report.parent / checkpoint.name):
         if path.is_file():
             return path
@@ -159,9 +163,7 @@ def names_of(opened: Sequence[Opened]) -> list[str]:
     parts = [Path(os.path.realpath(each.path)).parts for each in opened]
     depth = next(n for n in range(1, 99) if len({part[-n:] for part in parts}) == len(set(parts)))
     ends = [os.path.join(*part[-max(depth, 2) :]) for part in parts]
-    return [
-        name if times[key] == 1 else f"{name} ({end})" for name, key, end in zip(plain, both, ends, strict=True)
-    ]
+    return [name if times[key] == 1 else f"{name} ({end})" for name, key, end in zip(plain, both, ends, strict=True)]
 
 
 def remarks(scored: Sequence[Scored]) -> list[str]:

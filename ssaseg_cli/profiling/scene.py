@@ -85,10 +85,12 @@ def picture_of(opened: Opened, file: Path | None, size: tuple[int, int]) -> Iter
 
 
 def drawn(size: tuple[int, int], channels: int) -> np.ndarray:
-    """A scene BGR uint8 (H,W,channels), always the same: of more than three channels, the others are copies of these."""
+    """A scene BGR uint8 (H,W,channels), always the same; channels beyond three are copies of the first three."""
     height, width = (max(side, SMALLEST) for side in size)
     try:
         image = render(height, width, np.random.default_rng(0))[0][: size[0], : size[1]]
     except (MemoryError, cv2.error):
-        raise CommandError(f"--size {size[0]} {size[1]}: not enough memory to draw an image\nuse a smaller --size") from None
+        raise CommandError(
+            f"--size {size[0]} {size[1]}: not enough memory to draw an image\nuse a smaller --size"
+        ) from None
     return np.ascontiguousarray(image[..., [channel % 3 for channel in range(channels)]])

@@ -93,8 +93,8 @@ class Pass:
 def measure_stages(passes: Sequence[Pass], runs: int) -> list[dict[str, Any]]:
     """Time and memory of each stage, for each of `passes`, which take turns.
 
-    Keys: `rows` with `stage`, `ms` (median), `share` of the sum, and `mib`: the most bytes of tensors and arrays that the
-    stage holds, with what it was given, without the weights; `sum_ms` of the rows; `whole_ms`: median of the whole.
+    Keys: `rows` with `stage`, `ms` (median), `share` of the sum, and `mib`: the most memory of tensors and arrays that
+    the stage holds, with what it was given, without the weights; `sum_ms` of the rows; `whole_ms`: median of the whole.
     """
     spent: list[dict[str, list[float]]] = [defaultdict(list) for _ in passes]
     wholes: list[list[float]] = [[] for _ in passes]

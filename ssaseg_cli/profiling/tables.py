@@ -25,7 +25,7 @@ def print_profile(report: Mapping[str, Any]) -> None:
     echo(f"engine: {', '.join(dict.fromkeys(column['engine'] for column in columns))}, which `ssaseg predict` uses")
     echo(f"{report['runs']} timed passes each, in turn; {report['threads']} CPU threads; torch {report['torch']}")
     if report["weights"] == "random":
-        echo("weights are random: a trained network may need less time for its labels, and back ends agree on more of them")
+        echo("weights are random: a trained network may need less time for labels, and back ends agree on more of them")
     print_stages(report)
     for column in columns:
         of = heading(column)
@@ -79,14 +79,16 @@ def print_stages(report: Mapping[str, Any]) -> None:
     found = [{row["stage"]: row for row in column["stages"]["rows"]} for column in columns]
     rows = []
     for stage in dict.fromkeys(name for each in found for name in each):
-        cells = [(f"{r['ms']:.2f}", f"{100 * r['share']:.1f} %", f"{r['mib']:.1f}") for r in (each[stage] for each in found)]
+        cells = [
+            (f"{r['ms']:.2f}", f"{100 * r['share']:.1f} %", f"{r['mib']:.1f}") for r in (each[stage] for each in found)
+        ]
         rows.append((stage, *(text for three in cells for text in three)))
     for label, key in (("sum of the stages", "sum_ms"), ("the whole, by the code of predict", "whole_ms")):
         rows.append((label, *(text for column in columns for text in (f"{column['stages'][key]:.2f}", "", ""))))
     print_table(("one image, one stage after the other", *heads), rows, f"image: {report['image']}")
     echo(
-        f"medians of {report['stage_runs']} passes; memory: tensors and arrays, without weights. Upsampling and arg-max "
-        "are one step, which never makes full-size logits. `predict` reads, labels and writes several images at a time"
+        f"medians of {report['stage_runs']} passes; memory: tensors and arrays, no weights. Upsampling and arg-max "
+        "are one step, without full-size logits. `predict` reads, labels and writes several images at a time"
     )
 
 
@@ -152,7 +154,7 @@ def print_backends(of: str, rows: Sequence[Mapping[str, Any]]) -> None:
             echo(f"not measured: {row['name']}: {printable(row['failed'])}")
     libraries = [row["libraries_mib"] for row in measured if row["libraries_mib"] is not None]
     if libraries:
-        echo(f"peak memory: of the process while it builds and runs; Python, libraries and weights: {min(libraries):.0f} MiB")
+        echo(f"peak memory: of the process while it builds and runs; before that: {min(libraries):.0f} MiB")
 
 
 def _both(times: Mapping[str, float]) -> str:

@@ -44,7 +44,9 @@ def open_targets(target: str, classifiers: Sequence[str], classes: int | None) -
     by_name = f", or profile the network by name: {opened.model.name}" if opened.model else ""
     if set(classifiers) - {own}:
         got = "" if own is None else f"its classifier is {own}, not "
-        raise CommandError(f"{target}: {got or '--classifier '}{', '.join(classifiers)}\nleave out --classifier{by_name}")
+        raise CommandError(
+            f"{target}: {got or '--classifier '}{', '.join(classifiers)}\nleave out --classifier{by_name}"
+        )
     if classes not in (None, count):
         raise CommandError(f"{target}: it has {count} classes, not {classes}\nleave out --classes{by_name}")
     if opened.model is not None:

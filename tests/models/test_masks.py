@@ -21,8 +21,8 @@ from masks import in_detectron2
 from places import GOLDEN
 from torch import Tensor
 
-from ssaseg.cli.profiling.mask_table import KNOWN
 from ssaseg.cli.profiling.counting import EVERY_OPERATION, count
+from ssaseg.cli.profiling.mask_table import KNOWN
 from ssaseg.models import LossOptions, build_model, facts, list_mask_models, list_models
 from ssaseg.models.build import family_of
 from ssaseg.models.fast import accelerate

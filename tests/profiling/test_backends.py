@@ -35,13 +35,12 @@ def test_a_row_of_the_folded_network() -> None:
 
 def test_other_labels_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     build = backends.build
-    monkeypatch.setattr(
-        backends,
-        "build",
-        lambda opened, way, device: (lambda pixels, run=build(opened, way, device): -run(pixels))
-        if way == FOLDED
-        else build(opened, way, device),
-    )
+
+    def opposite(opened: Opened, way: Way, device: torch.device) -> Any:
+        run = build(opened, way, device)
+        return (lambda pixels: -run(pixels)) if way == FOLDED else run
+
+    monkeypatch.setattr(backends, "build", opposite)
     assert measure_way(order())["same_labels"] < 0.5
 
 
@@ -91,7 +90,13 @@ def test_a_process_that_dies_is_a_row_and_not_the_end(monkeypatch: pytest.Monkey
 
 
 def test_the_table_names_what_is_missing(capsys: pytest.CaptureFixture[str]) -> None:
-    row = {"name": "torch", "network_ms": {"p50": 2.0, "p90": 3.0}, "ratio": 1.25, "same_labels": 0.9987, "build_s": 0.5}
+    row = {
+        "name": "torch",
+        "network_ms": {"p50": 2.0, "p90": 3.0},
+        "ratio": 1.25,
+        "same_labels": 0.9987,
+        "build_s": 0.5,
+    }
     rows = [row | {"peak_mib": None, "libraries_mib": None}, {"name": "openvino", "failed": "pip install openvino"}]
     print_backends("ssa", rows)
     out = capsys.readouterr().out

@@ -48,7 +48,9 @@ def test_the_whole_report(
     """Every table is printed, and its figures are those of the JSON."""
     speed = {"float32 operations/s": 1e11, "bfloat16 operations/s": 1e11, "cache bytes/s": 1e10, "memory bytes/s": 1e10}
     monkeypatch.setattr(profiling, "reached", lambda device: speed)
-    monkeypatch.setattr(profiling, "measure_backends", lambda orders: [{"name": o.way.name, "failed": "x"} for o in orders])
+    monkeypatch.setattr(
+        profiling, "measure_backends", lambda orders: [{"name": o.way.name, "failed": "x"} for o in orders]
+    )
     image, file = tmp_path / "photo.png", tmp_path / "report.json"
     cv2.imwrite(str(image), drawn((100, 100), 3))
     how: dict[str, Any] = {"image": image, "roofline": True, "backends": True, "batches": (1, 2), "threads": (1,)}
@@ -84,7 +86,9 @@ def test_a_size_beyond_memory_is_an_error(monkeypatch: pytest.MonkeyPatch) -> No
     assert "smaller --size" in result.output
 
 
-def test_the_speeds_are_measured_only_on_request(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_speeds_are_measured_only_on_request(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setattr(profiling, "reached", None)
     assert run_profile("seaformer_t", ["ssa"], 3, (32, 32), "-", "cpu", 1) == 0
     (column,) = json.loads(capsys.readouterr().out)["columns"]

@@ -95,7 +95,7 @@ def test_reports_that_are_none(content: str, said: str, tmp_path: Path) -> None:
 
 def test_sources_without_a_score(tmp_path: Path) -> None:
     for source in (tmp_path, tmp_path / "gone"):
-        with pytest.raises(CommandError, match="no such file|no best.safetensors in it"):
+        with pytest.raises(CommandError, match=r"no such file|no best\.safetensors in it"):
             read_source(source)
     save_model(tmp_path / "x.safetensors", build_model("seaformer_t", 5, "linear", memory=False), {})
     with pytest.raises(CommandError, match=r"no mIoU in its header\nscore it first: ssaseg eval"):

@@ -92,7 +92,9 @@ def test_memory_of_stages(network: Opened, picture: Picture, monkeypatch: pytest
 
     one.steps = [(name, large if name == "decoder" else each) for name, each in one.steps]
     encode = stages.encode_indices
-    monkeypatch.setattr(stages, "encode_indices", lambda *given: encode(*given) if len(np.zeros(2 * size, np.uint8)) else b"")
+    monkeypatch.setattr(
+        stages, "encode_indices", lambda *given: encode(*given) if len(np.zeros(2 * size, np.uint8)) else b""
+    )
     mib = {name: count / 2**20 for name, count in stages.stage_peaks(one).items()}
     assert 64 < mib["decoder"] < 100
     assert 128 < mib["encoding"] < 160
