@@ -1,6 +1,6 @@
 """Points with names in a plane: what a network scores, against the time that it takes."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -43,9 +43,11 @@ def draw_scatter(
     figure = Figure(figsize=(9, 6), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
-    for index, group in enumerate(dict.fromkeys(point.group for point in points)):
+    groups = list(dict.fromkeys(point.group for point in points))
+    colours = {group: COLOURS[index % len(COLOURS)] for index, group in enumerate(groups)}
+    for index, (group, colour) in enumerate(colours.items()):
         members = [point for point in points if point.group == group]
-        colour, marker = COLOURS[index % len(COLOURS)], MARKERS[index % len(MARKERS)]
+        marker = MARKERS[index % len(MARKERS)]
         axes.scatter(
             [point.x for point in members],
             [point.y for point in members],
@@ -68,7 +70,7 @@ def draw_scatter(
     axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=4, frameon=False, fontsize=9)
     axes.set_title(plain(title), fontsize=11)
     figure.canvas.draw()  # places the axes, so that lengths in pixels are known
-    name_points(axes, points)
+    name_points(axes, points, colours)
     save_figure(figure, destination, metadata)
 
 
@@ -98,7 +100,7 @@ def finish_axes(axes: Any, points: Sequence[Point], names: tuple[str, str]) -> N
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def name_points(axes: Any, points: Sequence[Point]) -> None:
+def name_points(axes: Any, points: Sequence[Point], colours: Mapping[str, str]) -> None:
     """Writes each name beside its point, where it covers no other name and no point; a far name gets a thin line."""
     renderer, scale = axes.figure.canvas.get_renderer(), axes.figure.dpi / 72
     inside = axes.get_window_extent(renderer).extents
@@ -128,7 +130,8 @@ def name_points(axes: Any, points: Sequence[Point]) -> None:
 
         gap, (right, up) = place = min(product(GAPS, DIRECTIONS), key=covered)  # the first of equal ones
         taken.append(box(place))
-        text.set(ha=("center", "left", "right")[right], va=("center", "bottom", "top")[up])
+        text.set_bbox({"facecolor": "white", "edgecolor": "none", "alpha": 0.75, "pad": 0.5})  # over the dashed line
+        text.set(color=colours[point.group], ha=("center", "left", "right")[right], va=("center", "bottom", "top")[up])
         text.set_position((right * gap, up * gap))
         if gap > GAPS[0]:
             arrow = {"arrowstyle": "-", "color": "0.6", "linewidth": 0.6, "shrinkA": 0, "shrinkB": DOT}
