@@ -4,30 +4,40 @@ Each way is built and measured in a process of its own, one after the other, so 
 process it takes turns with the exact network: the ratio of the two does not depend on the load of the machine.
 """
 
-import multiprocessing
+import json
 import os
+import signal
+import subprocess
+import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from multiprocessing.connection import Connection
+from contextlib import suppress
+from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from ssaseg.cli.console import write_json
 from ssaseg.cli.device import select_device
 from ssaseg.cli.engine.opening import Opened, make_engine
 from ssaseg.cli.errors import CommandError
 from ssaseg.cli.printing import echo
 from ssaseg.cli.profiling.latency import now, quantiles
 from ssaseg.cli.profiling.memory import process_peak
+from ssaseg.cli.profiling.scene import picture_of
 from ssaseg.cli.profiling.targets import open_targets
+from ssaseg.files.structured import parse_json, read_json
 from ssaseg.models.fast import accelerate, has_bfloat16, has_compiler
 from ssaseg.models.labelling import label_map
 from ssaseg.models.masks.base import MaskSegmenter
 
 PAUSE = 0.02  # seconds between two turns: threads of the other runtime that still spin would slow down this one
+
+
+PROGRAM = "import sys; from ssaseg.cli.profiling.backends import serve; serve(*sys.argv[1:])"
 
 
 class Way(NamedTuple):
@@ -44,14 +54,14 @@ class Way(NamedTuple):
 
 
 class Order(NamedTuple):
-    """What a process measures; all values can be sent to it."""
+    """What a process measures, in values of JSON."""
 
     target: str
     classifiers: tuple[str, ...]
     classes: int | None
     way: Way
-    pixels: np.ndarray  # float32 (1,C,h,w), normalised
-    size: tuple[int, ...]  # of the image (H, W), whose labels are compared
+    image: str | None
+    size: tuple[int, int]
     device: str
     threads: int
     rounds: int
@@ -79,7 +89,7 @@ def measure_backends(orders: Sequence[Order]) -> Iterator[dict[str, Any]]:
     """A row for each order: `name`, and what `measure_way` returns or, where that failed, `failed`: why."""
     for order in orders:
         echo(f"{order.way.name} is built and measured", err=True)
-        yield {"name": order.way.name, **in_own_process(measure_way, order)}
+        yield {"name": order.way.name, **in_own_process(order)}
 
 
 def measure_way(order: Order) -> dict[str, Any]:
@@ -92,7 +102,8 @@ def measure_way(order: Order) -> dict[str, Any]:
     torch.set_num_threads(order.threads)
     device = select_device(order.device)
     (opened,) = open_targets(order.target, order.classifiers, order.classes)
-    pixels = torch.from_numpy(order.pixels).to(device)
+    with picture_of(opened, order.image and Path(order.image), order.size) as picture:
+        pixels, shown = picture.prepare(picture.image, opened.metadata, device), picture.image.shape[:2]
     before = process_peak()
     started = now(device)
     run = build(opened, order.way, device)
@@ -104,7 +115,7 @@ def measure_way(order: Order) -> dict[str, Any]:
         peak = process_peak()
         exact = build(opened, Way("torch", "float32", "exact"), device)
         size = tuple(pixels.shape[-2:])
-        equal = (label_map(logits, size, order.size) == label_map(exact(pixels), size, order.size)).double().mean()
+        equal = (label_map(logits, size, shown) == label_map(exact(pixels), size, shown)).double().mean()
         times = take_turns([exact, run], pixels, order.rounds)
     return {
         "build_s": spent,
@@ -139,33 +150,36 @@ def take_turns(runs: Sequence[Callable[[Tensor], Tensor]], pixels: Tensor, round
     return times
 
 
-def in_own_process(function: Callable[[Order], dict[str, Any]], order: Order) -> dict[str, Any]:
-    """What `function` returns in a new process; {"failed": why} if it raises an error, or if the process is killed."""
-    context = multiprocessing.get_context("spawn")
-    receiving, sending = context.Pipe(duplex=False)
-    process = context.Process(target=_answer, args=(sending, function, order))
-    process.start()
-    sending.close()  # else the end of the process would not be noticed
-    try:
-        answer: dict[str, Any] = receiving.recv()
-    except EOFError:
-        process.join()
-        why = "killed, for example as memory was used up" if process.exitcode == -9 else f"exit code {process.exitcode}"
-        return {"failed": f"the process ended: {why}"}
-    finally:
-        process.kill()  # also after Ctrl-C: a compilation takes a minute
-        process.join()
-    return answer
+def in_own_process(order: Order) -> dict[str, Any]:
+    """What `measure_way` returns in a new process; {"failed": why} if it raises an error or is killed."""
+    with tempfile.TemporaryDirectory(prefix="ssaseg-") as folder:
+        answer = Path(folder, "answer.json")
+        # In a session of its own: Ctrl-C reaches only this process, which then ends that one and its compilers.
+        command = [sys.executable, "-c", PROGRAM, json.dumps(order), str(answer)]
+        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=2, start_new_session=True)
+        try:
+            code = process.wait()
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+        if answer.exists():
+            found: dict[str, Any] = read_json(answer)
+            return found
+    why = "killed, for example as memory was used up" if code == -signal.SIGKILL else f"exit code {code}"
+    return {"failed": f"its process ended without a result: {why}"}
 
 
-def _answer(sending: Connection, function: Callable[[Order], dict[str, Any]], order: Order) -> None:
-    """Runs in the new process."""
+def serve(order: str, answer: str) -> None:
+    """Measures an order given as JSON, and writes a file `answer`; for the new process."""
+    fields = parse_json(order)
+    fields[Order._fields.index("way")] = Way(*fields[Order._fields.index("way")])
     try:
-        answer = function(order)
+        found = measure_way(Order(*fields))
     except Exception as error:  # each runtime and the compiler have their own types
         if os.environ.get("SSASEG_DEBUG") == "1":
             raise
         lines = str(error).strip().splitlines() or [type(error).__name__]
         # Of ours all lines: they have the pip command.
-        answer = {"failed": "; ".join(lines) if isinstance(error, CommandError) else lines[0]}
-    sending.send(answer)
+        found = {"failed": "; ".join(lines) if isinstance(error, CommandError) else lines[0]}
+    write_json(answer, found)

@@ -66,7 +66,7 @@ def run_profile(
             report = measure(opened, picture, chosen, runs, roofline, batches, threads)
             for column, each in zip(report["columns"], opened, strict=True):
                 if ways:
-                    orders = orders_of(target, each, picture, ways, chosen, max(runs // FEWER, 1))
+                    orders = orders_of(target, each, image, (size[0], size[1]), ways, chosen, max(runs // FEWER, 1))
                     column["backends"] = list(measure_backends(orders))
         except (MemoryError, RuntimeError) as error:
             if not lacks_memory(error):
@@ -152,25 +152,19 @@ def exact_engine(opened: Opened, engine: Engine) -> Engine | None:
 
 
 def orders_of(
-    target: str, opened: Opened, picture: Picture, ways: Sequence[Way], device: torch.device, rounds: int
+    target: str,
+    opened: Opened,
+    image: Path | None,
+    size: tuple[int, int],
+    ways: Sequence[Way],
+    device: torch.device,
+    rounds: int,
 ) -> list[Order]:
     """What the processes of `--backends` measure."""
-    by_name = is_name(target)
-    pixels = picture.prepare(picture.image, opened.metadata, torch.device("cpu")).numpy()
-    return [
-        Order(
-            target,
-            (str(opened.metadata["classifier"]),) if by_name else (),
-            len(opened.metadata["classes"]),
-            way,
-            pixels,
-            picture.image.shape[:2],
-            device.type,
-            torch.get_num_threads(),
-            rounds,
-        )
-        for way in ways
-    ]
+    classifiers = (str(opened.metadata["classifier"]),) if is_name(target) else ()
+    classes, file = len(opened.metadata["classes"]), None if image is None else str(image)
+    threads = torch.get_num_threads()
+    return [Order(target, classifiers, classes, way, file, size, device.type, threads, rounds) for way in ways]
 
 
 def conditions(device: torch.device, runs: int) -> dict[str, Any]:

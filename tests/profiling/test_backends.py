@@ -1,18 +1,16 @@
 """Back ends: rows, what is not there, and processes that die."""
 
-import multiprocessing
-import os
-import signal
+import json
+from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
 from ssaseg.cli.engine.opening import Opened
 from ssaseg.cli.errors import CommandError
 from ssaseg.cli.profiling import backends
-from ssaseg.cli.profiling.backends import Order, Way, measure_backends, measure_way, ways_of
+from ssaseg.cli.profiling.backends import Order, Way, measure_backends, measure_way, serve, ways_of
 from ssaseg.cli.profiling.tables import print_backends
 
 CPU = torch.device("cpu")
@@ -20,8 +18,7 @@ FOLDED = Way("torch", "float32", "folded")
 
 
 def order(way: Way = FOLDED) -> Order:
-    pixels = np.random.default_rng(0).standard_normal((1, 3, 64, 64), np.float32)
-    return Order("seaformer_t", ("ssa",), 5, way, pixels, (64, 64), "cpu", 1, 1)
+    return Order("seaformer_t", ("ssa",), 5, way, None, (64, 64), "cpu", 1, 1)
 
 
 def test_a_row_of_the_folded_network() -> None:
@@ -57,36 +54,41 @@ def test_ways_are_those_of_the_device(network: Opened, monkeypatch: pytest.Monke
         ways_of(network._replace(model=None, kind="onnx"), CPU)
 
 
-def own_end(order: Order) -> dict[str, Any]:
-    os.kill(os.getpid(), signal.SIGKILL)
-    return {}
-
-
-def own_error(order: Order) -> dict[str, Any]:
-    raise CommandError("openvino is not installed\npip install openvino")
-
-
-def own_bug(order: Order) -> dict[str, Any]:
-    raise ValueError("first line\nsecond line")
-
-
-def own_answer(order: Order) -> dict[str, Any]:
-    return {"ratio": float(order.threads), "pid": os.getpid()}
-
-
 def test_a_process_that_dies_is_a_row_and_not_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
-    context = multiprocessing.get_context("fork")  # a new interpreter takes seconds
-    monkeypatch.setattr(multiprocessing, "get_context", lambda kind: context)
+    """With other programs, as one that imports PyTorch takes seconds."""
     found = []
-    for function in (own_answer, own_end, own_error, own_bug):
-        monkeypatch.setattr(backends, "measure_way", function)
+    for program in (
+        """import json, sys; open(sys.argv[2], "w").write(json.dumps({"order": json.loads(sys.argv[1])}))""",
+        "import os, signal; os.kill(os.getpid(), signal.SIGKILL)",
+        "raise SystemExit(3)",
+    ):
+        monkeypatch.setattr(backends, "PROGRAM", program)
         found += list(measure_backends([order()]))
-    answer, end, error, bug = found
+    answer, killed, left = found
     assert answer["name"] == "torch, folded, float32"
-    assert (answer["ratio"], answer["pid"] != os.getpid()) == (1.0, True)
-    assert "killed" in end["failed"]
-    assert error["failed"] == "openvino is not installed; pip install openvino"
-    assert bug["failed"] == "first line"
+    assert answer["order"][:4] == ["seaformer_t", ["ssa"], 5, list(FOLDED)]
+    assert "killed" in killed["failed"]
+    assert "exit code 3" in left["failed"]
+
+
+def test_an_order_survives_json_and_errors_are_answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    answers = []
+    for error in (None, CommandError("openvino is not installed\npip install openvino"), ValueError("first\nsecond")):
+
+        def measure(got: Order, error: Exception | None = error) -> dict[str, Any]:
+            assert got._replace(classifiers=tuple(got.classifiers), size=(64, 64)) == order()
+            if error:
+                raise error
+            return {"ratio": 2.0}
+
+        monkeypatch.setattr(backends, "measure_way", measure)
+        serve(json.dumps(order()), str(tmp_path / "answer.json"))
+        answers.append(json.loads((tmp_path / "answer.json").read_text()))
+    assert answers == [
+        {"ratio": 2.0},
+        {"failed": "openvino is not installed; pip install openvino"},
+        {"failed": "first"},
+    ]
 
 
 def test_the_table_names_what_is_missing(capsys: pytest.CaptureFixture[str]) -> None:
