@@ -102,7 +102,7 @@ def measure_way(order: Order) -> dict[str, Any]:
     torch.set_num_threads(order.threads)
     device = select_device(order.device)
     (opened,) = open_targets(order.target, order.classifiers, order.classes)
-    with picture_of(opened, order.image and Path(order.image), order.size) as picture:
+    with picture_of(opened, None if order.image is None else Path(order.image), order.size) as picture:
         pixels, shown = picture.prepare(picture.image, opened.metadata, device), picture.image.shape[:2]
     before = process_peak()
     started = now(device)

@@ -7,7 +7,7 @@ import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 import torch
 
@@ -106,11 +106,11 @@ def _scored(source: Path, report: Any) -> Scored:
     ):
         raise CommandError(f"{source}: no checkpoint with an mIoU in it\n{EXPECTED}")
     interval, statement = report.get("mIoU_interval"), report.get("statement")
-    ends = [interval.get(key) for key in ("low", "high")] if isinstance(interval, dict) else []
+    low, high = (interval.get(key) if isinstance(interval, dict) else None for key in ("low", "high"))
     return Scored(
         open_file(find_checkpoint(source, Path(report["checkpoint"]))),
         float(report["mIoU"]),
-        (float(ends[0]), float(ends[1])) if ends and all(map(is_score, ends)) else None,
+        (float(low), float(high)) if is_score(low) and is_score(high) else None,
         statement if isinstance(statement, str) else "",
     )
 
@@ -125,7 +125,7 @@ def find_checkpoint(report: Path, checkpoint: Path) -> Path:
     )
 
 
-def is_score(value: object) -> bool:
+def is_score(value: Any) -> TypeGuard[float]:
     """Whether a value is a percentage."""
     return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= 100
 
