@@ -22,6 +22,7 @@ from torch import Tensor
 
 from ssaseg.cli.console import write_json
 from ssaseg.cli.device import select_device
+from ssaseg.cli.engine.exports import export_path
 from ssaseg.cli.engine.opening import Opened, make_engine
 from ssaseg.cli.errors import CommandError
 from ssaseg.cli.printing import echo
@@ -59,6 +60,7 @@ class Order(NamedTuple):
     target: str
     classifiers: tuple[str, ...]
     classes: int | None
+    cache: str | None  # folder of exports; None: the user's
     way: Way
     image: str | None
     size: tuple[int, int]
@@ -80,8 +82,8 @@ def ways_of(opened: Opened, device: torch.device) -> list[Way]:
     ways += [Way("torch", precision, "folded") for precision in precisions]
     if has_compiler(device):
         ways += [Way("torch", precision, "compiled") for precision in precisions]
-    ways += [Way("onnxruntime", "float32")]
-    ways += [Way("openvino", precision) for precision in precisions if precision != "fp16"]
+    if device.type == "cpu":
+        ways += [Way("onnxruntime", "float32"), *(Way("openvino", precision) for precision in precisions)]
     return ways
 
 
@@ -95,15 +97,19 @@ def measure_backends(orders: Sequence[Order]) -> Iterator[dict[str, Any]]:
 def measure_way(order: Order) -> dict[str, Any]:
     """Builds one way and measures it in turn with the exact network; for a process that does only this.
 
-    Keys: `build_s`: building and the first pass; `network_ms`; `ratio`: the exact network's time divided by this one's;
-    `same_labels`: share of pixels; `peak_mib` of the process, and `libraries_mib` of it before building; None where the
-    system does not say it.
+    Keys: `build_s`: building and the first pass; `cached`: whether its export was there before; `network_ms`; `ratio`:
+    the exact network's time divided by this one's; `same_labels`: share of pixels; `peak_mib` of the process, and
+    `before_mib` of it before building; None where the system does not say it.
     """
+    if order.cache is not None:
+        os.environ["SSASEG_CACHE"] = order.cache
     torch.set_num_threads(order.threads)
     device = select_device(order.device)
     (opened,) = open_targets(order.target, order.classifiers, order.classes)
     with picture_of(opened, None if order.image is None else Path(order.image), order.size) as picture:
         pixels, shown = picture.prepare(picture.image, opened.metadata, device), picture.image.shape[:2]
+    assert opened.model is not None
+    cached = order.way.backend != "torch" and export_path(opened.model).exists()
     before = process_peak()
     started = now(device)
     run = build(opened, order.way, device)
@@ -119,11 +125,12 @@ def measure_way(order: Order) -> dict[str, Any]:
         times = take_turns([exact, run], pixels, order.rounds)
     return {
         "build_s": spent,
+        "cached": cached,
         **quantiles({"network_ms": times[1]}),
         "ratio": median(slow / quick for slow, quick in zip(*times, strict=True)),
         "same_labels": equal.item(),
         "peak_mib": None if peak is None else peak / 2**20,
-        "libraries_mib": None if before is None else before / 2**20,
+        "before_mib": None if before is None else before / 2**20,
     }
 
 

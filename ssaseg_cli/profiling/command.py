@@ -4,10 +4,18 @@ from pathlib import Path
 
 import click
 
-from ssaseg.cli.options import CLASSIFIERS, device_option, existing_file, json_option
+from ssaseg.cli.options import CLASSIFIERS, backend_option, device_option, existing_file, json_option
 
-SIZE = (512, 512)
+SIZE = (512, 512)  # of --scatter [pixels]
 MOST = 4096  # images of a batch, threads
+FEWEST_CLASSES, MOST_CLASSES = 2, 255
+
+
+def _classes(context: click.Context, parameter: click.Parameter, value: str | None) -> int | str | None:
+    """A number of classes, or names as `opening_options` takes them."""
+    if value is None or not value.isdecimal():
+        return value
+    return click.IntRange(FEWEST_CLASSES, MOST_CLASSES).convert(value, parameter, context)
 
 
 def _numbers(context: click.Context, parameter: click.Parameter, value: str | None) -> tuple[int, ...]:
@@ -34,7 +42,15 @@ def _numbers(context: click.Context, parameter: click.Parameter, value: str | No
     multiple=True,
     help="Classifier, once for each.  [default: linear and ssa, or the checkpoint's]",
 )
-@click.option("--classes", type=click.IntRange(2, 255), help="Number of classes, with NAME.  [default: 150]")
+@click.option(
+    "--classes",
+    metavar="N|NAMES",
+    callback=_classes,
+    help="Number of classes, with NAME.  [default: 150]  Or names, for a FILE that has none, as in predict.",
+)
+@click.option(
+    "--protocol", metavar="RECIPE", help="For a FILE that does not say them: sizes, mean and std of a recipe."
+)
 @click.option(
     "--size",
     nargs=2,
@@ -43,6 +59,14 @@ def _numbers(context: click.Context, parameter: click.Parameter, value: str | No
     help="Height and width of the input [pixels].  [default: 512 512]",
 )
 @click.option("--image", type=existing_file, help="Image to measure on, prepared by the protocol of FILE.")
+@click.option(
+    "--precision",
+    type=click.Choice(["auto", "float32", "bf16", "fp16"]),
+    default="auto",
+    show_default=True,
+    help="Of the network; auto is float32.",
+)
+@backend_option
 @click.option("--roofline", is_flag=True, help="Beside the times, the least that this machine allows.")
 @click.option("--backends", is_flag=True, help="Compare PyTorch exact, folded and compiled, and other runtimes.")
 @click.option("--batch", "batches", metavar="N,N,...", callback=_numbers, help="Batch sizes to measure.")
@@ -60,9 +84,12 @@ def profile(
     paper_table: bool,
     scatter: bool,
     classifiers: tuple[str, ...],
-    classes: int | None,
+    classes: int | str | None,
+    protocol: str | None,
     size: tuple[int, int] | None,
     image: Path | None,
+    precision: str,
+    backend: str,
     roofline: bool,
     backends: bool,
     batches: tuple[int, ...],
@@ -95,6 +122,7 @@ def profile(
             raise click.UsageError(f"{wrong[0]} does not go with {kind}; leave it out", click.get_current_context())
 
     one = {"--image": image, "--roofline": roofline, "--backends": backends, "--batch": batches, "--threads": threads}
+    one |= {"--precision": precision != "auto", "--backend": backend != "auto", "--protocol": protocol}
     sets = {"--classifier": classifiers, "--classes": classes}
     if paper_table:
         refuse(
@@ -125,10 +153,13 @@ def profile(
         target=targets[0],
         classifiers=tuple(dict.fromkeys(classifiers)),
         classes=classes,
-        size=size or SIZE,
+        size=size,
         json_out=json_out,
         device=device,
         runs=runs,
+        protocol=protocol,
+        precision="float32" if precision == "auto" else precision,
+        backend=backend,
         image=image,
         roofline=roofline,
         backends=backends,

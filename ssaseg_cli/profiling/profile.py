@@ -4,8 +4,9 @@ The times are those of the engine that `predict` uses, and beside it those of th
 the network as it is trained.
 """
 
-from collections.abc import Sequence
-from contextlib import nullcontext
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,10 @@ import torch
 
 from ssaseg.cli.console import json_target, write_json
 from ssaseg.cli.device import count_cores, select_device
-from ssaseg.cli.engine.opening import Opened, make_engine
+from ssaseg.cli.engine.opening import Opened, device_for, make_engine
 from ssaseg.cli.errors import CommandError
 from ssaseg.cli.prediction.skipping import lacks_memory
+from ssaseg.cli.printing import echo
 from ssaseg.cli.profiling.backends import Order, Way, measure_backends, ways_of
 from ssaseg.cli.profiling.counting import COUNTINGS, count
 from ssaseg.cli.profiling.latency import measure_latency
@@ -27,8 +29,11 @@ from ssaseg.cli.profiling.stages import Pass, measure_stages
 from ssaseg.cli.profiling.sweeps import measure_sweep
 from ssaseg.cli.profiling.tables import print_profile
 from ssaseg.cli.profiling.targets import is_name, open_targets
+from ssaseg.cli.scoring.attention import describe_attention
 from ssaseg.cli.scoring.engines import Engine, TorchEngine
 from ssaseg.cli.scoring.limit import memory_limit
+
+SIZE = (512, 512)  # height and width of the input, by default [pixels]
 
 FEWER = 3  # stages, back ends, batch sizes and threads are timed so many times less often than the network
 
@@ -36,8 +41,8 @@ FEWER = 3  # stages, back ends, batch sizes and threads are timed so many times 
 def run_profile(
     target: str,
     classifiers: Sequence[str],
-    classes: int | None,
-    size: Sequence[int],
+    classes: int | str | None,
+    size: tuple[int, int] | None,
     json_out: str | None,
     device: str,
     runs: int = 30,
@@ -46,27 +51,35 @@ def run_profile(
     backends: bool = False,
     batches: Sequence[int] = (),
     threads: Sequence[int] = (),
+    protocol: str | None = None,
+    precision: str = "float32",
+    backend: str = "auto",
 ) -> int:
     """Measures `target`, the name of a network or a file, on one image. Returns 0.
 
     classifiers: by name; empty: linear and ssa for a name, the checkpoint's own for a checkpoint. classes: number of
-    classes, for a name; None: 150. image: a file; None: a drawn scene of `size` (height, width). json_out: a file; "-":
-    stdout, without the tables; or None. runs: timed passes. roofline, backends, batches, threads: what else to measure;
-    the last two are all measured with one another. Raises CommandError if `target` is neither a name nor a
-    file, if classifier or classes are not the file's, for more threads than cores, and if memory is used up.
+    classes, for a name; None: 150; for a file see `open_targets`, also `protocol`. image: a file; None: a drawn scene of
+    `size` (height, width); None: 512×512, or the only size that the file takes. precision, backend: see `make_engine`.
+    json_out: a file; "-": stdout, without the tables; or None. runs: timed passes. roofline, backends, batches,
+    threads: what else to measure; the last two are all measured with one another. Raises CommandError if `target` is
+    neither a name nor a file, if classifier or classes are not the file's, for more threads than cores, and if memory
+    is used up.
     """
-    chosen = select_device(device)
+    select_device(device)
     json_out = json_target(json_out)
+    opened = open_targets(target, classifiers, classes, protocol)
+    chosen = device_for(opened[0], device)
     require_threads(threads, chosen)
-    opened = open_targets(target, classifiers, classes)
+    size = size or (opened[0].graph and opened[0].graph.size) or SIZE
+    make = partial(make_engine, device=chosen, precision=precision, backend=backend)
     ways = ways_of(opened[0], chosen) if backends else []  # raises its errors before anything is measured
     limit = memory_limit() if chosen.type == "cpu" else nullcontext()  # CUDA reserves addresses of its own
-    with limit, picture_of(opened[0], image, (size[0], size[1])) as picture:
+    with limit, picture_of(opened[0], image, size) as picture:
         try:
-            report = measure(opened, picture, chosen, runs, roofline, batches, threads)
-            for column, each in zip(report["columns"], opened, strict=True):
-                if ways:
-                    orders = orders_of(target, each, image, (size[0], size[1]), ways, chosen, max(runs // FEWER, 1))
+            report = measure(opened, make, picture, runs, roofline, batches, threads)
+            for column, each in zip(report["columns"], opened if ways else (), strict=not ways):
+                with export_folder(target) as cache:
+                    orders = orders_of(target, each, cache, image, size, ways, chosen, max(runs // FEWER, 1))
                     column["backends"] = list(measure_backends(orders))
         except (MemoryError, RuntimeError) as error:
             if not lacks_memory(error):
@@ -92,20 +105,22 @@ def require_threads(threads: Sequence[int], device: torch.device) -> None:
 
 def measure(
     opened: Sequence[Opened],
+    make: Callable[[Opened], Engine],
     picture: Picture,
-    device: torch.device,
     runs: int,
     roofline: bool = False,
     batches: Sequence[int] = (),
     threads: Sequence[int] = (),
 ) -> dict[str, Any]:
-    """The report without back ends: all networks on the same picture, in turn."""
+    """The report without back ends: all networks on the same picture, in turn. make: their engines."""
     fewer = max(runs // FEWER, 1)
     on_cpu = picture.prepare(picture.image, opened[0].metadata, torch.device("cpu"))
     counts = [{} if each.model is None else count(each.model, on_cpu) for each in opened]  # before they are moved
-    engines = [make_engine(each, device) for each in opened]
+    warn_of_attention(opened[0], on_cpu)
+    engines = [make(each) for each in opened]
     exact = [exact_engine(each, engine) for each, engine in zip(opened, engines, strict=True)]
-    pixels = on_cpu.to(device)
+    device = engines[0].device
+    pixels = picture.prepare(picture.image, opened[0].metadata, device, engines[0].takes)
     every = [engine for pair in zip(engines, exact, strict=True) for engine in pair if engine is not None]
     timings = iter(
         [
@@ -130,8 +145,9 @@ def measure(
             times = {row["stage"]: row["ms"] for row in column["stages"]["rows"]}
             column["roofline"] = stage_bounds(one, speed, times)
         if batches or threads:
-            make = partial(make_engine, each, device)
-            column["sweep"] = measure_sweep(make, pixels, batches or (1,), threads or (torch.get_num_threads(),), fewer)
+            column["sweep"] = measure_sweep(
+                partial(make, each), pixels, batches or (1,), threads or (torch.get_num_threads(),), fewer
+            )
     return {
         "model": opened[0].metadata.get("model"),
         "classes": engines[0].num_classes,
@@ -145,15 +161,30 @@ def measure(
     }
 
 
+def warn_of_attention(opened: Opened, pixels: torch.Tensor) -> None:
+    """Says on stderr, before the start, that inputs of this size are slow for this network, if they are."""
+    text = describe_attention(opened.metadata["model"], pixels.shape[2] * pixels.shape[3])
+    if text is not None:
+        echo(f"note: {text}\nuse a smaller --size or --image for a quick answer", err=True)
+
+
 def exact_engine(opened: Opened, engine: Engine) -> Engine | None:
-    """The exact network, if `engine` is another one; None where there is none."""
-    folded = isinstance(engine, TorchEngine) and not engine.exact
-    return make_engine(opened, engine.device, exact=True) if folded else None
+    """The exact network, if there is one and `engine` is another."""
+    is_exact = isinstance(engine, TorchEngine) and engine.exact
+    return None if opened.model is None or is_exact else make_engine(opened, engine.device, exact=True)
+
+
+@contextmanager
+def export_folder(target: str) -> Iterator[str | None]:
+    """Where exports are kept: those of random weights only for a while; None: in the user's folder."""
+    with tempfile.TemporaryDirectory(prefix="ssaseg-") if is_name(target) else nullcontext() as folder:
+        yield folder
 
 
 def orders_of(
     target: str,
     opened: Opened,
+    cache: str | None,
     image: Path | None,
     size: tuple[int, int],
     ways: Sequence[Way],
@@ -164,7 +195,7 @@ def orders_of(
     classifiers = (str(opened.metadata["classifier"]),) if is_name(target) else ()
     classes, file = len(opened.metadata["classes"]), None if image is None else str(image)
     threads = torch.get_num_threads()
-    return [Order(target, classifiers, classes, way, file, size, device.type, threads, rounds) for way in ways]
+    return [Order(target, classifiers, classes, cache, way, file, size, device.type, threads, rounds) for way in ways]
 
 
 def conditions(device: torch.device, runs: int) -> dict[str, Any]:

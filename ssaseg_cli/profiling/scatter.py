@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeGuard
 
 import torch
+from torch import Tensor
 
 from ssaseg.cli.console import json_target, print_table, write_json
 from ssaseg.cli.device import select_device
 from ssaseg.cli.drawing.bars import require_picture
 from ssaseg.cli.drawing.scatter import Point, draw_scatter
-from ssaseg.cli.engine.opening import Opened, make_engine, open_file
+from ssaseg.cli.engine.opening import Opened, device_for, make_engine, open_file
 from ssaseg.cli.errors import CommandError
 from ssaseg.cli.printing import echo
 from ssaseg.cli.profiling.latency import measure_latency
@@ -48,11 +49,12 @@ def run_scatter(
     json_out = json_target(json_out)
     require_picture(out, MARK["Software"])
     scored = [each for source in sources for each in read_source(Path(source))]
-    engines = [make_engine(each.opened, chosen) for each in scored]
+    engines = [make_engine(each.opened, device_for(each.opened, device)) for each in scored]
     spent: list[dict[str, Any]] = [{} for _ in engines]
-    for channels in {engine.channels for engine in engines}:
-        which = [index for index, engine in enumerate(engines) if engine.channels == channels]
-        pixels = torch.randn(1, channels, *size, generator=torch.Generator().manual_seed(0)).to(chosen)
+    kinds = [(engine.device, engine.channels, engine.takes) for engine in engines]
+    for kind in dict.fromkeys(kinds):
+        which = [index for index, each in enumerate(kinds) if each == kind]
+        pixels = random_pixels(*kind, size)
         for index, found in zip(which, measure_latency([engines[i] for i in which], pixels, runs), strict=True):
             spent[index] = found
     points = describe(scored, spent)
@@ -69,13 +71,19 @@ def run_scatter(
     return 0
 
 
+def random_pixels(device: torch.device, channels: int, takes: str, size: tuple[int, int]) -> Tensor:
+    """Pixels (1,channels,H,W) for engines, always the same; takes: see `Engine`."""
+    pixels = torch.randn(1, channels, *size, generator=torch.Generator().manual_seed(0)).to(device)
+    return (pixels * 58 + 120).clamp(0, 255).byte() if takes == "rgb" else pixels
+
+
 # ---- reading -----------------------------------------------------------------------------------------------------
 def read_source(source: Path) -> list[Scored]:
     """The scored checkpoints of a run folder, a checkpoint or a report. Raises CommandError if there is no score."""
     if source.suffix == ".json":
         return read_report(source)
-    path = source / BEST if source.is_dir() else source
-    if not path.is_file():
+    path = source / BEST if source.is_dir() and not (source / "config.json").is_file() else source
+    if not path.exists():
         why = f"no {BEST} in it" if source.is_dir() else "no such file or folder"
         raise CommandError(f"{source}: {why}\n{EXPECTED}")
     opened = open_file(path)
@@ -118,7 +126,7 @@ def _scored(source: Path, report: Any) -> Scored:
 def find_checkpoint(report: Path, checkpoint: Path) -> Path:
     """The checkpoint of a report: its path from where `eval` ran, or a file of that name beside the report."""
     for path in (checkpoint, report.parent / checkpoint, report.parent / checkpoint.name):
-        if path.is_file():
+        if path.exists():
             return path
     raise CommandError(
         f"{report}: its checkpoint {checkpoint} does not exist\nrun the command in the folder where `ssaseg eval` ran"

@@ -17,7 +17,7 @@ from ssaseg.cli.errors import CommandError
 from ssaseg.cli.scoring.inference import require_size
 from ssaseg.datasets.bands.reading import read_bands
 from ssaseg.datasets.base import Levels
-from ssaseg.datasets.colour import normalize
+from ssaseg.datasets.colour import normalize, to_planes
 from ssaseg.datasets.synthetic import render
 from ssaseg.datasets.transforms import test_image
 from ssaseg.files.text import printable
@@ -43,12 +43,14 @@ class Picture:
         """Reads the file, if there is one."""
         return self.image if self.path is None else read_bands(self.path, self.image.shape[2], levels=self.levels)
 
-    def prepare(self, image: np.ndarray, metadata: Mapping[str, Any], device: torch.device) -> Tensor:
-        """Normalised pixels (1,C,h,w) on the device, of an image uint8 (H,W,C). DataError if they are too few."""
+    def prepare(
+        self, image: np.ndarray, metadata: Mapping[str, Any], device: torch.device, takes: str = "normalized"
+    ) -> Tensor:
+        """Pixels (1,C,h,w) on the device, of an image uint8 (H,W,C). takes: see `Engine`. DataError if too small."""
         resized = test_image(image, self.protocol.scale, self.protocol.multiple)
         require_size([resized], str(self.path or "image"))
         given = torch.from_numpy(resized).unsqueeze(0).to(device)
-        return normalize(given, metadata["mean"], metadata["std"])
+        return to_planes(given).byte() if takes == "rgb" else normalize(given, metadata["mean"], metadata["std"])
 
 
 @contextmanager

@@ -63,7 +63,7 @@ class Pass:
         image = self.picture.read()
         if self.picture.path is not None:
             done(READING)
-        value: Any = self.picture.prepare(image, self.metadata, self.engine.device)
+        value: Any = self.picture.prepare(image, self.metadata, self.engine.device, self.engine.takes)
         middle = tuple(value.shape[2:])
         done(PREPROCESSING)
         with precision_of(self.engine):

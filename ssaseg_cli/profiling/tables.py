@@ -16,13 +16,13 @@ def print_profile(report: Mapping[str, Any]) -> None:
     """Prints the columns side by side, then stages, roofline, back ends, batch sizes and threads of each."""
     columns = report["columns"]
     height, width = report["size"]
-    network = report["model"] or report["target"]
+    network = report["target"] if report["model"] in (None, "unknown") else report["model"]
     title = f"{network}, {report['classes']} classes, {height}x{width} (height x width), {report['device']}"
     print_table(("", *(heading(column) for column in columns)), summary_rows(columns), title)
     if any("gmacs" in column for column in columns):
         for name, meaning in COUNTINGS.items():
             echo(f"{name}: {meaning}")
-    echo(f"engine: {', '.join(dict.fromkeys(column['engine'] for column in columns))}, which `ssaseg predict` uses")
+    echo(f"engine: {', '.join(dict.fromkeys(column['engine'] for column in columns))}")
     echo(f"{report['runs']} timed passes each, in turn; {report['threads']} CPU threads; torch {report['torch']}")
     if report["weights"] == "random":
         echo("weights are random: a trained network may need less time for labels, and back ends agree on more of them")
@@ -39,7 +39,7 @@ def print_profile(report: Mapping[str, Any]) -> None:
 
 def heading(column: Column) -> str:
     """The classifier's name, with what must be known of it."""
-    name = column["classifier"] or "network"
+    name = "network" if column["classifier"] in (None, "unknown") else column["classifier"]
     kind = CLASSIFIERS.get(name)
     return name + (f" ({kind.NOTE})" if kind and kind.NOTE else "")
 
@@ -143,7 +143,7 @@ def print_backends(of: str, rows: Sequence[Mapping[str, Any]]) -> None:
             _both(row["network_ms"]),
             f"{row['ratio']:.2f}x",
             f"{100 * row['same_labels']:.3f} %",
-            f"{row['build_s']:.1f}",
+            f"{row['build_s']:.1f}" + " (export kept)" * row["cached"],
             _figure(row["peak_mib"]) or "-",
         )
         for row in measured
@@ -152,7 +152,7 @@ def print_backends(of: str, rows: Sequence[Mapping[str, Any]]) -> None:
     for row in rows:
         if "failed" in row:
             echo(f"not measured: {row['name']}: {printable(row['failed'])}")
-    libraries = [row["libraries_mib"] for row in measured if row["libraries_mib"] is not None]
+    libraries = [row["before_mib"] for row in measured if row["before_mib"] is not None]
     if libraries:
         echo(f"peak memory: of the process while it builds and runs; before that: {min(libraries):.0f} MiB")
 

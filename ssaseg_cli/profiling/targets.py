@@ -24,22 +24,29 @@ def is_name(target: str) -> bool:
     return target in (*list_models(), *list_mask_models())
 
 
-def open_targets(target: str, classifiers: Sequence[str], classes: int | None) -> list[Opened]:
+def open_targets(
+    target: str, classifiers: Sequence[str], classes: int | str | None, protocol: str | None = None
+) -> list[Opened]:
     """The networks to measure, on the CPU, in evaluation mode and without gradients: of a name, one per classifier.
 
-    Weights of a name are random, and the same in each call. Raises CommandError if `target` is neither a name nor a
-    file, or if classifier or classes are not the file's.
+    classes: their number; or, for a file that does not say them, their names, as `open_file` takes them, like
+    `protocol`. Weights of a name are random, and the same in each call. Raises CommandError if `target` is neither a
+    name nor a file, or if classifier or classes are not the file's; and what `open_file` raises.
     """
+    if is_name(target) and (isinstance(classes, str) or protocol is not None):
+        option = "--protocol" if protocol is not None else f"--classes {classes}"
+        raise CommandError(f"{target}: {option} is for a file that does not say it\nof a name, give --classes a number")
+    assert classes is None or isinstance(classes, int) or not is_name(target)
     if target in list_models():
         return [_by_name(target, classes or CLASSES, name) for name in classifiers or SHOWN]
     if target in list_mask_models():
         return [_by_name(target, classes or CLASSES, next(iter(classifiers), MASKS))]
-    if not Path(target).is_file():
+    if not Path(target).exists():
         known = [*list_models(), *list_mask_models()]
         near = difflib.get_close_matches(target, known, n=1)
         fix = f"did you mean {near[0]}?" if near else f"networks: {', '.join(known)}"
         raise CommandError(f"{target}: neither the name of a network nor an existing checkpoint\n{fix}")
-    opened = open_file(Path(target))
+    opened = open_file(Path(target), classes if isinstance(classes, str) else None, protocol)
     own, count = opened.metadata.get("classifier"), len(opened.metadata["classes"])
     by_name = f", or profile the network by name: {opened.model.name}" if opened.model else ""
     if set(classifiers) - {own}:
@@ -47,7 +54,7 @@ def open_targets(target: str, classifiers: Sequence[str], classes: int | None) -
         raise CommandError(
             f"{target}: {got or '--classifier '}{', '.join(classifiers)}\nleave out --classifier{by_name}"
         )
-    if classes not in (None, count):
+    if isinstance(classes, int) and classes != count:
         raise CommandError(f"{target}: it has {count} classes, not {classes}\nleave out --classes{by_name}")
     if opened.model is not None:
         opened.model.requires_grad_(False)
