@@ -58,12 +58,12 @@ def run_profile(
     """Measures `target`, the name of a network or a file, on one image. Returns 0.
 
     classifiers: by name; empty: linear and ssa for a name, the checkpoint's own for a checkpoint. classes: number of
-    classes, for a name; None: 150; for a file see `open_targets`, also `protocol`. image: a file; None: a drawn scene of
-    `size` (height, width); None: 512×512, or the only size that the file takes. precision, backend: see `make_engine`.
-    json_out: a file; "-": stdout, without the tables; or None. runs: timed passes. roofline, backends, batches,
-    threads: what else to measure; the last two are all measured with one another. Raises CommandError if `target` is
-    neither a name nor a file, if classifier or classes are not the file's, for more threads than cores, and if memory
-    is used up.
+    classes, for a name; None: 150; for a file see `open_targets`, also `protocol`. image: a file; None: a drawn scene
+    of `size` (height, width); None: 512×512, or the only size that the file takes. precision, backend: see
+    `make_engine`. json_out: a file; "-": stdout, without the tables; or None. runs: timed passes. roofline, backends,
+    batches, threads: what else to measure; the last two are all measured with one another. Raises CommandError if
+    `target` is neither a name nor a file, if classifier or classes are not the file's, for more threads than cores, and
+    if memory is used up.
     """
     select_device(device)
     json_out = json_target(json_out)
@@ -74,12 +74,12 @@ def run_profile(
     make = partial(make_engine, device=chosen, precision=precision, backend=backend)
     ways = ways_of(opened[0], chosen) if backends else []  # raises its errors before anything is measured
     limit = memory_limit() if chosen.type == "cpu" else nullcontext()  # CUDA reserves addresses of its own
-    with limit, picture_of(opened[0], image, size) as picture:
+    with limit, picture_of(opened[0], image, size) as picture, export_folder(target) as cache:
         try:
             report = measure(opened, make, picture, runs, roofline, batches, threads)
-            for column, each in zip(report["columns"], opened if ways else (), strict=not ways):
-                with export_folder(target) as cache:
-                    orders = orders_of(target, each, cache, image, size, ways, chosen, max(runs // FEWER, 1))
+            for column, each in zip(report["columns"], opened, strict=True):
+                orders = orders_of(target, each, cache, image, size, ways, chosen, max(runs // FEWER, 1))
+                if orders:
                     column["backends"] = list(measure_backends(orders))
         except (MemoryError, RuntimeError) as error:
             if not lacks_memory(error):

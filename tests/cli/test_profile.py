@@ -49,7 +49,8 @@ def profiled(capsys: pytest.CaptureFixture[str], target: str, **changes: Any) ->
     return json.loads(capsys.readouterr().out)
 
 
-def test_counts_equal_the_official_ones(capsys: pytest.CaptureFixture[str]) -> None:
+def test_counts_equal_the_official_ones(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(profiling, "measure_stages", lambda passes, runs: [{}] * len(passes))  # takes a second
     report = profiled(capsys, "seaformer_b")
     assert [column["classifier"] for column in report["columns"]] == ["linear", "ssa"]
     for column in report["columns"]:

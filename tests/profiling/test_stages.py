@@ -29,6 +29,7 @@ class Other:
     """An engine of another runtime: class 1 where the image is bright."""
 
     what, device, channels, num_classes, has_coarse, gives_scores = "other", CPU, 3, 2, False, False
+    takes = "normalized"
 
     def logits(self, pixels: Tensor, coarse: bool = False) -> Logits:
         mean = pixels.mean(dim=1, keepdim=True)

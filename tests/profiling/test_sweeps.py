@@ -17,6 +17,7 @@ class Limited:
     """An engine that holds at most `most` images, and notes what it gets."""
 
     what, device, channels, num_classes, has_coarse, gives_scores = "limited", CPU, 3, 2, False, False
+    takes = "normalized"
 
     def __init__(self, most: int = 99) -> None:
         self.most, self.seen = most, set[tuple[int, int]]()
