@@ -66,7 +66,7 @@ def test_a_process_that_dies_is_a_row_and_not_the_end(monkeypatch: pytest.Monkey
         found += list(measure_backends([order()]))
     answer, killed, left = found
     assert answer["name"] == "torch, folded, float32"
-    assert answer["order"][:4] == ["seaformer_t", ["ssa"], 5, list(FOLDED)]
+    assert answer["order"][:5] == ["seaformer_t", ["ssa"], 5, None, list(FOLDED)]
     assert "killed" in killed["failed"]
     assert "exit code 3" in left["failed"]
 

@@ -14,7 +14,7 @@ from PIL import Image
 from ssaseg.cli.drawing import scatter as drawing
 from ssaseg.cli.drawing.scatter import Point, draw_scatter
 from ssaseg.cli.errors import CommandError
-from ssaseg.cli.profiling.scatter import names_of, read_source
+from ssaseg.cli.profiling.scatter import names_of, read_source, remarks
 from ssaseg.models import build_model, save_model
 
 WORDS = ("--size", "32", "32", "--runs", "1", "--device", "cpu")
@@ -44,20 +44,17 @@ def test_from_the_command_line(checkpoint: Path, tmp_path: Path) -> None:
     assert f"wrote {out}" in result.stdout
     with Image.open(out) as image:
         assert image.info["Software"] == "ssaseg profile"
-    again = call("profile", "--scatter", checkpoint, "--out", out, "--json", "-", *WORDS)
-    assert (again.exit_code, len(json.loads(again.stdout)["points"])) == (0, 1)
 
 
 def test_scores_that_cannot_be_compared_are_named(checkpoint: Path, tmp_path: Path) -> None:
-    scores = report(tmp_path / "scores.json", str(checkpoint), statement="val split, the first 3 of 9 images")
-    out = tmp_path / "x.png"
-    result = call("profile", "--scatter", checkpoint, scores, "--out", out, "--json", "-", *WORDS)
-    assert "measured in different ways" in result.stderr
-    assert json.loads(result.stdout)["notes"]
-    save_model(tmp_path / "six.safetensors", build_model("seaformer_t", 6, "linear", memory=False), {})
-    scores = report(tmp_path / "scores.json", "six.safetensors")
-    result = call("profile", "--scatter", checkpoint, scores, "--out", out, "--json", "-", *WORDS)
-    assert "different classes" in result.stderr
+    (run,) = read_source(checkpoint)
+    (other,) = read_source(report(tmp_path / "scores.json", str(checkpoint), statement="the first 3 of 9 images"))
+    assert remarks([run]) == remarks([run, run]) == []
+    (note,) = remarks([run, other])
+    assert "measured in different ways" in note
+    fewer = run.opened.metadata | {"classes": ["a", "b"]}
+    (note,) = remarks([run, run._replace(opened=run.opened._replace(metadata=fewer))])
+    assert "different classes" in note
 
 
 def test_a_report_finds_its_checkpoint(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
