@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
@@ -163,13 +164,14 @@ def in_own_process(order: Order) -> dict[str, Any]:
         answer = Path(folder, "answer.json")
         # In a session of its own: Ctrl-C reaches only this process, which then ends that one and its compilers.
         command = [sys.executable, "-c", PROGRAM, json.dumps(order), str(answer)]
-        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=2, start_new_session=True)
+        # Its stdin ends when this process ends, also if this one is killed.
+        process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=2, start_new_session=True)
         try:
             code = process.wait()
         finally:
             with suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+            process.communicate()
         if answer.exists():
             found: dict[str, Any] = read_json(answer)
             return found
@@ -179,6 +181,7 @@ def in_own_process(order: Order) -> dict[str, Any]:
 
 def serve(order: str, answer: str) -> None:
     """Measures an order given as JSON, and writes a file `answer`; for the new process."""
+    threading.Thread(target=_end_with_stdin, daemon=True).start()
     fields = parse_json(order)
     fields[Order._fields.index("way")] = Way(*fields[Order._fields.index("way")])
     try:
@@ -190,3 +193,9 @@ def serve(order: str, answer: str) -> None:
         # Of ours all lines: they have the pip command.
         found = {"failed": "; ".join(lines) if isinstance(error, CommandError) else lines[0]}
     write_json(answer, found)
+
+
+def _end_with_stdin() -> None:
+    """Ends this process when the one that started it has ended."""
+    sys.stdin.buffer.read()
+    os._exit(1)

@@ -1,6 +1,9 @@
 """Back ends: rows, what is not there, and processes that die."""
 
+import inspect
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -71,8 +74,17 @@ def test_a_process_that_dies_is_a_row_and_not_the_end(monkeypatch: pytest.Monkey
     assert "exit code 3" in left["failed"]
 
 
+def test_a_process_ends_with_the_one_that_started_it() -> None:
+    source = "import os, sys\nexec(sys.argv[1])\nThread(target=_end_with_stdin, daemon=True).start(); time.sleep(60)"
+    code = "import time\nfrom threading import Thread\n" + inspect.getsource(backends._end_with_stdin)
+    process = subprocess.Popen([sys.executable, "-c", source, code], stdin=subprocess.PIPE)
+    process.communicate()  # closes it
+    assert process.returncode == 1
+
+
 def test_an_order_survives_json_and_errors_are_answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     answers = []
+    monkeypatch.setattr(backends, "_end_with_stdin", lambda: None)
     for error in (None, CommandError("openvino is not installed\npip install openvino"), ValueError("first\nsecond")):
 
         def measure(got: Order, error: Exception | None = error) -> dict[str, Any]:
