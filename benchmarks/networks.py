@@ -17,9 +17,7 @@ the peer's names; the results say for which share of the tensors, and how far ap
 transformers is NVIDIA's: where no variant of ours has it, only the backbones do the same work.
 
 --general measures the paper's other networks, and what SSA costs on top of linear in each family, beside the paper.
-
-Roofline: see ssaseg.cli.profiling.roofline. "measured/bound" relates the eager network to all its operations, and the
-compiled networks to the products only.
+Roofline, see ssaseg.cli.profiling.roofline: of all operations for the eager network, of products for compiled ones.
 """
 
 import argparse

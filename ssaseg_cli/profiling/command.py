@@ -1,6 +1,8 @@
 """`ssaseg profile`: its arguments and help. PyTorch is imported inside the function, so that `--help` is quick."""
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -27,6 +29,14 @@ def _numbers(context: click.Context, parameter: click.Parameter, value: str | No
         expected = f"whole numbers from 1 to {MOST} with commas between them, such as 1,2,4"
         raise click.BadParameter(f"{value!r}: expected {expected}", context, parameter)
     return tuple(dict.fromkeys(numbers))
+
+
+def _refuse(kind: str, given: Mapping[str, Any]) -> None:
+    """UsageError for an option, by the name of its parameter, that is not left at its default."""
+    for key, value in given.items():
+        if value not in (None, False, (), "auto"):
+            option = {"NAME|FILE": key, "classifiers": "--classifier", "batches": "--batch"}.get(key, f"--{key}")
+            raise click.UsageError(f"{option} does not go with {kind}; leave it out", click.get_current_context())
 
 
 @click.command()
@@ -83,21 +93,12 @@ def profile(
     targets: tuple[str, ...],
     paper_table: bool,
     scatter: bool,
-    classifiers: tuple[str, ...],
-    classes: int | str | None,
-    protocol: str | None,
     size: tuple[int, int] | None,
-    image: Path | None,
-    precision: str,
-    backend: str,
-    roofline: bool,
-    backends: bool,
-    batches: tuple[int, ...],
-    threads: tuple[int, ...],
     out: Path | None,
     json_out: str | None,
     device: str,
     runs: int,
+    **given: Any,
 ) -> int:
     """Measure parameters, compute, time and memory.
 
@@ -115,26 +116,16 @@ def profile(
       ssaseg profile --scatter runs/* scores.json --out scatter.png
       ssaseg profile --paper-table
     """
-
-    def refuse(kind: str, given: dict[str, object]) -> None:
-        wrong = [name for name, value in given.items() if value]
-        if wrong:
-            raise click.UsageError(f"{wrong[0]} does not go with {kind}; leave it out", click.get_current_context())
-
-    one = {"--image": image, "--roofline": roofline, "--backends": backends, "--batch": batches, "--threads": threads}
-    one |= {"--precision": precision != "auto", "--backend": backend != "auto", "--protocol": protocol}
-    sets = {"--classifier": classifiers, "--classes": classes}
+    context = click.get_current_context()
     if paper_table:
-        refuse(
-            "--paper-table", {"NAME|FILE": targets, "--scatter": scatter, "--size": size, "--out": out, **sets, **one}
-        )
+        _refuse("--paper-table", {"NAME|FILE": targets, "scatter": scatter, "size": size, "out": out, **given})
         from ssaseg.cli.profiling.paper_table import run_paper_table
 
         return run_paper_table(json_out=json_out, device=device, runs=runs)
     if scatter:
-        refuse("--scatter", {**sets, **one})
+        _refuse("--scatter", given)
         if not targets:
-            raise click.UsageError("--scatter: give run folders, checkpoints or reports", click.get_current_context())
+            raise click.UsageError("--scatter: give run folders, checkpoints or reports", context)
         from ssaseg.cli.profiling.scatter import run_scatter
 
         picture = out or Path("scatter.png")
@@ -142,27 +133,13 @@ def profile(
     if len(targets) != 1:
         got = f"got {len(targets)}: {' '.join(targets)}" if targets else "got none"
         fix = "give one NAME or FILE, or --paper-table, or --scatter with several files"
-        raise click.UsageError(f"{got}; {fix}", click.get_current_context())
+        raise click.UsageError(f"{got}; {fix}", context)
     if out is not None:
-        raise click.UsageError("--out is only for --scatter; leave it out", click.get_current_context())
-    if image is not None and size is not None:
-        raise click.UsageError("give either --image or --size", click.get_current_context())
+        raise click.UsageError("--out is only for --scatter; leave it out", context)
+    if given["image"] is not None and size is not None:
+        raise click.UsageError("give either --image or --size", context)
     from ssaseg.cli.profiling.profile import run_profile
 
-    return run_profile(
-        target=targets[0],
-        classifiers=tuple(dict.fromkeys(classifiers)),
-        classes=classes,
-        size=size,
-        json_out=json_out,
-        device=device,
-        runs=runs,
-        protocol=protocol,
-        precision="float32" if precision == "auto" else precision,
-        backend=backend,
-        image=image,
-        roofline=roofline,
-        backends=backends,
-        batches=batches,
-        threads=threads,
-    )
+    given |= {"classifiers": tuple(dict.fromkeys(given["classifiers"]))}
+    given |= {"precision": "float32" if given["precision"] == "auto" else given["precision"]}
+    return run_profile(target=targets[0], size=size, json_out=json_out, device=device, runs=runs, **given)

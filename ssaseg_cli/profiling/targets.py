@@ -33,18 +33,17 @@ def open_targets(
     `protocol`. Weights of a name are random, and the same in each call. Raises CommandError if `target` is neither a
     name nor a file, or if classifier or classes are not the file's; and what `open_file` raises.
     """
-    if is_name(target) and (isinstance(classes, str) or protocol is not None):
-        option = "--protocol" if protocol is not None else f"--classes {classes}"
-        raise CommandError(f"{target}: {option} is for a file that does not say it\nof a name, give --classes a number")
-    assert classes is None or isinstance(classes, int) or not is_name(target)
-    if target in list_models():
-        return [_by_name(target, classes or CLASSES, name) for name in classifiers or SHOWN]
-    if target in list_mask_models():
-        return [_by_name(target, classes or CLASSES, next(iter(classifiers), MASKS))]
+    if is_name(target):
+        if isinstance(classes, str) or protocol is not None:
+            option = "--protocol" if protocol is not None else f"--classes {classes}"
+            fix = "of a name, give --classes a number"
+            raise CommandError(f"{target}: {option} is for a file that does not say it\n{fix}")
+        known = SHOWN if target in list_models() else (MASKS,)
+        return [_by_name(target, classes or CLASSES, name) for name in classifiers or known]
     if not Path(target).exists():
-        known = [*list_models(), *list_mask_models()]
-        near = difflib.get_close_matches(target, known, n=1)
-        fix = f"did you mean {near[0]}?" if near else f"networks: {', '.join(known)}"
+        names = [*list_models(), *list_mask_models()]
+        near = difflib.get_close_matches(target, names, n=1)
+        fix = f"did you mean {near[0]}?" if near else f"networks: {', '.join(names)}"
         raise CommandError(f"{target}: neither the name of a network nor an existing checkpoint\n{fix}")
     opened = open_file(Path(target), classes if isinstance(classes, str) else None, protocol)
     own, count = opened.metadata.get("classifier"), len(opened.metadata["classes"])
