@@ -17,7 +17,7 @@ def _classes(context: click.Context, parameter: click.Parameter, value: str | No
     """A number of classes, or names as `opening_options` takes them."""
     if value is None or not value.isdecimal():
         return value
-    return click.IntRange(FEWEST_CLASSES, MOST_CLASSES).convert(value, parameter, context)
+    return click.IntRange(FEWEST_CLASSES, MOST_CLASSES)(value, parameter, context)
 
 
 def _numbers(context: click.Context, parameter: click.Parameter, value: str | None) -> tuple[int, ...]:

@@ -52,6 +52,8 @@ class Peaks:
     @contextmanager
     def running(self) -> Iterator["Peaks"]:
         """Counts inside this context; everything in it is slower."""
+        with LiveTensors([]):
+            torch.zeros(1)  # imports of PyTorch that the first operation in such a mode needs
         tracemalloc.start()
         try:
             with self.live:

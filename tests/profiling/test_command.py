@@ -94,3 +94,14 @@ def test_the_speeds_are_measured_only_on_request(
     (column,) = json.loads(capsys.readouterr().out)["columns"]
     assert not {"roofline", "sweep", "backends"} & column.keys()
     assert torch.get_num_threads() == 1
+
+
+def test_classes_are_a_number_for_a_name_and_names_for_a_file(checkpoint: Path) -> None:
+    for words, said in (
+        (["seaformer_t", "--classes", "9" * 5000], "--classes"),
+        (["seaformer_t", "--classes", "a,b"], "--classes a,b is for a file that does not say it"),
+        (["seaformer_t", "--protocol", "demo"], "--protocol is for a file that does not say it"),
+        ([checkpoint, "--classes", "a,b"], "says its classes and protocol itself"),
+    ):
+        result = call("profile", *words, "--device", "cpu")
+        assert (result.exit_code, said in result.output) == (2, True), result.output[:300]
