@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ssaseg.models.classifiers.ssa import SSAClassifier
+from ssaseg.models.layers import Depthwise
 from ssaseg.models.networks import segnext
 from ssaseg.models.networks.efficientformer import HEADS, Attention
 from ssaseg.models.networks.seaformer import SeaBlock
@@ -157,3 +158,30 @@ def test_ssa_without_gradients_makes_one_tensor_as_large_as_the_feature(layout: 
     assert torch.equal(feature, given)
     own = {each.untyped_storage().data_ptr() for each in large.made} - {feature.untyped_storage().data_ptr()}
     assert len(own) <= 2  # the adapted feature, and the squares or copies of a single operation
+
+
+@pytest.mark.parametrize("length", [3, 7])
+def test_strips_that_are_trained_on_a_cpu(length: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows as columns: the same output and gradient of the input; that of the weight except for rounding."""
+    torch.manual_seed(0)
+    strip = Depthwise(16, (1, length))
+    x = torch.randn(2, 16, 6, 8).contiguous(memory_format=torch.channels_last).requires_grad_()
+    weights = torch.randn(2, 16, 6, 8)
+    shapes: list[tuple[int, ...]] = []
+    convolve = F.conv2d
+    monkeypatch.setattr(F, "conv2d", lambda *words, **more: shapes.append(words[1].shape) or convolve(*words, **more))
+
+    def gradients(run: Callable[[torch.Tensor], torch.Tensor]) -> list[torch.Tensor]:
+        result = run(x)
+        return [result, *torch.autograd.grad((result * weights).sum(), [x, strip.weight, strip.bias])]
+
+    turned, plain = gradients(strip), gradients(lambda x: torch.nn.Conv2d.forward(strip, x))
+    assert shapes == [(16, 1, length, 1), (16, 1, 1, length)]
+    torch.testing.assert_close(turned, plain, rtol=1e-5, atol=1e-5)
+    assert turned[0].is_contiguous(memory_format=torch.channels_last)
+    strip.eval()(x)
+    with torch.no_grad():
+        strip.train()(x)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        strip(x)
+    assert set(shapes[2:]) == {(16, 1, 1, length)}, "inference and bf16 stay as they were"
