@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import reprlib
 from collections.abc import Iterable, Sequence
@@ -161,9 +162,9 @@ def brief(value: object) -> str:
     return cut(printable(_SHORT.repr(value)))
 
 
-def file_sizes(files: Iterable[Path]) -> list[str]:
+def file_sizes(files: Iterable[Path | str]) -> list[str]:
     """Sizes of files [bytes], as text. Raises OSError where a file is missing."""
-    return [str(file.stat().st_size) for file in files]
+    return [str(os.stat(file).st_size) for file in files]
 
 
 def default_palette(count: int) -> Palette:

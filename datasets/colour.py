@@ -3,7 +3,9 @@
 Source: mmsegmentation 1.2 `datasets/transforms/transforms.py` (PhotoMetricDistortion), `models/data_preprocessor.py`;
 OpenCV's 8-bit HSV conversion. Its integer arithmetic is done below in float32, where every intermediate value is exact.
 
-Letters: N images of H x W pixels; n images and P pixels of a piece that is computed in one step. Between the functions,
+On a GPU only: on a CPU the workers apply the distortion, see `transforms.distort_image`, and leave no draws.
+
+Letters: N images of H x W pixels; n of these, which a step changes, and P pixels of each. Between the functions,
 pixels are float32 planes (N,3,H,W) in the order RGB with whole values 0..255. Nothing here waits for the device: values
 that differ between images are read from CPU tensors. Images of other channels have C planes: of three or more, the
 first three are RGB.
@@ -17,9 +19,6 @@ from torch import Tensor
 
 from ssaseg.datasets.loader import Batch
 from ssaseg.datasets.transforms import DRAWS, HUE, SATURATION
-
-# Pixels of a piece on a CPU: so few that the eight planes of the piece stay in the second-level cache.
-CPU_PIECE = 1 << 15
 
 
 def prepare_batch(
@@ -64,9 +63,8 @@ def distort(planes: Tensor, draws: Tensor) -> None:
     """Apply mmsegmentation's PhotoMetricDistortion in place to float32 planes (N,3,H,W) RGB, whole values 0..255.
 
     draws: float32 (N,5) on the CPU as `transforms.draw_distortion` makes them; NaN: the step is not applied to this
-    image. Each step clips to 0..255 and truncates to whole levels (`floor_`: `trunc_` is ten times slower on a CPU).
-    Of more than three planes, only the first three change. Of one or two, which have no colour, all change in
-    brightness and contrast.
+    image. Each step clips to 0..255 and truncates to whole levels. Of more than three planes, only the first three
+    change. Of one or two, which have no colour, all change in brightness and contrast.
 
     The pixels are equal to OpenCV's with two exceptions, both by one level: 1 to 3 of 10000 saturation and hue values;
     and the last columns where the width is not a multiple of OpenCV's vector length (up to 64 pixels), as OpenCV rounds
@@ -75,23 +73,17 @@ def distort(planes: Tensor, draws: Tensor) -> None:
     if planes.shape[1] < 3:
         draws = draws.clone()
         draws[:, [SATURATION, HUE]] = torch.nan
+    if draws.isnan().all():
+        return
     pixels = planes[:, :3].view(len(planes), -1, planes[0, 0].numel())  # N,3,H*W; a view: a copy would stay unseen
-    images, length = (len(pixels), pixels.shape[2]) if planes.is_cuda else (1, min(CPU_PIECE, pixels.shape[2]))
-    scratch = pixels.new_empty((5, images, length))
-    for group, rows in zip(pixels.split(images), draws.split(images), strict=True):
-        for piece in group.split(length, dim=2):
-            _distort_piece(piece, rows, scratch)
-
-
-def _distort_piece(pixels: Tensor, draws: Tensor, scratch: Tensor) -> None:
-    """All steps in place on pixels (n,3,P), with draws (n,5); each step changes only the images it is drawn for."""
+    scratch = pixels.new_empty((5, len(pixels), pixels.shape[2]))
     for step in range(DRAWS):
         amounts = draws[:, step]
         taken = (~amounts.isnan()).nonzero()[:, 0]
         if len(taken) == 0:
             continue
         amount = amounts[taken].view(-1, 1, 1).to(pixels.device, non_blocking=True)
-        workspace = scratch[:, : len(taken), : pixels.shape[2]]
+        workspace = scratch[:, : len(taken)]
         if len(taken) == len(draws):
             STEPS[step](pixels, amount, workspace)
             continue

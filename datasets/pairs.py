@@ -6,11 +6,9 @@ and 255 where a pixel is ignored.
 
 from __future__ import annotations
 
-import errno
 import os
 import re
-from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence, Set
+from collections.abc import Mapping, Sequence, Set
 from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
@@ -25,6 +23,7 @@ from ssaseg.datasets.base import IGNORED, DataError, PairFacts, Problem, default
 from ssaseg.datasets.decoding import Levels, read_mask
 from ssaseg.datasets.ids import expected_ids, label_table, likely_fix
 from ssaseg.datasets.inspection import count_ids, look_at_image
+from ssaseg.files.listing import FileList, prefix_of, texts_of, walk_folders
 from ssaseg.files.reading import decode_text, read_file
 from ssaseg.files.text import describe
 
@@ -40,16 +39,13 @@ JPEG = (".jpg", ".jpeg", ".jpe", ".jfif")
 # A line of a list of pairs, where a list of names is expected: two names with suffixes.
 TWO_FILES = re.compile(r".*\.\w{2,5}['\"]?\s*[\t ,;]\s*\S.*\.\w{2,5}\b.*")
 
-# To list a folder so often is no data set: a few dozen links into one another make billions of ways to a file.
-MOST_WAYS = 100
-
 
 class Pairs(NamedTuple):
     """Names, image files and mask files of all pairs, in the same order; and the mask files without an image."""
 
     names: list[str]
-    images: list[Path]
-    masks: list[Path]
+    images: Sequence[Path]
+    masks: Sequence[Path]
     unused: Sequence[Path] = ()
 
 
@@ -178,7 +174,7 @@ class PairDataset:
 
     def identity(self) -> list[str]:
         """Sizes of the image files, then of the mask files [bytes]. Raises OSError where a file is missing."""
-        return file_sizes([*self.image_files, *self.mask_files])
+        return file_sizes([*texts_of(self.image_files), *texts_of(self.mask_files)])
 
     def size_error(self, index: int, image: Sequence[int], mask: Sequence[int]) -> DataError:
         """The error for an image and a mask whose shapes (H, W, …) differ."""
@@ -253,9 +249,12 @@ def pair_files(
     # Images and masks may be in the same folder, or the masks below the images: then a mask file is not an image too.
     apart = set(mask_files.values()) if masks.is_relative_to(images) else set()
     image_files = files_by_name(images, image_suffixes, "images", apart)
-    names = sorted(image_files) if listed is None else read_names(listed)
-    # Spaces around a name are part of it only where an image file has this name with the spaces.
-    names = sorted({name if name in image_files else name.strip() for name in names})
+    names = sorted(image_files)
+    if listed is None and names == [*image_files] == [*mask_files]:
+        return Pairs(names, FileList(image_files.values()), FileList(mask_files.values()))  # nothing to look up
+    if listed is not None:
+        # Spaces around a name are part of it only where an image file has this name with the spaces.
+        names = sorted({name if name in image_files else name.strip() for name in read_names(listed)})
     _add_other_compositions(names, image_files)
     _add_other_compositions(names, mask_files)
     absent = [name for name in names if name not in image_files]
@@ -284,13 +283,13 @@ def pair_files(
             + "\nadd the masks, remove the images, or correct data.mask_suffix and the folder of masks"
         )
         raise_or_keep(error, incomplete)
-    names = [name for name in names if name in image_files and name in mask_files]
-    used = {mask_files[name] for name in names}
-    unused = sorted({file for file in mask_files.values() if file not in used and listed is None})
-    return Pairs(names, [image_files[name] for name in names], [mask_files[name] for name in names], unused)
+        names = [name for name in names if name in mask_files]
+    image_list, mask_list = ([files[name] for name in names] for files in (image_files, mask_files))
+    unused = set(mask_files.values()).difference(mask_list) if listed is None else ()
+    return Pairs(names, FileList(image_list), FileList(mask_list), sorted(map(Path, unused)))
 
 
-def _add_other_compositions(names: Sequence[str], files: dict[str, Path]) -> None:
+def _add_other_compositions(names: Sequence[str], files: dict[str, str]) -> None:
     """Adds the names for which `files` has a name of the same letters in another Unicode composition."""
     if missing := [name for name in names if name not in files and not name.isascii()]:
         composed = {normalize("NFC", name): file for name, file in files.items()}
@@ -326,68 +325,31 @@ def read_names(file: Path) -> list[str]:
     return names
 
 
-def files_by_name(folder: Path, suffixes: Sequence[str], kind: str, apart: Set[Path] = frozenset()) -> dict[str, Path]:
-    """Files below `folder` that end in one of `suffixes`, except `apart`, by their relative path without suffix."""
+def files_by_name(folder: Path, suffixes: Sequence[str], kind: str, apart: Set[str] = frozenset()) -> dict[str, str]:
+    """Files below `folder` that end in one of `suffixes`, except `apart`, by their relative path without suffix. Paths
+    of files are text.
+    """
     if not folder.is_dir():
         raise DataError(
             f"{folder}: no such folder\nexpected the folder of {kind}\ncheck data.root and the folders below it"
         )
     endings = sorted((suffix.lower() for suffix in suffixes), key=len, reverse=True)  # _mask.png before .png
-    found: dict[str, Path] = {}
-    for below in walk_below(folder):
-        file = below.rpartition("/")[2].lower()
-        ending = next((suffix for suffix in endings if file.endswith(suffix)), None)
-        if ending is None or (path := folder / below) in apart:
-            continue
-        name = below[: -len(ending)]
-        if name in found:
-            pair = f"{found[name]} and {path}"
-            raise DataError(f"{pair}: two {kind} with the same name\nexpected one file a name\nremove or rename one")
-        found[name] = path
+    any_ending, start = tuple(endings), prefix_of(folder)
+    found: dict[str, str] = {}
+    for here, files in walk_folders(folder):
+        for file in files:
+            lower = file.lower()
+            if not lower.endswith(any_ending) or (path := start + here + file) in apart:
+                continue
+            name = here + file[: -len(next(filter(lower.endswith, endings)))]
+            if found.setdefault(name, path) is not path:
+                pair = f"{found[name]} and {path}"
+                fix = "remove or rename one"
+                raise DataError(f"{pair}: two {kind} with the same name\nexpected one file a name\n{fix}")
     if not found:
         wanted = f"files ending in {', '.join(suffixes)}"
         raise DataError(f"{folder}: no {kind} in this folder\nexpected {wanted}\ncheck the folder and the suffixes")
     return found
-
-
-def walk(folder: Path) -> Iterator[Path]:
-    """The files of `walk_below`, as paths."""
-    return (folder / below for below in walk_below(folder))
-
-
-def walk_below(folder: Path) -> Iterator[str]:
-    """Visible files below `folder`, their paths below it, with /. As text: objects of pathlib take longer than the
-    listing. Sorted by name, those of a folder before those of its subfolders.
-
-    What is not a folder is a file here, even a device. Links are followed, except links to a folder that the walk is
-    inside of, or to one above it: a circle ends. Raises OSError for a folder that cannot be read, none is skipped, and
-    for one that links lead to more than `MOST_WAYS` times.
-    """
-    ways: Counter[str] = Counter()
-    # To list: path, the same without links, whether it is a link, and the folders that a link must not lead to again.
-    pending = [("", os.path.realpath(folder), True, frozenset[str]())]
-    while pending:
-        here, real, is_link, closed = pending.pop()
-        if real in closed:
-            continue
-        ways[real] += 1
-        if ways[real] > MOST_WAYS:
-            text = f"links lead to this folder in more than {MOST_WAYS} ways"
-            raise OSError(errno.ELOOP, text, str(folder / here))
-        with os.scandir(folder / here) as entries:
-            visible = sorted((entry.name, *_kind(entry)) for entry in entries if entry.name[0] != ".")
-        yield from (here + name for name, is_folder, _ in visible if not is_folder)
-        closed = closed.union([real], map(str, Path(real).parents) if is_link else ())
-        for name, is_folder, is_link in reversed(visible):
-            if is_folder:
-                path = f"{real}/{name}"
-                pending.append((f"{here}{name}/", os.path.realpath(path) if is_link else path, is_link, closed))
-
-
-def _kind(entry: os.DirEntry[str]) -> tuple[bool, bool]:
-    """Whether it is a folder, and a link. A link to nothing, to itself or where this user may not look is no folder."""
-    is_link = entry.is_symlink()
-    return os.path.isdir(entry.path) if is_link else entry.is_dir(), is_link
 
 
 def first_names(names: Sequence[str], most: int = 3) -> str:

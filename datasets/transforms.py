@@ -2,8 +2,9 @@
 bit for bit.
 
 Sources: mmcv 2.1 `image/geometric.py` and `transforms/processing.py`, mmsegmentation 1.2
-`datasets/transforms/transforms.py`. Colour distortion and normalisation run later, on the device and for the whole
-batch: see `colour`. Their random numbers are drawn here, because mmsegmentation draws them from the same sequence.
+`datasets/transforms/transforms.py`. Normalisation runs later, for the whole batch: see `colour`. So does the colour
+distortion where the device is a GPU; on a CPU it runs here, in the workers: `distort_image`. Its random numbers are
+always drawn here, because mmsegmentation draws them from the same sequence.
 
 Letters: H, W source size; h, w size after the resize or crop; images are BGR uint8 (H,W,3), labels uint8 (H,W). Where
 images have other channels, see `bands.reading`, there are as many in place of 3; each of them is resized by itself. In
@@ -25,6 +26,7 @@ MAX_TRIES = 10
 # Columns of a row of draws, in the order in which the steps are applied; NaN: the step is not applied.
 BRIGHTNESS, CONTRAST_FIRST, SATURATION, HUE, CONTRAST_LAST = range(5)
 DRAWS = 5
+LEVELS = np.arange(256, dtype=np.float32)
 
 
 class Random(Protocol):
@@ -142,6 +144,7 @@ class TrainTransform:
     it. crop: (height, width) in pixels. cat_max_ratio: the crop is drawn again, up to ten times, while one class has at
     least this share of its labelled pixels or while it shows only one class; 1 switches this check off. flip:
     probability of a left-right flip. distortion: whether to draw the colour distortion. channels: of the images.
+    distort_here: whether to apply it too; the draws of a sample are then NaN, as no step is left to apply.
     """
 
     def __init__(
@@ -153,10 +156,11 @@ class TrainTransform:
         flip: float = 0.5,
         distortion: bool = True,
         channels: int = 3,
+        distort_here: bool = False,
     ) -> None:
         self.scale, self.ratio, self.crop = tuple(scale), tuple(ratio), (int(crop[0]), int(crop[1]))
         self.cat_max_ratio, self.flip, self.distortion = cat_max_ratio, flip, distortion
-        self.channels = channels
+        self.channels, self.distort_here = channels, distort_here
 
     def __call__(
         self,
@@ -189,6 +193,9 @@ class TrainTransform:
             cv2.flip(source, 1, dst=inside) if flipped else np.copyto(inside, source)
             target[size[0] :] = padding
             target[: size[0], size[1] :] = padding
+        if self.distort_here:
+            distort_image(out_image[: size[0], : size[1]], draws)
+            draws = np.full(DRAWS, np.nan, np.float32)
         return Sample(out_image, out_label, draws, size)
 
     def empty(self, lead: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
@@ -267,3 +274,43 @@ def draw_distortion(rng: Random) -> np.ndarray:
     if not early and rng.randint(2):
         draws[CONTRAST_LAST] = rng.uniform(0.5, 1.5)
     return draws
+
+
+def distort_image(image: np.ndarray, draws: np.ndarray) -> None:
+    """Apply mmsegmentation's PhotoMetricDistortion in place to an image uint8 (H,W,C), BGR first. draws: float32 (5,).
+
+    Its arithmetic and OpenCV's conversions: with the same OpenCV the pixels are equal, bit for bit. `colour.distort`
+    does the same for a whole batch on a GPU. Of more than three channels only the first three change. Of one or two,
+    which have no colour, all change in brightness and contrast. A step maps each level to a level: in place of float32
+    arithmetic it looks the level up in a table.
+    """
+    channels = image.shape[2]
+    pixels = image if channels <= 3 else np.ascontiguousarray(image[..., :3])
+    table: np.ndarray | None = None  # of the steps before HSV is needed, or after it: all in one pass
+    for step, amount in enumerate(draws):
+        if np.isnan(amount) or (step in (SATURATION, HUE) and channels < 3):
+            continue
+        if step not in (SATURATION, HUE):
+            levels = _clipped(LEVELS + amount if step == BRIGHTNESS else LEVELS * amount)
+            table = levels if table is None else levels[table]
+            continue
+        if table is not None:
+            cv2.LUT(pixels, table, dst=pixels)
+            table = None
+        tables = np.repeat(LEVELS.astype(np.uint8)[:, None], 3, 1)
+        if step == SATURATION:
+            tables[:, 1] = _clipped(LEVELS * amount)
+        else:
+            tables[:, 0] = (np.arange(256) + int(amount)) % 180
+        hsv = cv2.cvtColor(pixels, cv2.COLOR_BGR2HSV)
+        cv2.LUT(hsv, tables[None], dst=hsv)
+        cv2.cvtColor(hsv, cv2.COLOR_HSV2BGR, dst=pixels)
+    if table is not None:
+        cv2.LUT(pixels, table, dst=pixels)
+    if pixels is not image:
+        image[..., :3] = pixels
+
+
+def _clipped(levels: np.ndarray) -> np.ndarray:
+    """As mmsegmentation converts float32 to uint8: clipped to 0..255, then truncated."""
+    return np.clip(levels, 0, 255).astype(np.uint8)

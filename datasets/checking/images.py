@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from ssaseg.datasets.base import Dataset, ImageFacts, Levels, Problem
-from ssaseg.datasets.pairs import IMAGE_SUFFIXES, walk
+from ssaseg.datasets.pairs import IMAGE_SUFFIXES
+from ssaseg.files.listing import prefix_of, texts_of, walk_below
 from ssaseg.files.text import printable
 
 HALF = 2**15  # of the values of 16 bits: where nearly all values are below, most of the range is unused
@@ -114,19 +115,25 @@ def passed_over(dataset: Dataset) -> Iterator[Problem]:
     # Lists name files of any suffix; those of the other split may be in the same folder.
     listed = () if folder else {file.suffix.lower() for file in (*dataset.image_files, *dataset.mask_files)} - {""}
     suffixes = (*(suffix.lower() for suffix in getattr(dataset, "image_suffixes", IMAGE_SUFFIXES)), *listed)
-    used = {*dataset.mask_files, *dataset.unused_masks}
-    folders = [folder] if folder else sorted({file.parent for file in dataset.image_files})
-    files = walk(folder) if folder else (path for each in folders for path in _files_in(each))
-    others = [
-        path
-        for path in files
-        if path.suffix.lower() not in TEXTS and not path.name.lower().endswith(suffixes) and path not in used
-    ]
+    if folder:
+        folders, start = [folder], prefix_of(folder)
+        files: Iterable[Path] = (Path(start + name) for name in walk_below(folder) if not _ends_in(name, suffixes))
+    else:
+        folders = sorted({file.parent for file in dataset.image_files})
+        files = (path for each in folders for path in _files_in(each) if not _ends_in(path.name, suffixes))
+    others = [path for path in files if path.suffix.lower() not in TEXTS]
+    if others:
+        used = {*texts_of(dataset.mask_files), *texts_of(dataset.unused_masks)}
+        others = [path for path in others if str(path) not in used]
     if others:
         where = f"{folders[0]}{f' and {len(folders) - 1} more folders' * (len(folders) > 1)}"
         text = f"{count_suffixes(Counter(path.suffix.lower() for path in others))} in {where}"
         fix = "\nif they are images: add their suffixes to data.image_suffixes" if folder else ""
         yield Problem("note", text + fix, "other types")
+
+
+def _ends_in(file: str, suffixes: tuple[str, ...]) -> bool:
+    return file.lower().endswith(suffixes)
 
 
 def _files_in(folder: Path) -> list[Path]:

@@ -10,6 +10,7 @@ from pathlib import Path
 from ssaseg.datasets.base import Dataset, Problem
 from ssaseg.datasets.pairs import first_names
 from ssaseg.datasets.transforms import input_sizes
+from ssaseg.files.listing import real_path, texts_of
 from ssaseg.files.reading import open_file
 
 BLOCK = 2**16  # bytes at the end of a file, which are compared before its whole content
@@ -20,8 +21,9 @@ def shared_images(train: Dataset, val: Dataset, content: bool = False) -> Iterat
 
     Files of different sizes are not read; those of one size are read as a whole only where their ends are equal.
     """
-    known = {os.path.realpath(file) for file in train.image_files}
-    same = {index for index, file in enumerate(val.image_files) if os.path.realpath(file) in known}
+    folders: dict[str, str] = {}
+    known = {real_path(file, folders) for file in texts_of(train.image_files)}
+    same = {index for index, file in enumerate(texts_of(val.image_files)) if real_path(file, folders) in known}
     if content:
         left = {index: file for index, file in enumerate(val.image_files) if index not in same}
         same |= _equal(train.image_files, left)

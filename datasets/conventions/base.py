@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from ssaseg.datasets.base import Colour, DataError
-from ssaseg.datasets.pairs import walk_below
+from ssaseg.files.listing import walk_below
 
 TABLE, REST = frozenset({"table"}), frozenset({"background"})  # what conventions take of `Options`
 

@@ -93,7 +93,7 @@ def _coco_stuff164k(source: Path) -> Iterator[Pair]:
         images = _folder(source, folder, f"images/{folder}", holding="*.jpg")
         maps = _folder(source, f"stuffthingmaps/{folder}", folder, f"annotations/{folder}", holding="*.png")
         for name, image in sorted(files_by_name(images, [".jpg"], "images").items()):
-            yield Pair(split, name, image, maps / f"{name}.png")
+            yield Pair(split, name, Path(image), maps / f"{name}.png")
 
 
 def _pascal_context(source: Path) -> Iterator[Pair]:
@@ -118,7 +118,7 @@ def _cityscapes(source: Path) -> Iterator[Pair]:
                     f"{mask}: does not exist, only its polygons do\nexpected masks beside polygons, as in the archive\n"
                     "unpack all of gtFine_trainvaltest.zip: ssaseg does not draw masks from polygons"
                 )
-            yield Pair(split, name, image, mask)
+            yield Pair(split, name, Path(image), mask)
 
 
 def _segnet_camvid(source: Path) -> Iterator[Pair]:
@@ -126,7 +126,8 @@ def _segnet_camvid(source: Path) -> Iterator[Pair]:
     for split in ("train", "val"):
         masks = files_by_name(_folder(source, f"{split}annot"), [".png"], "masks")
         for name, image in sorted(files_by_name(_folder(source, split), [".png"], "images").items()):
-            yield Pair(split, name, image, masks.get(name, source / f"{split}annot/{name}.png"))
+            mask = masks.get(name, f"{source}/{split}annot/{name}.png")
+            yield Pair(split, name, Path(image), Path(mask))
 
 
 def _folder(source: Path, *places: str, holding: str = "") -> Path:

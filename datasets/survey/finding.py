@@ -12,13 +12,14 @@ from typing import Any
 
 from ssaseg.datasets.base import DataError
 from ssaseg.datasets.pairlist import choose_splits
-from ssaseg.datasets.pairs import IMAGE_SUFFIXES, first_names, walk_below
+from ssaseg.datasets.pairs import IMAGE_SUFFIXES, first_names
 from ssaseg.datasets.survey.choosing import Choice, choose
 from ssaseg.datasets.survey.found import Found, Paths
 from ssaseg.datasets.survey.lists import find_name_lists, find_pair_lists, why_unread
 from ssaseg.datasets.survey.messages import nothing_fits, tie_error
 from ssaseg.datasets.survey.places import FOLD, TRAINVAL, Place, read_place, role_of
 from ssaseg.datasets.survey.published import is_segnet_camvid
+from ssaseg.files.listing import walk_below
 
 # Files that are searched for images and masks.
 PICTURES = (*IMAGE_SUFFIXES, ".ppm", ".pgm", ".pbm", ".pnm")

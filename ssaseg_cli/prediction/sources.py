@@ -11,7 +11,8 @@ from typing import NamedTuple
 from ssaseg.cli.errors import CommandError
 from ssaseg.cli.prediction.kinds import KINDS
 from ssaseg.datasets.checking.images import count_suffixes
-from ssaseg.datasets.pairs import IMAGE_SUFFIXES, walk_below
+from ssaseg.datasets.pairs import IMAGE_SUFFIXES
+from ssaseg.files.listing import real_path, walk_below
 from ssaseg.files.text import printable
 
 EXPLANATIONS = ("activation", "summary")  # folders of the results of `ssaseg explain`
@@ -49,7 +50,8 @@ def find_sources(inputs: Sequence[str], out: Path, others: Counter[str] | None =
         files = _expand(given)
         named = not os.path.isdir(given) and os.path.lexists(given)
         candidates = [each for each in files if named or _is_image(each[0])]
-        rest = [path for path, _ in files if not named and not _is_image(path) and not _is_within(path, whole, real)]
+        others_here = [path for path, _ in files if not _is_image(path)] if len(candidates) < len(files) else []
+        rest = [path for path in others_here if not _is_within(path, whole, real)]
         left_out = Counter(_suffix(path).lower() for path in rest)
         if others is not None:
             others.update(left_out)
@@ -69,13 +71,7 @@ def find_sources(inputs: Sequence[str], out: Path, others: Counter[str] | None =
 
 def _is_within(path: str, folders: tuple[str, ...], real: dict[str, str]) -> bool:
     """Whether a file is below one of the folders. real: of folders that were asked for, the paths without links."""
-    folder, name = os.path.split(path)
-    if os.path.islink(path):
-        return os.path.realpath(path).startswith(folders)
-    if folder not in real:
-        # realpath: unlike Path.resolve, it raises nothing for a link to itself.
-        real[folder] = os.path.join(os.path.realpath(folder), "")
-    return (real[folder] + name).startswith(folders)
+    return real_path(path, real).startswith(folders)
 
 
 def _where(given: str) -> str:

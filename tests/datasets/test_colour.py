@@ -9,7 +9,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ssaseg.datasets import colour
 from ssaseg.datasets.loader import Batch
-from ssaseg.datasets.transforms import CONTRAST_FIRST, DRAWS, HUE, SATURATION, TrainTransform
+from ssaseg.datasets.transforms import (
+    BRIGHTNESS,
+    CONTRAST_FIRST,
+    CONTRAST_LAST,
+    DRAWS,
+    HUE,
+    SATURATION,
+    TrainTransform,
+    distort_image,
+)
 
 STORED = np.load(FIXTURES / "mmseg_pipeline.npz")
 MEAN, STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
@@ -92,7 +101,7 @@ def test_hue_turns_the_circle(delta: int) -> None:
 
 
 def test_images_of_a_batch_take_their_own_steps() -> None:
-    """All subsets at once, as on a GPU, equal one image after the other, as on a CPU; and pieces do not show."""
+    """All subsets at once equal one image after the other."""
     rng = np.random.RandomState(1)
     images = rng.randint(0, 256, (5, 24, 40, 3)).astype(np.uint8)
     draws = np.full((5, DRAWS), np.nan, np.float32)
@@ -104,15 +113,7 @@ def test_images_of_a_batch_take_their_own_steps() -> None:
     np.testing.assert_array_equal(one_by_one[0], images[0])
     assert all((one_by_one[i] != images[i]).any() for i in range(1, 5))
 
-    planes = colour.to_planes(torch.from_numpy(images))
-    scratch = torch.empty(5, 5, 24 * 40)
-    colour._distort_piece(planes.flatten(2), torch.from_numpy(draws), scratch)
-    expected = colour.to_planes(torch.from_numpy(one_by_one))
-    assert torch.equal(planes, expected)
-
-    large = rng.randint(0, 256, (1, 200, 300, 3)).astype(np.uint8)  # more pixels than one piece
-    parts = [distorted(np.ascontiguousarray(large[:, i : i + 50]), draws[3:4]) for i in range(0, 200, 50)]
-    np.testing.assert_array_equal(distorted(large, draws[3:4]), np.concatenate(parts, 1))
+    np.testing.assert_array_equal(distorted(images, draws), one_by_one)
 
 
 def test_normalisation_and_padding_equal_mmsegmentation() -> None:
@@ -131,9 +132,9 @@ def test_normalisation_and_padding_equal_mmsegmentation() -> None:
 
 
 def test_memory_does_not_grow_by_copies_of_the_batch() -> None:
-    """Beside the result, no tensor of the whole batch in float32; the scratch planes are a fraction of one image."""
+    """On a CPU: beside the result, no tensor of the size of the batch."""
     images = torch.randint(0, 256, (6, 256, 256, 3), dtype=torch.uint8)
-    draws = torch.tensor([[5.0, torch.nan, 1.2, 4.0, 0.9]]).repeat(6, 1)
+    draws = torch.full((6, DRAWS), torch.nan)  # as workers leave them, which have applied the distortion
     sizes = torch.tensor([[256, 256]]).repeat(6, 1)
     batch = Batch(images, torch.zeros(6, 256, 256, dtype=torch.uint8), draws, sizes, [""] * 6, [0] * 6)
     with Allocations() as seen:
@@ -158,6 +159,77 @@ class Allocations(TorchDispatchMode):
             self.kept.append(result)
             self.bytes.setdefault(result.untyped_storage().data_ptr(), result.untyped_storage().nbytes())
         return result
+
+
+# ---- in the workers, without a GPU -------------------------------------------------------------------------------
+def in_worker(image: np.ndarray, draws: np.ndarray) -> np.ndarray:
+    result = image.copy()
+    distort_image(result, draws)
+    return result
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_a_worker_equals_mmsegmentation(seed: int) -> None:
+    """One step after the other from mmsegmentation's pixels; and all in one go, in fewer passes."""
+    width, height, *crop = STORED["train_config"].tolist()
+    source = STORED[f"image{seed % 3}"], STORED[f"label{seed % 3}"]
+    made = [
+        TrainTransform((width, height), (0.5, 2.0), crop, distort_here=here)(
+            *source, np.random.RandomState(seed), np.arange(256, dtype=np.uint8)
+        )
+        for here in (False, True)
+    ]
+    draws, rows, columns = made[0].draws, *made[0].size
+    first = before = STORED[f"train{seed}_image"]
+    chained = first.copy()
+    for k, step in enumerate((~np.isnan(draws)).nonzero()[0]):
+        expected, row = STORED[f"train{seed}_step{k}"], only(step, draws[step])[0]
+        difference = np.abs(in_worker(before, row).astype(int) - expected)
+        assert difference.max() <= (1 if step in (SATURATION, HUE) else 0)  # another OpenCV may round another way
+        assert (difference == 0).mean() >= 0.999
+        before, chained = expected, in_worker(chained, row)
+    np.testing.assert_array_equal(in_worker(first, draws), chained)
+    np.testing.assert_array_equal(made[1].image[:rows, :columns], chained)
+    assert not made[1].image[rows:].any()
+    assert not made[1].image[:, columns:].any()
+    assert np.isnan(made[1].draws).all()  # nothing is left for the device to do
+
+
+@pytest.mark.parametrize("amounts", [{SATURATION: 1.4}, {HUE: -18}, {BRIGHTNESS: 20.5, HUE: 17, CONTRAST_LAST: 0.6}])
+def test_a_worker_has_the_arithmetic_of_mmsegmentation(amounts: dict[int, float]) -> None:
+    """With this OpenCV, bit for bit: float32 on levels, and a conversion to HSV and back for each step."""
+    image = np.random.RandomState(0).randint(0, 256, (40, 50, 3)).astype(np.uint8)
+    draws = np.full(DRAWS, np.nan, np.float32)
+    expected = image
+    for step, amount in amounts.items():
+        draws[step] = amount
+        if step not in (SATURATION, HUE):
+            levels = expected.astype(np.float32)
+            levels = levels + np.float32(amount) if step == BRIGHTNESS else levels * np.float32(amount)
+            expected = np.clip(levels, 0, 255).astype(np.uint8)
+            continue
+        hsv = cv2.cvtColor(expected, cv2.COLOR_BGR2HSV)
+        if step == SATURATION:
+            hsv[..., 1] = np.clip(hsv[..., 1].astype(np.float32) * np.float32(amount), 0, 255).astype(np.uint8)
+        else:
+            hsv[..., 0] = (hsv[..., 0].astype(int) + int(amount)) % 180
+        expected = cv2.cvtColor(hsv, cv2.COLOR_HSV2BGR)
+    np.testing.assert_array_equal(in_worker(image, draws), expected)
+    rows = np.zeros((40, 60, 3), np.uint8)  # as where an image is narrower than the crop: rows are not contiguous
+    rows[:, :50] = image
+    distort_image(rows[:, :50], draws)
+    np.testing.assert_array_equal(rows[:, :50], expected)
+
+
+@pytest.mark.parametrize("channels", [1, 2, 5])
+def test_a_worker_distorts_other_channels_as_a_gpu_does(channels: int) -> None:
+    image = np.random.RandomState(0).randint(0, 256, (24, 64, channels)).astype(np.uint8)
+    draws = np.array([12.5, 1.25, 0.8, 7, np.nan], np.float32)
+    planes = colour.to_planes(torch.from_numpy(image[None]))
+    colour.distort(planes, torch.from_numpy(draws[None]))
+    result = in_worker(image, draws)
+    assert np.abs(result - colour.from_planes(planes[0].byte()).astype(int)).max() <= (2 if channels > 2 else 0)
+    assert (result != image).any(axis=(0, 1)).tolist() == [True] * min(channels, 3) + [False] * max(channels - 3, 0)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

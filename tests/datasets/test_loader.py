@@ -19,6 +19,7 @@ from ssaseg.datasets.loader import Batch, eval_loader, train_loader
 from ssaseg.datasets.transforms import TrainTransform
 
 TRANSFORM = TrainTransform((48, 32), (0.5, 2.0), (24, 32))
+DISTORTING = TrainTransform(TRANSFORM.scale, TRANSFORM.ratio, TRANSFORM.crop, distort_here=True)
 
 
 class Fake:
@@ -66,8 +67,10 @@ def sample_index(position: int, count: int, seed: int) -> int:
     return int(np.random.RandomState([0, seed, position // count]).permutation(count)[position % count])
 
 
-def take(count: int, *, size: int = 4, workers: int = 0, start: int = 0, seed: int = 3) -> list[Batch]:
-    stream = train_loader(Fake(10), TRANSFORM, seed, size, workers, start)
+def take(
+    count: int, *, size: int = 4, workers: int = 0, start: int = 0, seed: int = 3, transform: TrainTransform = TRANSFORM
+) -> list[Batch]:
+    stream = train_loader(Fake(10), transform, seed, size, workers, start)
     batches = list(itertools.islice(stream, count))
     stream.close()  # type: ignore[attr-defined]
     return batches
@@ -79,11 +82,21 @@ def same(one: Batch, other: Batch) -> bool:
 
 
 @pytest.mark.filterwarnings("error")  # nor is there a warning where there are fewer cores
-@pytest.mark.parametrize("workers", [1, 3])
-def test_number_of_workers_changes_nothing(workers: int) -> None:
-    here, there = take(6), take(6, workers=workers)
+@pytest.mark.parametrize(("workers", "transform"), [(1, TRANSFORM), (3, TRANSFORM), (2, DISTORTING)])
+def test_number_of_workers_changes_nothing(workers: int, transform: TrainTransform) -> None:
+    here, there = take(6, transform=transform), take(6, workers=workers, transform=transform)
     assert len(here) == len(there) == 6
     assert all(same(a, b) for a, b in zip(here, there, strict=True))
+
+
+def test_workers_distort_colours_and_leave_no_draws() -> None:
+    plain, distorted = take(2), take(2, transform=DISTORTING)
+    assert all(each.draws.isnan().all() for each in distorted)
+    for one, other in zip(plain, distorted, strict=True):
+        assert torch.equal(one.labels, other.labels)
+        changed = (one.images != other.images).flatten(1).any(1)
+        assert torch.equal(changed, ~one.draws.isnan().all(1))
+        assert changed.any()
 
 
 def test_stream_can_start_anywhere() -> None:
