@@ -11,6 +11,7 @@ LARGEST_AREA = 2**28  # pixels of one image, as for the images that are read
 LARGEST_BATCH_AREA = 2**27  # pixels of the crops of one step: 512 crops of 512x512
 MOST_SCENES = 1_000_000
 MOST_CHANNELS = 16  # of images, as for the networks
+MOST_STEPS = 100_000_000
 SEEDS = 2**32
 
 CONTROL = re.compile("[\x00-\x1f\x7f]")
@@ -23,7 +24,7 @@ def _one_line(text: str) -> str:
 
 
 # What no machine can do is refused, as no limit would otherwise stand between a recipe and all memory.
-Count = Annotated[int, Field(ge=1, le=100_000_000)]
+Count = Annotated[int, Field(ge=1, le=MOST_STEPS)]
 Images = Annotated[int, Field(ge=1, le=65_536)]
 Length = Annotated[int, Field(ge=1, le=LARGEST_SIDE)]
 Ratio = Annotated[float, Field(ge=0.01, le=100)]

@@ -106,7 +106,7 @@ def read_recipe(path: Path, above: tuple[Path, ...] = (), read: list[Path] | Non
     """Read a file and all recipes that it extends. A later base overrides an earlier one, the file overrides its bases.
 
     If the file changes `data.dataset` or the classes, keys of the base's `data` section that have no meaning then are
-    dropped: see `_obsolete`.
+    dropped: see `_obsolete`. `train.epochs` replaces `train.steps` of a base, and the other way round.
 
     Args:
         path: the YAML file.
@@ -145,14 +145,17 @@ def read_recipe(path: Path, above: tuple[Path, ...] = (), read: list[Path] | Non
 def apply_overrides(layer: Layer, overrides: Sequence[str]) -> Layer:
     """Set keys by arguments such as `optim.lr=1e-3`. A mapping as value replaces the old mapping.
 
-    Keys that a change of `data.dataset` or of the classes makes obsolete are dropped first, as with `extends`.
+    Keys that others make obsolete are dropped first, as with `extends`.
 
     Raises:
         RecipeError: an argument is not `key=value`, its value is not YAML, or its key is below a plain value.
     """
     settings = [_setting(argument) for argument in overrides]
-    given = {keys[1]: value for keys, value in settings if len(keys) == 2 and keys[0] == "data"}
-    layer = _without(layer, _obsolete(layer.values.get("data"), given))
+    given: dict[Any, dict[Any, Any]] = {"data": {}, "train": {}}
+    for keys, value in settings:
+        if len(keys) == 2 and keys[0] in given:
+            given[keys[0]][keys[1]] = value
+    layer = _without_obsolete(layer, given)
     for argument, (keys, value) in zip(overrides, settings, strict=True):
         above = {keys[:end]: COMMAND_LINE for end in range(1, len(keys))}
         places = {**above, **layer.places, keys: COMMAND_LINE}
@@ -188,7 +191,7 @@ def _set(values: Any, keys: Keys, value: Any, argument: str) -> dict[Any, Any]:
 
 
 def _merge(base: Layer, child: Layer) -> Layer:
-    base = _without(base, _obsolete(base.values.get("data"), child.values.get("data")))
+    base = _without_obsolete(base, child.values)
     return Layer(_merge_values(base.values, child.values), {**base.places, **child.places})
 
 
@@ -208,13 +211,21 @@ def _obsolete(base: Any, child: Any) -> set[Any]:
     return set()
 
 
-def _without(layer: Layer, keys: set[Any]) -> Layer:
-    """The layer without these keys of its `data` section; their places are removed, too."""
-    if not keys:
+def _without_obsolete(base: Layer, child: dict[Any, Any]) -> Layer:
+    """The base of a recipe without the keys that the values of its child make obsolete."""
+    base = _without(base, "data", _obsolete(base.values.get("data"), child.get("data")))
+    lengths, train = {"steps", "epochs"}, child.get("train")
+    given = {key for key in lengths if isinstance(train, dict) and train.get(key) is not None}
+    return _without(base, "train", lengths - given if given else set())
+
+
+def _without(layer: Layer, section: str, keys: set[Any]) -> Layer:
+    """The layer without these keys of a section; their places are removed, too."""
+    if not keys or not isinstance(layer.values.get(section), dict):
         return layer
-    data = {key: value for key, value in layer.values["data"].items() if key not in keys}
-    places = {at: place for at, place in layer.places.items() if at[:1] != ("data",) or not keys & set(at[1:2])}
-    return Layer({**layer.values, "data": data}, places)
+    kept = {key: value for key, value in layer.values[section].items() if key not in keys}
+    places = {at: place for at, place in layer.places.items() if at[:1] != (section,) or not keys & set(at[1:2])}
+    return Layer({**layer.values, section: kept}, places)
 
 
 def _merge_values(base: dict[Any, Any], child: dict[Any, Any]) -> dict[Any, Any]:

@@ -5,6 +5,7 @@ A check of one key is part of its field; checks across keys are the `model_valid
 and data sets are plain text here: the command that runs the recipe looks them up.
 """
 
+import math
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, Strict, model_validator
@@ -12,6 +13,7 @@ from pydantic import BeforeValidator, Field, Strict, model_validator
 from ssaseg.recipes.data import Data
 from ssaseg.recipes.fields import (
     LARGEST_BATCH_AREA,
+    MOST_STEPS,
     ClassName,
     Count,
     HeightWidth,
@@ -159,7 +161,7 @@ class Optim(Section):
     warmup: int = Field(
         default=1500,
         ge=0,
-        le=100_000_000,
+        le=MOST_STEPS,
         description="steps of linear warm-up, which multiplies the decaying rate; 0: none",
     )
     warmup_ratio: float = Field(
@@ -204,7 +206,14 @@ class Optim(Section):
 class Train(Section):
     """Steps, batch, precision and intervals."""
 
-    steps: int = Field(ge=1, le=100_000_000, description="optimiser steps")
+    steps: Count | None = Field(default=None, description="optimiser steps")
+    epochs: float | None = Field(
+        default=None,
+        gt=0,
+        le=1_000_000,
+        description="passes over the training images, in place of steps: the run computes its steps from it, rounded "
+        "up, and keeps them as train.steps",
+    )
     batch: Images = Field(default=16, description="images per optimiser step, of all micro-batches and ranks together")
     micro_batch: Images | Literal["auto"] | None = Field(
         default=None,
@@ -249,6 +258,15 @@ class Train(Section):
     prefetch: Switch = Field(
         default=True, description="copy and prepare the next batch on the GPU during the current step"
     )
+
+    @model_validator(mode="after")
+    def _one_length(self) -> "Train":
+        if self.steps is None and self.epochs is None:
+            raise wrong("train.steps", None, "a whole number", "or set train.epochs: passes over the training images")
+        if self.steps is not None and self.epochs is not None:
+            expected = f"null, as train.steps is {self.steps}"
+            raise wrong("train.epochs", self.epochs, expected, "give one of the two, and remove the other")
+        return self
 
 
 class Distill(Section):
@@ -314,3 +332,11 @@ class Recipe(Section):
             expected = f"at most {most} with crops of {height}x{width} ({LARGEST_BATCH_AREA:,} pixels in a step)"
             raise wrong("train.batch", self.train.batch, expected, "use a smaller batch or augment.crop")
         return self
+
+    def with_steps(self, images: int) -> "Recipe":
+        """The recipe with train.steps in the place of train.epochs, for this number of training images."""
+        train = self.train
+        if train.epochs is None:
+            return self
+        steps = min(math.ceil(train.epochs * images / train.batch), MOST_STEPS)
+        return self.model_copy(update={"train": train.model_copy(update={"steps": steps, "epochs": None})})

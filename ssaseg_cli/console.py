@@ -1,6 +1,7 @@
 """Output that several commands have in common: tables, `--json` and progress bars."""
 
 import json
+import math
 import os
 import sys
 import time
@@ -95,3 +96,12 @@ def progress_bar(total: int, verb: str) -> Iterator[Callable[[int], object]]:
             echo(f"{verb} {finished}/{total} images", err=True)
 
     yield advance
+
+
+def about(seconds: float) -> str:
+    """A time, rounded to what an estimate is good for: "about 2 hours"."""
+    units = (("second", 1, 100), ("minute", 60, 100), ("hour", 3600, 72), ("day", 86400, math.inf))
+    unit, count = next((unit, seconds / length) for unit, length, most in units if seconds < most * length)
+    step = 1 if count < 20 else 5
+    rounded = max(round(count / step) * step, 1)
+    return f"about {rounded} {unit}{'s' * (rounded > 1)}"

@@ -2,12 +2,15 @@
 
 import contextlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from io import TextIOWrapper
 
 import click
 
 from ssaseg.files.text import KEPT, printable
+
+# Each gets all that is printed, see `copied`.
+COPIES: list[Callable[[str], object]] = []
 
 
 def echo(text: str = "", *, err: bool = False, nl: bool = True, label: str = "", colour: str | None = None) -> None:
@@ -16,15 +19,28 @@ def echo(text: str = "", *, err: bool = False, nl: bool = True, label: str = "",
     Control characters are shown as `\x1b`, except line ends and tabs. `label`: printed before the text, in `colour`,
     with a space between. `nl`: whether a line end follows.
     """
-    clean = printable(text, KEPT)
+    label, clean = printable(label, KEPT), printable(text, KEPT)
+    plain = f"{label} {clean}" if label else clean
+    for write in COPIES:
+        write(plain + "\n" * nl)
     if label:
-        clean = f"{click.style(printable(label, KEPT), fg=colour)} {clean}"
+        clean = f"{click.style(label, fg=colour)} {clean}"
     bars = sys.modules.get("tqdm") if err else None  # None: there is no bar
     if bars is None:
         click.echo(clean, err=err, nl=nl)
         return
     with bars.tqdm.external_write_mode(file=sys.stderr, nolock=False):
         click.echo(clean, err=err, nl=nl)
+
+
+@contextlib.contextmanager
+def copied(write: Callable[[str], object]) -> Iterator[None]:
+    """Inside this context `write` also gets all that is printed, with its line ends and without colours."""
+    COPIES.append(write)
+    try:
+        yield
+    finally:
+        COPIES.remove(write)
 
 
 @contextlib.contextmanager

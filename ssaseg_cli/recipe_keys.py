@@ -83,6 +83,8 @@ def _key(section: str, key: str, field: JsonSchema, required: bool) -> Key:
     reference, below = _reference(field)
     if name == "name":  # `load_recipe` sets it
         default = "default: the file's stem"
+    elif name == "train.steps":  # a check across keys requires it
+        default = "**required**, or train.epochs"
     elif required:
         default = "**required**"
     elif reference and field["default"]:

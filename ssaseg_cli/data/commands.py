@@ -158,7 +158,7 @@ def check(target: str, overrides: tuple[str, ...], split: str | None, json_out: 
     type=click.Path(path_type=Path),
     help="Recipe to write.  [default: name of DIR, in the current folder]",
 )
-@click.option("--model", metavar="NAME", default="seaformer_b", show_default=True, help="Network to train.")
+@click.option("--model", metavar="NAME", help="Network to train.  [default: one that fits this machine]")
 @click.option("--classifier", type=CLASSIFIERS, default="ssa", show_default=True)
 @click.option("--images", metavar="FOLDER", help="Folder of the images, below DIR.  [default: chosen by the names]")
 @click.option(
@@ -166,13 +166,18 @@ def check(target: str, overrides: tuple[str, ...], split: str | None, json_out: 
     metavar="FOLDER|ENDING",
     help="Folder of the masks, below DIR, or the ending of their names, such as _mask.png.  [default: as for --images]",
 )
-def init(root: Path, out: Path | None, model: str, classifier: str, images: str | None, masks: str | None) -> int:
+def init(
+    root: Path, out: Path | None, model: str | None, classifier: str, images: str | None, masks: str | None
+) -> int:
     """Write a recipe for your own images and masks.
 
     DIR holds images, and for each image a mask of class ids: in folders such as images and masks, with or without train
     and val in them, side by side as X.jpg and X_mask.png, or in lists of pairs. The recipe says what was found and what
     was guessed. If there are no splits, a fifth of the pairs is used for validation; lists of names are then written
     beside the recipe. So are lists of pairs where one pair of folders does not hold all.
+
+    Network, batch, precision and number of steps fit this machine: its GPU, or the cores of its CPU, on which two short
+    steps are measured.
 
     \b
     Example:

@@ -24,16 +24,21 @@ from ssaseg.recipes import RecipeError, load_recipe
 
 
 def run_init(
-    root: Path, out: Path | None, model: str, classifier: str, images: str | None = None, masks: str | None = None
+    root: Path,
+    out: Path | None,
+    model: str | None,
+    classifier: str,
+    images: str | None = None,
+    masks: str | None = None,
 ) -> int:
     """Writes a recipe for the images and masks below `root` to `out` (None: the name of `root` + .yaml, in the current
     folder), writes lists of names or of pairs beside it where they are needed, and prints the next commands. images,
     masks: the folder that holds them, or of masks the ending of their names, where the user chooses.
 
     Returns 0, or 1 where some files cannot be used. Raises CommandError and DataError where there is nothing to train
-    on, where a file would be overwritten, and for an unknown model.
+    on, where a file would be overwritten, and for an unknown model. model: None: one that fits the machine.
     """
-    if model not in list_models():
+    if model is not None and model not in list_models():
         near = difflib.get_close_matches(model, list_models(), n=1)
         fix = f"did you mean {near[0]}?" if near else "choose one of them"
         raise CommandError(f"--model {model}: no such network\nexpected one of: {', '.join(list_models())}\n{fix}")

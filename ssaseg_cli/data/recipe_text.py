@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ssaseg.cli.data.bands import Bands
-from ssaseg.cli.device import count_cores
+from ssaseg.cli.data.machine import Fit, fit_machine
 from ssaseg.cli.weights.known import starts_of
 from ssaseg.datasets import Dataset, default_palette
 from ssaseg.datasets.check import Findings
@@ -19,9 +19,6 @@ from ssaseg.datasets.conventions.coco import FoundCoco
 from ssaseg.datasets.pairs import IMAGE_SUFFIXES
 from ssaseg.datasets.survey import Found
 from ssaseg.recipes import RecipeError, recipe_file
-
-# Passes over the training images, and limits of the number of steps for data sets of very few or very many images.
-PASSES, FEWEST_STEPS, MOST_STEPS = 200, 2000, 80000
 
 
 @dataclass
@@ -45,19 +42,21 @@ class OwnData:
 
 
 def recipe_text(
-    own: OwnData, out: Path, counts: dict[str, int], lists: dict[str, Path], model: str, classifier: str
+    own: OwnData, out: Path, counts: dict[str, int], lists: dict[str, Path], model: str | None, classifier: str
 ) -> str:
-    """A recipe with comments. `counts`: number of pairs by split; `lists`: files of names or pairs, or empty."""
+    """A recipe with comments. `counts`: number of pairs by split; `lists`: files of names or pairs, or empty; `model`:
+    None: one that fits the machine.
+    """
     scale, crop, test = sizes(own.findings.sizes)
-    batch = 16 if counts["train"] >= 16 else 8
-    steps = min(max(PASSES * counts["train"] // batch // 100 * 100, FEWEST_STEPS), MOST_STEPS)
+    fit = fit_machine(model, classifier, counts["train"], crop)
+    model, batch, steps = fit.model, fit.batch, fit.steps
     family = model.partition("_")[0]
     base = next((name for name in (f"_{model}", f"_{family}", f"_{family}_b") if _is_shipped(name)), None)
     text = [
-        *_header(own, out, counts, steps, batch, model, classifier),
+        *_header(own, out, counts, fit, classifier),
         *([f"extends: {base} # learning rate and its rules", ""] if base else []),
         "model:",
-        f"  name: {model}",
+        f"  name: {model}{f' # {fit.why_model}' if fit.why_model else ''}",
         f"  classifier: {classifier}",
         f"  pretrained: null # {_start(model)}",
         "",
@@ -79,8 +78,8 @@ def recipe_text(
         "train:",
         f"  steps: {steps} # {steps * batch // counts['train']} passes over the training images",
         f"  batch: {batch}",
-        "  amp: bf16 # for a CUDA GPU; on a CPU: off",
-        f"  workers: {min(count_cores(), 4)}",
+        f"  amp: {fit.amp} # {fit.why_amp}",
+        f"  workers: {fit.workers}",
         f"  eval_every: {steps // 10}",
         f"  save_every: {min(steps // 10, 1000)}",
     ]
@@ -95,18 +94,17 @@ def _start(model: str) -> str:
     return f"ImageNet weights help a lot: ssaseg weights fetch {name}, then pretrained: {name}"
 
 
-def _header(
-    own: OwnData, out: Path, counts: dict[str, int], steps: int, batch: int, model: str, classifier: str
-) -> Iterator[str]:
+def _header(own: OwnData, out: Path, counts: dict[str, int], fit: Fit, classifier: str) -> Iterator[str]:
     (low, _), (high, _) = (
         pick(own.findings.sizes.items(), key=lambda item: item[0][0] * item[0][1]) for pick in (min, max)
     )
     size = f"{low[1]}x{low[0]}" + (f" to {high[1]}x{high[0]}" if low != high else "")
     data = own.published or "your own images"
-    yield f"# {_plain(out.stem)}: {model} with the {classifier} classifier on {data}. Written by `ssaseg data init`."
+    what = f"{fit.model} with the {classifier} classifier on {data}"
+    yield f"# {_plain(out.stem)}: {what}. Written by `ssaseg data init`."
     yield "#"
     yield f"# Command: ssaseg train {_plain(shlex.quote(str(out)))}"
-    yield f"# Cost:    {steps} steps of {batch} images; made for one CUDA GPU, time not measured."
+    yield f"# Cost:    {fit.steps} steps of {fit.batch} images; {_plain(fit.cost)}."
     yield "# Score:   not measured."
     yield f"# Found:   {counts['train']} training and {counts['val']} validation pairs; images of {size} pixels."
     yield "#"

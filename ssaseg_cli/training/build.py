@@ -40,8 +40,10 @@ def build_job(
 
     dry_run: nothing is downloaded.
     """
-    device, train = ranks.device, recipe.train
+    device = ranks.device
     train_set, val_set = load_data(recipe)
+    recipe = count_steps(recipe, len(train_set), ranks)
+    train = recipe.train
     prints = fingerprints(train_set, val_set)
     if stored is not None:
         require_same_data(stored.get("extra", {}).get("data"), prints, out)
@@ -79,6 +81,15 @@ def build_job(
     assemble(job)
     job.batches = open_loader(job, progress.step, train.workers, ranks.rank)
     return job
+
+
+def count_steps(recipe: Recipe, images: int, ranks: Ranks) -> Recipe:
+    """The recipe with train.steps in the place of train.epochs, which is printed."""
+    counted = recipe.with_steps(images)
+    if counted is not recipe and ranks.main:
+        length = f"{counted.train.steps} steps of {recipe.train.batch} images"
+        echo(f"train.epochs={recipe.train.epochs:g}: {length}, with {images} training images", err=True)
+    return counted
 
 
 def load_stored(
@@ -208,10 +219,10 @@ def open_loader(job: Job, step: int, workers: int, rank: int) -> Iterator[Any]:
     from ssaseg.datasets.loader import train_loader
     from ssaseg.datasets.transforms import TrainTransform
 
-    recipe = job.recipe
+    recipe, on_cpu = job.recipe, job.device.type == "cpu"  # a GPU distorts the colours of whole batches itself
     return train_loader(
         job.train_set,
-        TrainTransform(**recipe.augment.model_dump(), channels=recipe.data.channels),
+        TrainTransform(**recipe.augment.model_dump(), channels=recipe.data.channels, distort_here=on_cpu),
         recipe.train.seed,
         job.micro_batch,
         workers,

@@ -40,7 +40,10 @@ def _facts(name: str, classifier: str) -> Any:
 @click.option(
     "--track", type=click.Choice(["tensorboard", "wandb"]), multiple=True, help="Also log to this tracker; repeatable."
 )
-@click.option("--dry-run", is_flag=True, help="Build everything, run one step, print memory and time; write no files.")
+@click.option("--verbose", is_flag=True, help="Print the terms of the loss; metrics.jsonl always has them.")
+@click.option(
+    "--dry-run", is_flag=True, help="Build everything, run four steps, print memory and time; write no files."
+)
 @click.option("--print-config", is_flag=True, help="Print the recipe with all its keys, and exit.")
 def train(
     recipe: str,
@@ -52,6 +55,7 @@ def train(
     gpus: int | None,
     max_hours: float | None,
     track: tuple[str, ...],
+    verbose: bool,
     dry_run: bool,
     print_config: bool,
 ) -> int:
@@ -85,4 +89,5 @@ def train(
         check=check,
         max_hours=max_hours,
         track=track,
+        verbose=verbose,
     )

@@ -28,7 +28,7 @@ class RunFolder:
     """A folder that no other run writes into."""
 
     path: Path
-    recipe: Recipe  # as it was given, but with the micro-batch that train.micro_batch=auto has found before
+    recipe: Recipe  # as it was given; in a resumed run with the numbers that `auto` and train.epochs became
     stored: dict[str, Any] | None  # the state to resume from; None: from the start
     lock: FolderLock | None = None
 
@@ -96,6 +96,9 @@ def _resumed_run(out: Path, recipe: Recipe, ranks: int) -> RunFolder:
     if not (out / "config.yaml").exists():
         echo(f"note: {out / 'config.yaml'}: was missing; it was written again from the state", err=True)
         write_atomic(out / "config.yaml", dump_recipe(before).encode(), root=out)
+    # The number of images that a run was started with gives its steps. Other data are refused later.
+    counted = (stored.get("extra", {}).get("data") or {}).get("train")
+    recipe = recipe.with_steps(counted["images"]) if counted else recipe
     found = before.train.micro_batch
     # With another number of ranks, a micro-batch that does not divide a rank's images must be found again.
     if recipe.train.micro_batch == "auto" and isinstance(found, int) and recipe.train.batch // ranks % found == 0:

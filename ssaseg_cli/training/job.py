@@ -44,7 +44,7 @@ class StepRecord(NamedTuple):
 class Job:
     """Everything that a run is made of, on its device."""
 
-    recipe: Recipe  # train.micro_batch: if the recipe said auto, the number that was found
+    recipe: Recipe  # with the numbers that train.micro_batch=auto and train.epochs became
     folder: Path
     ranks: Ranks
     model: Segmenter
@@ -70,6 +70,12 @@ class Job:
     def device(self) -> torch.device:
         """This rank's device."""
         return self.ranks.device
+
+    @property
+    def steps(self) -> int:
+        """Optimiser steps of the whole run."""
+        assert self.recipe.train.steps is not None, "Recipe.with_steps was not called"
+        return self.recipe.train.steps
 
     @property
     def micro_batches(self) -> int:

@@ -1,14 +1,19 @@
-"""The log of a training run: `metrics.jsonl`."""
+"""The logs of a training run: `metrics.jsonl`, and `train.log`."""
 
+import contextlib
 import json
-from collections.abc import Sequence
+import shlex
+import sys
+from collections.abc import Iterator, Sequence
+from datetime import datetime, timezone
 from math import inf
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ssaseg.cli.printing import echo
+from ssaseg.cli.printing import copied, echo
 from ssaseg.files.reading import open_file
 from ssaseg.files.structured import parse_json
+from ssaseg.files.text import KEPT, describe, printable
 from ssaseg.files.writing import FolderLock, open_append, write_atomic
 
 if TYPE_CHECKING:
@@ -77,6 +82,56 @@ class MetricsLog:
         """Passes a picture that was written for `step` to the trackers."""
         for tracker in self.trackers:
             tracker.picture(name, path, step)
+
+
+class PrintedLog:
+    """`train.log`: what is printed during a run. A run that resumes appends to it.
+
+    What is printed before `start` is kept and then written first: a run that is refused leaves no file. If something
+    cannot be written, a warning is printed once; the run continues.
+    """
+
+    def __init__(self) -> None:
+        self.path: Path | None = None
+        self.lock: FolderLock | None = None
+        self.kept: list[str] = []
+        self.warned = False
+
+    def start(self, path: Path, lock: FolderLock | None) -> None:
+        """Writes the time and the command, and what was kept. lock: of the run folder."""
+        self.path, self.lock = path, lock
+        time = datetime.now(timezone.utc).isoformat(timespec="seconds")
+        self.write("".join([f"# {time} {printable(shlex.join(['ssaseg', *sys.argv[1:]]))}\n", *self.kept]))
+
+    def write(self, text: str) -> None:
+        """Appends text that is printable."""
+        if self.path is None:
+            self.kept.append(text)
+            return
+        with contextlib.suppress(OSError):
+            if self.lock is not None:
+                self.lock.check()  # if the folder was replaced, the run ends with that error when it writes the log
+            try:
+                with open_append(self.path) as file:
+                    file.write(text)
+            except OSError as error:
+                if not self.warned:
+                    self.warned = True
+                    _warn(f"{self.path}: {error.strerror or error}; what is printed is lost to it; training continues")
+
+
+@contextlib.contextmanager
+def keep_printed() -> Iterator[PrintedLog]:
+    """Inside this context a `PrintedLog` gets all that is printed; and the error that ends the context, which the
+    command prints later.
+    """
+    log = PrintedLog()
+    with copied(log.write):
+        try:
+            yield log
+        except Exception as error:
+            log.write(f"error: {printable(describe(error), KEPT)}\n")
+            raise
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

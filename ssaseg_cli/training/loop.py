@@ -1,6 +1,8 @@
 """`ssaseg train`: one visible loop."""
 
 import contextlib
+import shlex
+import statistics
 import sys
 import time
 from collections.abc import Sequence
@@ -10,6 +12,7 @@ from typing import Any
 
 import torch
 
+from ssaseg.cli.console import about
 from ssaseg.cli.device import select_device
 from ssaseg.cli.errors import CommandError
 from ssaseg.cli.printing import echo
@@ -19,7 +22,7 @@ from ssaseg.cli.training import faults
 from ssaseg.cli.training.build import build_job
 from ssaseg.cli.training.folder import open_run, write_start
 from ssaseg.cli.training.job import Job, StepRecord
-from ssaseg.cli.training.log import MetricsLog
+from ssaseg.cli.training.log import MetricsLog, keep_printed
 from ssaseg.cli.training.nonfinite import stop_before
 from ssaseg.cli.training.optimiser import describe_groups
 from ssaseg.cli.training.pictures import after_evaluation, write_batch
@@ -36,6 +39,7 @@ from ssaseg.recipes import Recipe, parse_recipe
 
 # Device types on which to read a verdict costs no waiting time: there it is read after every step.
 READY = {"cpu"}
+TRIED = 3  # steps that a dry run times, after a first one that starts workers and allocates memory
 
 
 def run_train(
@@ -47,10 +51,11 @@ def run_train(
     check: str = "sample",
     max_hours: float | None = None,
     track: Sequence[str] = (),
+    verbose: bool = False,
 ) -> int:
     """Trains `recipe` in the folder `out`. Returns the exit code: 0 if training is done; with the state saved, 1 after
     `max_hours` and 130 / 143 after a signal. Under torchrun 0 after `max_hours`: after any other code torchrun would
-    start the run again.
+    start the run again. verbose: whether each line of the log is followed by the terms of its loss.
 
     Raises CommandError for what the user can fix, FloatingPointError if a loss or a weight is not finite.
     """
@@ -67,6 +72,7 @@ def run_train(
             trackers = open_trackers(track, out, recipe)
             run = stack.enter_context(open_run(out, recipe, resume, restarted, ranks.size))
             recipe, stored, lock = run.recipe, run.stored, run.lock
+            printed = stack.enter_context(keep_printed())
         sent, stored = ranks.broadcast((recipe.model_dump(mode="json"), stored))
         if not ranks.main:
             recipe = parse_recipe(sent, str(out))
@@ -74,15 +80,16 @@ def run_train(
         if ranks.main:
             describe(job)
         if dry_run:
-            return try_one_step(job)
+            return try_steps(job)
         job.deadline, job.lock = deadline, lock
         if ranks.main:
             write_start(job)
+            printed.start(out / "train.log", lock)
             if stored is not None:
                 complete(job)
             open_log(job, trackers)
             stack.callback(close_all, trackers)
-        with job.stop, contextlib.closing(Window(job)) as window:
+        with job.stop, contextlib.closing(Window(job, verbose=verbose)) as window:
             try:
                 return train(job, window)
             finally:
@@ -119,13 +126,13 @@ def train(job: Job, window: Window) -> int:
     while True:
         # A resumed run does not repeat an evaluation that was already done.
         pending = progress.evaluated < progress.step
-        if pending and due(progress.step, recipe.train.eval_every, recipe.train.steps):
+        if pending and due(progress.step, recipe.train.eval_every, job.steps):
             with window.paused():
                 finished = evaluate(job)
             if not finished:
                 return job.stop.exit_code
-        if progress.step == recipe.train.steps or out_of_patience(job):
-            say(job, f"done: best mIoU {progress.best_miou:.2f} %, run folder {job.folder}")
+        if progress.step == job.steps or out_of_patience(job):
+            say(job, f"done: best mIoU {progress.best_miou:.2f} %, run folder {job.folder}\n{next_commands(job)}")
             return 0
 
         rate = set_learning_rate(job, progress.step)
@@ -135,7 +142,7 @@ def train(job: Job, window: Window) -> int:
         window.add(record, names)
 
         log, save_now, evaluate_next = (
-            due(progress.step, every, recipe.train.steps)
+            due(progress.step, every, job.steps)
             for every in (recipe.train.log_every, recipe.train.save_every, recipe.train.eval_every)
         )
         stop = job.ranks.agree(job.stop)
@@ -150,7 +157,7 @@ def train(job: Job, window: Window) -> int:
         if save_now or evaluate_next or stop or late:
             with window.paused():
                 save(job)
-        if stop or (late and progress.step < recipe.train.steps):
+        if stop or (late and progress.step < job.steps):
             job.stop.saved = True
             why = "" if stop else " because --max-hours is over"
             say(job, f"stopped after step {progress.step}{why}; state saved, continue with --resume")
@@ -230,6 +237,14 @@ def out_of_patience(job: Job) -> bool:
     return True
 
 
+def next_commands(job: Job) -> str:
+    """What to run when training is done."""
+    best = shlex.quote(str(job.folder / "best.safetensors"))
+    files = job.val_set.image_files
+    images = shlex.quote(str(files[0].parent)) if files else "IMAGES"
+    return f"next: ssaseg eval {best}\n      ssaseg predict {best} {images} --out labels"
+
+
 def say(job: Job, text: str) -> None:
     """Prints a line on stderr, above a progress bar. Of several ranks only rank 0 prints it."""
     if job.ranks.main:
@@ -305,18 +320,24 @@ def take_score(job: Job, confusion: Any, statement: str, started: float) -> None
         after_evaluation(job, confusion)
 
 
-def try_one_step(job: Job) -> int:
-    """`--dry-run`: computes one step, then prints the memory and time to expect. Writes nothing. Returns 0."""
-    started = time.perf_counter()
-    set_learning_rate(job, 0)
-    batches = [next(job.batches) for _ in range(job.micro_batches)]
-    with faults.explained(job):
-        record, names = train_step(job, batches)
-    if bool(record.bad):
-        values = ", ".join(f"{name} {value:g}" for name, value in zip(names, record.losses.tolist(), strict=True))
-        images = ", ".join(record.images)
-        raise FloatingPointError(f"step 1: a loss or gradient is not finite ({values})\nimages: {images}")
-    seconds = time.perf_counter() - started
+def try_steps(job: Job) -> int:
+    """`--dry-run`: computes some steps, then prints the memory and time to expect. Writes nothing. Returns 0."""
+    seconds: list[float] = []
+    while len(seconds) < min(1 + TRIED, job.steps):
+        started = time.perf_counter()
+        set_learning_rate(job, job.progress.step)
+        batches = [next(job.batches) for _ in range(job.micro_batches)]
+        with faults.explained(job):
+            record, names = train_step(job, batches)
+        job.progress.step += 1
+        if bool(record.bad):  # waits for the device
+            values = ", ".join(f"{name} {value:g}" for name, value in zip(names, record.losses.tolist(), strict=True))
+            images = ", ".join(record.images)
+            what = f"step {job.progress.step}: a loss or gradient is not finite ({values})"
+            raise FloatingPointError(f"{what}\nimages: {images}")
+        seconds.append(time.perf_counter() - started)
+    first, *others = seconds
+    one, timed = statistics.mean(others or seconds), f"mean of {len(others)}" if others else "the only one"
     if job.device.type == "cuda":
         memory = f"{torch.cuda.max_memory_allocated() / 2**20:.0f} MiB of GPU memory"
     else:
@@ -324,11 +345,10 @@ def try_one_step(job: Job) -> int:
 
         unit = 2**20 if sys.platform == "darwin" else 2**10  # ru_maxrss is in bytes on macOS, otherwise in KiB
         memory = f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit:.0f} MiB of resident memory"
-    total = int(seconds * job.recipe.train.steps)
-    clock = f"{total // 3600} h {total % 3600 // 60} min {total % 60} s"
     if job.ranks.main:
         for line in describe_groups(job.optimizer):
             echo(f"{job.recipe.optim.kind}: {line}")
-        echo(f"dry run: one step took {seconds:.2f} s (the first is slow) and {memory} at its peak")
-        echo(f"all {job.recipe.train.steps} steps: at most {clock} without evaluation; nothing was written")
+        echo(f"dry run: one step took {one:.2f} s ({timed}; the first took {first:.2f} s)")
+        echo(f"memory: {memory} at its peak")
+        echo(f"all {job.steps} steps: {about(one * job.steps)} without evaluation; nothing was written")
     return 0

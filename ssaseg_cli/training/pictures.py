@@ -35,7 +35,7 @@ def write_batch(job: "Job", images: int = 8) -> None:
     from ssaseg.datasets.transforms import TrainTransform
 
     recipe = job.recipe
-    transform = TrainTransform(**recipe.augment.model_dump(), channels=recipe.data.channels)
+    transform = TrainTransform(**recipe.augment.model_dump(), channels=recipe.data.channels, distort_here=True)
     batch = next(train_loader(job.train_set, transform, recipe.train.seed, min(images, recipe.train.batch), 0))
     prepared, _ = prepare_batch(batch, recipe.data.mean, recipe.data.std, torch.device("cpu"))
     mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (recipe.data.mean, recipe.data.std))

@@ -11,6 +11,7 @@ import torch
 from ssaseg.cli.errors import CommandError
 from ssaseg.cli.printing import echo
 from ssaseg.cli.training.job import Job
+from ssaseg.cli.training.optimiser import learning_rate
 from ssaseg.cli.weights import fetching
 from ssaseg.cli.weights.known import KNOWN, starts_of
 from ssaseg.models import CLASSIFIERS, Segmenter, build_model
@@ -139,10 +140,11 @@ def describe(job: Job) -> None:
     where = f"{ranks} ranks on {job.device.type}" if ranks > 1 else str(job.device)
     echo(
         f"{recipe.name}: {recipe.model.name} {recipe.model.classifier}, {size:.2f} M parameters, {where}, "
-        f"amp {train.amp}; {len(job.train_set)} training and {len(job.val_set)} validation images; "
-        f"step {job.progress.step} of {train.steps}, run folder {job.folder}",
+        f"amp {train.amp}\n{len(job.train_set)} training and {len(job.val_set)} validation images; "
+        f"step {job.progress.step} of {job.steps}, run folder {job.folder}",
         err=True,
     )
+    warn_of_warmup(job)
     describe_classifier(job)
     if train.compile and ranks > 1 and job.device.type == "cuda":
         echo(
@@ -162,6 +164,20 @@ def describe(job: Job) -> None:
             + f": BatchNorm sees {job.micro_batch} images",
             err=True,
         )
+
+
+def warn_of_warmup(job: Job) -> None:
+    """Prints a warning if the run ends before its warm-up does: the learning rate then stays far too low."""
+    optim, steps = job.recipe.optim, job.steps
+    if optim.warmup < steps:
+        return
+    tried = range(0, steps, max(steps // 1000, 1))
+    highest = max(learning_rate(optim.lr, step, steps, optim) for step in tried)
+    echo(
+        f"warning: the run ends inside its warm-up: {steps} steps, optim.warmup is {optim.warmup}\n"
+        f"the learning rate reaches {highest:.1e}, not optim.lr={optim.lr:g}; use optim.warmup={steps // 10}",
+        err=True,
+    )
 
 
 def describe_classifier(job: Job) -> None:

@@ -78,7 +78,7 @@ def step_seed(seed: int, step: int, rank: int = 0) -> int:
 
 def set_learning_rate(job: Job, step: int) -> float:
     """Sets the learning rate of every group for `step`; returns the rate of a group with factor 1, for the log."""
-    optim, steps = job.recipe.optim, job.recipe.train.steps
+    optim, steps = job.recipe.optim, job.steps
     for group in job.optimizer.param_groups:
         group["lr"] = learning_rate(group["base_lr"], step, steps, optim)
     return learning_rate(optim.lr, step, steps, optim)

@@ -40,7 +40,7 @@ def require_state(state: Any, step: int) -> None:
     for name, value in model.items():
         if value.is_floating_point() and not bool(value.isfinite().all()):
             raise ValueError(f"{name} has values that are not finite")
-    _progress(known["progress"], step, recipe.train.steps)
+    _progress(known["progress"], step, recipe.train.steps or 0)
     _optimizer(known["optimizer"], model, recipe.optim.kind)
     updated = known["progress"]["step"] > known["progress"].get("skipped", 0) and recipe.train.amp != "fp16"
     if updated and not known["optimizer"]["state"] and (recipe.optim.kind == "adamw" or recipe.optim.momentum):

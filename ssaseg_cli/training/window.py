@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from ssaseg.recipes import Recipe
 
 
+WIDTH = 80  # characters of a line of the log
+
 # A warning is printed if training waits for data for more than this share of the time, over at least this many steps.
 BOUND, STEPS = 0.2, 20
 
@@ -27,8 +29,9 @@ BOUND, STEPS = 0.2, 20
 class Window:
     """The steps since the last log line: their losses, still on the device, and the names of their images."""
 
-    def __init__(self, job: "Job", bar: bool = True) -> None:
-        self.job = job
+    def __init__(self, job: "Job", bar: bool = True, verbose: bool = False) -> None:
+        """verbose: whether to print the terms of the loss."""
+        self.job, self.verbose = job, verbose
         self.steps: list[StepRecord] = []
         self.bad: list[bool] = []  # whether each step was bad; only for the steps whose verdict was read
         self.names: list[str] = []
@@ -36,7 +39,7 @@ class Window:
         self.warm = self.warned = self.warned_scale = False
         self.block = [0.0, 0.0, 0.0]  # since waiting was last checked: time waited [s], total time [s], steps
         self.started = time.perf_counter()
-        total, done = job.recipe.train.steps, job.progress.step
+        total, done = job.steps, job.progress.step
         shown = bar and job.ranks.main and sys.stderr.isatty()
         self.bar = tqdm(total=total, initial=done, disable=not shown, unit="step", dynamic_ncols=True)
 
@@ -92,17 +95,14 @@ class Window:
         self, step: int, rate: float, losses: dict[str, float], norms: list[float], pace: float, waiting: float
     ) -> None:
         """Prints a line and logs it. `pace`: steps per second; `waiting`: share of the time spent waiting for data."""
-        train = self.job.recipe.train
-        loss, norm, speed = sum(losses.values()), sum(norms) / max(len(norms), 1), pace * train.batch
+        job, speed = self.job, pace * self.job.recipe.train.batch
+        loss, norm = sum(losses.values()), sum(norms) / max(len(norms), 1)
         record = {"step": step, "lr": rate, "loss": loss, **losses}
-        assert self.job.log is not None
+        assert job.log is not None
         more = {"grad_norm": norm, "images_per_s": round(speed, 2), "data_wait": round(waiting, 4)}
-        self.job.log.write(record | more)
-        terms = " ".join(f"{name} {value:.3f}" for name, value in losses.items())
-        line = f"loss {loss:.3f} ({terms}) lr {rate:.2e} {speed:.1f} images/s, data wait {waiting:.0%}"
-        left = (train.steps - step) / pace
-        clock = f"{int(left // 3600)}:{int(left % 3600 // 60):02d}:{int(left % 60):02d}"
-        echo(f"step {step}/{train.steps} {line}, ETA {clock}", err=True)  # above a bar
+        job.log.write(record | more)
+        line = log_line(step, job.steps, loss, rate, speed, waiting, (job.steps - step) / pace)
+        echo("\n".join([line, *terms_table(losses if self.verbose else {})]), err=True)  # above a bar
         self.bar.set_postfix_str(f"loss {loss:.3f}")
 
     def _print_faults(self, scale: float | None) -> None:
@@ -144,6 +144,25 @@ class Window:
     def close(self) -> None:
         """Ends the progress bar."""
         self.bar.close()
+
+
+def log_line(step: int, steps: int, loss: float, rate: float, speed: float, waiting: float, left: float) -> str:
+    """A line of the log, of at most `WIDTH` characters in all usual cases.
+
+    speed: images per second; waiting: share of the time spent waiting for data; left: time to the last step [s].
+    """
+    clock = f"{int(left // 3600)}:{int(left % 3600 // 60):02d}:{int(left % 60):02d}"
+    pace = f"{speed:.1f}" if speed < 100 else f"{speed:.0f}"
+    return f"step {step}/{steps} loss {loss:.3f} lr {rate:.1e} {pace} images/s wait {waiting:.0%} ETA {clock}"
+
+
+def terms_table(losses: dict[str, float]) -> Iterator[str]:
+    """The terms of the loss in columns, on lines of at most `WIDTH` characters."""
+    terms = [f"{name} {value:.3f}" for name, value in losses.items()]
+    room = max(map(len, terms), default=0) + 2
+    columns = max(WIDTH // room, 1)
+    for start in range(0, len(terms), columns):
+        yield "".join(term.rjust(room) for term in terms[start : start + columns])
 
 
 def waiting_warning(recipe: "Recipe", waiting: float) -> str:

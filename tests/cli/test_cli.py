@@ -197,9 +197,23 @@ def test_exit_code_and_run_folder(fake: Callable[[ModuleType, str, Any], None]) 
     assert run("train", "demo", "train.steps=7", "--resume").exit_code == 1
     assert run("train", "demo", "--out", "elsewhere", "--device", "cpu", "--dry-run", "--check", "all").exit_code == 1
     recipe = load_recipe("demo", ["train.steps=7"])
-    first = {"out": Path("runs/demo"), "resume": True, "device": "auto", "dry_run": False, "check": "sample"}
+    first = {
+        "out": Path("runs/demo"),
+        "resume": True,
+        "device": "auto",
+        "verbose": False,
+        "dry_run": False,
+        "check": "sample",
+    }
     assert calls[0] == {"recipe": recipe, **first, "max_hours": None, "track": ()}
-    second = {"out": Path("elsewhere"), "resume": False, "device": "cpu", "dry_run": True, "check": "all"}
+    second = {
+        "out": Path("elsewhere"),
+        "resume": False,
+        "device": "cpu",
+        "verbose": False,
+        "dry_run": True,
+        "check": "all",
+    }
     assert second.items() <= calls[1].items()
 
 

@@ -22,7 +22,7 @@ from ssaseg.cli.prediction import labelling, predict, rle
 from ssaseg.cli.prediction.predict import run_predict
 from ssaseg.cli.prediction.skipping import skip_reason
 from ssaseg.cli.prediction.sources import find_sources
-from ssaseg.datasets.pairs import MOST_WAYS, walk
+from ssaseg.files.listing import MOST_WAYS, walk
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 Told = pytest.CaptureFixture[str]

@@ -1,6 +1,7 @@
 """The run folder: one run at a time, states that can and cannot be read, and what is remembered of a run."""
 
 import errno
+import hashlib
 import json
 import os
 import resource
@@ -438,6 +439,9 @@ def test_a_fingerprint_tells_data_apart(tmp_path: Path) -> None:
     files = {"x": 10, "y": 20}
     base = records.fingerprint(pairs(tmp_path / "1", files))
     assert base["images"] == 2
+    # Runs of earlier versions resume only where these sums stay as they are.
+    assert base["names"] == hashlib.sha256(b"x\ny").hexdigest()
+    assert base["content"] == hashlib.sha256(b"10\n20\n10\n20").hexdigest()
     assert records.fingerprint(pairs(tmp_path / "2", files)) == base, "where the data lie does not count"
     others = [{"x": 10}, {"x": 10, "z": 20}, {"x": 10, "y": 21}]
     sums = [records.fingerprint(pairs(tmp_path / f"other{k}", other)) for k, other in enumerate(others)]

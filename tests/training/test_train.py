@@ -54,8 +54,8 @@ def test_run_folder(undisturbed: Path) -> None:
     files = {path.name for path in undisturbed.iterdir()}
     assert files == {
         "config.yaml", "metrics.jsonl", "curves.png", "batch.png", "predictions.png", "last.safetensors",
-        "best.safetensors", "state-4.pt", "state-6.pt", "env.json", "iou.png", "confused.png", "confused.json",
-        "predictions",
+        "best.safetensors", "train.log", "state-4.pt", "state-6.pt", "env.json", "iou.png", "confused.png",
+        "confused.json", "predictions",
     }  # fmt: skip
     records = [json.loads(line) for line in (undisturbed / "metrics.jsonl").read_text().splitlines()]
     assert [record["step"] for record in records if "loss" in record] == [2, 4, 6]
@@ -64,6 +64,13 @@ def test_run_folder(undisturbed: Path) -> None:
     assert all(terms <= record.keys() for record in records if "loss" in record)
     total = sum(records[0][term] for term in terms)
     assert records[0]["loss"] == pytest.approx(total)
+    printed = (undisturbed / "train.log").read_text().splitlines()
+    assert printed[0].startswith("# 20")
+    assert printed[1].startswith("demo: seaformer_t ssa, ")
+    assert [line.split()[1] for line in printed if line.startswith("step ") and " lr " in line] == ["2/6", "4/6", "6/6"]
+    assert all(len(line) <= 80 for line in printed if " lr " in line)
+    assert printed[-2] == f"next: ssaseg eval {undisturbed / 'best.safetensors'}"
+    assert printed[-1].endswith(" IMAGES --out labels")
     # The resolved recipe runs itself.
     assert load_recipe(str(undisturbed / "config.yaml")).train.steps == 6
 
@@ -117,6 +124,7 @@ def test_resume_refuses_what_would_change_the_result(undisturbed: Path, tmp_path
 def test_resume_of_a_finished_run_changes_nothing(undisturbed: Path) -> None:
     before = (undisturbed / "last.safetensors").read_bytes()
     assert run("--out", str(undisturbed), "--resume").exit_code == 0
+    assert (undisturbed / "train.log").read_text().count("\n# 20") >= 1, "a resumed run appends"
     assert (undisturbed / "last.safetensors").read_bytes() == before
 
 
