@@ -36,10 +36,15 @@ def pytest_xdist_auto_num_workers() -> int:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     places = {name: place for place, name in enumerate(FIRST)}
     items.sort(key=lambda item: places.get(item.path.name, len(FIRST)))
-    if not os.environ.get("SSASEG_PARITY"):
-        for item in items:
-            if item.get_closest_marker("slow"):
-                item.add_marker(pytest.mark.skip(reason="slow: `make parity`"))
+    skipped = {} if os.environ.get("SSASEG_PARITY") else {"slow": "slow: `make parity`"}
+    if any(item.get_closest_marker("gpu") for item in items):
+        import torch
+
+        skipped |= {} if torch.cuda.is_available() else {"gpu": "needs a CUDA GPU: `benchmarks/gpu.sh`"}
+    for item in items:
+        for marker, reason in skipped.items():
+            if item.get_closest_marker(marker):
+                item.add_marker(pytest.mark.skip(reason=reason))
 
 
 @pytest.fixture(scope="module")  # before the fixtures of a module, whose bits its tests compare with

@@ -232,7 +232,7 @@ def test_a_worker_distorts_other_channels_as_a_gpu_does(channels: int) -> None:
     assert (result != image).any(axis=(0, 1)).tolist() == [True] * min(channels, 3) + [False] * max(channels - 3, 0)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.gpu
 def test_cuda_equals_cpu_without_waiting() -> None:
     rng = np.random.RandomState(0)
     images = torch.from_numpy(rng.randint(0, 256, (4, 64, 96, 3)).astype(np.uint8))

@@ -68,7 +68,7 @@ def test_semantic_prototypes_of_cac(place: Path, tmp_path: Path) -> None:
     adapted = []
     with torch.inference_mode():
         for image in images:
-            feature = network.feature(probe.inference._pixels(torch.from_numpy(image)))
+            feature = network.feature(probe.inference._pixels(torch.from_numpy(image)[None]))
             adapted.append(network.classifier.adapt(feature).semantic[0])
     fixed = network.classifier.conv_seg.weight[:, :, 0, 0]
     masks = [cv2.imread(str(place / f"masks/{name}.png"), cv2.IMREAD_UNCHANGED) for name in ("a/one", "two")]

@@ -204,7 +204,7 @@ def test_full_size_logits_never_exist(logits: Any) -> None:
     assert watch.largest <= 700 * 800 * 8  # one class's; PyTorch finds indices in int64
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.gpu
 @pytest.mark.parametrize("logits", [trained_like, white_noise])
 def test_labels_on_a_gpu(logits: Any) -> None:
     given = logits(150, 64, 48).cuda()

@@ -230,7 +230,7 @@ def test_losses_run_on_fake_tensors(monkeypatch: pytest.MonkeyPatch, name: str) 
             labels.unique()
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device: only there is something to wait for")
+@pytest.mark.gpu
 @pytest.mark.parametrize("name", ["ssa", "linear"])
 def test_losses_never_wait_for_the_gpu(name: str) -> None:
     classifier = build(name).cuda()

@@ -353,7 +353,7 @@ def test_bf16_on_a_cpu(name: str, classifier: str) -> None:
     assert gradients_are_finite(model)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
 @pytest.mark.parametrize("classifier", CLASSIFIERS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
 @pytest.mark.parametrize("name", list_models())

@@ -260,7 +260,7 @@ def test_two_ranks_have_the_losses_and_gradients_of_one(monkeypatch: pytest.Monk
     assert_equal_to_one_rank(monkeypatch, tmp_path, "cpu", kinds, 1e-5)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
 def test_two_ranks_that_share_a_gpu_have_the_gradients_of_one(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """BatchNorm trains: SyncBatchNorm has the statistics of all ranks' images. Over gloo, as NCCL wants a GPU each."""
     monkeypatch.setenv(distributed.SHARE_GPU, "1")

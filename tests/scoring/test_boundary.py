@@ -101,7 +101,7 @@ def test_ignored_pixels_bound_nothing_and_count_nowhere() -> None:
     assert int(boundaries.counts[0, 0]) == 40 * 40 - 38 * 38 - 2 * 4  # the frame without its ignored pixels
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA")
+@pytest.mark.gpu
 def test_on_cuda_nothing_waits() -> None:
     rng = np.random.default_rng(0)
     pair = [torch.from_numpy(scene(rng, (64, 90), [0, 1, 2], 0)) for _ in range(2)]

@@ -172,7 +172,7 @@ def test_takes_tensors_of_any_integer_type() -> None:
     np.testing.assert_array_equal(confusion.matrix, [[0, 1], [0, 0]])
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA")
+@pytest.mark.gpu
 def test_on_cuda_nothing_waits_and_a_bad_label_is_told_in_the_end() -> None:
     confusion = Confusion(2, "cuda")
     label, prediction = torch.tensor([[0, 1, 7]], device="cuda"), torch.tensor([[0, 1, 1]], device="cuda")

@@ -154,7 +154,7 @@ def test_what_is_frozen_is_said(tmp_path: Path, make_job: MakeJob, capsys: pytes
     assert "frozen: backbone, norm; 0.1" in capsys.readouterr().err
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
 def test_a_batch_prepared_beside_the_step_is_the_same(tmp_path: Path, make_job: MakeJob) -> None:
     job, cuda = make_job(tmp_path), torch.device("cuda")
     batch = next(job.batches)

@@ -30,7 +30,7 @@ from ssaseg.recipes import load_recipe
 TINY = [
     "data.synthetic.height=64", "data.synthetic.width=64", "data.synthetic.train=8", "data.synthetic.val=3",
     "augment.scale=[64,64]", "augment.crop=[64,64]", "train.batch=4", "train.steps=4", "train.workers=0",
-    "train.log_every=1", "train.eval_every=2",
+    "train.log_every=1", "train.eval_every=2", "optim.warmup=0",
 ]  # fmt: skip
 
 

@@ -229,7 +229,7 @@ def test_resume_without_state_does_not_start_over(undisturbed: Path, tmp_path: P
     assert (out / "last.safetensors").read_bytes() == before
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
 @pytest.mark.parametrize("amp", ["fp16", "bf16", "off"])
 def test_on_a_gpu(tmp_path: Path, amp: str) -> None:
     arguments = ["train", "demo", *TINY, f"train.amp={amp}", "--device", "cuda", "--out", str(tmp_path / "run")]
