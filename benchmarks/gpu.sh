@@ -18,8 +18,8 @@ cd "$(dirname "$0")/.."
 out=${1:?give a folder for the logs}
 camvid=${2:-}
 python=${PYTHON:-.venv/bin/python}
-device=cuda steps=1000 quick=()
-[ "$camvid" = --smoke ] && device=cpu steps=3 quick=(--smoke) camvid=
+device=cuda steps=1000 quick=() models=(--model seaformer_b --model segnext_t --model cgrseg_b --model segformer_b0)
+[ "$camvid" = --smoke ] && device=cpu steps=3 quick=(--smoke) models=() camvid=
 mkdir -p "$out"
 failed=0
 
@@ -42,8 +42,7 @@ for amp in bf16 fp16; do
     "train.eval_every=$steps" data.synthetic.val=4 --device "$device" --out "$out/run-$amp"
 done
 part step 90 "$python" benchmarks/step.py --device "$device" "${quick[@]}"
-part networks 90 "$python" benchmarks/networks.py --device "$device" --model seaformer_b --model segnext_t \
-  --model cgrseg_b --model segformer_b0 "${quick[@]}"
+part networks 90 "$python" benchmarks/networks.py --device "$device" "${models[@]}" "${quick[@]}"
 if [ -n "$camvid" ]; then
   part camvid "${LAST:-60}" "$python" -m ssaseg train camvid-seaformer_s-ssa "data.root=$camvid" train.amp=bf16 \
     train.save_every=100 --device "$device" --out "$out/run-camvid"
