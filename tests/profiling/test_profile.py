@@ -1,7 +1,6 @@
 """Counts against the official code's, and what the command reports."""
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ from torch import nn
 
 from ssaseg.cli.errors import CommandError
 from ssaseg.cli.main import cli
-from ssaseg.cli.profiling import counting, latency, mask_table
+from ssaseg.cli.profiling import counting, mask_table
 from ssaseg.cli.profiling import paper_table as papertable
 from ssaseg.cli.profiling import profile as profiling
 from ssaseg.cli.profiling.counting import EVERY_OPERATION, MODULES_ONLY, count_modules
@@ -31,16 +30,6 @@ OFFICIAL = {
 }
 
 TIMINGS = {key: {"p50": 1.0, "p90": 2.0} for key in ("network_ms", "post_ms")}
-
-
-@pytest.fixture(autouse=True)
-def quick(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """No warm-up, and one thread: two wait for each other where other tests run beside these."""
-    monkeypatch.setattr(latency, "WARM_UP", 0)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def profiled(capsys: pytest.CaptureFixture[str], target: str, **changes: Any) -> dict[str, Any]:
