@@ -53,12 +53,32 @@ def opening_options(command: Any) -> Any:
     return classes(protocol(command))
 
 
+def precision_option(auto: str) -> Any:
+    """`--precision` of a command; auto: what "auto" is there, for the help."""
+    return click.option(
+        "--precision",
+        type=click.Choice(["auto", "float32", "bf16", "fp16"]),
+        default="auto",
+        show_default=True,
+        help=f"Of the network; {auto}.",
+    )
+
+
+def in_windows(slide: tuple[int, int]) -> dict[str, Any]:
+    """What `--slide` changes in a protocol: square windows of a side and a step [pixels]."""
+    crop, stride = ([side, side] for side in slide)
+    return {"mode": "slide", "crop": crop, "stride": stride}
+
+
 backend_option = click.option(
     "--backend",
     type=BACKENDS,
     default="auto",
     show_default=True,
     help="What runs a checkpoint; auto: another than torch where it is installed and the run is long.",
+)
+slide_option = click.option(
+    "--slide", nargs=2, type=int, metavar="CROP STRIDE", help="Square sliding windows: side and step [pixels]."
 )
 device_option = click.option(
     "--device",

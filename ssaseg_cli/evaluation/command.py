@@ -5,7 +5,17 @@ from typing import Any
 
 import click
 
-from ssaseg.cli.options import backend_option, device_option, gpus_option, json_option, network_file, opening_options
+from ssaseg.cli.options import (
+    backend_option,
+    device_option,
+    gpus_option,
+    in_windows,
+    json_option,
+    network_file,
+    opening_options,
+    precision_option,
+    slide_option,
+)
 from ssaseg.cli.ranks.launcher import needs_ranks, run_launch
 
 
@@ -29,18 +39,10 @@ def _ratios(context: click.Context, parameter: click.Parameter, value: str | Non
     "--ratios", metavar="A,B,...", callback=_ratios, help="Average over scales: factors of the protocol's scale."
 )
 @click.option("--flip/--no-flip", default=None, help="Whether to average with the mirrored image.")
-@click.option(
-    "--slide", nargs=2, type=int, metavar="CROP STRIDE", help="Square sliding windows: side and step [pixels]."
-)
+@slide_option
 @click.option("--whole", is_flag=True, help="The whole image in one pass, without windows.")
 @click.option("--boundary", is_flag=True, help="Also compute the boundary IoU (Cheng et al. 2021).")
-@click.option(
-    "--precision",
-    type=click.Choice(["auto", "float32", "bf16", "fp16"]),
-    default="auto",
-    show_default=True,
-    help="Of the network; auto is float32.",
-)
+@precision_option("auto is float32")
 @backend_option
 @opening_options
 @click.option("--exact", is_flag=True, help="The network as it was trained, not folded: its own bits; slower.")
@@ -88,8 +90,9 @@ def evaluate(
     from ssaseg.cli.evaluation.report import Request, run_eval
 
     changes = {key: value for key, value in changes.items() if value is not None}
-    if slide or whole:
-        crop, stride = ([side, side] for side in slide) if slide else (None, None)
-        changes |= {"mode": "slide" if slide else "whole", "crop": crop, "stride": stride}
+    if slide:
+        changes |= in_windows(slide)
+    if whole:
+        changes |= {"mode": "whole", "crop": None, "stride": None}
     request = Request(data, root, split, limit, changes, boundary, precision, exact, backend, classes, protocol)
     return run_eval(files=files, request=request, json_out=json_out, device=device)

@@ -5,7 +5,14 @@ from pathlib import Path
 import click
 
 from ssaseg.cli.importing import quick_imports
-from ssaseg.cli.options import backend_option, device_option, network_file, opening_options
+from ssaseg.cli.options import (
+    backend_option,
+    device_option,
+    network_file,
+    opening_options,
+    precision_option,
+    slide_option,
+)
 from ssaseg.cli.prediction.kinds import KINDS
 
 
@@ -33,16 +40,8 @@ def _kinds(context: click.Context, parameter: click.Parameter, value: str) -> tu
     help="Skip larger images.",
 )
 @click.option("--exact", is_flag=True, help="The arithmetic of training's evaluation, bit for bit; slower.")
-@click.option(
-    "--precision",
-    default="auto",
-    show_default=True,
-    type=click.Choice(["auto", "float32", "bf16", "fp16"]),
-    help="Of the network; auto: bf16 if it is faster and keeps 99.5 % of labels.",
-)
-@click.option(
-    "--slide", nargs=2, type=int, metavar="CROP STRIDE", help="Square sliding windows: side and step [pixels]."
-)
+@precision_option("auto: bf16 if it is faster and keeps 99.5 % of labels")
+@slide_option
 @click.option("--timings", is_flag=True, help="Print where the time went.")
 @backend_option
 @opening_options

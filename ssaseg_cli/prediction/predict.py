@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from ssaseg.cli.engine.opening import Opened, device_for, make_engine, open_file, require_precision
 from ssaseg.cli.errors import CommandError
+from ssaseg.cli.options import in_windows
 from ssaseg.cli.prediction.journal import Existing, Journal, checkpoint_sum, made_of
 from ssaseg.cli.prediction.kinds import KINDS, is_needed, style_of
 from ssaseg.cli.prediction.labelling import Labeller, key_of, label_all, require_folder
@@ -66,7 +66,7 @@ def run_predict(
     opened, code = open_unchanged(checkpoint, classes, recipe)
     chosen = device_for(opened, device)
     metadata = opened.metadata
-    protocol = parse_protocol(metadata["protocol"] | in_windows(slide), f"{checkpoint}: protocol")
+    protocol = parse_protocol(metadata["protocol"] | (in_windows(slide) if slide else {}), f"{checkpoint}: protocol")
     if slide or classes or recipe:
         code += str((protocol, metadata["mean"], metadata["std"], metadata["classes"]))
     exact = exact or isinstance(opened.model, MaskSegmenter)
@@ -123,14 +123,6 @@ def open_unchanged(path: Path, classes: str | None, recipe: str | None) -> tuple
     if not os.path.samestat(before, after := path.stat()) or before.st_mtime_ns != after.st_mtime_ns:
         raise CommandError(f"{path}: was replaced while it was read\nrun the command again")
     return opened, code
-
-
-def in_windows(slide: tuple[int, int] | None) -> dict[str, Any]:
-    """What changes in a protocol for square windows of a side and a step; None: nothing."""
-    if slide is None:
-        return {}
-    crop, stride = ([side, side] for side in slide)
-    return {"mode": "slide", "crop": crop, "stride": stride}
 
 
 def require_possible(

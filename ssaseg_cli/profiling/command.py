@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from ssaseg.cli.options import CLASSIFIERS, backend_option, device_option, existing_file, json_option
+from ssaseg.cli.options import CLASSIFIERS, backend_option, device_option, existing_file, json_option, precision_option
 
 SIZE = (512, 512)  # of --scatter [pixels]
 MOST = 4096  # images of a batch, threads
@@ -69,13 +69,7 @@ def _refuse(kind: str, given: Mapping[str, Any]) -> None:
     help="Height and width of the input [pixels].  [default: 512 512]",
 )
 @click.option("--image", type=existing_file, help="Image to measure on, prepared by the protocol of FILE.")
-@click.option(
-    "--precision",
-    type=click.Choice(["auto", "float32", "bf16", "fp16"]),
-    default="auto",
-    show_default=True,
-    help="Of the network; auto is float32.",
-)
+@precision_option("auto is float32")
 @backend_option
 @click.option("--roofline", is_flag=True, help="Beside the times, the least that this machine allows.")
 @click.option("--backends", is_flag=True, help="Compare PyTorch exact, folded and compiled, and other runtimes.")
