@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 RUN := runs/demo
 
-.PHONY: setup demo test parity fuzz lint types docs clean
+.PHONY: setup demo test parity fuzz lint types docs tables site clean
 
 setup: $(VENV)/.installed
 
@@ -57,6 +57,20 @@ types: setup
 docs: setup
 	$(BIN)/python -c "from ssaseg.cli.recipe_keys import write; write()"
 	$(BIN)/ssaseg recipes keys > docs/recipe.md
+
+# The generated tables of README.md and docs/; a test holds that they are current.
+tables: setup
+	$(BIN)/python benchmarks/tables.py
+
+# The website, build/site, with all its links checked. Its pages are links to the real ones.
+site: $(VENV)/.site
+	rm -rf build/pages && mkdir -p build/pages
+	ln -s $(addprefix ../../,README.md CONTRIBUTING.md SECURITY.md CHANGELOG.md docs) build/pages/
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+$(VENV)/.site: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[docs]"
+	touch $@
 
 clean:
 	rm -rf build dist runs *.egg-info .pytest_cache .ruff_cache .mypy_cache

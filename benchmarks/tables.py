@@ -1,6 +1,6 @@
-"""The generated tables of README.md and docs/reproduce.md.
+"""The generated tables of README.md, docs/reproduce.md and docs/deployment.md.
 
-    python benchmarks/tables.py            # writes the tables between the marks in both pages
+    python benchmarks/tables.py            # writes the tables between the marks in these pages
     python benchmarks/tables.py --count    # counts parameters and GMACs before that: benchmarks/results/costs.json
 
 Published mIoUs, schedules and starts are those in the headers of the recipes, which tests compare with the official
@@ -20,6 +20,7 @@ RESULTS = PROJECT / "benchmarks/results"
 CLASSIFIERS = ("linear", "ssa")
 DATA_SETS = {"ade20k": "ADE20K", "coco_stuff10k": "COCO-Stuff-10K", "pascal_context_59": "PASCAL-Context-59"}
 NONE = "–"
+PAGES = ("README.md", "docs/reproduce.md", "docs/deployment.md")
 
 Pair = tuple[Any, Any]  # of linear and ssa
 
@@ -43,17 +44,19 @@ def main() -> None:
     parser.add_argument("--count", action="store_true", help="count parameters and GMACs before (minutes)")
     if parser.parse_args().count:
         write_counts()
-    for page in ("README.md", "docs/reproduce.md"):
+    for page in PAGES:
         file = PROJECT / page
         file.write_text(with_tables(file.read_text(encoding="utf-8")), encoding="utf-8")
 
 
 def with_tables(text: str) -> str:
     """`text` of a page with current tables between its marks."""
-    for name, table in (("networks", networks_table), ("recipes", recipes_table)):
-        mark = rf"(<!-- table: {name}, by [^>]* -->\n).*?(\n<!-- end -->)"
-        text = re.sub(mark, lambda found, table=table: f"{found[1]}\n{table()}\n{found[2]}", text, flags=re.DOTALL)
-    return text
+    tables = {"networks": networks_table, "recipes": recipes_table, "forms": forms_table, "predict": predict_table}
+
+    def fill(found: re.Match[str]) -> str:
+        return f"{found[1]}\n{tables[found[2]]()}\n\n<!-- end -->"
+
+    return re.sub(r"(<!-- table: (\w+), by [^>]* -->\n).*?<!-- end -->", fill, text, flags=re.DOTALL)
 
 
 def networks_table() -> str:
@@ -103,6 +106,37 @@ def recipes_table() -> str:
             )
             rows.append(f"| {' | '.join(cells)} |")
     return "\n".join(rows)
+
+
+def forms_table() -> str:
+    """One row for each network that `benchmarks/networks.py` measured in all forms."""
+    forms = {"eager": "exact", "folded": "folded", "bf16": "bfloat16", "compiled": "compiled", "fast": "both"}
+    forms["mmseg"] = "mmsegmentation"
+    measured = read("networks.json")["cpu"]
+    rows = [f"| network | {' | '.join(forms.values())} |", f"|---|{'---|' * len(forms)}"]
+    for each in measured["cases"]:
+        times = [f"{each['median [ms]'][form]:.0f}" if form in each["median [ms]"] else NONE for form in forms]
+        rows.append(f"| `{each['case']['model']}` {each['case']['classifier']} | {' | '.join(times)} |")
+    return "\n".join([*rows, "", conditions(measured)])
+
+
+def predict_table() -> str:
+    """One row for each case of `benchmarks/predict.py`."""
+    sides = {"before": "one after the other, exact", "now": "the default", "onnxruntime": "ONNX Runtime"}
+    sides |= {"openvino": "OpenVINO", "mmseg": "mmsegmentation", "ultralytics": "ultralytics"}
+    names = {"seaformer_s": "SeaFormer-S ssa", "segnext_t": "SegNeXt-T linear"}
+    measured = read("predict.json")
+    rows = [f"| network, images | {' | '.join(sides.values())} |", f"|---|{'---|' * len(sides)}"]
+    for case, values in measured["cases"].items():
+        height, width = values["size (height, width)"]
+        speeds = [f"{values['images/s'][side]:.1f}" if side in values["images/s"] else NONE for side in sides]
+        rows.append(f"| {names[case.partition('-')[2]]}, {width}×{height} | {' | '.join(speeds)} |")
+    return "\n".join([*rows, "", conditions(measured)])
+
+
+def conditions(measured: dict[str, Any]) -> str:
+    """Where a file of results was measured, as a line of a page."""
+    return f"{measured['on']}, PyTorch {measured['versions']['torch'].partition('+')[0]}; –: not measured."
 
 
 def arrow(linear: str | None, ssa: str | None) -> str:
@@ -168,7 +202,8 @@ def write_counts() -> None:
             model = build_model(name, 150, classifier).eval().requires_grad_(False)
             counts = count(model, torch.zeros(1, 3, 512, 512))
             gmacs = round(counts["gmacs"][EVERY_OPERATION], 4)
-            rows.append({"model": name, "classifier": classifier, "parameters": counts["parameters_deployed"], "gmacs": gmacs})
+            used = counts["parameters_deployed"]
+            rows.append({"model": name, "classifier": classifier, "parameters": used, "gmacs": gmacs})
     report = {
         "command": "python benchmarks/tables.py --count",
         "versions": {"torch": torch.__version__},
