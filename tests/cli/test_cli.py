@@ -18,7 +18,7 @@ import pytest
 import torch
 from click.testing import CliRunner, Result
 from PIL import Image
-from places import HELPERS, PROJECT
+from places import HELPERS
 
 from ssaseg.cli.console import json_target, print_table, write_json
 from ssaseg.cli.data import check, init
@@ -332,19 +332,6 @@ def test_tables_keep_long_rows_and_brackets(capsys: pytest.CaptureFixture[str]) 
     print_table(["class", "IoU [%]"], [["[void] " + "x" * 100, "12.30"]], title="scores")
     row = next(line for line in capsys.readouterr().out.splitlines() if "[void]" in line)
     assert row.split() == ["[void]", "x" * 100, "12.30"]
-
-
-def test_readme_commands_exist_with_their_options() -> None:
-    readme = (PROJECT / "README.md").read_text()
-    lines = [line.split("#")[0].split() for line in readme.splitlines() if line.startswith("ssaseg ")]
-    assert {words[1] for words in lines} == set(subcommands(cli))
-    for words in lines:
-        command: click.Command = subcommands(cli)[words[1]]
-        if isinstance(command, click.Group):
-            command = subcommands(command)[words[2]]
-        known = {option for parameter in command.params for option in parameter.opts}
-        used = {word.strip("[]") for word in words if word.strip("[]").startswith("--")}
-        assert used <= known, words
 
 
 def test_every_recipe_builds() -> None:
