@@ -15,6 +15,8 @@ import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ssaseg.cli.weights.known import KNOWN
+
 PROJECT = Path(__file__).resolve().parent.parent
 RESULTS = PROJECT / "benchmarks/results"
 CLASSIFIERS = ("linear", "ssa")
@@ -89,6 +91,7 @@ def recipes_table() -> str:
         "| recipe | crop | steps × batch | starts from | values | mIoU, published [%] | ours |",
         "|---|---|---|---|---|---|---|",
     ]
+    names = {file: name for name, start in KNOWN.items() for file in start.files}
     for data_set in DATA_SETS:
         for name in shipped(data_set):
             both = [header(f"{data_set}-{name}-{classifier}") for classifier in CLASSIFIERS]
@@ -99,7 +102,7 @@ def recipes_table() -> str:
                 f"`{data_set}-{name}`",
                 first.size.replace("x", "×"),
                 " / ".join(dict.fromkeys(f"{each.steps} × {each.batch}" for each in both)),
-                f"`{first.start}`",
+                f"`{names.get(first.start, first.start)}`",
                 " / ".join(dict.fromkeys("derived" if each.derived else "official" for each in both)),
                 arrow(*(each.published for each in both)),
                 "not measured" if ours == NONE else ours,
@@ -123,7 +126,7 @@ def forms_table() -> str:
 def predict_table() -> str:
     """One row for each case of `benchmarks/predict.py`."""
     sides = {"before": "one after the other, exact", "now": "the default", "onnxruntime": "ONNX Runtime"}
-    sides |= {"openvino": "OpenVINO", "mmseg": "mmsegmentation", "ultralytics": "ultralytics"}
+    sides |= {"openvino": "OpenVINO", "mmseg": "mmsegmentation"}
     names = {"seaformer_s": "SeaFormer-S ssa", "segnext_t": "SegNeXt-T linear"}
     measured = read("predict.json")
     rows = [f"| network, images | {' | '.join(sides.values())} |", f"|---|{'---|' * len(sides)}"]
@@ -163,7 +166,7 @@ def header(recipe: str) -> Header:
     published = re.search(r"published: mIoU ([\d.]+) %", text)
     ours = re.search(r"ours: mIoU ([\d.]+) %", text)
     return Header(
-        find(r"^(.*?) with the "),
+        find(r"^(\S+) with "),
         find(r"classes, (\d+x\d+)\)"),
         find(r"Cost: +([\d,]+) steps"),
         find(r"steps of (\d+) images"),
