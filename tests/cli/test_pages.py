@@ -156,6 +156,8 @@ def test_every_command_has_its_page() -> None:
         assert f"ssaseg {name} " in pages, name
     assert {"make demo", "make test"} <= set(re.findall(r"make \w+", read("README.md")))
     assert len(read("README.md").splitlines()) <= 120
+    (shown,) = re.findall(r"!\[[^\]]+\]\(([^)]+)\)", read("README.md"))
+    assert (PROJECT / shown).stat().st_size < 200_000
 
 
 @pytest.mark.usefixtures("any_path")
