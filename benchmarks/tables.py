@@ -64,7 +64,7 @@ def with_tables(text: str) -> str:
 def networks_table() -> str:
     """One row for each network with recipes on ADE20K: what it costs, and its mIoU there. Below it: ours on CamVid."""
     costs = {(row["model"], row["classifier"]): row for row in read("costs.json")["rows"]}
-    times = measured_times()
+    times, how = measured_times()
     rows = [
         "| network | parameters [M] | GMACs | CPU [ms] | mIoU, published [%] | ours |",
         "|---|---|---|---|---|---|",
@@ -88,7 +88,7 @@ def networks_table() -> str:
         if (found := re.search(r"Score: +mIoU ([\d.]+) %", file.read_text(encoding="utf-8")))
     ]
     ours = f"Measured by us, on CamVid's validation frames, without pre-training: {', '.join(scores)}."
-    return "\n".join([*rows, "", ours])
+    return "\n".join([*rows, "", f"CPU: {how}. {ours}"])
 
 
 def recipes_table() -> str:
@@ -183,13 +183,17 @@ def header(recipe: str) -> Header:
     )
 
 
-def measured_times() -> dict[tuple[str, str], str]:
-    """Times of the network for an image of 512×512 [ms] by network and classifier, for those that were measured."""
+def measured_times() -> tuple[dict[tuple[str, str], str], str]:
+    """Times of the network for an image of 512×512 [ms] by network and classifier, for those that were measured; and
+    how they were measured.
+    """
     if (RESULTS / "paper_table.json").exists():
-        rows = read("paper_table.json")["rows"]
-        return {(row["model"], row["classifier"]): f"{row['network_ms']['p50']:.0f}" for row in rows}
-    cases = read("networks.json")["cpu"]["cases"]
-    return {(c["case"]["model"], c["case"]["classifier"]): f"{c['median [ms]']['folded']:.0f}" for c in cases}
+        table = read("paper_table.json")
+        times = {(row["model"], row["classifier"]): f"{row['network_ms']['p50']:.0f}" for row in table["rows"]}
+        return times, f"float32, nothing folded, {table['device']}, {table['threads']} threads"
+    measured = read("networks.json")["cpu"]
+    keyed = [((each["case"]["model"], each["case"]["classifier"]), each["median [ms]"]) for each in measured["cases"]]
+    return {key: f"{medians['folded']:.0f}" for key, medians in keyed}, f"float32, norms folded, {measured['on']}"
 
 
 def read(name: str) -> Any:
