@@ -264,6 +264,12 @@ def build(name: str, num_classes: int, drop_path: float | None = None) -> Parts:
     return Parts(backbone, LightHead(backbone.channels, variant.fuse))
 
 
+HEAD_ROWS = (
+    *conv_norm("decoder.fuse.{}.local", "decode_head.fuse{+1}.local_embedding"),
+    *conv_norm("decoder.fuse.{}.gate", "decode_head.fuse{+1}.global_act"),
+    *conv_norm("decoder.output", "decode_head.linear_fuse"),
+)
+
 _BLOCK = ("backbone.sea.{}.{}", "backbone.trans{+1}.transformer_blocks.{}")
 
 FAMILY = Family(
@@ -292,9 +298,7 @@ FAMILY = Family(
                 *conv_norm("project", "mlp.fc2", conv="c"),
             )
         ),
-        *conv_norm("decoder.fuse.{}.local", "decode_head.fuse{+1}.local_embedding"),
-        *conv_norm("decoder.fuse.{}.gate", "decode_head.fuse{+1}.global_act"),
-        *conv_norm("decoder.output", "decode_head.linear_fuse"),
+        *HEAD_ROWS,
     ],
     mark="backbone.smb1.",
 )
