@@ -11,7 +11,8 @@ from pathlib import Path
 
 from ssaseg.cli.data.bands import Bands
 from ssaseg.cli.data.machine import Fit, fit_machine
-from ssaseg.cli.weights.known import starts_of
+from ssaseg.cli.weights.fetching import find
+from ssaseg.cli.weights.known import KNOWN, starts_of
 from ssaseg.datasets import Dataset, default_palette
 from ssaseg.datasets.check import Findings
 from ssaseg.datasets.classnames import Labels
@@ -58,7 +59,7 @@ def recipe_text(
         "model:",
         f"  name: {model}{f' # {fit.why_model}' if fit.why_model else ''}",
         f"  classifier: {classifier}",
-        f"  pretrained: null # {_start(model)}",
+        f"  pretrained: {_start(model)}",
         "",
         "data:",
         f"  root: {_quote(os.path.abspath(own.root))} # folder of the data; data.root=DIR in a command replaces it",
@@ -87,11 +88,13 @@ def recipe_text(
 
 
 def _start(model: str) -> str:
-    """A comment about weights to start from."""
-    name = next(iter(starts_of(model)), None)
-    if name is None:
-        return "or a checkpoint to start from"
-    return f"ImageNet weights help a lot: ssaseg weights fetch {name}, then pretrained: {name}"
+    """Weights to start from, which are here, or none; and a comment about them."""
+    names = starts_of(model)
+    if here := next((name for name in names if find(KNOWN[name])), None):
+        return f"{here} # ImageNet weights; null: random weights"
+    if not names:
+        return "null # or a checkpoint to start from"
+    return f"null # ImageNet weights help a lot: ssaseg weights fetch {names[0]}, then pretrained: {names[0]}"
 
 
 def _header(own: OwnData, out: Path, counts: dict[str, int], fit: Fit, classifier: str) -> Iterator[str]:

@@ -1,10 +1,15 @@
 """`ssaseg weights`: published weights by name. Nothing here imports PyTorch."""
 
+from typing import TYPE_CHECKING
+
 import click
 
 from ssaseg.cli.errors import CommandError, print_error
 from ssaseg.cli.options import json_option
 from ssaseg.cli.printing import echo
+
+if TYPE_CHECKING:
+    from ssaseg.cli.weights.known import Start
 
 
 @click.group()
@@ -28,7 +33,8 @@ def list_command(network: str | None, json_out: str | None) -> None:
     """Print all weights: their names, which networks they start, licences, sizes, and whether they are here.
 
     NETWORK: only weights that start this network. Sizes are computed, 4 bytes for each number of the backbone; that of
-    the file differs. "page": the authors offer the file on a page, where you download it by hand.
+    the file differs. "page": the authors offer the file on a page, where you download it by hand. "pip":
+    `pip install 'ssaseg[imagenet]'` installs it.
 
     \b
     Example:
@@ -54,6 +60,7 @@ def list_command(network: str | None, json_out: str | None) -> None:
             "layout": start.layout,
             "address": start.address or None,
             "page": start.page or None,
+            "package": start.package or None,
             "source": start.source,
             "file": start.file,
             "here": str(path) if (path := files[name]) else None,
@@ -70,12 +77,16 @@ def list_command(network: str | None, json_out: str | None) -> None:
             ", ".join(KNOWN[name].networks),
             KNOWN[name].licence,
             f"{KNOWN[name].megabytes}",
-            "yes" if files[name] else "no" if KNOWN[name].address else "no (page)",
+            "yes" if files[name] else _absent(KNOWN[name]),
         )
         for name in names
     ]
     print_table(("name", "starts", "licence", "about MB", "here"), rows)
     echo(f"folder: {folder()}")
+
+
+def _absent(start: "Start") -> str:
+    return "no" if start.address else "no (pip)" if start.package else "no (page)"
 
 
 @weights.command()

