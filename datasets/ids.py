@@ -6,10 +6,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import numpy as np
 
-from ssaseg.datasets.base import IGNORED
+from ssaseg.datasets.base import IGNORED, DataError, Palette, pascal_palette
 
 
 def label_table(
@@ -73,3 +74,45 @@ def likely_fix(
     if len(bad) >= np.count_nonzero(counts) / 2:
         return "grey levels of a colour mask? Then write class ids. Ids of a larger set? Then set data.raw_to_train"
     return "add their classes to data.classes, or map each id to a class in data.raw_to_train"
+
+
+def palette_error(
+    file: Path,
+    raw: np.ndarray,
+    colours: np.ndarray | None,
+    palette: Palette,
+    classes: Sequence[str],
+    label_lut: np.ndarray | None = None,
+) -> DataError | None:
+    """The error for a palette file that has the colours of the classes in another order, or None.
+
+    `colours`: RGB (N, 3), the palette of the file. Most of them must be colours of the classes: the palette of an
+    annotation tool, often PASCAL VOC's, may have one or two colours in common with them by chance. `label_lut`: the
+    train id of each raw id; without it they are the same.
+    """
+    if colours is None:
+        return None
+    if label_lut is None:
+        label_lut = label_table(len(classes))[0]
+    owner = {colour: train_id for train_id, colour in enumerate(palette)}
+    counts = np.bincount(raw.ravel(), minlength=256)
+    # Ignored ids, often 255, have no class: they prove nothing, nor do the unused entries before them.
+    last = int(np.flatnonzero((counts > 0) & (label_lut != IGNORED)).max(initial=-1))
+    own = [(int(red), int(green), int(blue)) for red, green, blue in colours[: last + 1]]
+    known, wrong = [], []
+    for value, colour in enumerate(own):
+        train_id = int(label_lut[value])
+        if train_id == IGNORED:
+            continue
+        found = owner.get(colour)
+        known.append(found is not None)
+        if found is not None and counts[value] and found != train_id:
+            wrong.append((value, classes[train_id], classes[found]))
+    if not wrong or 2 * sum(known) <= len(known) or tuple(own) == pascal_palette(len(own)):
+        return None
+    value, read_as, shown_as = wrong[0]
+    return DataError(
+        f"{file}: id {value} ({read_as}) has the colour of {shown_as} in the file's own palette\n"
+        f"expected indices that are class ids; this palette has the colours of data.palette in another order\n"
+        f"write class ids as indices, map each index to its class in data.raw_to_train, or remove data.palette"
+    )

@@ -1,4 +1,4 @@
-"""The label map of a network at full size, without computing the logits of all classes at full size.
+"""The label map of a network at full size, without computing the logits of all classes at full size; its confidence.
 
 Bilinear steps are separable and linear. Two of them make each output pixel a convex combination of the few logits
 under it: `rows @ logits @ columns.T`, with one row-stochastic matrix per axis. The output is cut into blocks. All
@@ -9,7 +9,7 @@ are interpolated. Trained networks have few candidates per block.
 Axes: K classes, h×w logits, H×W pixels; P×Q pixels in a block, T×U logits in a window; n blocks.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -54,16 +54,41 @@ def resize_twice(logits: Tensor, middle: tuple[int, ...], size: tuple[int, ...])
 # ---- every class -------------------------------------------------------------------------------------------------
 
 
-def running_maximum(logits: Tensor, middle: tuple[int, ...], size: tuple[int, ...]) -> Tensor:
-    """`label_map` by interpolating every class, a few classes at a time, and keeping the maximum so far.
+def few_classes(logits: Tensor, middle: tuple[int, ...], size: tuple[int, ...]) -> Iterator[tuple[int, Tensor]]:
+    """All classes of logits (1,K,h,w) at full size, a few at a time: the first class, and its maps with the next ones
+    (k,H,W), which must not be changed.
 
     PyTorch's rounding in the last place depends on how many classes it resizes together.
     """
+    step = max(elements(logits.device) // max(size[0] * size[1], middle[0] * middle[1]), 1)
+    for first in range(0, logits.shape[1], step):
+        yield first, resize_twice(logits[:, first : first + step], middle, size)[0]
+
+
+@torch.inference_mode()
+def confidence_map(logits: Tensor, middle: tuple[int, ...], size: tuple[int, ...], scores: bool = False) -> Tensor:
+    """How sure the network is of the labels of `label_map`: the largest softmax over classes, float32 (H,W) in (0, 1].
+
+    Arguments as in `label_map`, and as there, full-size logits of all classes are never in memory. scores: the network
+    gives scores, not logits; then the largest score, divided by their sum.
+    """
+    best = torch.full(tuple(size), 0.0 if scores else -torch.inf, device=logits.device)
+    total = torch.zeros_like(best)  # of scores; of logits, the sum of exp(logit - best)
+    for _, maps in few_classes(logits.float(), middle, size):
+        highest = torch.maximum(best, maps.amax(dim=0))
+        if scores:
+            total += maps.sum(dim=0)
+        else:
+            total.mul_((best - highest).exp_()).add_((maps - highest).exp_().sum(dim=0))
+        best = highest
+    return best / total.clamp(min=1e-12) if scores else total.reciprocal_()
+
+
+def running_maximum(logits: Tensor, middle: tuple[int, ...], size: tuple[int, ...]) -> Tensor:
+    """`label_map` by interpolating every class, a few classes at a time, and keeping the maximum so far."""
     best = torch.full(tuple(size), -torch.inf, device=logits.device)
     labels = torch.zeros(tuple(size), dtype=torch.uint8, device=logits.device)
-    step = max(elements(logits.device) // max(best.numel(), middle[0] * middle[1]), 1)
-    for first in range(0, logits.shape[1], step):
-        maps = resize_twice(logits[:, first : first + step], middle, size)[0]
+    for first, maps in few_classes(logits, middle, size):
         values, classes = (maps[0], None) if len(maps) == 1 else maps.max(dim=0)
         higher = values > best
         if classes is None:

@@ -8,14 +8,14 @@ from typing import Any
 
 import numpy as np
 
-from ssaseg.cli.console import json_target, print_table, write_json
+from ssaseg.cli.console import print_table, write_json
 from ssaseg.cli.drawing import curves
 from ssaseg.cli.drawing.bars import finish_bars, require_picture, save_figure, shorten
 from ssaseg.cli.drawing.curves import Record, line
 from ssaseg.cli.errors import CommandError
 from ssaseg.cli.printing import echo
 from ssaseg.cli.training.environment import read_environment
-from ssaseg.cli.training.log import read_log
+from ssaseg.cli.training.log import hours_of, read_log
 from ssaseg.recipes import RecipeError, load_recipe
 from ssaseg.recipes.resuming import flat
 
@@ -68,41 +68,30 @@ class Run:
 
     def hours(self) -> float | None:
         """Time of training and evaluation, from the logged speeds, without starting, saving and lost steps."""
-        seconds, before = 0.0, 0
-        for record in self.records:
-            if "loss" in record:
-                speed, batch = record.get("images_per_s"), self.recipe.get("train.batch")
-                if not speed or not batch:
-                    return None
-                seconds += (record["step"] - before) * batch / speed
-                before = record["step"]
-            else:
-                seconds += record.get("eval_seconds") or 0
-        return seconds / 3600 if before and np.isfinite(seconds) else None
+        return hours_of(self.records, self.recipe.get("train.batch"))
 
 
-def run_compare(runs: Sequence[Path], out: Path, json_out: str | None) -> int:
-    """Prints a table of the runs and their differences, and draws their curves. Returns 0, or 1 where some of the
-    folders are not run folders.
+def compare_runs(folders: Sequence[Path], out: Path, json_out: str | None) -> tuple[dict[str, Any], list[Run]]:
+    """Draws the curves of runs, and prints a table of them and their differences. Returns the report and the runs.
 
-    Raises CommandError where none of them is a run folder, and where `out` is a file that this command did not write.
+    json_out: a file for the report; "-": it is not written yet, and nothing is printed on stdout. Raises CommandError
+    where none of the folders is a run folder, and where `out` is a file that this command did not write.
     """
-    json_out = json_target(json_out)
     require_picture(out, MARK["Software"])
-    read = open_runs(runs)
+    read = open_runs(folders)
     rows = [run.figures() for run in read]
     differences = recipe_differences(read)
     notes = remarks(read, differences)
     classes = class_differences(read)
     draw(read, classes, out)
-    # Before printing, which may fail.
-    write_json(json_out, {"runs": rows, "recipe_differences": differences, "classes": classes, "notes": notes})
+    report = {"runs": rows, "recipe_differences": differences, "classes": classes, "notes": notes}
     if json_out != "-":
+        write_json(json_out, report)  # before printing, which may fail
         print_runs(rows, differences, classes)
     for note in notes:
         echo(f"note: {note}", err=True)
     echo(f"wrote {out}", err=json_out == "-")
-    return 0 if len(read) == len({os.path.realpath(folder) for folder in runs}) else 1
+    return report, read
 
 
 # ---- reading -----------------------------------------------------------------------------------------------------

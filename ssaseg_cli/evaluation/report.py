@@ -1,12 +1,13 @@
 """`ssaseg eval`: scores one or several files on labelled images, and prints and writes the report."""
 
+import re
 import sys
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -16,22 +17,27 @@ from ssaseg.cli.engine.graphs import KINDS
 from ssaseg.cli.engine.opening import Opened, device_for, make_engine, open_file
 from ssaseg.cli.errors import CommandError
 from ssaseg.cli.evaluation.confused import confused_pairs, most_confused
+from ssaseg.cli.evaluation.page import PAGE, extend, make_folder, write_report
 from ssaseg.cli.evaluation.several import (
     MEANS,
     differences,
     note_what_differs,
     print_several,
     require_one_set_of_classes,
+    state_calibration,
 )
 from ssaseg.cli.printing import echo
 from ssaseg.cli.ranks.ranks import Ranks, connect
+from ssaseg.cli.scoring import calibration
 from ssaseg.cli.scoring.attention import warn_of_attention
 from ssaseg.cli.scoring.boundary import STATEMENT, Boundaries
 from ssaseg.cli.scoring.evaluate import WORKERS, Tally, count_predictions, state_protocol
 from ssaseg.cli.scoring.inference import Inference
 from ssaseg.cli.scoring.metrics import Confusion, Interval, nan_mean
+from ssaseg.cli.scoring.trained_size import warn_of_size
 from ssaseg.cli.signals import Interrupted, StopSignal
-from ssaseg.datasets import Dataset, build_dataset
+from ssaseg.datasets import DataError, Dataset, build_dataset
+from ssaseg.files.text import printable
 from ssaseg.recipes import Recipe, Test, load_recipe, parse_protocol, parse_recipe
 
 LARGE_INPUTS = "sliding windows (--slide 1024 768) or smaller inputs (--ratios 0.5) are faster, and change the score"
@@ -45,6 +51,8 @@ class Request:
     replaces the recipe's `data.root`. changes: keys of the protocol to change. boundary: also compute the boundary IoU.
     precision: "auto" is float32. backend: what runs checkpoints; "auto" is PyTorch, as in the evaluations during
     training. exact: the network as it was trained, not folded. classes, protocol: what the files do not say themselves.
+    calibration: also compute the calibration error. report: a new folder for the page of one file's scores, which has
+    the boundary IoU and the calibration error, too.
     """
 
     data: str | None = None
@@ -58,6 +66,8 @@ class Request:
     backend: str = "auto"
     classes: str | None = None
     protocol: str | None = None
+    calibration: bool = False
+    report: Path | None = None
 
 
 # ---- the command -------------------------------------------------------------------------------------------------
@@ -70,19 +80,61 @@ def run_eval(files: Sequence[Path], request: Request, json_out: str | None, devi
     SystemExit after Ctrl-C (130) and SIGTERM (143).
     """
     json_out = json_target(json_out)
+    if request.report is not None:
+        request = replace(request, boundary=True, calibration=True)
+    if request.data is not None:  # before networks are loaded
+        open_root(load_recipe(request.data), request.root)
     with connect(device_of(files, device)) as ranks:
-        report = _score(ranks, files, request)
+        if ranks.main and request.report is not None:
+            make_folder(request.report)
+        report, counted = _score(ranks, files, request)
         if ranks.main:
             write_json(json_out, report)  # before printing, which may fail: an evaluation can take hours
+            if request.report is not None:
+                write_report(request.report, report, counted.tallies[0], counted.dataset)
         if ranks.main and json_out != "-":
             (print_report if len(files) == 1 else print_several)(report)
+            if request.report is not None:
+                echo(f"wrote {printable(str(request.report / PAGE))}")
     return 0
 
 
-def _score(ranks: Ranks, files: Sequence[Path], request: Request) -> dict[str, Any]:
-    """The report of `run_eval`: of one file, or of several with their differences."""
+class Counted(NamedTuple):
+    """What was counted of the predictions of several files on the same images."""
+
+    opened: list[Opened]  # without their models
+    tallies: list[Tally]
+    recipe: Recipe
+    dataset: Dataset
+    images: int  # the first ones of the data set
+    images_per_s: float
+    precision: str
+
+
+def _score(ranks: Ranks, files: Sequence[Path], request: Request) -> tuple[dict[str, Any], Counted]:
+    """The report of `run_eval`: of one file, or of several with their differences; what was counted."""
+    counted = count_files(ranks, open_files(files, request), request)
+    opened, tallies, recipe, dataset, images, speed, precision = counted
+    shared = {"recipe": recipe.name, "split": request.split, "images": images, "of_images": len(dataset)}
+    reports = [
+        _report(*each, shared | {"images_per_s": speed, "precision": precision}, dataset.classes)
+        for each in zip(opened, tallies, strict=True)
+    ]
+    if request.report is not None:
+        extend(reports[0], tallies[0], dataset)
+    whole = reports[0] if len(reports) == 1 else {"models": reports, "differences": differences(files, tallies)}
+    return whole, counted
+
+
+def open_files(files: Sequence[Path], request: Request) -> list[Opened]:
+    """Opens files of the same classes; errors as `run_eval`."""
     opened = [open_file(path, request.classes, request.protocol) for path in files]
     require_one_set_of_classes(opened)
+    return opened
+
+
+def count_files(ranks: Ranks, opened: list[Opened], request: Request) -> Counted:
+    """Counts the predictions of files of the same classes; errors as `run_eval`."""
     source = next((each for each in opened if each.metadata["recipe"] is not None), opened[0])
     recipe = recipe_of(source.path, source.metadata, request.data)
     protocol = protocol_of(opened[0], recipe, request)
@@ -97,25 +149,19 @@ def _score(ranks: Ranks, files: Sequence[Path], request: Request) -> dict[str, A
     for each in opened:
         engine = make_engine(each, ranks.device, precision, request.backend, request.exact)
         inference = Inference(engine, protocol, each.metadata["mean"], each.metadata["std"])
-        tallies.append(Tally.of(inference, request.boundary))
+        tallies.append(Tally.of(inference, request.boundary, request.calibration, request.report is not None))
     opened = [each._replace(model=None) for each in opened]  # the engines have copies
     if ranks.main:
         for each, tally in zip(opened, tallies, strict=True):
             warn_of_attention(each.metadata["model"], tally.inference, dataset.image_files, LARGE_INPUTS)
+            warn_of_size(each.metadata, protocol, dataset.image_files)
     count = len(dataset) if request.limit is None else min(request.limit, len(dataset))
     started = time.perf_counter()
     _count(tallies, dataset, ranks, count)
     # Reading the matrix waits for the device.
     require_labels(tallies[0].confusion.matrix, f"{request.split} split of recipe {recipe.name} ({count} images)")
     speed = count / (time.perf_counter() - started)
-    shared = {"recipe": recipe.name, "split": request.split, "images": count, "of_images": len(dataset)}
-    reports = [
-        _report(*each, shared | {"images_per_s": speed, "precision": precision}, dataset.classes)
-        for each in zip(opened, tallies, strict=True)
-    ]
-    if len(reports) == 1:
-        return reports[0]
-    return {"models": reports, "differences": differences(files, tallies)}
+    return Counted(opened, tallies, recipe, dataset, count, speed, precision)
 
 
 def _report(opened: Opened, tally: Tally, shared: Mapping[str, Any], classes: Sequence[str]) -> dict[str, Any]:
@@ -124,6 +170,8 @@ def _report(opened: Opened, tally: Tally, shared: Mapping[str, Any], classes: Se
     engine, protocol, matrix = inference.engine, inference.protocol, tally.confusion.matrix
     views = (shared["split"], shared["images"], shared["of_images"], engine.gives_scores)
     statement = state_protocol(protocol, *views) + (f"; {STATEMENT}" if tally.boundaries is not None else "")
+    statement += f"; {calibration.STATEMENT}" if tally.calibration is not None else ""
+    sure = {} if tally.calibration is None else {"calibration": tally.calibration.figures(classes)}
     return {
         "checkpoint": str(opened.path),
         # Official weights that `convert` has converted have step 0 and no recipe: their number of steps is unknown.
@@ -135,6 +183,7 @@ def _report(opened: Opened, tally: Tally, shared: Mapping[str, Any], classes: Se
         "protocol": protocol.model_dump(mode="json"),
         "statement": f"{statement}; computed by {engine.what}",
         **_figures(tally.confusion, classes, tally.boundaries),
+        **sure,
         "confused": confused_pairs(matrix, classes),
         "confusion": matrix.tolist(),
     }
@@ -189,14 +238,33 @@ def recipe_of(checkpoint: Path, metadata: Mapping[str, Any], data: str | None) -
     return parse_recipe(metadata["recipe"], str(checkpoint))
 
 
+def open_root(recipe: Recipe, root: Path | None) -> Path:
+    """The folder of the data, `root` or the recipe's. Raises CommandError if it does not exist, or for a root of drawn
+    scenes.
+    """
+    if recipe.data.dataset == "synthetic":
+        if root is not None:
+            raise CommandError(f"--root {root}: recipe {recipe.name} uses built-in scenes, not files\nleave out --root")
+        return Path(recipe.data.root)
+    found = Path(recipe.data.root) if root is None else root
+    if not found.is_dir():
+        whose = f"data.root of recipe {recipe.name}" if root is None else "--root"
+        what = "a file" if found.exists() else "no such folder"
+        fix = "give the folder of the data: --root DIR; other data: --data RECIPE"
+        raise CommandError(f"{found}: {what} ({whose})\n{fix}")
+    return found
+
+
 def open_dataset(recipe: Recipe, split: str, root: Path | None) -> Dataset:
     """A split of the recipe's data; `root` replaces its `data.root`. Raises CommandError for a root of drawn scenes."""
-    if root is not None and recipe.data.dataset == "synthetic":
-        raise CommandError(f"--root {root}: recipe {recipe.name} uses built-in scenes, not files\nleave out --root")
-    root = Path(recipe.data.root) if root is None else root
+    root = open_root(recipe, root)
     # No cache: each image is read only once, and a cache would read all images before the first is scored.
     options = recipe.data.model_dump() | {"cache": False}
-    return build_dataset(recipe.data.dataset, split, root=root, options=options)
+    try:
+        return build_dataset(recipe.data.dataset, split, root=root, options=options)
+    except DataError as error:  # its fixes are keys, which these commands have an option for
+        text = re.sub(r"data\.root(?!=)", "--root", str(error).replace("data.root=DIR", "--root DIR"))
+        raise DataError(text) from None
 
 
 def require_labels(confusion: np.ndarray, images: str) -> None:
@@ -268,6 +336,18 @@ def _remark(labelled: int, iou: float) -> str:
     return "no ground truth" if np.isnan(iou) else "predicted but absent"
 
 
+def print_calibration(found: Mapping[str, Any]) -> None:
+    """Prints the calibration error and the reliability of each bin."""
+    rows = [
+        (f"{each['from']:.1f} to {each['to']:.1f}", *(f"{each[key]:.2f}" for key in ("confidence", "accuracy")), share)
+        for each in found["bins"]
+        if each["pixels"]
+        for share in (f"{100 * each['pixels'] / found['pixels']:.2f}",)
+    ]
+    print_table(("confidence [%]", "mean [%]", "right [%]", "pixels [%]"), rows)
+    echo(state_calibration(found))
+
+
 def print_report(report: Mapping[str, Any]) -> None:
     """Prints the table per class, the means, the interval of the mIoU, the speed and the protocol on stdout."""
 
@@ -287,5 +367,7 @@ def print_report(report: Mapping[str, Any]) -> None:
         how = f"percentile bootstrap over {report['images']} images, {interval.resamples} resamples"
         echo(f"mIoU {interval.level:g} % interval {interval.low:.2f} to {interval.high:.2f} % ({how})")
     echo(most_confused(report["confused"], 5))
+    if "calibration" in report:
+        print_calibration(report["calibration"])
     echo(f"{report['images_per_s']:.1f} images/s, including reading and scoring")
     echo(f"protocol: {report['statement']}")

@@ -98,12 +98,22 @@ def print_several(report: Mapping[str, Any]) -> None:
         echo(f"{printable(name)} against {printable(names[0])}: mIoU {each['mIoU']:+.2f} points{interval}; {equal}")
     for name, each in zip(names, models, strict=True):
         echo(f"{printable(name)}: {each['model']} {each['classifier']}; {each['engine']}")
+        if "calibration" in each:
+            echo(f"{printable(name)}: {state_calibration(each['calibration'])}")
     echo(f"{models[0]['images_per_s']:.1f} images/s, including reading and scoring by all files")
     # Without the engine at its end, which was just printed.
     statements = [each["statement"].rpartition("; computed by ")[0] for each in models]
     for statement in dict.fromkeys(statements):
         whose = "protocol" if len(set(statements)) == 1 else f"protocol of {names[statements.index(statement)]}"
         echo(f"{whose}: {statement}")
+
+
+def state_calibration(found: Mapping[str, Any]) -> str:
+    """The calibration error of a report as one line of text."""
+    error, confidence, accuracy = (found[key] for key in ("ECE", "confidence", "accuracy"))
+    sure = "more" if confidence > accuracy else "less"
+    means = f"mean confidence {confidence:.2f} %, right pixels {accuracy:.2f} %"
+    return f"calibration error (ECE) {error:.2f} %; {means}: {sure} sure than right"
 
 
 def short_names(files: Sequence[str]) -> list[str]:

@@ -17,8 +17,10 @@ from torch import Tensor
 
 from ssaseg.cli.ranks.ranks import Ranks
 from ssaseg.cli.scoring.boundary import Boundaries
+from ssaseg.cli.scoring.calibration import Calibration
 from ssaseg.cli.scoring.engines import Engine, TorchEngine
-from ssaseg.cli.scoring.inference import Inference, require_size, state_views
+from ssaseg.cli.scoring.gallery import Gallery, Scene
+from ssaseg.cli.scoring.inference import Inference, Maps, require_size, state_views
 from ssaseg.cli.scoring.lanes import Room, in_order
 from ssaseg.cli.scoring.metrics import Confusion
 from ssaseg.cli.signals import Interrupted, StopSignal
@@ -41,6 +43,9 @@ class Counts(NamedTuple):
     pairs: Tensor  # see `Confusion.count`
     boundary: Tensor | None  # see `Boundaries.count`
     equal: Tensor  # int64 (): pixels whose label is that of the first network
+    coarse: Tensor | None  # as `pairs`, of the labels before adaptation
+    calibration: Tensor | None  # see `Calibration.count`
+    scene: Scene | None
 
 
 @dataclass
@@ -52,35 +57,78 @@ class Tally:
     boundaries: Boundaries | None = None
     equal: Tensor | int = 0  # pixels whose label is that of the first network, of all `pixels`
     pixels: int = 0
+    coarse: Confusion | None = None  # of the labels before adaptation
+    calibration: Calibration | None = None
+    gallery: Gallery | None = None
 
     @classmethod
-    def of(cls, inference: Inference, boundary: bool = False) -> "Tally":
-        """Without images; boundary: whether pixels near boundaries are counted, too."""
-        classes, device = inference.engine.num_classes, inference.device
-        return cls(inference, Confusion(classes, device), Boundaries(classes, device) if boundary else None)
+    def of(
+        cls, inference: Inference, boundary: bool = False, calibration: bool = False, report: bool = False
+    ) -> "Tally":
+        """Without images. boundary, calibration: whether these are counted, too. report: whether the labels before
+        adaptation are counted, if there are any, and the best and worst images are kept.
+        """
+        engine = inference.engine
+        classes, device = engine.num_classes, inference.device
+        return cls(
+            inference,
+            Confusion(classes, device),
+            Boundaries(classes, device) if boundary else None,
+            coarse=Confusion(classes, device) if report and engine.has_coarse else None,
+            calibration=Calibration(classes, device) if calibration else None,
+            gallery=Gallery() if report else None,
+        )
 
-    def count(self, labels: Tensor, label: Tensor, first: Tensor) -> Counts:
-        """What `add` takes of one image: predicted labels, the image's label, and the first network's labels (H,W)."""
-        boundary = None if self.boundaries is None else self.boundaries.count(labels, label)
-        return Counts(self.confusion.count(labels, label), boundary, (labels == first).sum())
+    def count(self, maps: Maps, label: Tensor, first: Tensor, image: Tensor) -> Counts:
+        """What `add` takes of one image: the network's results, the image's label, the first network's labels (H,W),
+        and the network's input (h,w,3).
+        """
+        labels, coarse, confidence = maps.labels, None, None
+        if self.coarse is not None:
+            assert maps.coarse is not None
+            coarse = self.coarse.count(maps.coarse, label)
+        if self.calibration is not None:
+            assert maps.confidence is not None
+            confidence = self.calibration.count(labels, maps.confidence, label)
+        return Counts(
+            self.confusion.count(labels, label),
+            None if self.boundaries is None else self.boundaries.count(labels, label),
+            (labels == first).sum(),
+            coarse,
+            confidence,
+            None if self.gallery is None else Scene.of(image, label, labels),
+        )
 
-    def add(self, counts: Counts, pixels: int) -> None:
-        """Adds an image of so many pixels."""
+    def add(self, counts: Counts, pixels: int, number: int) -> None:
+        """Adds an image of so many pixels, with its number in the data set."""
         self.confusion.add(counts.pairs)
-        if self.boundaries is not None:
-            assert counts.boundary is not None
-            self.boundaries.counts += counts.boundary
+        for kept, found in ((self.boundaries, counts.boundary), (self.calibration, counts.calibration)):
+            if kept is not None:
+                assert found is not None
+                kept.counts += found
+        if self.coarse is not None:
+            assert counts.coarse is not None
+            self.coarse.add(counts.coarse)
+        if self.gallery is not None:
+            assert counts.scene is not None
+            self.gallery.add(number, self.confusion.last_row, counts.scene)
         self.equal = self.equal + counts.equal
         self.pixels += pixels
 
     def gather(self, ranks: Ranks) -> None:
         """Replaces the counts by those of all ranks."""
-        if ranks.size > 1:
-            self.confusion.merge(ranks.gather(self.confusion.snapshot()))
-            if self.boundaries is not None:
-                self.boundaries.counts = ranks.total(self.boundaries.counts)
-            sums = ranks.gather([int(self.equal), self.pixels])
-            self.equal, self.pixels = (sum(each) for each in zip(*sums, strict=True))
+        if ranks.size == 1:
+            return
+        for each in (self.confusion, self.coarse):
+            if each is not None:
+                each.merge(ranks.gather(each.snapshot()))
+        for kept in (self.boundaries, self.calibration):
+            if kept is not None:
+                kept.counts = ranks.total(kept.counts)
+        if self.gallery is not None:
+            self.gallery.merge(ranks.gather(self.gallery.snapshot()))
+        sums = ranks.gather([int(self.equal), self.pixels])
+        self.equal, self.pixels = (sum(each) for each in zip(*sums, strict=True))
 
 
 # ---- many images -------------------------------------------------------------------------------------------------
@@ -146,9 +194,9 @@ def count_predictions(
     items = read(loader, stop)
     scored = (side_by_side if can_share(tallies) else in_turn)(tallies, items)
     with closing(loader), closing(scored):  # ends processes and threads, also after an error
-        for pixels, counts in scored:
+        for (pixels, counts), number in zip(scored, indices, strict=False):
             for tally, each in zip(tallies, counts, strict=True):
-                tally.add(each, pixels)
+                tally.add(each, pixels, number)
             if progress is not None:
                 progress(1)
             if stop is not None and stop.requested:
@@ -184,20 +232,17 @@ def score(tallies: Sequence[Tally], inferences: Sequence[Inference], items: Sequ
     device = inferences[0].device
     for inputs, _, name in items:
         require_size(inputs, name)
-    given = [inputs for inputs, _, _ in items]
-    names = [name for _, _, name in items]
+    given, _, names = zip(*items, strict=True)
     truths = [label.to(device, non_blocking=True) for _, label, _ in items]
     sizes = [label.shape for label in truths]
     made: list[list[Counts]] = [[] for _ in items]
     base: list[Tensor] = []
     for tally, inference in zip(tallies, inferences, strict=True):
-        if len(items) == 1:
-            maps = [inference.labels(given[0], sizes[0], names[0])]
-        else:
-            maps = inference.labels_batch([only for (only,) in given], sizes, names)
-        base = base or maps
-        for counts, labels, truth, first in zip(made, maps, truths, base, strict=True):
-            counts.append(tally.count(labels, truth, first))
+        wanted = {"coarse": tally.coarse is not None, "confidence": tally.calibration is not None}
+        maps = inference.maps(given, sizes, names, **wanted)
+        base = base or [each.labels for each in maps]
+        for counts, each, truth, first, inputs in zip(made, maps, truths, base, given, strict=True):
+            counts.append(tally.count(each, truth, first, max(inputs, key=Tensor.numel)))
     return [(label.numel(), counts) for label, counts in zip(truths, made, strict=True)]
 
 

@@ -26,7 +26,7 @@ from ssaseg.datasets.colour import normalize, to_planes
 from ssaseg.datasets.transforms import input_sizes, scaled_inputs
 from ssaseg.files.text import printable
 from ssaseg.models import Segmenter
-from ssaseg.models.labelling import label_map, resize_twice
+from ssaseg.models.labelling import confidence_map, label_map, resize_twice
 from ssaseg.models.layers import resize_bilinear
 from ssaseg.recipes import Test, parse_protocol
 
@@ -39,6 +39,27 @@ class Prediction(NamedTuple):
     labels: np.ndarray  # uint8 (H,W), 0..K-1
     coarse: np.ndarray | None  # labels before adaptation; None unless requested and the classifier adapts
     probabilities: np.ndarray | None  # float16 (K,H,W); None unless requested
+    confidence: np.ndarray | None = None  # float32 (H,W), the label's probability; None unless requested
+    coarse_confidence: np.ndarray | None = None  # the same of the coarse labels
+
+
+class Maps(NamedTuple):
+    """The same on the device, with probabilities in float32."""
+
+    labels: Tensor
+    coarse: Tensor | None
+    probabilities: Tensor | None
+    confidence: Tensor | None
+    coarse_confidence: Tensor | None
+
+    def on_cpu(self) -> Prediction:
+        """Copies for other libraries."""
+        half = None if self.probabilities is None else self.probabilities.half()
+        coarse, shares, sure, coarse_sure = (
+            None if each is None else each.cpu().numpy()
+            for each in (self.coarse, half, self.confidence, self.coarse_confidence)
+        )
+        return Prediction(self.labels.cpu().numpy(), coarse, shares, sure, coarse_sure)
 
 
 @dataclass(frozen=True)
@@ -89,30 +110,49 @@ class Inference:
         sizes = input_sizes(size, self.protocol.scale, self.protocol.multiple, self.protocol.ratios)
         return max(height * width for height, width in sizes)
 
-    @torch.inference_mode()
     def labels(self, inputs: Sequence[Tensor], size: tuple[int, ...], name: str = "image") -> Tensor:
         """Labels uint8 (H,W), on the device, of network inputs uint8 (h,w,3) BGR; `size`: the image's (H, W)."""
-        if self.views > 1:
-            labels = self._probabilities(inputs, size, coarse=False)[0].argmax(dim=0).byte()
-        else:
-            (only,) = inputs
-            labels = label_map(self._logits(self._pixels(only[None])).final, only.shape[:2], size)
-        self.names.extend([name] * (len(self.ranges) - len(self.names)))
-        if self.device.type == "cpu":
-            self.require_finite()
-        return labels
+        return self.maps([inputs], [size], [name])[0].labels
 
     @torch.inference_mode()
-    def labels_batch(
-        self, inputs: Sequence[Tensor], sizes: Sequence[tuple[int, ...]], names: Sequence[str]
-    ) -> list[Tensor]:
-        """`labels` of several images in one pass, with one view and network inputs of equal size, one of each image."""
-        logits = self._logits(self._pixels(torch.stack([*inputs]))).final
-        self.names.extend(names)
+    def maps(
+        self,
+        inputs: Sequence[Sequence[Tensor]],
+        sizes: Sequence[tuple[int, ...]],
+        names: Sequence[str],
+        coarse: bool = False,
+        probabilities: bool = False,
+        confidence: bool = False,
+        coarse_confidence: bool = False,
+    ) -> list[Maps]:
+        """Labels of several images, and what else is requested; arguments of each image as in `labels`.
+
+        With one view, they are computed in one pass, and their network inputs must have equal sizes. All is made of the
+        same logits. For a single view mmsegmentation takes the arg-max of the softmax. Here it is the arg-max of the
+        logits, which rounding cannot make equal.
+        """
+        wanted = coarse, probabilities, confidence, coarse_confidence
+        if self.views > 1:
+            made = [self._from_views(*each, *wanted) for each in zip(inputs, sizes, names, strict=True)]
+        else:
+            batch = torch.stack([only for (only,) in inputs])
+            logits = self._logits(self._pixels(batch), coarse)
+            self.names.extend(names)
+            made = [
+                self._from_logits(each, batch.shape[1:3], size, *wanted[1:])
+                for each, size in zip(_split(logits), sizes, strict=True)
+            ]
         if self.device.type == "cpu":
             self.require_finite()
-        middle = inputs[0].shape[:2]
-        return [label_map(each, middle, size) for each, size in zip(logits.split(1), sizes, strict=True)]
+        return made
+
+    @torch.inference_mode()
+    def logits(self, only: Tensor, name: str = "image") -> Tensor:
+        """Logits (1,K,·,·) of the single view, a network input uint8 (h,w,3) BGR."""
+        logits = self._logits(self._pixels(only[None])).final
+        self.names.append(name)
+        self.require_finite()
+        return logits
 
     def require_finite(self) -> None:
         """Raises FloatingPointError for the first image since the last call whose logits are not finite."""
@@ -126,7 +166,6 @@ class Inference:
                 "its weights or statistics are too large or damaged: take another checkpoint"
             )
 
-    @torch.inference_mode()
     def predict(
         self,
         inputs: Sequence[Tensor],
@@ -135,14 +174,9 @@ class Inference:
         probabilities: bool = False,
         name: str = "image",
     ) -> Prediction:
-        """Labels and, if requested, coarse labels and probabilities; arguments as in `labels`.
-
-        For a single view mmsegmentation takes the arg-max of the softmax. Here it is the arg-max of the logits, which
-        rounding cannot make equal.
-        """
+        """Labels and, if requested, coarse labels and probabilities; arguments as in `labels`."""
         return self.predict_batch([inputs], [size], [name], coarse, probabilities)[0]
 
-    @torch.inference_mode()
     def predict_batch(
         self,
         inputs: Sequence[Sequence[Tensor]],
@@ -150,20 +184,13 @@ class Inference:
         names: Sequence[str],
         coarse: bool = True,
         probabilities: bool = False,
+        confidence: bool = False,
+        coarse_confidence: bool = False,
     ) -> list[Prediction]:
-        """`predict` of several images at once; with one view, their network inputs must have equal sizes."""
-        if self.views > 1:
-            made = [self._from_views(*each, coarse, probabilities) for each in zip(inputs, sizes, names, strict=True)]
-        else:
-            batch = torch.stack([only for (only,) in inputs])
-            logits = self._logits(self._pixels(batch), coarse)
-            self.names.extend(names)
-            made = [
-                self._from_logits(each, batch.shape[1:3], size, probabilities)
-                for each, size in zip(_split(logits), sizes, strict=True)
-            ]
+        """`maps`, on the CPU; raises FloatingPointError as `require_finite`."""
+        made = self.maps(inputs, sizes, names, coarse, probabilities, confidence, coarse_confidence)
         self.require_finite()
-        return made
+        return [each.on_cpu() for each in made]
 
     # ---- one view ------------------------------------------------------------------------------------------------
 
@@ -187,12 +214,18 @@ class Inference:
         return logits
 
     def _from_logits(
-        self, logits: Logits, middle: tuple[int, ...], size: tuple[int, ...], probabilities: bool
-    ) -> Prediction:
+        self, logits: Logits, middle: tuple[int, ...], size: tuple[int, ...], probabilities: bool, *confidence: bool
+    ) -> Maps:
         """From the logits (1,K,·,·) of one image; `middle`: size of the network's input."""
-        labels, before = (None if each is None else label_map(each, middle, size) for each in logits)
-        wanted = self._shares(resize_twice(logits.final, middle, size)[0]) if probabilities else None
-        return _on_cpu(labels, before, wanted)
+        final, before = (None if each is None else label_map(each, middle, size) for each in logits)
+        assert final is not None
+        shares = self._shares(resize_twice(logits.final, middle, size)[0]) if probabilities else None
+        scores = self.engine.gives_scores
+        sure = (
+            confidence_map(each, middle, size, scores) if wanted and each is not None else None
+            for each, wanted in zip(logits, confidence, strict=True)
+        )
+        return Maps(final, before, shares, *sure)
 
     # ---- several views -------------------------------------------------------------------------------------------
 
@@ -224,13 +257,29 @@ class Inference:
         return maps if votes else maps.softmax(dim=0)
 
     def _from_views(
-        self, inputs: Sequence[Tensor], size: tuple[int, ...], name: str, coarse: bool, probabilities: bool
-    ) -> Prediction:
+        self,
+        inputs: Sequence[Tensor],
+        size: tuple[int, ...],
+        name: str,
+        coarse: bool,
+        probabilities: bool,
+        *confidence: bool,
+    ) -> Maps:
         """The result for one image from all its views."""
         means = self._probabilities(inputs, size, coarse)
         self.names.extend([name] * (len(self.ranges) - len(self.names)))
-        labels, before = (None if each is None else each.argmax(dim=0).byte() for each in means)
-        return _on_cpu(labels, before, self._shares(means[0], votes=True) if probabilities else None)
+        final, before = (None if each is None else each.argmax(dim=0).byte() for each in means)
+        assert final is not None
+        sure = (
+            self._highest(each) if wanted and each is not None else None
+            for each, wanted in zip(means, confidence, strict=True)
+        )
+        return Maps(final, before, self._shares(means[0], votes=True) if probabilities else None, *sure)
+
+    def _highest(self, means: Tensor) -> Tensor:
+        """Confidence (H,W) of means (K,H,W); not that of `_shares`: of scores these are another K·H·W."""
+        highest = means.amax(dim=0)
+        return highest / means.sum(dim=0).clamp(min=1e-12) if self.engine.gives_scores else highest.clamp(max=1)
 
     def _each_view(self, inputs: Sequence[Tensor]) -> Iterator[tuple[Tensor, bool]]:
         """For each view: normalised pixels (1,3,h,w), and whether they are mirrored."""
@@ -239,15 +288,6 @@ class Inference:
             yield pixels, False
             if self.protocol.flip:
                 yield pixels.flip(3), True
-
-
-def _on_cpu(labels: Tensor | None, before: Tensor | None, probabilities: Tensor | None) -> Prediction:
-    assert labels is not None
-    return Prediction(
-        labels.cpu().numpy(),
-        None if before is None else before.cpu().numpy(),
-        None if probabilities is None else probabilities.half().cpu().numpy(),
-    )
 
 
 def _split(logits: Logits) -> Iterator[Logits]:

@@ -7,7 +7,7 @@ and an interval that says how much the mIoU varies with the choice of images. Al
 Axes: K classes, H×W pixels, N images, R resamples. In the matrix rows are labels, columns are predictions.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple, TypedDict
 
 import numpy as np
@@ -133,6 +133,11 @@ class Confusion:
         self._images += 1
 
     @property
+    def last_row(self) -> np.ndarray:
+        """Intersections and unions of the image that was added last, int32 (2,K); waits for the device."""
+        return self._blocks[-1][(self._images - 1) % BLOCK].cpu().numpy()
+
+    @property
     def rows(self) -> np.ndarray:
         """Each image's intersections and unions, int32 (N,2,K); reading them waits for the device."""
         blocks = [block.cpu().numpy() for block in self._blocks]
@@ -199,7 +204,7 @@ class Confusion:
         """
         if self._images < 2:
             return None
-        return _middle(resampled_miou(self.rows, resamples, np.random.default_rng(seed)), level, resamples, seed)
+        return middle(resampled_miou(self.rows, resamples, np.random.default_rng(seed)), level, resamples, seed)
 
     def majority_miou(self) -> float:
         """The mIoU [%] of predicting the most common class everywhere. A model that has learnt something exceeds it."""
@@ -207,6 +212,33 @@ class Confusion:
         if not labelled.sum():
             return float("nan")
         return float(percent(labelled.max(), labelled.sum())) / int((labelled > 0).sum())
+
+
+def image_scores(rows: np.ndarray) -> dict[str, np.ndarray]:
+    """mIoU and aAcc [%] of each image, float64 (N) each, given their intersections and unions, int (N,2,K).
+
+    The mean of an image is over the classes that it has or that are predicted in it. NaN without a labelled pixel.
+    """
+    hits, union = rows.astype(np.int64).swapaxes(0, 1)
+    iou = percent(hits, union)
+    present = (union > 0).sum(axis=1)
+    # Each class's union is labelled + predicted - hits, and each pixel is labelled once and predicted once.
+    pixels = (union.sum(axis=1) + hits.sum(axis=1)) / 2
+    return {"mIoU": percent(np.nansum(iou, axis=1) / 100, present), "aAcc": percent(hits.sum(axis=1), pixels)}
+
+
+def class_intervals(rows: np.ndarray, level: float = 95.0, resamples: int = 1000, seed: int = 0) -> np.ndarray:
+    """As `Confusion.interval` of each class's IoU: lower and upper bounds [%], float64 (K,2); NaN where no image has
+    the class, or with fewer than two images. Resamples without the class are left out.
+    """
+    bounds = np.full((rows.shape[2], 2), np.nan)
+    if len(rows) < 2:
+        return bounds
+    found = list(resampled_iou(rows, resamples, np.random.default_rng(seed)))
+    iou, present = (np.concatenate(each) for each in zip(*found, strict=True))
+    for index in np.flatnonzero(present.any(axis=0)):
+        bounds[index] = np.percentile(iou[present[:, index], index], [50 - level / 2, 50 + level / 2])
+    return bounds
 
 
 def difference_interval(
@@ -223,10 +255,11 @@ def difference_interval(
     if len(rows[0]) < 2:
         return None
     before, after = (resampled_miou(each, resamples, np.random.default_rng(seed)) for each in rows)
-    return _middle(after - before, level, resamples, seed)
+    return middle(after - before, level, resamples, seed)
 
 
-def _middle(means: np.ndarray, level: float, resamples: int, seed: int) -> Interval | None:
+def middle(means: np.ndarray, level: float, resamples: int, seed: int) -> Interval | None:
+    """The interval of the resampled values `means` (R) that are not NaN; None without any."""
     known = means[~np.isnan(means)]
     if not len(known):
         return None
@@ -255,25 +288,40 @@ def _out_of_range(label: np.ndarray, prediction: np.ndarray, classes: int) -> Va
     return ValueError(f"{found}\nexpected 0..{classes - 1}, or the label {IGNORED} (ignored)")
 
 
-def resampled_miou(rows: np.ndarray, resamples: int, rng: np.random.Generator) -> np.ndarray:
-    """mIoU [%] (R) of resamples with replacement of N images, given their intersections and unions, int (N,2,K).
+def resampled_iou(
+    rows: np.ndarray, resamples: int, rng: np.random.Generator
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """IoU [%] of resamples with replacement of N images, given their intersections and unions, int (N,2,K).
 
+    Yields pairs: float64 (r,K), 0 for a class that a resample does not have, and bool (r,K): whether it has the class.
     The sums over a resample are a matrix product: how often it has each image, times the counts of the images. This is
     exact in float64.
     """
     images = len(rows)
     counts = rows.reshape(images, -1).astype(np.float64)
-    means = []
     chunk = max(PRODUCT // images, 1)
     for first in range(0, resamples, chunk):
         drawn = rng.integers(images, size=(min(chunk, resamples - first), images))
         cells = drawn + images * np.arange(len(drawn))[:, None]
         times = np.bincount(cells.ravel(), minlength=drawn.size).reshape(drawn.shape)
-        hits, union = (times.astype(np.float64) @ counts).reshape(len(drawn), 2, -1).swapaxes(0, 1)
-        present = (union > 0).sum(axis=1)
-        iou = percent(hits, np.maximum(union, 1))  # 0 for a class that is not in the resample
-        means.append(iou.sum(axis=1) / np.where(present, present, np.nan))
-    return np.concatenate(means)
+        yield iou_of((times.astype(np.float64) @ counts).reshape(len(drawn), 2, -1))
+
+
+def iou_of(sums: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """IoU [%] (r,K), 0 for a class whose union is 0, and whether it is not; sums: intersections, unions (r,2,K)."""
+    hits, union = sums.swapaxes(0, 1)
+    return percent(hits, np.maximum(union, 1)), union > 0
+
+
+def mean_iou(iou: np.ndarray, present: np.ndarray) -> np.ndarray:
+    """mIoU [%] (r) of what `iou_of` returned: the mean over the classes that are present; NaN without any."""
+    count = present.sum(axis=1)
+    return iou.sum(axis=1) / np.where(count, count, np.nan)
+
+
+def resampled_miou(rows: np.ndarray, resamples: int, rng: np.random.Generator) -> np.ndarray:
+    """mIoU [%] (R) of what `resampled_iou` yields."""
+    return np.concatenate([mean_iou(*each) for each in resampled_iou(rows, resamples, rng)])
 
 
 def percent(count: np.ndarray, total: np.ndarray) -> np.ndarray:

@@ -7,8 +7,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
 from calling import call
 
+from ssaseg.cli.comparison import compare
 from ssaseg.cli.evaluation import report
 from ssaseg.cli.evaluation.report import Request, run_eval
 from ssaseg.cli.evaluation.several import short_names
@@ -177,3 +179,59 @@ def test_short_names_differ() -> None:
     assert short_names(["x/a.onnx", "y/b.onnx"]) == ["a.onnx", "b.onnx"]
     assert short_names(["x/a.onnx", "y/a.onnx"]) == ["x/a.onnx", "y/a.onnx"]
     assert short_names(["a", "a"]) == ["1: a", "2: a"]
+
+
+# ---- `ssaseg compare`, which counts in the same way --------------------------------------------------------------
+def as_run(folder: Path, checkpoint: Path | None) -> Path:
+    """A run folder with this checkpoint."""
+    folder.mkdir()
+    (folder / "metrics.jsonl").write_text('{"step": 1, "mIoU": 5.0}\n')
+    (folder / "config.yaml").write_text(yaml.safe_dump(RECIPE))
+    if checkpoint is not None:
+        (folder / "best.safetensors").symlink_to(checkpoint)
+    return folder
+
+
+def test_compare_tests_what_eval_counts(pair: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    both = scored(pair, tmp_path)
+    monkeypatch.setattr(compare, "draw", lambda runs, classes, path: None)
+    runs = [as_run(tmp_path / name, file) for name, file in zip("ab", pair, strict=True)]
+    result = call("compare", *runs, "--out", tmp_path / "out.png", "--json", tmp_path / "runs.json", "--device", "cpu")
+    assert result.exit_code == 0, result.stderr
+    report = json.loads((tmp_path / "runs.json").read_text())
+    assert [row["run"] for row in report["runs"]] == ["a", "b"]
+    test, difference = report["test"], both["differences"][0]
+    assert test["mIoU"]["difference"] == pytest.approx(difference["mIoU"])
+    assert test["mIoU"]["interval"] == difference["mIoU_interval"]
+    assert [row["a"] for row in test["classes"]] == pytest.approx([row["IoU"] for row in both["models"][0]["classes"]])
+    assert (test["a"]["kind"], test["images"], test["permutations"]["count"]) == ("run", 3, 8)
+    assert "no difference shown. b minus a: " in result.stdout
+    assert "names are numbered" not in result.stderr, "scenes are no frames of a video"
+
+
+def test_runs_that_cannot_be_tested_are_drawn(
+    pair: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(compare, "draw", lambda runs, classes, path: None)
+    runs = [as_run(tmp_path / "a", pair[0]), as_run(tmp_path / "b", None)]
+    result = call("compare", *runs, "--out", tmp_path / "out.png")
+    assert result.exit_code == 0
+    assert f"note: no test whether the runs differ: {runs[1]}: has no best.safetensors" in result.stderr
+    assert call("compare", *runs, "--out", tmp_path / "out.png", "--blocks", "2").exit_code == 2
+    twice = call("compare", runs[0], runs[0], "--out", tmp_path / "out.png", "--split", "val")
+    assert "a test is of two runs; got 1" in twice.stderr
+    assert "no test" not in call("compare", *runs, "--out", tmp_path / "out.png", "--no-test").stderr
+
+
+def test_protocols_and_data_that_differ_are_refused(pair: list[Path], tmp_path: Path) -> None:
+    flipped = save(tmp_path / "flip.safetensors", protocol={**RECIPE["test"], "flip": True})
+    data = {**RECIPE, "data": {"dataset": "synthetic", "synthetic": {**RECIPE["data"]["synthetic"], "seed": 4}}}
+    other = save(tmp_path / "other.safetensors", recipe=data)
+    for file, message in ((flipped, "these protocols differ"), (other, "their images or labels differ")):
+        result = call("compare", pair[0], file, "--device", "cpu")
+        assert result.exit_code == 2
+        assert message in result.stderr
+        assert "give --data RECIPE, whose images and protocol are used for both" in result.stderr
+        assert len(result.stderr.splitlines()) == 3
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(RECIPE))
+    assert call("compare", pair[0], flipped, "--data", tmp_path / "recipe.yaml", "--device", "cpu").exit_code == 0

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ssaseg.models import labelling
-from ssaseg.models.labelling import cut_axis, find_candidates, label_map
+from ssaseg.models.labelling import confidence_map, cut_axis, find_candidates, label_map
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 CLOSE = 1e-5  # of the largest logit: what float32 may mistake
@@ -131,6 +131,18 @@ def test_pieces_make_no_difference(monkeypatch: pytest.MonkeyPatch, paths: list[
     monkeypatch.setattr(labelling, "CPU_ELEMENTS", elements)
     torch.testing.assert_close(label_map(given, (208, 240), (100, 350)), whole, rtol=0, atol=0)
     assert paths == ["label_blocks"] * 2
+
+
+@pytest.mark.parametrize("elements", [1, 2**30])
+def test_confidence_is_the_highest_probability(monkeypatch: pytest.MonkeyPatch, elements: int) -> None:
+    monkeypatch.setattr(labelling, "CPU_ELEMENTS", elements)
+    middle, size = (40, 48), (33, 70)
+    for given in (trained_like(7, 10, 12), 300 * white_noise(7, 10, 12), white_noise(1, 10, 12)):
+        expected = full_size(given, middle, size).softmax(dim=0).amax(dim=0)
+        torch.testing.assert_close(confidence_map(given, middle, size), expected, rtol=0, atol=1e-4)
+        maps = full_size(given.abs(), middle, size)
+        share = maps.amax(dim=0) / maps.sum(dim=0)
+        torch.testing.assert_close(confidence_map(given.abs(), middle, size, scores=True), share, rtol=0, atol=1e-5)
 
 
 def test_of_equal_classes_the_lower_wins(paths: list[str]) -> None:

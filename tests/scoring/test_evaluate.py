@@ -334,13 +334,13 @@ def test_json_to_a_file(checkpoint: Path, tmp_path: Path) -> None:
 def test_a_signal_stops_between_two_images(
     checkpoint: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    real = Inference.labels
+    real = Inference.maps
 
-    def labels(*given: Any) -> Any:
+    def maps(*given: Any, **options: Any) -> Any:
         signal.raise_signal(signal.SIGTERM)
-        return real(*given)
+        return real(*given, **options)
 
-    monkeypatch.setattr(Inference, "labels", labels)
+    monkeypatch.setattr(Inference, "maps", maps)
     with pytest.raises(SystemExit) as caught:
         run_eval(checkpoint, None, None, "val", None, "cpu")
     assert caught.value.code == 143

@@ -67,7 +67,8 @@ def test_labels_and_probabilities_equal_those_of_mmsegmentation(stored_network: 
     image, expected = STORED[f"image{CASES[case]['image']}"], STORED[f"case{case}_labels"]
     inference = Inference(TorchEngine(stored_network, CPU), parse_protocol(CASES[case]["protocol"], "case"), MEAN, STD)
     inputs = [torch.from_numpy(each) for each in inference.inputs(image, "image")]
-    result = inference.predict(inputs, image.shape[:2], probabilities=True)
+    result = inference.predict_batch([inputs], [image.shape[:2]], ["image"], probabilities=True, confidence=True)[0]
+    np.testing.assert_allclose(result.confidence, result.probabilities.max(axis=0), rtol=0, atol=5e-4)  # float16
     # None of these labels is as close to another class as float32 rounds.
     np.testing.assert_array_equal(result.labels, expected)
     np.testing.assert_array_equal(inference.labels(inputs, image.shape[:2]).numpy(), expected)
@@ -128,6 +129,7 @@ def test_mirrored_views_make_mirrored_labels(model: Segmenter) -> None:
     upright, mirrored = (
         predict_labels(model, each, protocol, MEAN, STD, CPU) for each in (image, image[:, ::-1].copy())
     )
+    assert upright.probabilities is upright.confidence is upright.coarse_confidence is None
     np.testing.assert_array_equal(mirrored.labels, upright.labels[:, ::-1])
     plain = predict_labels(model, image, {"scale": None, "multiple": None}, MEAN, STD, CPU)
     assert (plain.labels != upright.labels).any()

@@ -196,8 +196,8 @@ def test_a_batch_gives_the_labels_of_its_images_alone(model: Segmenter) -> None:
     images = [torch.from_numpy(image) for image in Pairs().images[::3]]
     assert len({image.shape for image in images}) == 1
     sizes, names = [(37, 50), (50, 60), (37, 50)], ["a", "b", "c"]
-    together = inference.labels_batch(images, sizes, names)
-    for image, size, labels in zip(images, sizes, together, strict=True):
+    together = inference.maps([[image] for image in images], sizes, names)
+    for image, size, (labels, *_) in zip(images, sizes, together, strict=True):
         assert labels.shape == size
         assert (labels == inference.labels([image], size)).float().mean() > 0.998
 
