@@ -77,6 +77,31 @@ def read_annotations(file: Path) -> Content:
     return Content(categories, groups, sizes, regions)
 
 
+class FileIds(NamedTuple):
+    """Ids in a COCO-format file, by the images' file names and the categories' names."""
+
+    images: dict[str, int]
+    categories: dict[str, int]
+
+
+def read_ids(file: Path) -> FileIds:
+    """The ids in a COCO-format file, whose annotations are not read. Raises DataError as `read_annotations` does, for
+    ids of images that are not whole numbers, and for two categories of one name.
+    """
+    document = read_document(file)
+    categories, _ = _categories(file, document)
+    names = {name: number for number, name in categories.items()}
+    if len(names) < len(categories):
+        twice = next(name for number, name in categories.items() if names[name] != number)
+        raise DataError(f"{file}: two categories are called {brief(twice)}\nexpected a name for each\nrename one")
+    images = {}
+    for number, (name, _) in _images(file, document).items():
+        if type(number) is not int:
+            raise DataError(f"{file}: images: an id is {brief(number)}\nexpected whole numbers, as pycocotools reads")
+        images[name] = number
+    return FileIds(images, names)
+
+
 def read_document(
     file: Path, kind: str = "COCO-format file", content: str = "images, annotations and categories"
 ) -> dict[str, Any]:

@@ -8,7 +8,7 @@ import reprlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from ssaseg.files.text import cut, printable
 
@@ -23,6 +23,8 @@ _SHORT = reprlib.Repr()
 _SHORT.maxstring = 60
 
 Colour = tuple[int, int, int]  # RGB, 0..255
+# What classes of pixels that are nothing else are called, in lower case.
+NOTHING = ("background", "void", "unlabeled", "unlabelled", "ignore")
 IGNORED = 255  # the label of pixels that no loss and no score counts
 
 
@@ -35,12 +37,37 @@ class Problem:
     """Something wrong with the data.
 
     severity: "error", "warning" or "note", which is only to be known. text: at most three lines. kind: what it is
-    counted as, where too many problems were found to print all of them.
+    counted as, where several problems have one cause. name: of the pair; empty where it is about all of them.
     """
 
     severity: str
     text: str
     kind: str = ""
+    name: str = ""
+
+    @property
+    def cause(self) -> tuple[str, ...]:
+        """Equal for problems of one cause: what is wrong and the fix, without the file in front and without numbers."""
+        if self.kind in ONE_CAUSE:
+            return (self.kind,)
+        first, *_, last = [*self.text.split("\n"), ""]
+        return self.kind, *(re.sub(r"\d+", "#", part) for part in (first.partition(": ")[2], last))
+
+
+ONE_CAUSE = ("ids out of range", "palette in another order")  # kinds of problems, whatever the ids are
+
+
+def grouped(problems: Iterable[Problem]) -> list[tuple[Problem, str]]:
+    """For each cause its first problem, and a text: of several pairs with their number and three names."""
+    causes: dict[Any, list[Problem]] = {}
+    for number, problem in enumerate(problems):
+        causes.setdefault(problem.cause if problem.name else number, []).append(problem)
+    texts = []
+    for first, *others in causes.values():
+        names = ", ".join(each.name for each in (first, *others[:2])) + (", …" if len(others) > 2 else "")
+        several = f"{len(others) + 1} x {first.kind}: {names}; the first: " if others else ""
+        texts.append((first, several + first.text))
+    return texts
 
 
 class ImageFacts(NamedTuple):
@@ -167,8 +194,18 @@ def file_sizes(files: Iterable[Path | str]) -> list[str]:
     return [str(os.stat(file).st_size) for file in files]
 
 
-def default_palette(count: int) -> Palette:
-    """`count` (at most 256) distinct RGB colours, 0..255: PASCAL VOC's colour map.
+def default_palette(classes: Sequence[str]) -> Palette:
+    """Distinct RGB colours, 0..255, of at most 255 classes that have none: PASCAL VOC's, without its black.
+
+    Only a class of what is nothing else, such as `background`, is black: any other would look as if it had no label.
+    """
+    dark = next((index for index, name in enumerate(classes) if name.strip().casefold() in NOTHING), None)
+    colours = iter(pascal_palette(len(classes) + 1)[1:])
+    return tuple((0, 0, 0) if index == dark else next(colours) for index in range(len(classes)))
+
+
+def pascal_palette(count: int) -> Palette:
+    """`count` (at most 256) distinct RGB colours, 0..255: PASCAL VOC's colour map, whose first colour is black.
 
     The bits of the index go to red, green and blue in turn, and fill each of them from its highest bit down.
     """

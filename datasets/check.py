@@ -8,13 +8,13 @@ import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import reduce
 from typing import Any
 
 import numpy as np
 
-from ssaseg.datasets.base import IGNORED, DataError, Dataset, PairFacts, Problem, evenly
+from ssaseg.datasets.base import IGNORED, DataError, Dataset, PairFacts, Problem, evenly, grouped
 from ssaseg.datasets.checking.images import Images, passed_over
 from ssaseg.datasets.checking.splits import shared_images
 from ssaseg.datasets.checking.storage import Storage, about_255
@@ -39,8 +39,10 @@ SMALL = 512
 # Images of a sample that are decoded. Of the other images only the header and the end are read.
 DECODED = 64
 
-# Problems that are printed in full: a wrong convention causes the same problem in every file.
+# Causes of problems that are printed in full.
 MOST_MESSAGES = 10
+
+DRAWN = "built-in scenes"  # the kind of the note on scenes in the layout of a published data set
 
 # An ignored id with more than this share of all pixels is probably a class, not only unlabelled pixels.
 LARGE_SHARE = 0.5
@@ -81,10 +83,10 @@ class Findings:
         return sum(problem.severity == severity for problem in self.problems)
 
     def messages(self, severity: str) -> list[str]:
-        """Texts of the problems of a severity: the first ten in full, then one text that counts the others by kind."""
-        chosen = [problem for problem in self.problems if problem.severity == severity]
-        texts = [problem.text for problem in chosen[:MOST_MESSAGES]]
-        if more := Counter(problem.kind for problem in chosen[MOST_MESSAGES:]):
+        """Texts of the problems of a severity, one for each of ten causes; then one that counts the others."""
+        causes = grouped(problem for problem in self.problems if problem.severity == severity)
+        texts = [text for _, text in causes[:MOST_MESSAGES]]
+        if more := Counter(first.kind for first, _ in causes[MOST_MESSAGES:]):
             kinds = ", ".join(f"{count} x {kind}" for kind, count in more.most_common())
             texts.append(f"{more.total()} more {severity}s in the {self.read} pairs that were read: {kinds}")
         return texts
@@ -143,6 +145,13 @@ def look_through(
         findings.problems.append(Problem("warning", text, "pixels in no region"))
     if len(indices) == len(dataset):
         broken = findings.count("error") > 0
+        if not broken and is_published(dataset) and _is_drawn(findings):
+            text = (
+                f"the masks hold {np.count_nonzero(per_class)} classes of built-in scenes (`ssaseg data export`), "
+                f"whose names are not those of the {len(dataset.classes)} classes of this data set"
+            )
+            findings.problems.append(Problem("note", text, DRAWN))
+            return findings
         warnings = [
             *(_zero_label(dataset, findings) if per_class.any() else ()),
             *_warnings(dataset, findings, broken, per_class),
@@ -199,6 +208,13 @@ class _Inspect(Work):
         return facts
 
 
+def _is_drawn(findings: Findings) -> bool:
+    """Whether all masks have the palette of built-in scenes."""
+    from ssaseg.datasets.synthetic import mask_palette
+
+    return findings.palettes == {mask_palette(True): findings.read}
+
+
 def is_published(dataset: Dataset) -> bool:
     """Whether its masks are those of a published data set, whose meaning is known."""
     return dataset.fix is not None and bool(dataset.mask_files)
@@ -206,7 +222,7 @@ def is_published(dataset: Dataset) -> bool:
 
 def _add(findings: Findings, facts: PairFacts, dataset: Dataset, index: int) -> None:
     label_lut = dataset.label_lut
-    findings.problems += facts.problems
+    findings.problems += [replace(problem, name=dataset.name(index)) for problem in facts.problems]
     if facts.size is not None:
         findings.sizes[facts.size] += 1
         findings.named.setdefault(facts.size, dataset.name(index))

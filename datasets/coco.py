@@ -229,7 +229,7 @@ def _classes(
         raise DataError(f"{where}: {len(classes)} classes: {first_names(classes)}\nexpected 2 to 255\n{fix}")
     if palette:
         return tuple(classes), tuple((red, green, blue) for red, green, blue in palette)
-    return tuple(classes), default_palette(len(classes))
+    return tuple(classes), default_palette(classes)
 
 
 def _listed(files: Sequence[str], names: Path, annotations: Sequence[Path]) -> list[str]:

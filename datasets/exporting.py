@@ -17,7 +17,7 @@ from pycocotools import mask as mask_utils
 from ssaseg.datasets.annotations import run_lengths
 from ssaseg.datasets.base import IGNORED
 from ssaseg.datasets.published import LAYOUTS, Layout
-from ssaseg.datasets.synthetic import CLASSES, PALETTE, SyntheticScenes
+from ssaseg.datasets.synthetic import CLASSES, SyntheticScenes, mask_palette
 
 _FOLDERS = {"train": "images/train", "val": "images/val"}
 _MASKS = {"train": "annotations/train", "val": "annotations/val"}
@@ -71,12 +71,9 @@ def export_scenes(
 def _write_mask(file: Path, label: np.ndarray, from_one: bool) -> None:
     """A palette PNG of ids; with `from_one` class k is k + 1 and ignored pixels are 0."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    first = int(from_one)
-    colours = np.zeros((256, 3), np.uint8)
-    colours[first : first + len(PALETTE)] = PALETTE
     # In a byte 255 + 1 is 0, the id of ignored pixels with `from_one`.
-    mask = Image.fromarray(label + np.uint8(first))
-    mask.putpalette(colours.tobytes())
+    mask = Image.fromarray(label + np.uint8(from_one))
+    mask.putpalette(mask_palette(from_one))
     mask.save(file)
 
 

@@ -19,9 +19,17 @@ import cv2
 import numpy as np
 
 from ssaseg.datasets.bands.reading import read_bands
-from ssaseg.datasets.base import IGNORED, DataError, PairFacts, Problem, default_palette, file_sizes, require_below
+from ssaseg.datasets.base import (
+    IGNORED,
+    DataError,
+    PairFacts,
+    Problem,
+    default_palette,
+    file_sizes,
+    require_below,
+)
 from ssaseg.datasets.decoding import Levels, read_mask
-from ssaseg.datasets.ids import expected_ids, label_table, likely_fix
+from ssaseg.datasets.ids import expected_ids, label_table, likely_fix, palette_error
 from ssaseg.datasets.inspection import count_ids, look_at_image
 from ssaseg.files.listing import FileList, prefix_of, texts_of, walk_folders
 from ssaseg.files.reading import decode_text, read_file
@@ -83,7 +91,7 @@ class PairDataset:
         levels: Levels | None = None,
     ) -> None:
         self.classes, self.channels = tuple(classes), channels
-        self.palette = tuple((r, g, b) for r, g, b in palette) if palette else default_palette(len(self.classes))
+        self.palette = tuple((r, g, b) for r, g, b in palette) if palette else default_palette(self.classes)
         # Only colours that the recipe gives can be compared with a mask file's own palette.
         self.palette_given = bool(palette)
         self.ignore_index, self.reduce_zero_label, self.raw_to_train = ignore_index, reduce_zero_label, raw_to_train
@@ -91,6 +99,7 @@ class PairDataset:
         self.zero_ignored = None if raw_to_train is not None else reduce_zero_label
         self.levels, self.image_suffixes = levels, tuple(image_suffixes)
         self.image_folder = Path(images) if pairs is None else None  # of a list of pairs, no folder is searched
+        self.listed = names is not None or pairs is not None  # whether a file says which pairs are used
         self.fix: str | None = None  # for wrong ids, where the recipe has no key about ids
         self._bad_raw = (~self.valid_raw).astype(np.uint8)
 
@@ -198,35 +207,10 @@ class PairDataset:
         return DataError(f"{file}: {found}{more}\nexpected {expected_ids(len(self.classes), *meaning)}\n{fix}")
 
     def palette_error(self, index: int, raw: np.ndarray, colours: np.ndarray | None) -> DataError | None:
-        """The error for a palette file that has the recipe's colours in another order, or None.
-
-        `colours`: RGB (N, 3), the palette of the file. Most of them must be colours of the recipe: the palette of an
-        annotation tool, often PASCAL VOC's, may have one or two colours in common with the recipe by chance.
-        """
-        if colours is None or not self.palette_given:
+        """See `ids.palette_error`; None without colours in the recipe."""
+        if not self.palette_given:
             return None
-        owner = {colour: train_id for train_id, colour in enumerate(self.palette)}
-        counts = np.bincount(raw.ravel(), minlength=256)
-        # Ignored ids, often 255, have no class: they prove nothing, nor do the unused entries before them.
-        last = int(np.flatnonzero((counts > 0) & (self.label_lut != IGNORED)).max(initial=-1))
-        own = [(int(red), int(green), int(blue)) for red, green, blue in colours[: last + 1]]
-        known, wrong = [], []
-        for value, colour in enumerate(own):
-            train_id = int(self.label_lut[value])
-            if train_id == IGNORED:
-                continue
-            found = owner.get(colour)
-            known.append(found is not None)
-            if found is not None and counts[value] and found != train_id:
-                wrong.append((value, self.classes[train_id], self.classes[found]))
-        if not wrong or 2 * sum(known) <= len(known) or tuple(own) == default_palette(len(own)):
-            return None
-        value, read_as, shown_as = wrong[0]
-        return DataError(
-            f"{self.mask_files[index]}: id {value} ({read_as}) has the colour of {shown_as} in the file's own palette\n"
-            f"expected indices that are class ids; this palette has the colours of data.palette in another order\n"
-            f"write class ids as indices, map each index to its class in data.raw_to_train, or remove data.palette"
-        )
+        return palette_error(self.mask_files[index], raw, colours, self.palette, self.classes, self.label_lut)
 
 
 def pair_files(

@@ -88,7 +88,7 @@ def plan_source(source: Source, root: Path) -> Plan:
 
 
 def names_file(classes: Sequence[str], palette: Sequence[Sequence[int]] | None) -> bytes:
-    """Content of the file of class names with their colours (None: those of PASCAL VOC), in the order of the ids.
+    """Content of the file of class names with their colours (None: default ones), in the order of the ids.
 
     Raises DataError for names that such a file cannot hold, and for more than 255 of them.
     """
@@ -102,9 +102,7 @@ def names_file(classes: Sequence[str], palette: Sequence[Sequence[int]] | None) 
     text = io.StringIO()
     writer = csv.writer(text, quoting=csv.QUOTE_NONNUMERIC, lineterminator="\n")
     text.write("name,r,g,b\n")
-    writer.writerows(
-        (name, *colour) for name, colour in zip(classes, palette or default_palette(len(classes)), strict=True)
-    )
+    writer.writerows((name, *colour) for name, colour in zip(classes, palette or default_palette(classes), strict=True))
     return text.getvalue().encode()
 
 

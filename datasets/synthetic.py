@@ -32,6 +32,13 @@ Colour = Sequence[float] | np.ndarray
 _STEPS = np.linspace(0, 1, 256).reshape(1, 256, 1)
 
 
+def mask_palette(from_one: bool) -> bytes:
+    """256 RGB triples of masks that hold these scenes; `from_one`: class k has the id k + 1."""
+    colours = np.zeros((256, 3), np.uint8)
+    colours[int(from_one) : int(from_one) + len(PALETTE)] = PALETTE
+    return colours.tobytes()
+
+
 class SyntheticScenes:
     """`count` scenes of H×W pixels, numbered from 0 within a split; no scene is in both splits.
 

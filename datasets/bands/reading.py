@@ -33,21 +33,27 @@ for library in ("PIL", "tifffile"):  # they log what they raise, too
 MEASURED = 24  # images, at most, that mean and spread are measured on
 
 
-def read_bands(path: Path, channels: int = 3, max_pixels: int = MAX_PIXELS, levels: Levels | None = None) -> np.ndarray:
+def read_bands(
+    path: Path,
+    channels: int = 3,
+    max_pixels: int = MAX_PIXELS,
+    levels: Levels | None = None,
+    data: bytes | None = None,
+) -> np.ndarray:
     """Decode an image file to uint8 (H, W, channels). Of 16 bits, the values `levels` become 0 and 255, those between
     are mapped linearly, and those outside are clipped; None: the upper 8 bits are taken, and values below 0 are 0.
 
     3: `read_image`. 1: grey files, also such that store the same grey in red, green and blue; alpha is dropped. Others:
     PNG and WebP files whose alpha is the last band, and TIFF files with as many bands, in one page or one page a band,
-    whose values are not changed by alpha; of these, at most as many values as an RGB image of MAX_PIXELS has. Raises
-    what `read_image` raises, and DataError for another number of bands, for values that are not whole numbers of 8 or
-    16 bits, and where TIFF files need a package that is not installed.
+    whose values are not changed by alpha; of these, at most as many values as an RGB image of MAX_PIXELS has. `data`:
+    as of `read_image`. Raises what `read_image` raises, and DataError for another number of bands, for values that are
+    not whole numbers of 8 or 16 bits, and where TIFF files need a package that is not installed.
     """
     if channels == 3:
-        return read_image(path, max_pixels, levels)
+        return read_image(path, max_pixels, levels, data)
     if channels == 1:
-        return _one_band(path, read_image(path, max_pixels, levels))
-    pixels = stored_bands(path, channels, max_pixels)
+        return _one_band(path, read_image(path, max_pixels, levels, data))
+    pixels = stored_bands(path, channels, max_pixels, data)
     pixels = pixels if pixels.dtype == np.uint8 else to_bytes(pixels, levels)
     image = np.array(pixels, order="C")
     if channels > 3:  # to BGR; faster than one index for all channels
@@ -55,11 +61,11 @@ def read_bands(path: Path, channels: int = 3, max_pixels: int = MAX_PIXELS, leve
     return image
 
 
-def stored_bands(path: Path, channels: int, max_pixels: int = MAX_PIXELS) -> np.ndarray:
+def stored_bands(path: Path, channels: int, max_pixels: int = MAX_PIXELS, data: bytes | None = None) -> np.ndarray:
     """The values of a file that `read_bands` reads, uint8, uint16 or int16 (H, W, channels): of three channels BGR, of
     others in the order of the file. Raises what `read_bands` raises.
     """
-    data = read_complete(path, max_pixels)
+    data = read_complete(path, max_pixels, data)
     if channels in (1, 3):
         values = stored_values(path, data)
         return values if channels == 3 else _one_band(path, values)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from ssaseg.datasets.base import Dataset, ImageFacts, Levels, Problem
-from ssaseg.datasets.pairs import IMAGE_SUFFIXES
+from ssaseg.datasets.pairs import IMAGE_SUFFIXES, first_names
 from ssaseg.files.listing import prefix_of, texts_of, walk_below
 from ssaseg.files.text import printable
 
@@ -127,9 +127,34 @@ def passed_over(dataset: Dataset) -> Iterator[Problem]:
         others = [path for path in others if str(path) not in used]
     if others:
         where = f"{folders[0]}{f' and {len(folders) - 1} more folders' * (len(folders) > 1)}"
-        text = f"{count_suffixes(Counter(path.suffix.lower() for path in others))} in {where}"
+        names = ", ".join(sorted(printable(path.name) for path in others[:3])) + ", …" * (len(others) > 3)
+        text = f"{count_suffixes(Counter(path.suffix.lower() for path in others))} in {where}: {names}"
         fix = "\nif they are images: add their suffixes to data.image_suffixes" if folder else ""
         yield Problem("note", text + fix, "other types")
+
+
+def in_no_list(splits: Sequence[Dataset]) -> Iterator[Problem]:
+    """A note on images in the folders of images that the lists of all splits leave out. None where no list is used."""
+    if not all(getattr(split, "listed", False) for split in splits):
+        return
+    folders: dict[Path, None] = {}
+    for split in splits:
+        searched: Path | None = getattr(split, "image_folder", None)
+        folders |= dict.fromkeys([searched] if searched else sorted({file.parent for file in split.image_files}))
+    used = {file for split in splits for files in (split.image_files, split.mask_files) for file in texts_of(files)}
+    suffixes = tuple(suffix for split in splits for suffix in getattr(split, "image_suffixes", IMAGE_SUFFIXES))
+    left = sorted(
+        {
+            f"{prefix_of(folder)}{name}"
+            for folder in folders
+            for name in walk_below(folder)
+            if _ends_in(name, suffixes) and f"{prefix_of(folder)}{name}" not in used
+        }
+    )
+    if left:
+        names = first_names([printable(name) for name in left])
+        text = f"{len(left)} image{'s are' if len(left) > 1 else ' is'} in no list of a split, and not used: {names}"
+        yield Problem("note", text, "in no list")
 
 
 def _ends_in(file: str, suffixes: tuple[str, ...]) -> bool:

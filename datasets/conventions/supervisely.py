@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw
 
-from ssaseg.datasets.base import DataError, brief, default_palette
+from ssaseg.datasets.base import DataError, brief
 from ssaseg.datasets.conventions.base import REST, Colour, Convention, Item, Options, Source, Tree
 from ssaseg.datasets.conventions.hints import keys_of
 from ssaseg.datasets.conventions.outlines import (
@@ -94,7 +94,7 @@ def _read_meta(file: Path) -> tuple[list[str], dict[str, Colour]]:
 def _palette(classes: list[str], colours: dict[str, Colour]) -> list[Colour] | None:
     """The colours of the classes, black for the added background; None where they are unknown or not distinct."""
     palette = [colours.get(name, (0, 0, 0)) for name in classes]
-    return palette if len(set(palette)) == len(classes) <= len(default_palette(256)) else None
+    return palette if len(set(palette)) == len(classes) <= 256 else None
 
 
 @dataclass(frozen=True)

@@ -33,18 +33,21 @@ HEADER = 2**17  # bytes of a file that most often hold its header, with the EXIF
 PAGED = ("GIF", "PNG", "WEBP", "AVIF")
 
 
-def read_image(path: Path, max_pixels: int = MAX_PIXELS, levels: Levels | None = None) -> np.ndarray:
+def read_image(
+    path: Path, max_pixels: int = MAX_PIXELS, levels: Levels | None = None, data: bytes | None = None
+) -> np.ndarray:
     """Decode an image file to BGR uint8 (H, W, 3), with its EXIF orientation applied.
 
     A fourth band, such as alpha or infrared, is dropped; grey is repeated in all channels. Of 16 bits, `levels` are
     mapped to 0..255 and values outside are clipped; without it, the upper 8 bits are taken, and values below 0 are 0.
-    `levels` changes nothing for images of 8 bits.
+    `levels` changes nothing for images of 8 bits. `data`: the file's content, if it is in memory already; `path` is
+    then only its name in messages.
 
     Raises OSError where the file cannot be read or is not a regular file, DataError where it is not an image, is cut
     off, holds samples that are not of 1 to 16 bits or another number of bands than 1 to 4, or has more pixels than
     `max_pixels`; the latter before any pixel is decoded. MemoryError where the pixels do not fit into memory.
     """
-    return decode_image(path, read_complete(path, max_pixels), levels)
+    return decode_image(path, read_complete(path, max_pixels, data), levels)
 
 
 def decode_image(path: Path, data: bytes, levels: Levels | None = None) -> np.ndarray:
@@ -123,9 +126,11 @@ def _table(levels: Levels, signed: bool) -> np.ndarray:
     return ((values.clip(low, high) - low) * 255 / (high - low) + 0.5).astype(np.uint8)
 
 
-def read_complete(path: Path, max_pixels: int = MAX_PIXELS) -> bytes:
-    """The content of an image file, of a known format, complete and not too large. Raises as `read_image` does."""
-    data = read_bytes(path, "image")
+def read_complete(path: Path, max_pixels: int = MAX_PIXELS, data: bytes | None = None) -> bytes:
+    """The content of an image file, of a known format, complete and not too large. `data` and what is raised: as of
+    `read_image`.
+    """
+    data = read_bytes(path, "image", data)
     require_end(path, data)
     require_size(path, data, max_pixels)
     return data

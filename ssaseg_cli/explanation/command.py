@@ -4,6 +4,7 @@ from pathlib import Path
 
 import click
 
+from ssaseg.cli.completion import names_of
 from ssaseg.cli.options import device_option, existing_file
 
 
@@ -14,7 +15,12 @@ from ssaseg.cli.options import device_option, existing_file
 @click.option("--against", type=existing_file, metavar="CHECKPOINT", help="A second checkpoint to compare with.")
 @click.option("--class", "classes", multiple=True, metavar="NAME", help="Class to draw; may be repeated.")
 @click.option("--masks", type=click.Path(path_type=Path), metavar="DIR", help="Folder with the masks of IMAGE.")
-@click.option("--data", metavar="RECIPE", help="Recipe with the data.  [default: the checkpoint's]")
+@click.option(
+    "--data",
+    metavar="RECIPE",
+    shell_complete=names_of("recipes", files=True),
+    help="Recipe with the data.  [default: the checkpoint's]",
+)
 @click.option("--root", type=click.Path(path_type=Path), help="Folder of the data, in place of data.root.")
 @click.option("--split", type=click.Choice(["train", "val"]), help="Images, without IMAGE.  [default: val]")
 @click.option("--limit", type=click.IntRange(min=1), metavar="N", help="Use only the first N images.")

@@ -16,8 +16,8 @@ from ssaseg.cli.explanation.pictures import Artist
 from ssaseg.cli.explanation.probing import Probe, open_probe
 from ssaseg.cli.explanation.sums import Sums, edge_distance
 from ssaseg.cli.prediction.predict import make_folders
-from ssaseg.cli.prediction.skipping import skip_reason
-from ssaseg.cli.prediction.sources import EXPLANATIONS
+from ssaseg.cli.prediction.skipping import Skips, skip_reason
+from ssaseg.cli.prediction.sources import EXPLANATIONS, find_sources
 from ssaseg.cli.printing import echo
 from ssaseg.cli.scoring.limit import memory_limit
 from ssaseg.cli.signals import StopSignal
@@ -52,6 +52,7 @@ def run_explain(
     CommandError for unknown classes, a second checkpoint of other classes, inputs without images, labels that are all
     ignored, and an `out` that cannot be written; and what loading checkpoints and data raises.
     """
+    sources = find_sources(images, out)  # a missing one is an error now, not after the network is read
     chosen = select_device(device)
     probe = open_probe(checkpoint, chosen)
     names = list(probe.metadata["classes"])
@@ -60,7 +61,7 @@ def run_explain(
     if other is not None:
         require_equal_classes(probe, other)
     if images:
-        found = items.of_files(images, out, masks, checkpoint, probe.metadata, data)
+        found = items.of_files(sources, masks, checkpoint, probe.metadata, data)
     else:
         found = items.of_split(checkpoint, probe.metadata, data, root, split)
     make_folders(out, EXPLANATIONS)
@@ -107,22 +108,23 @@ class Work:
     ) -> None:
         self.probe, self.other, self.out, self.pictures = probe, other, out, pictures
         self.drawn: list[str] = []  # pictures, as paths below `out`
+        self.skips = Skips()
         self.skipped = self.not_drawn = 0  # images that are not in the sums; images whose picture could not be written
         self.captions = captions(probe, other)
         names = probe.metadata["classes"]
         comparisons = [(first, "final") for first in self.captions if first != "final"]
         self.sums = Sums(len(names), list(self.captions), comparisons, known)
-        palette = probe.metadata["palette"] or default_palette(len(names))
+        palette = probe.metadata["palette"] or default_palette(names)
         self.artist = Artist(names, palette, self.captions, comparisons, classes)
 
     def go_through(self, wanted: Sequence[items.Item], stop: StopSignal) -> None:
         """All images, until a request to stop. Images that are skipped are reported."""
-        with progress_bar(len(wanted), "explained") as advance:
+        with self.skips, progress_bar(len(wanted), "explained") as advance:
             for item in wanted:
                 try:
                     picture = self.explain(item)
                 except Exception as error:
-                    echo(f"skipped: {skip_reason(error, item.path, again=AGAIN)}", err=True)
+                    self.skips.add(skip_reason(error, item.path, again=AGAIN))
                     self.skipped += 1
                 else:
                     self.write(item, picture)

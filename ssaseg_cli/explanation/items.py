@@ -15,7 +15,7 @@ import numpy as np
 
 from ssaseg.cli.errors import CommandError
 from ssaseg.cli.evaluation.report import open_dataset, recipe_of, require_channels, require_data_classes
-from ssaseg.cli.prediction.sources import Source, find_sources
+from ssaseg.cli.prediction.sources import Source
 from ssaseg.datasets import DataError, Dataset, stated_classes
 from ssaseg.datasets.bands.reading import read_bands
 from ssaseg.datasets.base import Levels
@@ -63,20 +63,18 @@ def _load(dataset: Dataset, index: int) -> Pair:
 
 
 def of_files(
-    inputs: Sequence[str],
-    out: Path,
+    sources: Sequence[Source],
     masks: Path | None,
     checkpoint: Path,
     metadata: Mapping[str, Any],
     data: str | None,
 ) -> Items:
-    """The images of files, folders and patterns, as `ssaseg predict` finds them.
+    """The images of files, folders and patterns, as `find_sources` finds them.
 
     `masks`: folder with a mask for each image, under the image's path below its input; names and ids are read by the
     rules of the recipe `data`, or of the checkpoint's recipe. Raises CommandError for `masks` that is not a folder, for
-    a recipe with other classes than the checkpoint's, and what finding images raises; RecipeError for `data`.
+    a recipe with other classes than the checkpoint's; RecipeError for `data`.
     """
-    sources = find_sources(inputs, out)
     rules = None
     if masks is not None:
         if not masks.is_dir():

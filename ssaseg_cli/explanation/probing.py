@@ -18,12 +18,13 @@ from torch import Tensor
 from ssaseg.cli.errors import CommandError
 from ssaseg.cli.scoring.engines import TorchEngine
 from ssaseg.cli.scoring.inference import Inference, state_views
+from ssaseg.cli.weights.classes import warn_of_untrained
 from ssaseg.datasets.colour import normalize
 from ssaseg.models import Segmenter, load_model
 from ssaseg.models.classifiers.cac import CACClassifier
 from ssaseg.models.classifiers.distillation import Adapted
 from ssaseg.models.classifiers.ssa import SSAClassifier
-from ssaseg.models.labelling import elements, label_map, resize_twice
+from ssaseg.models.labelling import few_classes, label_map, resize_twice
 from ssaseg.recipes import parse_protocol
 
 # Of a protocol: what makes one image one input.
@@ -160,6 +161,7 @@ class Probe:
 def open_probe(path: Path, device: torch.device) -> Probe:
     """Reads a checkpoint. Raises CheckpointError, RecipeError for its protocol, and CommandError for a mask method."""
     model, metadata = load_model(path)
+    warn_of_untrained(path, metadata)
     if model.classifier.gives_scores:
         raise CommandError(f"{path}: {model.name} is a mask method, without logits and without adaptation to explain")
     whole = parse_protocol(metadata["protocol"], f"{path}: protocol")
@@ -172,9 +174,8 @@ def make_stage(logits: Tensor, middle: tuple[int, ...], size: tuple[int, ...]) -
     """Logits (1,K,h,w) → the stage at the image's `size` (H, W), a few classes at a time."""
     labels = label_map(logits, middle, size).cpu().numpy()
     total: Tensor | None = None
-    step = max(elements(logits.device) // max(size[0] * size[1], middle[0] * middle[1]), 1)
-    for first in range(0, logits.shape[1], step):
-        part = resize_twice(logits[:, first : first + step], middle, size)[0].logsumexp(dim=0)
+    for _, maps in few_classes(logits, middle, size):
+        part = maps.logsumexp(dim=0)
         total = part if total is None else torch.logaddexp(total, part)
     assert total is not None
     return Stage(labels, logits, total, middle)

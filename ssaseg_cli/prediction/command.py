@@ -1,9 +1,11 @@
 """`ssaseg predict`: its arguments and help. PyTorch is imported inside the function, so that `--help` is quick."""
 
 from pathlib import Path
+from typing import Any
 
 import click
 
+from ssaseg.cli.completion import in_list
 from ssaseg.cli.importing import quick_imports
 from ssaseg.cli.options import (
     backend_option,
@@ -11,7 +13,8 @@ from ssaseg.cli.options import (
     network_file,
     opening_options,
     precision_option,
-    slide_option,
+    protocol_changes,
+    protocol_options,
 )
 from ssaseg.cli.prediction.kinds import KINDS
 
@@ -29,7 +32,20 @@ def _kinds(context: click.Context, parameter: click.Parameter, value: str) -> tu
 @click.argument("inputs", metavar="INPUT...", nargs=-1, required=True)
 @click.option("--out", required=True, type=click.Path(file_okay=False, path_type=Path), help="Folder to write to.")
 @click.option(
-    "--save", default="index", show_default=True, callback=_kinds, help=f"Results to save: {','.join(KINDS)}."
+    "--save",
+    default="index",
+    show_default=True,
+    callback=_kinds,
+    shell_complete=in_list(KINDS),
+    help=f"Results to save: {', '.join(KINDS)}.",
+)
+@click.option("--legend/--no-legend", default=True, show_default=True, help="Whether overlays name their classes.")
+@click.option("--keep-suffix", is_flag=True, help="Name results by the whole name of the image: a.jpg.png.")
+@click.option(
+    "--annotations",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    metavar="FILE",
+    help="COCO-format file with the ids of images and categories for rle.json.",
 )
 @click.option("--skip-existing", is_flag=True, help="Skip images that CHECKPOINT has labelled already.")
 @click.option(
@@ -41,7 +57,7 @@ def _kinds(context: click.Context, parameter: click.Parameter, value: str) -> tu
 )
 @click.option("--exact", is_flag=True, help="The arithmetic of training's evaluation, bit for bit; slower.")
 @precision_option("auto: bf16 if it is faster and keeps 99.5 % of labels")
-@slide_option
+@protocol_options
 @click.option("--timings", is_flag=True, help="Print where the time went.")
 @backend_option
 @opening_options
@@ -55,28 +71,39 @@ def predict(
     max_pixels: int,
     exact: bool,
     precision: str,
-    slide: tuple[int, int] | None,
     timings: bool,
     backend: str,
     classes: str | None,
     protocol: str | None,
     device: str,
+    legend: bool,
+    keep_suffix: bool,
+    annotations: Path | None,
+    **changes: Any,
 ) -> int:
     """Label images.
 
     Each INPUT is a file, a folder (searched recursively; its structure is kept) or a glob pattern in quotes. Results
-    are written to OUT/KIND/. An image that cannot be read or labelled is reported and skipped; the exit code is then
-    1. Results of earlier runs stay, also in OUT/rle.json, unless the same image is labelled again. Several commands may
-    write different images to one OUT at the same time.
+    are written to OUT/KIND/, under the image's name without suffix; OUT/classes.json has names and colours of the
+    classes. An image that cannot be read or labelled is reported and skipped; the exit code is then 1. Results of
+    earlier runs stay, also in OUT/rle.json and OUT/shares.json, unless the same image is labelled again. Several
+    commands may write different images to one OUT at the same time.
 
     \b
     index    palette PNG of class numbers      color    PNG of class colours
     overlay  colours over the image            probs    .npz of probabilities
-    rle      COCO run lengths, OUT/rle.json    coarse   palette PNG, before SSA adapts
+    rle      COCO results, OUT/rle.json        coarse   palette PNG, before SSA adapts
+    confidence   grey PNG of the labels' probabilities: 255 is 1
+    shares   share of each class in an image, OUT/shares.json and OUT/shares.csv
+
+    The test protocol is that of the checkpoint; --scale, --size, --ratios, --flip, --slide and --whole change it.
+    Photos that are much larger than the images in training get worse labels; a warning says how to resize them.
+    pycocotools reads OUT/rle.json by COCO("rle.images.json").loadRes("rle.json"), or beside the file of --annotations.
 
     \b
     Example:
       ssaseg predict best.safetensors photos 'more/**/*.jpg' --out labels --save index,overlay
+      ssaseg predict best.safetensors photos --out labels --size 512 --save overlay,shares
     """
     with quick_imports():
         from ssaseg.cli.prediction.predict import run_predict
@@ -91,9 +118,12 @@ def predict(
         max_pixels=max_pixels,
         exact=exact,
         precision=precision,
-        slide=slide,
+        changes=protocol_changes(changes),
         timings=timings,
         backend=backend,
         classes=classes,
         recipe=protocol,
+        legend=legend,
+        keep_suffix=keep_suffix,
+        annotations=annotations,
     )

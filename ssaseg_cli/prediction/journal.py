@@ -1,8 +1,9 @@
 """Remembers below OUT what each result was made of, and lets several commands write to one OUT.
 
 Each command appends to a journal of its own, `.predict-TOKEN.jsonl`, one line an image. At its end it adds the journal
-to `.predict.jsonl`, the record of all results, and to `rle.json`. If it was killed, the next command does that. The
-locked file `.predict-TOKEN.lock` says that a command still runs: the system unlocks it when the process ends.
+to `.predict.jsonl`, the record of all results, and to the files of all images in `COMMON`. If it was killed, the next
+command does that. The locked file `.predict-TOKEN.lock` says that a command still runs: the system unlocks it when the
+process ends.
 """
 
 import hashlib
@@ -13,7 +14,7 @@ import secrets
 import stat
 import time
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
@@ -21,24 +22,50 @@ from typing import BinaryIO, NamedTuple
 
 from ssaseg.cli.errors import CommandError
 from ssaseg.cli.prediction.kinds import KINDS
-from ssaseg.cli.prediction.rle import from_line, naming, read_lines, read_rle, replacing, to_line, write_rle
+from ssaseg.cli.prediction.objects import (
+    Fits,
+    from_line,
+    naming,
+    read_lines,
+    read_objects,
+    replacing,
+    to_line,
+    write_objects,
+)
+from ssaseg.cli.prediction.rle import is_rle, list_images
+from ssaseg.cli.prediction.shares import is_shares, write_table
 from ssaseg.cli.printing import echo
 from ssaseg.files.reading import open_file, read_file
 from ssaseg.files.text import printable
 from ssaseg.files.writing import NO_LINK, TEMPORARY, FolderInUse, FolderLock
 
-RECORD, COMMON_LOCK, RLE = ".predict.jsonl", ".predict.lock", "rle.json"
+RECORD, COMMON_LOCK = ".predict.jsonl", ".predict.lock"
 OF_A_COMMAND = re.compile(r"\.predict-[0-9a-f]{16}\.(jsonl|lock)")
 LONGEST_WAIT = 600  # for a command that adds its results to the common files [s]
+
+
+class Common(NamedTuple):
+    """A file of all images, with objects of each."""
+
+    file: str
+    fits: Fits
+    derive: Callable[[Path], None]  # writes what is made from the file
+
+
+# Key: the kind of result.
+COMMON: Mapping[str, Common] = {
+    "rle": Common("rle.json", is_rle, list_images),
+    "shares": Common("shares.json", is_shares, write_table),
+}
 
 
 class Result(NamedTuple):
     """A result of one image, and what it was made of."""
 
-    key: str  # its path below OUT; of the objects in rle.json: rle.json/ and the image's name there
+    key: str  # its path below OUT; of objects in a file of all images: that file/ and the image's name in it
     made_of: str  # see `made_of`
     size: int  # [bytes]
-    time: int  # when it was written [ns]; 0 for objects in rle.json
+    time: int  # when it was written [ns]; 0 for objects in a file of all images
     sum: int  # CRC-32 of its content
 
 
@@ -64,36 +91,38 @@ def file_result(key: str, origin: str, path: Path, content: bytes) -> Result:
     return Result(key, origin, len(content), os.lstat(path).st_mtime_ns, zlib.crc32(content))
 
 
-def rle_result(name: str, origin: str, lines: Sequence[bytes]) -> Result:
-    """The objects of one image in `rle.json`."""
+def objects_result(kind: str, name: str, origin: str, lines: Sequence[bytes]) -> Result:
+    """The objects of one image in a file of `COMMON`."""
     content = b"\n".join(lines)
-    return Result(f"{RLE}/{name}", origin, len(content), 0, zlib.crc32(content))
+    return Result(f"{COMMON[kind].file}/{name}", origin, len(content), 0, zlib.crc32(content))
 
 
 # ---- the record of all results -----------------------------------------------------------------------------------
 class Existing:
     """The results in `out` that are in the record and unchanged, as far as they are among `keys`.
 
-    `rle`: whether `rle.json` is read too. Raises OSError if a file cannot be read, CommandError as `read_rle` does.
+    `kinds`: of the results; files of `COMMON` are read only for these. Raises OSError if a file cannot be read,
+    CommandError as `read_objects` does.
     """
 
-    def __init__(self, out: Path, keys: set[str], rle: bool) -> None:
+    def __init__(self, out: Path, keys: set[str], kinds: Sequence[str]) -> None:
         self.out = out
         self.record = {result.key: result for result in read_record(out) if result.key in keys}
         self.objects: dict[str, tuple[int, int]] = {}  # size and CRC-32 of an image's objects, joined by line feeds
-        for name, line in read_rle(out / RLE) if rle else ():
-            key = f"{RLE}/{name}"
-            if key in self.record:
-                size, code = self.objects.get(key, (-1, 0))
-                code = zlib.crc32(line if size < 0 else b"\n" + line, code)
-                self.objects[key] = (size + 1 + len(line), code)
+        for common in (COMMON[kind] for kind in kinds if kind in COMMON):
+            for entry, line in read_objects(out / common.file, common.fits):
+                key = f"{common.file}/{entry['image']}"
+                if key in self.record:
+                    size, code = self.objects.get(key, (-1, 0))
+                    code = zlib.crc32(line if size < 0 else b"\n" + line, code)
+                    self.objects[key] = (size + 1 + len(line), code)
 
     def has(self, key: str, origin: str) -> bool:
         """Whether this result exists, was made of this, and has not changed since."""
         result = self.record.get(key)
         if result is None or result.made_of != origin:
             return False
-        if key.startswith(f"{RLE}/"):
+        if key.startswith(tuple(f"{common.file}/" for common in COMMON.values())):
             return self.objects.get(key) == (result.size, result.sum)
         path = self.out / key
         try:
@@ -130,7 +159,7 @@ class Journal:
     """The journal of this command. At its start it adds what killed commands have left, at its end its own results.
 
     After an error the results are added too. After a second Ctrl-C they stay in the journal, for the next command.
-    Raises OSError for files that cannot be written, CommandError for an `rle.json` that is not ours.
+    Raises OSError for files that cannot be written, CommandError for an `rle.json` or `shares.json` that is not ours.
     """
 
     def __init__(self, out: Path) -> None:
@@ -151,11 +180,12 @@ class Journal:
             )
         return self
 
-    def add(self, results: Sequence[Result], lines: Sequence[bytes]) -> None:
-        """Appends the results of one image, and its objects for `rle.json`: they outlive this process from now on."""
+    def add(self, results: Sequence[Result], objects: Mapping[str, Sequence[bytes]]) -> None:
+        """Appends the results of one image, and its objects for files of `COMMON`: they outlive this process now."""
         with naming(self.out):
             head = json.dumps(results).encode()
-            self.file.write(b'{"results": ' + head + b', "rle": [' + b", ".join(lines) + b"]}\n")
+            rest = [f', "{kind}": ['.encode() + b", ".join(lines) + b"]" for kind, lines in objects.items()]
+            self.file.write(b'{"results": ' + head + b"".join(rest) + b"}\n")
             self.file.flush()
 
     def check(self) -> None:
@@ -232,7 +262,7 @@ def take_over(out: Path) -> None:
 
 
 def add_to_common(out: Path, journals: Sequence[BinaryIO]) -> None:
-    """Adds journals to `rle.json` and the record; of two results with one key the first. In `exclusive`.
+    """Adds journals to the files of all images and the record; of two results with one key the first. In `exclusive`.
 
     If it is interrupted, to do it again gives the same files.
     """
@@ -241,9 +271,11 @@ def add_to_common(out: Path, journals: Sequence[BinaryIO]) -> None:
         for new, _ in read_journal(journal):
             for result in new:
                 results.setdefault(result.key, result)
-    if any(key.startswith(f"{RLE}/") for key in results):
-        images = (image for journal in journals for _, image in read_journal(journal) if image is not None)
-        write_rle(out / RLE, images)
+    for kind, common in COMMON.items():
+        if any(key.startswith(f"{common.file}/") for key in results):
+            images = (found[kind] for journal in journals for _, found in read_journal(journal) if kind in found)
+            write_objects(out / common.file, images, common.fits)
+            common.derive(out / common.file)
     if results:
         with replacing(out / RECORD) as file:
             for result in results.values():
@@ -253,22 +285,24 @@ def add_to_common(out: Path, journals: Sequence[BinaryIO]) -> None:
                     file.write(json.dumps(result).encode() + b"\n")
 
 
-def read_journal(file: BinaryIO) -> Iterator[tuple[list[Result], tuple[str, list[bytes]] | None]]:
-    """For each image: its results, and its name and objects for `rle.json`, if there are any.
+def read_journal(file: BinaryIO) -> Iterator[tuple[list[Result], dict[str, tuple[str, list[bytes]]]]]:
+    """For each image: its results, and by kind its name and objects for a file of `COMMON`.
 
     Lines that are damaged, or that a killed command has not finished, are left out.
     """
     file.seek(0)
     for line in read_lines(file):
         match from_line(line) if line.endswith(b"\n") else None:
-            case {"results": [*values], "rle": [*objects]}:
+            case {"results": [*values], **rest}:
                 results = [result for result in map(parse_result, values) if result is not None]
-                if not objects:
-                    yield results, None
-                    continue
-                name, *others = (entry.get("image") if isinstance(entry, dict) else None for entry in objects)
-                if isinstance(name, str) and all(other == name for other in others):
-                    yield results, (name, [to_line(entry) for entry in objects])
+                found: dict[str, tuple[str, list[bytes]]] = {}
+                for kind, common in COMMON.items():
+                    objects = rest.get(kind)
+                    if isinstance(objects, list) and objects and all(map(common.fits, objects)):
+                        name, *others = (entry["image"] for entry in objects)
+                        if all(other == name for other in others):
+                            found[kind] = name, [to_line(entry) for entry in objects]
+                yield results, found
 
 
 def delete_results_in_work(out: Path) -> None:

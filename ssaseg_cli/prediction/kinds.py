@@ -23,16 +23,17 @@ class Style:
 
     classes: tuple[str, ...]
     colours: "np.ndarray"
+    legend: bool = True  # whether overlays have one
 
 
-def style_of(classes: Sequence[str], palette: Iterable[Sequence[int]]) -> Style:
+def style_of(classes: Sequence[str], palette: Iterable[Sequence[int]], legend: bool = True) -> Style:
     """Style of K class names and at least K colours RGB 0..255."""
     import numpy as np
 
     colours = np.zeros((256, 3), np.uint8)
     for index, colour in zip(range(len(classes)), palette, strict=False):
         colours[index] = colour
-    return Style(tuple(classes), colours)
+    return Style(tuple(classes), colours, legend)
 
 
 class Kind(NamedTuple):
@@ -68,13 +69,17 @@ def encode_colours(image: "np.ndarray", prediction: "Prediction", style: Style) 
 
 
 def encode_overlay(image: "np.ndarray", prediction: "Prediction", style: Style) -> bytes:
-    """JPEG of class colours over the image."""
+    """JPEG of class colours over the image, with a legend if the style has one."""
     from PIL import Image
 
+    from ssaseg.cli.drawing.legend import with_legend
     from ssaseg.cli.drawing.panels import overlay
 
     buffer = io.BytesIO()
-    mixed = overlay(image, prediction.labels, style.colours[: len(style.classes)].tolist())
+    colours = style.colours[: len(style.classes)].tolist()
+    mixed = overlay(image, prediction.labels, colours)
+    if style.legend:
+        mixed = with_legend(mixed, prediction.labels, style.classes, colours)
     Image.fromarray(mixed[..., ::-1]).save(buffer, "JPEG", quality=90)
     return buffer.getvalue()
 
@@ -89,13 +94,26 @@ def encode_probabilities(image: "np.ndarray", prediction: "Prediction", style: S
     return buffer.getvalue()
 
 
-# Key: name of the folder below OUT. The kind "rle" is the single file OUT/rle.json.
+def encode_confidence(image: "np.ndarray", prediction: "Prediction", style: Style) -> bytes:
+    """Grey PNG of 8 bits: the label's probability times 255, rounded to the nearest integer."""
+    import numpy as np
+    from PIL import Image
+
+    assert prediction.confidence is not None
+    buffer = io.BytesIO()
+    Image.fromarray(np.rint(prediction.confidence * 255).astype(np.uint8)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+# Key: name of the folder below OUT; of "rle" and "shares", of the single files OUT/rle.json and OUT/shares.json.
 KINDS: Mapping[str, Kind] = {
     "index": Kind(".png", lambda image, prediction, style: encode_indices(prediction.labels, style)),
     "color": Kind(".png", encode_colours),
     "overlay": Kind(".jpg", encode_overlay),
     "probs": Kind(".npz", encode_probabilities, needs="probabilities"),
+    "confidence": Kind(".png", encode_confidence, needs="confidence"),
     "rle": Kind(".json", None),
+    "shares": Kind(".json", None),
     "coarse": Kind(".png", lambda image, prediction, style: encode_indices(prediction.coarse, style), needs="coarse"),
 }
 

@@ -9,7 +9,7 @@ Axes: K classes, H×W pixels of an image.
 
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing, nullcontext, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -21,11 +21,14 @@ from ssaseg.cli.console import progress_bar
 from ssaseg.cli.device import count_cores
 from ssaseg.cli.errors import CommandError
 from ssaseg.cli.prediction.batches import count_batch, gathered
-from ssaseg.cli.prediction.journal import Journal, Result, file_result, made_of, rle_result
+from ssaseg.cli.prediction.ids import Ids
+from ssaseg.cli.prediction.journal import Journal, Result, file_result, made_of, objects_result
 from ssaseg.cli.prediction.kinds import KINDS, Style, is_needed
+from ssaseg.cli.prediction.objects import LONGEST_LINE
 from ssaseg.cli.prediction.precision import FEWEST, TRIED, choose
-from ssaseg.cli.prediction.rle import LONGEST_LINE, rle_lines
-from ssaseg.cli.prediction.skipping import lacks_memory, skip_reason
+from ssaseg.cli.prediction.rle import rle_lines
+from ssaseg.cli.prediction.shares import share_lines
+from ssaseg.cli.prediction.skipping import Skip, Skips, lacks_memory, skip_reason
 from ssaseg.cli.prediction.sources import Source
 from ssaseg.cli.prediction.timings import Timings
 from ssaseg.cli.printing import echo
@@ -61,10 +64,10 @@ class Labelled(NamedTuple):
 
 
 class Written(NamedTuple):
-    """The results of one image, and its objects for `rle.json`."""
+    """The results of one image, and by kind its objects for files of all images."""
 
     results: list[Result]
-    lines: list[bytes]
+    objects: dict[str, list[bytes]]
 
 
 @dataclass(frozen=True)
@@ -81,8 +84,10 @@ class Labeller:
     times: Timings
     levels: Levels | None = None  # of 16-bit images, see `read_image`
     exact: bool = False
+    ids: Ids = field(default_factory=Ids)
+    skips: Skips = field(default_factory=Skips)  # filled by the thread that takes the results
 
-    def read(self, source: Source) -> Decoded | str:
+    def read(self, source: Source) -> Decoded | Skip:
         """The image and the network's inputs, or the reason to skip the image."""
         try:
             with self.times.stage("reading"):
@@ -132,7 +137,7 @@ class Labeller:
     def predict(
         self, sources: Sequence[Source], lanes: int, batch: int, stop: StopSignal
     ) -> Generator[Labelled, None, None]:
-        """Results of the images, until a request to stop. Images that are skipped are reported on stderr.
+        """Results of the images, until a request to stop. Images that are skipped are added to `skips`.
 
         lanes: 1: threads read ahead, and all cores label one image, or a GPU `batch` images; more: as many threads read
         and label.
@@ -149,23 +154,23 @@ class Labeller:
             pairs = ((_input_sizes(got), (source, got)) for source, got in zip(sources, made, strict=False))
             for group in gathered(pairs, batch):
                 for labelled in self.infer_all(group):
-                    if isinstance(labelled, str):
-                        echo(f"skipped: {labelled}", err=True)
+                    if isinstance(labelled, Skip):
+                        self.skips.add(labelled)
                     else:
                         yield labelled
                     advance(1)
                 if stop.requested and lanes == 1:  # lanes finish what they have begun
                     return
 
-    def read_and_infer(self, room: Room, source: Source) -> Labelled | str:
+    def read_and_infer(self, room: Room, source: Source) -> Labelled | Skip:
         """Both steps in one thread of several."""
         decoded = self.read(source)
-        if isinstance(decoded, str):
+        if isinstance(decoded, Skip):
             return decoded
         with room.taken(self.inference.input_pixels(decoded.image.shape[:2])):
             return self.infer(source, decoded)
 
-    def infer_all(self, group: Sequence[tuple[Source, Decoded | Labelled | str]]) -> list[Labelled | str]:
+    def infer_all(self, group: Sequence[tuple[Source, Decoded | Labelled | Skip]]) -> list[Labelled | Skip]:
         """`infer` of what was only read: of several images, which then have equal input sizes, in one pass."""
         images = [(source, got) for source, got in group if isinstance(got, Decoded)]
         if len(images) > 1:
@@ -174,7 +179,7 @@ class Labeller:
             free_gpu(self.inference.device)
         return [self.infer(source, got) if isinstance(got, Decoded) else got for source, got in group]
 
-    def infer(self, source: Source, decoded: Decoded) -> Labelled | str:
+    def infer(self, source: Source, decoded: Decoded) -> Labelled | Skip:
         """One forward pass per view, whose logits give all requested kinds of results; or the reason to skip."""
         try:
             return self._labelled([(source, decoded)])[0]
@@ -188,32 +193,30 @@ class Labeller:
         return reason
 
     def _labelled(self, images: Sequence[tuple[Source, Decoded]]) -> list[Labelled]:
-        coarse, probabilities = (is_needed(field, self.save) for field in ("coarse", "probabilities"))
+        wanted = (is_needed(field, self.save) for field in ("coarse", "probabilities", "confidence"))
         inputs = [[torch.from_numpy(each) for each in decoded.inputs] for _, decoded in images]
         sizes = [decoded.image.shape[:2] for _, decoded in images]
         names = [str(source.path) for source, _ in images]
         with self.times.stage("labels"):
-            made = self.inference.apart().predict_batch(inputs, sizes, names, coarse, probabilities)
+            made = self.inference.apart().predict_batch(inputs, sizes, names, *wanted)
         return [
             Labelled(source, shown(decoded.image), prediction, decoded.origin)
             for (source, decoded), prediction in zip(images, made, strict=True)
         ]
 
-    def write(self, done: Labelled) -> Written | str:
+    def write(self, done: Labelled) -> Written | Skip:
         """Writes the files of one image; or the reason why they cannot be written, for this image alone."""
-        written = Written([], [])
+        written = Written([], {})
         for kind in self.save:
             key = key_of(kind, done.source)
             path = self.out / key
             try:
                 encode = KINDS[kind].encode
                 if encode is None:
-                    with self.times.stage("encoding"):
-                        lines = rle_lines(done.source.relative, done.prediction.labels, self.style.classes)
-                    written.lines.extend(lines)
-                    if sum(map(len, written.lines)) > LONGEST_LINE // 2:
-                        return f"{printable(str(done.source.path))}: its run lengths are too long for rle.json"
-                    written.results.append(rle_result(done.source.relative, done.origin, written.lines))
+                    lines = written.objects[kind] = self.objects(kind, done)
+                    if sum(map(len, lines)) > LONGEST_LINE // 2:
+                        return Skip(printable(str(done.source.path)), "its run lengths are too long for rle.json")
+                    written.results.append(objects_result(kind, done.source.relative, done.origin, lines))
                     continue
                 with self.times.stage("encoding"):
                     content = encode(done.image, done.prediction, self.style)
@@ -227,8 +230,14 @@ class Labeller:
                 return skip_reason(error, done.source.path, writing=True)
         return written
 
+    def objects(self, kind: str, done: Labelled) -> list[bytes]:
+        """The objects of one image for a file of all images."""
+        given = done.source.relative, done.prediction.labels, self.style.classes
+        with self.times.stage("encoding"):
+            return rle_lines(*given, self.ids) if kind == "rle" else share_lines(*given)
 
-def _input_sizes(got: Decoded | Labelled | str) -> tuple[tuple[int, ...], ...] | None:
+
+def _input_sizes(got: Decoded | Labelled | Skip) -> tuple[tuple[int, ...], ...] | None:
     """What images of one batch have in common; None: nothing."""
     return tuple(each.shape for each in got.inputs) if isinstance(got, Decoded) else None
 
@@ -248,26 +257,30 @@ def until(sources: Sequence[Source], stop: StopSignal) -> Iterator[Source]:
 
 
 def label_all(labeller: Labeller, sources: Sequence[Source], stop: StopSignal) -> int:
-    """Labels all sources; reading, labelling and writing overlap. Returns the number of images done."""
+    """Labels all sources; reading, labelling and writing overlap. Returns the number of images done.
+
+    At the end, also after an error, it is printed what was skipped.
+    """
     done = 0
     lanes, batch = labeller.plan(sources)
     labeller = labeller.with_engine(labeller.times.engine(labeller.inference.engine))
     with (
+        labeller.skips,
         closing(labeller.predict(sources, lanes, batch, stop)) as ready,
         closing(in_order(labeller.write, ready, THREADS, stop)) as all_written,
     ):
         for written in all_written:
-            if isinstance(written, str):
-                echo(f"skipped: {written}", err=True)
+            if isinstance(written, Skip):
+                labeller.skips.add(written)
             else:
                 with labeller.times.stage("writing"):
-                    labeller.journal.add(written.results, written.lines)
+                    labeller.journal.add(written.results, written.objects)
                 done += 1
     return done
 
 
 def key_of(kind: str, source: Source) -> str:
-    """The file of one result below OUT; of its objects in `rle.json`, that file and the image's name in it."""
+    """The file of one result below OUT; of objects in a file of all images, that file and the image's name in it."""
     suffix = KINDS[kind].suffix
     return f"{kind}{suffix}/{source.relative}" if KINDS[kind].encode is None else f"{kind}/{source.name}{suffix}"
 

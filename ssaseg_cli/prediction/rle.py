@@ -1,132 +1,81 @@
-"""`rle.json`: the single file with the run lengths of all images.
+"""`rle.json`: the single file with the run lengths of all images, as pycocotools' `loadRes` takes it.
+
+Beside it, `rle.images.json` lists images and categories: `COCO("rle.images.json").loadRes("rle.json")`.
 
 Axes: K classes, H×W pixels of an image.
 """
 
-import json
-import os
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ssaseg.cli.errors import CommandError
-from ssaseg.files.reading import open_file
-from ssaseg.files.text import printable
-from ssaseg.files.writing import make_temporary
+from ssaseg.cli.prediction.objects import read_objects, replacing, to_line
 
-# Bytes of a line that is read: more than the run lengths of 100 million pixels, each of another class than the next.
-LONGEST_LINE = 2**28
+if TYPE_CHECKING:
+    from ssaseg.cli.prediction.ids import Ids
+
+IMAGES = "rle.images.json"
 
 
-def rle_lines(name: str, labels: np.ndarray, classes: Sequence[str]) -> list[bytes]:
+def rle_lines(name: str, labels: np.ndarray, classes: Sequence[str], ids: "Ids") -> list[bytes]:
     """COCO run lengths of labels (H,W): one JSON object for each class in them.
 
-    Keys: image (path below its INPUT), category_id (0..K-1), category, segmentation {size [H,W], counts}, area
-    [pixels], bbox [x, y, width, height].
+    Keys: image_id and category_id, see `Ids`; segmentation {size [H,W], counts}; score, always 1, as each pixel has one
+    class; image (path below its INPUT), category (the class), area [pixels]. There is no `bbox`: `loadRes` would take
+    its area for that of the region.
     """
     from pycocotools import mask
 
     by_column = np.asfortranarray(labels)  # the order of COCO's run lengths
     lines = []
-    for category in np.flatnonzero(np.bincount(labels.reshape(-1))).tolist():  # unique would sort the pixels
-        code = mask.encode((by_column == category).view(np.uint8))
+    for index in np.flatnonzero(np.bincount(labels.reshape(-1))).tolist():  # unique would sort the pixels
+        category = ids.category(index)
+        if category is None:
+            continue
+        code = mask.encode((by_column == index).view(np.uint8))
         entry = {
-            "image": name,
+            "image_id": ids.image(name),
             "category_id": category,
-            "category": classes[category],
             "segmentation": {"size": list(labels.shape), "counts": code["counts"].decode("ascii")},
+            "score": 1.0,
+            "image": name,
+            "category": classes[index],
             "area": int(mask.area(code)),
-            "bbox": mask.toBbox(code).tolist(),
         }
         lines.append(to_line(entry))
     return lines
 
 
-def to_line(value: Any) -> bytes:
-    """A value as JSON in UTF-8, without line feed. A file name that is not Unicode is written with JSON's escapes."""
-    return json.dumps(value, ensure_ascii=False).encode("utf-8", "backslashreplace")
+def is_rle(value: object) -> bool:
+    """Whether a JSON value has what `rle_lines` writes."""
+    match value:
+        case {
+            "image": str(),
+            "image_id": int(),
+            "category_id": int(),
+            "category": str(),
+            "segmentation": {"size": [int(), int()]},
+        }:
+            return True
+    return False
 
 
-def from_line(line: bytes) -> Any:
-    """The value of a line of JSON; None for what is not JSON."""
-    try:
-        return json.loads(line)
-    except (ValueError, RecursionError):
-        return None
-
-
-def read_lines(file: BinaryIO) -> Iterator[bytes]:
-    """The lines of a file. A longer line than `LONGEST_LINE`, as of a sparse file of terabytes, is cut off and is the
-    last one.
-    """
-    while line := file.readline(LONGEST_LINE):
-        yield line
-        if len(line) == LONGEST_LINE and not line.endswith(b"\n"):
-            return
-
-
-@contextmanager
-def naming(path: Path) -> Iterator[None]:
-    """Adds the file's name to an OSError: that of a full disk has no name."""
-    try:
-        yield
-    except OSError as error:
-        raise OSError(error.errno, error.strerror or str(error), str(path)) from None
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[BinaryIO]:
-    """A new file that replaces `path` at the end; after an error `path` is unchanged. OSErrors name `path`."""
-    with naming(path):
-        temporary, descriptor = make_temporary(path.parent)
-        try:
-            with os.fdopen(descriptor, "wb") as file:
-                yield file
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        except BaseException:
-            with suppress(OSError):
-                temporary.unlink()
-            raise
-
-
-def write_rle(path: Path, new: Iterable[tuple[str, Sequence[bytes]]]) -> None:
-    """Makes `rle.json` anew: a JSON list, one object a line. First the images of `new`, (name, objects), of two images
-    with the same name the first; then the other images of the old file. Raises as `read_rle`, and OSError.
-    """
-    done: set[str] = set()
-    with replacing(path) as file:
-        separator = b"[\n"
-        for name, lines in new:
-            if name not in done:
-                done.add(name)
-                file.write(separator + b",\n".join(lines))
+def list_images(path: Path) -> None:
+    """Writes the images and categories of an `rle.json` beside it, as a COCO-format file without annotations."""
+    categories: dict[int, str] = {}
+    last = None
+    with replacing(path.with_name(IMAGES)) as file:
+        file.write(b'{"images": [')
+        separator = b"\n"
+        for entry, _ in read_objects(path, is_rle):
+            categories.setdefault(entry["category_id"], entry["category"])
+            if entry["image"] != last:
+                last = entry["image"]
+                height, width = entry["segmentation"]["size"]
+                image = {"id": entry["image_id"], "file_name": last, "width": width, "height": height}
+                file.write(separator + to_line(image))
                 separator = b",\n"
-        for name, line in read_rle(path):
-            if name not in done:
-                file.write(separator + line)
-                separator = b",\n"
-        file.write(b"\n]\n")
-
-
-def read_rle(path: Path) -> Iterator[tuple[str, bytes]]:
-    """(image, JSON object) of each line of a file that `write_rle` wrote; nothing if there is no file.
-
-    Raises CommandError for any other file, OSError if it cannot be read.
-    """
-    if not os.path.lexists(path):
-        return
-    with open_file(path) as file:
-        for line in read_lines(file):
-            text = line.strip().removesuffix(b",")
-            if text in (b"[", b"]", b"[]"):
-                continue
-            entry = from_line(text)
-            if not (isinstance(entry, dict) and isinstance(entry.get("image"), str)):
-                fix = "its entries should be kept: move the file away, or choose another --out"
-                raise CommandError(f"{printable(str(path))}: not a list that `ssaseg predict` wrote\n{fix}")
-            yield entry["image"], text
+        named = [{"id": number, "name": name} for number, name in sorted(categories.items())]
+        file.write(b'\n], "annotations": [], "categories": ' + to_line(named) + b"}\n")

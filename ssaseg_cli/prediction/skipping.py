@@ -1,14 +1,16 @@
-"""Which errors concern one image, so that it is skipped and the others are labelled, and what is printed about it."""
+"""Which errors concern one image, so that it is skipped and the others are labelled, and what is printed about them."""
 
 import errno
 import os
 import re
 from pathlib import Path
+from typing import NamedTuple
 
 import cv2
 import torch
 
 from ssaseg.cli.errors import CommandError
+from ssaseg.cli.printing import echo
 from ssaseg.datasets import DataError
 from ssaseg.files.text import printable
 
@@ -26,10 +28,53 @@ NO_MEMORY = re.compile(
 )
 
 AGAIN = "run the command again with --skip-existing"
+EXAMPLES = 3  # files that are named for one reason
+MOST_REASONS = 100
+NUMBER = re.compile(r"\d+")
 
 
-def skip_reason(error: Exception, path: Path, writing: bool = False, again: str = AGAIN) -> str:
-    """One line about the image `path` that an error has met: its name and the reason.
+class Skip(NamedTuple):
+    """A file that is left out, and why; both safe to print."""
+
+    file: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.file}: {self.reason}"
+
+
+class Skips:
+    """What is left out in a run: one line a reason, with its first files. Reasons that differ in numbers are one.
+
+    As a context, it prints the lines at the end of what is done inside, also after an error.
+    """
+
+    def __init__(self) -> None:
+        self.reasons: dict[str, tuple[int, list[Skip]]] = {}
+
+    def __enter__(self) -> "Skips":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.report()
+
+    def add(self, skip: Skip) -> None:
+        """Adds a file. After `MOST_REASONS`, others are counted together."""
+        key = NUMBER.sub("#", skip.reason)
+        key = key if key in self.reasons or len(self.reasons) < MOST_REASONS else ""
+        count, first = self.reasons.get(key, (0, []))
+        self.reasons[key] = count + 1, [*first, skip][:EXAMPLES]
+
+    def report(self) -> None:
+        """Prints the lines on stderr."""
+        for key, (count, first) in self.reasons.items():
+            reason = first[0].reason if key else "other reasons"
+            names = ", ".join(skip.file for skip in first) + ", …" * (count > len(first))
+            echo(f"skipped{f' {count} images' if count > 1 else ''}: {names}: {reason}", err=True)
+
+
+def skip_reason(error: Exception, path: Path, writing: bool = False, again: str = AGAIN) -> Skip:
+    """The image `path` that an error has met, and the reason in one line.
 
     `writing`: the error has come up while results were written. `again`: the fix of an error that would meet the other
     images too, which is raised. An error of an unknown kind, as decoders raise for damaged files, is given with its
@@ -39,23 +84,22 @@ def skip_reason(error: Exception, path: Path, writing: bool = False, again: str 
     if isinstance(error, OSError):
         if error.errno in EXHAUSTED or (writing and error.errno not in NAME_ERRORS):
             raise error
-        return f"{printable(str(error.filename)) if writing else shown}: {printable(error.strerror or str(error))}"
+        return Skip(printable(str(error.filename)) if writing else shown, printable(error.strerror or str(error)))
     # In the text of an error a line feed in the file's name would end the first line.
     text = str(error).replace(str(path), shown)
     if isinstance(error, DataError):
-        reason = printable("; ".join(text.splitlines()[:2]))
-        return reason if shown in reason else f"{shown}: {reason}"  # an engine does not know the image
+        return Skip(shown, printable("; ".join(text.splitlines()[:3])).removeprefix(f"{shown}: "))
     if isinstance(error, FloatingPointError | CommandError):
         raise error
     if lacks_memory(error):
         amount = re.search(r"tried to allocate ([\d.]+ \w+)", text, re.IGNORECASE)
-        return f"{shown}: not enough memory for this image{f' ({amount[1]} more)' if amount else ''}"
+        return Skip(shown, f"not enough memory for this image{f' ({amount[1]} more)' if amount else ''}")
     first = f"{type(error).__name__}: {printable(text.partition(chr(10))[0])}"
     if "CUDA error" in text:  # each later call would fail too
         raise CommandError(f"{shown}: {first}\n{again}, or with --device cpu")
     if os.environ.get("SSASEG_DEBUG") == "1":
         raise error
-    return f"{shown}: {first}"
+    return Skip(shown, first)
 
 
 def lacks_memory(error: Exception) -> bool:

@@ -4,6 +4,7 @@ import glob
 import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import NamedTuple
@@ -16,6 +17,7 @@ from ssaseg.files.listing import real_path, walk_below
 from ssaseg.files.text import printable
 
 EXPLANATIONS = ("activation", "summary")  # folders of the results of `ssaseg explain`
+EXAMPLES = 3  # files that are named of those left out
 RESULTS = (*KINDS, *EXPLANATIONS)  # folders in OUT whose images are results of some command
 
 
@@ -24,7 +26,7 @@ class Source(NamedTuple):
 
     file: str
     relative: str  # path below the INPUT that it was found in
-    name: str  # name of its results: path below their folder, without suffix
+    name: str  # name of its results: path below their folder; without suffix, unless it is kept
 
     @property
     def path(self) -> Path:
@@ -32,10 +34,30 @@ class Source(NamedTuple):
         return Path(self.file)
 
 
-def find_sources(inputs: Sequence[str], out: Path, others: Counter[str] | None = None) -> list[Source]:
+@dataclass
+class LeftOut:
+    """Files that folders and patterns hold besides images: how many of each suffix, and the first of them."""
+
+    counts: Counter[str] = field(default_factory=Counter)
+    first: list[str] = field(default_factory=list)
+
+    def add(self, files: Sequence[str]) -> None:
+        """Adds files that were found together."""
+        self.counts.update(_suffix(file).lower() for file in files)
+        self.first = [*self.first, *files][:EXAMPLES]
+
+    def __str__(self) -> str:
+        names = ", ".join(map(printable, self.first))
+        return f"{count_suffixes(self.counts)} ({names}{', …' * (self.counts.total() > len(self.first))})"
+
+
+def find_sources(
+    inputs: Sequence[str], out: Path, others: LeftOut | None = None, keep_suffix: bool = False
+) -> list[Source]:
     """The images of all inputs, each file once: in the order of the inputs, and sorted within an input.
 
-    `others`: gets the number of files by suffix that folders and patterns also hold, and that are not taken as images.
+    `others`: gets the files that folders and patterns also hold, and that are not taken as images. keep_suffix: results
+    are named by the whole names of their images, as in `a.jpg.png`.
 
     What is in the folders `RESULTS` of `out` is not taken as images. What only has the name of an image, such as a
     device, is found here and refused when it is read. Raises CommandError for an input without images, two images whose
@@ -52,9 +74,8 @@ def find_sources(inputs: Sequence[str], out: Path, others: Counter[str] | None =
         candidates = [each for each in files if named or _is_image(each[0])]
         others_here = [path for path, _ in files if not _is_image(path)] if len(candidates) < len(files) else []
         rest = [path for path in others_here if not _is_within(path, whole, real)]
-        left_out = Counter(_suffix(path).lower() for path in rest)
         if others is not None:
-            others.update(left_out)
+            others.add(rest)
         images = [each for each in candidates if not _is_within(each[0], results, real)]
         shown = printable(given)
         if candidates and not images:
@@ -62,11 +83,13 @@ def find_sources(inputs: Sequence[str], out: Path, others: Counter[str] | None =
             raise CommandError(f"{shown}: {only}\nchange --out")
         if not images:
             suffixes = " ".join(suffix.lstrip(".") for suffix in IMAGE_SUFFIXES)
-            also = f"; {count_suffixes(left_out)}" if left_out else ""
+            left_out = LeftOut()
+            left_out.add(rest)
+            also = f"; {left_out}" if rest else ""
             raise CommandError(f"{shown}: no image found{also}\nlooked for {_where(given)}; types: {suffixes}")
         for path, relative in images:
             found.setdefault(os.path.abspath(path), (path, relative))
-    return _name(list(found.values()))
+    return _name(list(found.values()), keep_suffix)
 
 
 def _is_within(path: str, folders: tuple[str, ...], real: dict[str, str]) -> bool:
@@ -148,24 +171,20 @@ def _is_image(path: str) -> bool:
     return _suffix(path).lower() in IMAGE_SUFFIXES
 
 
-def _name(found: Sequence[tuple[str, str]]) -> list[Source]:
-    """The sources with names for their results: the relative path without suffix, or with it if two would be equal."""
-    names = [relative.removesuffix(_suffix(relative)) for _, relative in found]
-    while True:
-        groups: dict[str, list[int]] = {}
-        for index, name in enumerate(names):
-            groups.setdefault(name, []).append(index)
-        equal = [index for group in groups.values() if len(group) > 1 for index in group]
-        # Repeated, since a name with its suffix may be equal to another name.
-        short = [index for index in equal if names[index] != found[index][1]]
-        if not short:
-            break
-        for index in short:
-            names[index] = found[index][1]
-    if equal:
-        first, second = (printable(found[index][0]) for index in equal[:2])
-        raise CommandError(
-            f"{first} and {second}: their results would have the same name, {printable(names[equal[0]])}\n"
-            "give the folder that holds both inputs, or run the command once for each, with another --out"
-        )
-    return [Source(path, relative, name) for (path, relative), name in zip(found, names, strict=True)]
+def _name(found: Sequence[tuple[str, str]], keep_suffix: bool) -> list[Source]:
+    """The sources with names for their results. Raises CommandError if two names are equal.
+
+    A name depends on the relative path alone: what else is in a folder, now or in a later run, changes no name.
+    """
+    sources: dict[str, Source] = {}
+    for path, relative in found:
+        source = Source(path, relative, relative if keep_suffix else relative.removesuffix(_suffix(relative)))
+        other = sources.setdefault(source.name, source)
+        if other is source:
+            continue
+        both = f"{printable(other.file)} and {printable(path)}"
+        fix = "give the folder that holds both inputs, or run the command once for each, with another --out"
+        if other.relative != relative:
+            fix = "`predict --keep-suffix` names results by whole file names; or rename one of the two"
+        raise CommandError(f"{both}: their results would have the same name, {printable(source.name)}\n{fix}")
+    return list(sources.values())

@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 from ssaseg.datasets import DataError, check
+from ssaseg.datasets.base import Problem
 from ssaseg.datasets.check import Findings, check_dataset, look_through
 from ssaseg.datasets.decoding import read_mask
 from ssaseg.datasets.inspection import count_ids
@@ -64,11 +65,24 @@ def test_a_pair_may_have_two_problems(tmp_path: Path) -> None:
     assert ["9x8" in errors[0], "id 9" in errors[1]] == [True, True]
 
 
-def test_the_list_is_bounded(tmp_path: Path) -> None:
-    errors = texts(check_dataset(make(tmp_path, [mask(3)] * 14)), "error")
+def test_a_cause_is_told_once_with_a_count_and_three_examples(tmp_path: Path) -> None:
+    dataset = make(tmp_path, [mask(3)] * 9 + [mask(0, 4, width=9)] * 2 + [mask(0, 4)])
+    found = check_dataset(dataset)
+    ids, sizes = texts(found, "error")
+    assert ids.startswith(
+        f"12 x ids out of range: 00, 01, 02, …; the first: {dataset.mask_files[0]}: id 3 in 80 pixels\n"
+    )
+    assert "data.reduce_zero_label" in ids
+    assert sizes.startswith("2 x sizes that differ: 09, 10; the first: ")
+    assert found.count("error") == 14
+
+
+def test_the_list_is_bounded() -> None:
+    problems = [Problem("error", f"{letter}.png: a reason {letter}", "odd", letter) for letter in "abcdefghijklmn"]
+    errors = Findings(14, problems=problems).messages("error")
     assert len(errors) == 11
-    assert "data.reduce_zero_label" in errors[0]
-    assert errors[-1].startswith("4 more errors in the 14 pairs")
+    assert errors[0] == "a.png: a reason a"
+    assert errors[-1] == "4 more errors in the 14 pairs that were read: 4 x odd"
 
 
 def test_classes_without_pixels_are_a_warning(tmp_path: Path) -> None:
@@ -103,7 +117,8 @@ def test_sample_is_evenly_spaced_and_does_not_judge_the_whole(tmp_path: Path, mo
     monkeypatch.setattr(check, "DECODED", 1)
     dataset = make(tmp_path, [mask(0), mask(9), mask(0), mask(9), mask(0), mask(9)])
     assert check_dataset(dataset, sample=3).problems == [], "0, 2 and 4 are sound; two classes may lie in the others"
-    assert len(texts(check_dataset(dataset, sample=6), "error")) == 3
+    (error,) = texts(check_dataset(dataset, sample=6), "error")
+    assert error.startswith("3 x ids out of range: 01, 03, 05; ")
     dataset.image_files[4].write_bytes(dataset.image_files[4].read_bytes()[:-50])
     assert len(check_dataset(dataset, sample=3).problems) == 1, (
         "an image that is not decoded is still known to be cut off"
@@ -155,13 +170,6 @@ def test_built_in_scenes_are_counted() -> None:
     assert found.sizes == {(64, 80): 3}
     assert found.pixels.sum() == 3 * 64 * 80
     assert found.count("error") == 0
-
-
-def test_more_than_ten_are_counted_by_kind(tmp_path: Path) -> None:
-    dataset = make(tmp_path, [mask(9)] * 12 + [mask(0, width=9)] * 2)
-    assert look_through(dataset).messages("error")[-1] == (
-        "4 more errors in the 14 pairs that were read: 2 x ids out of range, 2 x sizes that differ"
-    )
 
 
 def test_incomplete_pairs_are_told_and_the_others_read(tmp_path: Path) -> None:

@@ -167,7 +167,7 @@ def test_things_are_painted_on_stuff_whatever_their_size(tmp_path: Path) -> None
 def test_classes_are_the_categories_by_id(tmp_path: Path) -> None:
     seen = dataset(tmp_path, document((900, rle(square(0, 0, 2)))))
     assert seen.classes == ("cat", "dog", "sofa")
-    assert seen.palette == default_palette(3)
+    assert seen.palette == default_palette(seen.classes)
     assert np.unique(seen.load(0)[1]).tolist() == [2, 255]
     assert np.flatnonzero(seen.valid_raw).tolist() == [0, 1, 2, 255]
     assert seen.label_lut[[0, 2, 3, 255]].tolist() == [0, 2, 255, 255]

@@ -15,6 +15,7 @@ from PIL import Image
 
 from ssaseg.datasets import DataError
 from ssaseg.datasets.decoding import FORMATS, MAX_PIXELS, header_size, read_image, read_mask
+from ssaseg.datasets.decoding.formats import format_of
 
 EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 64 64\n%%EndComments\n{ } loop\n%%EOF\n"
 # The same PostScript behind the binary header of DOS.
@@ -47,7 +48,7 @@ def test_no_other_program_runs_on_a_file(
     assert shutil.which("gs") == str(ghost)
     file.write_bytes(content)
     for read in (read_image, read_mask):
-        with pytest.raises(DataError, match=f"{name}: damaged"):
+        with pytest.raises(DataError, match=f"{name}: (damaged|a PostScript document)"):
             read(file)
     assert header_size(file) is None
     assert not (tmp_path / "started").exists()
@@ -78,6 +79,74 @@ def test_other_formats_are_not_opened(tmp_path: Path, suffix: str) -> None:
     for read in (read_image, read_mask):
         with pytest.raises(DataError, match="not an image of a known type"):
             read(file)
+
+
+def box(*brands: bytes) -> bytes:
+    """The start of a file of ISO's format for media: its main brand, a version, and the others."""
+    content = brands[0] + bytes(4) + b"".join(brands[1:])
+    return struct.pack(">I", 8 + len(content)) + b"ftyp" + content + bytes(64)
+
+
+@pytest.mark.parametrize(
+    ("data", "what", "fix"),
+    [
+        (box(b"isom", b"mp42"), "a video (MP4", "ffmpeg -i VIDEO"),
+        (box(b"qt  "), "a video (MP4", "ffmpeg"),
+        (b"RIFF\x10\0\0\0AVI LIST", "a video (AVI)", "ffmpeg"),
+        (b"\x1aE\xdf\xa3" + bytes(20), "a video (Matroska", "ffmpeg"),
+        (b"\0\0\0\x08wide\0\0\0\0mdat", "a video (QuickTime)", "ffmpeg"),
+        ((b"G" + bytes(187)) * 4, "a video (MPEG transport stream)", "ffmpeg"),
+        (b"\0\0\1\xba" + bytes(20), "a video (MPEG)", "ffmpeg"),
+        (box(b"heic", b"mif1"), "a HEIC image", "JPEG"),
+        (box(b"mif1", b"heic", b"miaf"), "a HEIC image", "JPEG"),
+        (box(b"crx "), "a camera's raw image", "develop"),
+        (b"%PDF-1.7\n%\xe2\xe3", "a PDF document", "pdftoppm"),
+        (b"PK\3\4" + bytes(20), "an archive (zip, .npz)", "unpack"),
+        (b"7z\xbc\xaf'\x1c" + bytes(20), "an archive (7z)", "unpack"),
+        (b"name".ljust(257, b"\0") + b"ustar" + bytes(300), "an archive (tar)", "unpack"),
+        (b"\xef\xbb\xbf\n<!DOCTYPE html><p>404", "an HTML page", "download the image again"),
+        (b"<svg xmlns='x'></svg>", "an SVG drawing", "PNG"),
+        ("{“a”: 1}".encode() * 99, "a text file (XML or JSON)", "give images"),
+    ],
+)
+def test_what_is_no_image_is_named_with_the_fix(tmp_path: Path, data: bytes, what: str, fix: str) -> None:
+    file = tmp_path / "x.jpg"
+    file.write_bytes(data)
+    for read in (read_image, read_mask):
+        with pytest.raises(DataError) as caught:
+            read(file)
+        first, second, third = str(caught.value).split("\n")
+        assert what in first
+        assert "damaged" not in first
+        assert second.startswith("expected a")
+        assert fix in third
+
+
+def test_text_is_named_as_text(tmp_path: Path) -> None:
+    file = tmp_path / "x.png"
+    for content, text in (("größer als é ".encode() * 99, True), (b"\xe9t\xe9", False), (b"a\0b", False)):
+        file.write_bytes(content)
+        with pytest.raises(DataError, match="not an image of a known type") as caught:
+            read_image(file)
+        assert ("known type, but text\n" in str(caught.value)) == text
+
+
+def test_a_long_video_is_named_as_one(tmp_path: Path) -> None:
+    """A file that is larger than any image may be: only its start is read."""
+    file = tmp_path / "film.mp4"
+    file.write_bytes(box(b"isom"))
+    os.truncate(file, 2**30 + 1)
+    with pytest.raises(DataError, match="a video"):
+        read_image(file)
+    (tmp_path / "zeros.png").touch()
+    os.truncate(tmp_path / "zeros.png", 2**30 + 1)
+    with pytest.raises(OSError, match="larger than 1,024 MiB"):
+        read_image(tmp_path / "zeros.png")
+
+
+def test_an_avif_image_by_any_of_its_brands() -> None:
+    brands = ((b"mif1", b"avif"), (b"avis",), (b"mif1",))
+    assert [format_of(box(*each)) for each in brands] == ["AVIF", "AVIF", None]
 
 
 def test_a_small_file_of_very_many_pixels_is_refused_before_it_is_decoded(

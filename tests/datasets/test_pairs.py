@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 
 from ssaseg.datasets import DataError, build_dataset, default_palette, list_datasets
+from ssaseg.datasets.base import pascal_palette
 from ssaseg.datasets.decoding import read_image, read_mask
 from ssaseg.datasets.pairs import PairDataset, label_table
 
@@ -212,10 +213,13 @@ def test_cache_reads_once_and_cannot_be_written(tmp_path: Path) -> None:
         without_cache.load(0)
 
 
-def test_default_palette_is_pascals() -> None:
-    assert default_palette(4) == ((0, 0, 0), (128, 0, 0), (0, 128, 0), (128, 128, 0))
-    assert len(set(default_palette(256))) == 256
-    assert default_palette(256)[255] == (224, 224, 192)
+def test_default_palette_is_pascals_and_black_is_only_background() -> None:
+    assert pascal_palette(4) == ((0, 0, 0), (128, 0, 0), (0, 128, 0), (128, 128, 0))
+    assert pascal_palette(256)[255] == (224, 224, 192)
+    assert default_palette(("background", "cat", "dog")) == pascal_palette(3)
+    assert default_palette(("road", "Void", "car", "void")) == ((128, 0, 0), (0, 0, 0), (0, 128, 0), (128, 128, 0))
+    many = default_palette([f"class {number}" for number in range(255)])
+    assert len({*many, (0, 0, 0)}) == 256
 
 
 # Bad input
@@ -360,7 +364,7 @@ def test_palette_file_with_the_recipes_colours_in_another_order(tmp_path: Path, 
 
 
 def test_masks_that_merely_carry_pascals_palette_are_not_accused(tmp_path: Path) -> None:
-    voc = default_palette(256)
+    voc = pascal_palette(256)
     dataset = folder(tmp_path, palette=[voc[at] for at in (2, 0, 1)])
     for used in ((0, 1, 2), (255,)):
         mask = Image.fromarray(ids(*used))

@@ -18,7 +18,8 @@ from ssaseg.cli.errors import CommandError
 from ssaseg.cli.main import cli
 from ssaseg.cli.scoring.evaluate import evaluate_model
 from ssaseg.cli.weights.classes import dataset_metadata
-from ssaseg.datasets import DataError, Dataset, build_dataset, default_palette, stated_classes
+from ssaseg.datasets import DataError, Dataset, build_dataset, stated_classes
+from ssaseg.datasets.base import pascal_palette
 from ssaseg.datasets.exporting import export_scenes
 from ssaseg.datasets.labels import label_space, list_label_spaces
 from ssaseg.datasets.pairs import PairDataset, read_names
@@ -121,7 +122,7 @@ def test_public_definitions() -> None:
     assert (cityscapes.classes[0], cityscapes.classes[7], cityscapes.classes[18]) == ("road", "traffic sign", "bicycle")
     assert (cityscapes.palette[0], cityscapes.palette[11]) == ([128, 64, 128], [220, 20, 60])
     assert (voc.classes[0], voc.classes[15], voc.classes[20]) == ("background", "person", "tvmonitor")
-    assert [tuple(colour) for colour in voc.palette] == list(default_palette(21))
+    assert [tuple(colour) for colour in voc.palette] == list(pascal_palette(21))
     fingerprints = [hashlib.sha256(json.dumps(space[:2]).encode()).hexdigest()[:16] for space in (cityscapes, voc)]
     assert fingerprints == ["fdc2c09f612a02c0", "3d61c831cd0012d4"]
 

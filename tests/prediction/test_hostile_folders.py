@@ -1,5 +1,6 @@
 """Images and folders from outside: devices, circles, links, patterns, names and images that do not fit into memory."""
 
+import contextlib
 import os
 import signal
 import socket
@@ -18,10 +19,11 @@ from predicting import files, picture, save_checkpoint, write
 
 from ssaseg.cli.errors import CommandError
 from ssaseg.cli.main import cli
-from ssaseg.cli.prediction import labelling, predict, rle
+from ssaseg.cli.prediction import labelling, objects, predict
 from ssaseg.cli.prediction.predict import run_predict
-from ssaseg.cli.prediction.skipping import skip_reason
-from ssaseg.cli.prediction.sources import find_sources
+from ssaseg.cli.prediction.skipping import MOST_REASONS, Skip, Skips, skip_reason
+from ssaseg.cli.prediction.sources import LeftOut, find_sources
+from ssaseg.datasets import DataError
 from ssaseg.files.listing import MOST_WAYS, walk
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -37,8 +39,10 @@ def label(checkpoint: Path, given: Path, out: Path, *save: str) -> int:
     return run_predict(checkpoint, [str(given)], out, save or ("index",), False, "cpu")
 
 
-def skipped(told: Told) -> list[str]:
-    return [line.removeprefix("skipped: ") for line in told.readouterr().err.splitlines() if line.startswith("skipped")]
+def skipped(told: Told) -> list[tuple[str, str]]:
+    """For each file that was skipped, its name and the reason."""
+    lines = [line.split(": ", 2)[1:] for line in told.readouterr().err.splitlines() if line.startswith("skipped")]
+    return [(Path(file).name, reason) for files, reason in lines for file in files.split(", ")]
 
 
 # ---- what is not an image ----------------------------------------------------------------------------------------
@@ -56,16 +60,11 @@ def test_devices_and_pipes_are_skipped(checkpoint: Path, tmp_path: Path, capsys:
         os.chdir(before)
         for given in (folder, folder / "*.png", folder / "**/*.png"):
             assert label(checkpoint, given, tmp_path / "out") == 1
-            lines = skipped(capsys)
-            assert [Path(line.split(":")[0]).name for line in lines] == [
-                "a.png",
-                "b.png",
-                "c.png",
-                "itself.png",
-                "s.png",
-            ]
-            for line, reason in zip(lines, ("a FIFO", "a device", "symbolic", "symbolic", "regular file"), strict=True):
-                assert reason in line
+            found = skipped(capsys)
+            assert [name for name, _ in found] == ["a.png", "b.png", "c.png", "itself.png", "s.png"]
+            parts = ("a FIFO", "a device", "symbolic", "symbolic", "regular file")
+            for (_, reason), part in zip(found, parts, strict=True):
+                assert part in reason
             assert files(tmp_path / "out") == ["index/z.png"]
         assert label(checkpoint, folder / "a.png", tmp_path / "out") == 1
 
@@ -205,9 +204,9 @@ def test_links_below_a_folder_of_results(checkpoint: Path, tmp_path: Path, capsy
     with pytest.raises(CommandError, match="not a list"):
         label(checkpoint, tmp_path / "in", out, "rle")
     assert label(checkpoint, tmp_path / "in", out) == 1
-    told = skipped(capsys)
-    assert len(told) == 2
-    assert all("leads out of" in line for line in told)
+    found = skipped(capsys)
+    assert [name for name, _ in found] == ["1.png", "2.png"]
+    assert all("leads out of" in reason for _, reason in found)
     assert victim.read_text() == "my key"
     assert not (tmp_path / "new").exists()
     assert files(tmp_path / "elsewhere") == []
@@ -232,19 +231,19 @@ def test_names_that_cannot_be_written(checkpoint: Path, tmp_path: Path, capsys: 
     write(tmp_path / "in/deep/1.png")
     (tmp_path / "out/index/deep").write_text("a file")
     assert label(checkpoint, tmp_path / "in", tmp_path / "out") == 1
-    told = skipped(capsys)
-    assert [Path(line.split(":")[0]).name for line in told] == ["c.png", "d.png", "1.png"]
+    assert [name for name, _ in skipped(capsys)] == ["c.png", "d.png", "1.png"]
     done = {path.name for path in (tmp_path / "out/index").iterdir() if path.is_file()}
     assert done == {"a.png", f"{longest}.png", f"{'x' * 251}.png", "z.png", "a.png.png", "deep"}
 
 
 def test_a_name_too_long_for_its_result(checkpoint: Path, tmp_path: Path, capsys: Told) -> None:
-    write(tmp_path / f"in/{'x' * 251}.png")
-    write(tmp_path / "in/0.jpg").rename(tmp_path / f"in/{'x' * 251}.jpg")  # so that both keep their suffix
+    for suffix in ("png", "jpg"):
+        write(tmp_path / f"in/0.{suffix}").rename(tmp_path / f"in/{'x' * 251}.{suffix}")
     write(tmp_path / "in/z.png")
-    assert label(checkpoint, tmp_path / "in", tmp_path / "out") == 1
-    assert [line.partition(".png: ")[2][:18] for line in skipped(capsys)] == ["File name too long"] * 2
-    assert files(tmp_path / "out") == ["index/z.png"]
+    given = (checkpoint, [str(tmp_path / "in")], tmp_path / "out", ("index",), False, "cpu")
+    assert run_predict(*given, keep_suffix=True) == 1
+    assert [reason[:18] for _, reason in skipped(capsys)] == ["File name too long"] * 2
+    assert files(tmp_path / "out") == ["index/z.png.png"]
 
 
 def one_colour(path: Path, width: int, height: int) -> Path:
@@ -269,7 +268,8 @@ def test_max_pixels(checkpoint: Path, tmp_path: Path) -> None:
     for more, done in ([], "anz"), (["--max-pixels", "9000"], "az"):
         ended = CliRunner().invoke(cli, [*words, *more])
         assert ended.exit_code == 1
-        assert "m.png: an image of 12000×12000 pixels" in ended.stderr
+        assert "in/m.png" in ended.stderr
+        assert ": an image of 12000×12000 pixels" in ended.stderr
         assert "expected at most" in ended.stderr
         assert f"labelled {len(done)} of 4 images" in ended.stdout
 
@@ -313,9 +313,9 @@ def test_the_others_are_labelled(
         encode: Any = fails(kind.encode, lambda image, *_: image.shape[0] == 48)
         monkeypatch.setattr(labelling, "KINDS", {**labelling.KINDS, "index": kind._replace(encode=encode)})
     assert label(checkpoint, tmp_path / "in", tmp_path / "out") == 1
-    (told,) = skipped(capsys)
-    assert told.startswith(f"{tmp_path}/in/m.png: ")
-    assert said in told
+    ((name, told),) = skipped(capsys)
+    assert name == "m.png"
+    assert said.removeprefix("error: ") in told
     assert files(tmp_path / "out") == ["index/a.png", "index/z.png"]
 
 
@@ -334,6 +334,56 @@ def test_errors_that_would_meet_every_image(monkeypatch: pytest.MonkeyPatch) -> 
         skip_reason(ZeroDivisionError(), path)
 
 
+def test_one_line_for_one_reason(capsys: Told) -> None:
+    with contextlib.suppress(ZeroDivisionError), Skips() as skips:
+        for index in range(17):
+            skips.add(
+                skip_reason(
+                    DataError(f"in/{index}.jpg: its end is missing after {index} bytes"), Path(f"in/{index}.jpg")
+                )
+            )
+        skips.add(skip_reason(OSError(40, "Too many links", "in/x.png"), Path("in/x.png")))
+        assert capsys.readouterr().err == ""
+        raise ZeroDivisionError
+    assert capsys.readouterr().err.splitlines() == [
+        "skipped 17 images: in/0.jpg, in/1.jpg, in/2.jpg, …: its end is missing after 0 bytes",
+        "skipped: in/x.png: Too many links",
+    ]
+    for index in range(2 * MOST_REASONS):
+        skips.add(Skip("a.png", "reason " + "x" * index))
+    skips.report()
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == MOST_REASONS + 1
+    assert "other reasons" in lines[-1]
+
+
+def test_files_that_are_left_out_are_named(tmp_path: Path, capsys: Told) -> None:
+    for name in ("1.jpg", "2.heic", "sub/3.HEIC", "4.txt", "5.mov", "out/index/6.txt"):
+        write(tmp_path / "1.jpg") if name == "1.jpg" else put_text(tmp_path / name)
+    others = LeftOut()
+    (source,) = find_sources([str(tmp_path)], tmp_path / "out", others)
+    assert str(others).startswith("4 files of other types are left out: 2 .heic, 1 .txt, 1 .mov (")
+    assert str(others).endswith(", …)")
+    assert str(others).count(str(tmp_path)) == 3
+    source.path.unlink()
+    with pytest.raises(CommandError, match=r"no image found; 4 files of other types .*2\.heic, "):
+        find_sources([str(tmp_path)], tmp_path / "out")
+
+
+def put_text(path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("no image")
+
+
+@pytest.mark.parametrize("given", ["gone.jpg", "gone/*.png", "empty"])
+def test_a_missing_input_is_reported_before_the_network_is_read(tmp_path: Path, given: str) -> None:
+    (tmp_path / "empty").mkdir()
+    ended = CliRunner().invoke(cli, ["predict", __file__, str(tmp_path / given), "--out", str(tmp_path / "out")])
+    assert ended.exit_code == 2
+    assert "no image found" in ended.stderr
+    assert not (tmp_path / "out").exists()
+
+
 def test_names_with_control_characters(checkpoint: Path, tmp_path: Path, capsys: Told) -> None:
     folder = tmp_path / "in"
     for name in ("a\x1b[2Jb.png", "line\nfeed.png", "\u202egnp.png"):
@@ -344,10 +394,12 @@ def test_names_with_control_characters(checkpoint: Path, tmp_path: Path, capsys:
     assert label(checkpoint, folder, tmp_path / "out\x1b[0m") == 1
     told = capsys.readouterr()
     lines = sorted(line for line in told.err.splitlines() if line.startswith("skipped"))
-    assert len(lines) == len(told.err.splitlines()) == 4
+    assert len(lines) == len(told.err.splitlines()) == 2
     assert not set("\x1b\u202e\udcff") & set(told.err + told.out)
-    assert r"in/line\x0afeed.png: damaged image" in lines[2]
-    assert r"in/pipe\x0a\xff.png: not a regular file, but a FIFO" in lines[3]
+    assert lines[0].startswith("skipped 3 images: ")
+    assert r"in/line\x0afeed.png" in lines[0]
+    assert ": damaged image" in lines[0]
+    assert r"in/pipe\x0a\xff.png: not a regular file, but a FIFO" in lines[1]
     for given in (f"{folder}/no\x1b*.png", f"{folder}/no\x1b.png"):
         with pytest.raises(CommandError) as caught:
             find_sources([given], tmp_path / "out")
@@ -363,9 +415,9 @@ def test_an_empty_input_is_not_the_current_folder(tmp_path: Path, monkeypatch: p
 
 
 def test_a_line_without_end_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rle, "LONGEST_LINE", 2**10)
+    monkeypatch.setattr(objects, "LONGEST_LINE", 2**10)
     with (tmp_path / "sparse").open("w+b") as file:
         file.write(b"x" * (2**10 - 1) + b"\n")
         file.truncate(2**42)
         file.seek(0)
-        assert [len(line) for line in rle.read_lines(file)] == [2**10, 2**10]
+        assert [len(line) for line in objects.read_lines(file)] == [2**10, 2**10]

@@ -133,7 +133,7 @@ def test_a_damaged_record_is_read_as_far_as_it_goes(tmp_path: Path) -> None:
     ]
     (tmp_path / RECORD).write_bytes(b"\n".join(lines))
     assert list(read_record(tmp_path)) == [good]
-    assert not Existing(tmp_path, {good.key}, rle=False).has(good.key, good.made_of)  # there is no such file
+    assert not Existing(tmp_path, {good.key}, ("index",)).has(good.key, good.made_of)  # there is no such file
     os.unlink(tmp_path / RECORD)
     os.mkfifo(tmp_path / RECORD)
     with pytest.raises(OSError, match="not a regular file"):
@@ -163,7 +163,7 @@ def test_two_commands_at_once(checkpoint: Path, tmp_path: Path) -> None:
     assert other.returncode == 0
     assert labelled_images(out / "rle.json") == {"mine.png", "other.png"}
     assert {result.key for result in read_record(out)} == {"rle.json/mine.png", "rle.json/other.png"}
-    assert sorted(os.listdir(out)) == [RECORD, "rle.json"]
+    assert sorted(os.listdir(out)) == [RECORD, "classes.json", "rle.images.json", "rle.json"]
 
 
 def test_a_killed_command_loses_nothing(checkpoint: Path, tmp_path: Path) -> None:
@@ -180,7 +180,7 @@ def test_a_killed_command_loses_nothing(checkpoint: Path, tmp_path: Path) -> Non
     assert label(checkpoint, tmp_path / "in", out, "rle") == 0
     entries = json.loads((out / "rle.json").read_text())
     assert [entry["category_id"] for entry in entries if entry["image"] == "other.png"] == [0, 3]
-    assert sorted(os.listdir(out)) == [RECORD, "index", "rle.json"]
+    assert sorted(os.listdir(out)) == [RECORD, "classes.json", "index", "rle.images.json", "rle.json"]
     assert not left.exists()
 
 
@@ -260,7 +260,7 @@ def test_results_stay_in_the_journal_if_they_cannot_be_added(
         raise OSError(28, "No space left on device", "rle.json")
 
     with monkeypatch.context() as patch:
-        patch.setattr(journal, "write_rle", full)
+        patch.setattr(journal, "write_objects", full)
         with pytest.raises(OSError, match="No space left"):
             label(checkpoint, tmp_path / "in", out, "rle")
     assert not (out / "rle.json").exists()
