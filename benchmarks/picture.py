@@ -22,7 +22,7 @@ from ssaseg.datasets import IGNORED
 from ssaseg.datasets.synthetic import SyntheticScenes
 
 PROJECT = Path(__file__).resolve().parent.parent
-WEIGHTS = PROJECT / "benchmarks/weights/camvid-seaformer_s-ssa.safetensors"
+WEIGHTS = PROJECT / "benchmarks/weights/camvid-lite0-ssa.safetensors"
 WRONG = (230, 50, 50)  # RGB
 LARGEST = 200_000  # bytes of the picture
 
