@@ -136,6 +136,8 @@ SCHEMA: Mapping[str, tuple[Callable[[Any], bool], str]] = {
     "recipe": (lambda value: value is None or isinstance(value, dict), "null or a mapping"),
     "step": (lambda value: isinstance(value, int) and _is_number(value, 0, 1e15), "a whole number, 0 or more"),
     "scores": (lambda value: isinstance(value, dict), "a mapping"),
+    # Classes that `ssaseg convert` gave new weights, which were never trained.
+    "untrained": (_are(_is_name), "a list of names of classes"),
     "reduce_zero_label": (lambda value: isinstance(value, bool), "true or false"),  # of a folder of transformers
     "deploy": (_is_deploy, 'a mapping such as {"weights": "float16", "without": ["classifier.teacher"]}'),
     # Of an exported graph.

@@ -4,6 +4,8 @@ A recipe may extend others. It is checked against the schema when it is read. `k
 """
 
 import itertools
+import json
+import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,6 +20,7 @@ from ssaseg.recipes.messages import explain
 from ssaseg.recipes.reading import (
     FLOAT,
     FOLDER,
+    HERE,
     LIST,
     Layer,
     RecipeError,
@@ -30,6 +33,7 @@ from ssaseg.recipes.reading import (
 from ssaseg.recipes.schema import Recipe, Test
 
 __all__ = [
+    "HERE",
     "Recipe",
     "RecipeError",
     "Test",
@@ -113,19 +117,30 @@ def parse_protocol(data: Mapping[str, Any], source: str) -> Test:
         raise RecipeError(explain(error, source, {})) from None
 
 
-def dump_recipe(recipe: Recipe) -> str:
-    """The recipe as YAML text with all keys and without `extends`. It can be run; loading it gives an equal recipe."""
-    return _dump(recipe.model_dump())
+def dump_recipe(recipe: Recipe, after_data: str | None = None) -> str:
+    """The recipe as YAML text with all keys and without `extends`. It can be run; loading it gives an equal recipe.
+
+    after_data: comments to write below the section `data`, which is then without the keys that its data set does not
+    use.
+    """
+    values = recipe.model_dump()
+    if after_data is None:
+        return _dump(values)
+    values["data"] = {key: value for key, value in values["data"].items() if recipe.data.uses(key)}
+    place = list(values).index("data") + 1
+    first, rest = (dict(part) for part in (list(values.items())[:place], list(values.items())[place:]))
+    return _dump(first) + after_data + _dump(rest)
 
 
 def standalone_text(name_or_path: str) -> str:
     """The recipe as the text of a single file, without `name`: the name is then that of the new file.
 
-    If the recipe extends no other, this is its unchanged text, with comments; otherwise its header and all its keys.
+    If the recipe extends no other, this is its text, with comments; otherwise its header and all its keys. The folder
+    of the file is written in the place of `${recipe_dir}`, as the text may be stored in another folder.
     """
     path = recipe_file(name_or_path)
     recipe = load_recipe(name_or_path)
-    text = recipe_text(path)
+    text = recipe_text(path).replace(HERE, json.dumps(os.path.abspath(path.parent), ensure_ascii=False)[1:-1])
     if not re.search(r"^extends\b", text, flags=re.MULTILINE):
         return text
     header = "".join(itertools.takewhile(lambda line: line.startswith("#"), text.splitlines(keepends=True)))

@@ -105,7 +105,11 @@ class Data(Section):
         description="folder (image/mask pairs on disk), coco_json (COCO-format annotations), synthetic (scenes that "
         "ssaseg draws itself), or a published data set such as ade20k, whose classes and folders are known",
     )
-    root: Text = Field(default=".", description="folder of the data set, relative to the current directory")
+    root: Text = Field(
+        default=".",
+        description="folder of the data set, relative to the current directory; in a file, a path that starts with "
+        "${recipe_dir} is seen from the folder of the file",
+    )
     train: Folders | None = Field(default=None, description="where the training split's images and labels are")
     val: Folders | None = Field(default=None, description="where the validation split's images and labels are")
     image_suffixes: Suffixes = Field(
@@ -135,7 +139,8 @@ class Data(Section):
     )
     raw_to_train: dict[RawId, Byte] | None = Field(
         default=None,
-        description="mask value -> train id (0..K-1, or 255: ignored), for every pixel; null: values stay unchanged",
+        description="mask value -> train id (0..K-1, or 255: ignored), for every value in the masks; several values "
+        "may have one train id, which merges classes: {0: 0, 1: 1, 2: 1, 255: 255}; null: values stay unchanged",
     )
     channels: int = Field(
         default=3,
@@ -202,6 +207,10 @@ class Data(Section):
                 fix = "remove the key: a list has the whole names of images and masks"
                 raise wrong(f"data.{key}", got, "no value, since all pairs are in lists", fix)
         return self
+
+    def uses(self, key: str) -> bool:
+        """Whether the data set reads a key of this section; the value of another key is not in force."""
+        return self.dataset in _USERS.get(key, (self.dataset,)) and (key != "synthetic" or self.dataset == key)
 
     def _only_lists(self) -> bool:
         return all(folders is not None and folders.pairs is not None for folders in (self.train, self.val))

@@ -34,6 +34,20 @@ _EXPECTED = {
     "too_short": "a list of at least {min_length}",
 }
 
+# What other programs call our keys, where the names are not alike.
+_ELSEWHERE = {
+    **dict.fromkeys(("backbone", "network", "arch", "architecture", "encoder"), "model.name"),
+    **dict.fromkeys(("learning_rate", "base_lr", "lr0"), "optim.lr"),
+    **dict.fromkeys(("optimizer", "optimiser"), "optim.kind"),
+    **dict.fromkeys(("iterations", "iters", "max_iters", "max_steps"), "train.steps"),
+    **dict.fromkeys(("batch_size", "bs", "samples_per_gpu"), "train.batch"),
+    **dict.fromkeys(("num_workers", "workers_per_gpu"), "train.workers"),
+    **dict.fromkeys(("crop_size", "image_size", "img_size", "imgsz"), "augment.crop"),
+    **dict.fromkeys(("data_root", "data_dir", "data_path", "dataset_root"), "data.root"),
+    **dict.fromkeys(("checkpoint", "load_from", "weights_path"), "model.pretrained"),
+    **dict.fromkeys(("precision", "fp16", "bf16", "mixed_precision"), "train.amp"),
+}
+
 
 def explain(error: ValidationError, source: str, places: Mapping[Keys, str]) -> str:
     """The first problem of a recipe, and the number of the other problems.
@@ -77,15 +91,26 @@ def _describe(problem: Mapping[str, Any]) -> tuple[Keys, str, str]:
 def _did_you_mean(loc: Keys) -> str:
     *above, name = map(str, loc)
     section = _section(tuple(above))
-    siblings = list(section.model_fields)
+    if near := likely_keys(name, dotted(tuple(above))):
+        return f"did you mean {' or '.join(near)}?"
+    return f"known keys {'of ' + dotted(tuple(above)) if above else 'at the top'}: {', '.join(section.model_fields)}"
+
+
+def likely_keys(name: str, section: str = "") -> list[str]:
+    """The known keys of all sections that a name is likely to mean, at most two: those of the most similar name, and of
+    several similar names those of `section`, where it was looked for.
+    """
     name = name.lower()[:60]  # all keys are in lower case, and short
-    near = difflib.get_close_matches(name, siblings, n=1)
-    if near:
-        return f"did you mean {dotted((*above, near[0]))}?"
-    others = [key for key in _all_keys(Recipe) if difflib.get_close_matches(name, [key.rpartition(".")[2]], n=1)]
-    if others:
-        return f"did you mean {' or '.join(others[:2])}?"
-    return f"known keys {'of ' + dotted(tuple(above)) if above else 'at the top'}: {', '.join(siblings)}"
+    if name in _ELSEWHERE:
+        return [_ELSEWHERE[name]]
+    scores: dict[str, float] = {}
+    inside = [f"{section}.{field}" for field in _section(tuple(section.split("."))).model_fields]
+    for key in (*_all_keys(Recipe), *inside):  # those inside may be below a name that the user has chosen
+        above, _, last = key.rpartition(".")
+        alike = difflib.SequenceMatcher(None, name, last).ratio()
+        if alike >= 0.6:
+            scores[key] = alike + 0.15 * (above == section)
+    return [key for key, score in scores.items() if score >= max(scores.values()) - 1e-9][:2]
 
 
 def _all_keys(section: type[BaseModel], above: str = "") -> Iterator[str]:

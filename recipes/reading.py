@@ -18,6 +18,8 @@ from ssaseg.files.reading import read_text
 from ssaseg.files.text import cut, printable
 
 FOLDER = Path(__file__).parent
+HERE = "${recipe_dir}"  # at the start of a path in a recipe: the folder of the recipe's file
+RUN = "config.yaml"  # the recipe in the folder of a run
 COMMAND_LINE = "command line"
 LIST = "`ssaseg recipes list` prints the shipped recipes"
 SYNTAX = "expected lines `key: value`, indented with spaces; text that contains `: ` or ` #` needs quotes"
@@ -79,7 +81,7 @@ def recipe_file(name: str, beside: Path | None = None) -> Path:
     """The file of a recipe: `name` is a path if it has the suffix .yaml or a folder, otherwise a shipped recipe.
 
     Args:
-        name: what the user wrote, e.g. "demo", "my.yaml", "_camvid".
+        name: what the user wrote, e.g. "demo", "my.yaml", "_camvid", or the folder of a run, which holds its recipe.
         beside: folder that a path is relative to; None: the current directory.
 
     Raises:
@@ -89,10 +91,23 @@ def recipe_file(name: str, beside: Path | None = None) -> Path:
         raise RecipeError(f"the name of the recipe is empty\n{LIST}")
     is_path = Path(name).suffix in (".yaml", ".yml") or len(Path(name).parts) != 1
     path = (beside or Path()) / Path(name) if is_path else FOLDER / f"{name}.yaml"
+    folder = file = None
     with contextlib.suppress(RuntimeError, ValueError, OSError):  # no such user, a NUL byte, a name that is too long
-        path = (beside or Path()) / Path(name).expanduser() if is_path else path
-        if path.exists():
+        own = (beside or Path()) / Path(name).expanduser()
+        path = own if is_path or (own.is_dir() and not path.exists()) else path
+        if path.exists() and not path.is_dir():
             return path
+        if (path / RUN).is_file():
+            return path / RUN
+        folder = path if path.is_dir() else None
+        file = own.with_name(f"{own.name}.yaml")
+        file = file if not is_path and file.is_file() else None
+    if folder is not None:
+        raise _folder_error(folder)
+    if file is not None:
+        raise RecipeError(f"{brief(name)}: no shipped recipe has this name\ndid you mean the file {brief(file)}?")
+    if re.match(r"[\w.]+=", name):
+        raise RecipeError(f"{brief(name)}: expected a recipe first, then key=value\n{LIST}")
     near = difflib.get_close_matches(Path(name).stem[:60], shipped_recipes(), n=3, cutoff=0.5)
     fix = f"did you mean {' or '.join(near)}?" if near else LIST
     if is_path:
@@ -100,6 +115,15 @@ def recipe_file(name: str, beside: Path | None = None) -> Path:
             f"{brief(path, 300)}: no such file\na name without folder and suffix is a shipped recipe; {fix}"
         )
     raise RecipeError(f"{brief(name)}: no shipped recipe has this name; to give a file, write its suffix .yaml\n{fix}")
+
+
+def _folder_error(path: Path) -> RecipeError:
+    """The error for a folder where a recipe is expected."""
+    inside = sorted(file.name for file in path.iterdir() if file.suffix in (".yaml", ".yml"))
+    fix = "for a folder of images and masks, `ssaseg data init` writes a recipe"
+    if inside:
+        fix = f"files in it: {', '.join(map(brief, inside[:3]))}{', …' * (len(inside) > 3)}"
+    return RecipeError(f"{brief(path, 300)}: a folder, expected a recipe's name or file, or the folder of a run\n{fix}")
 
 
 def read_recipe(path: Path, above: tuple[Path, ...] = (), read: list[Path] | None = None) -> Layer:
@@ -248,12 +272,24 @@ def recipe_text(path: Path) -> str:
 
 def _read_file(path: Path) -> Layer:
     values, places = _parse(recipe_text(path), str(path))
+    values = _placed(values, os.path.abspath(path.parent))
     if values is None:
         raise RecipeError(f"{path}: the recipe is empty\n`ssaseg recipes copy demo` writes an example to start from")
     if not isinstance(values, dict):
         fix = "`ssaseg recipes show demo` shows what a recipe looks like"
         raise RecipeError(f"{path}: expected `key: value` lines, got {short(values)}\n{fix}")
     return Layer(values, places)
+
+
+def _placed(value: Any, folder: str) -> Any:
+    """The values with the recipe's folder in the place of `HERE`, as it is not known later."""
+    if isinstance(value, dict):
+        return {key: _placed(inner, folder) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_placed(inner, folder) for inner in value]
+    if isinstance(value, str) and (value == HERE or value.startswith(f"{HERE}/")):
+        return os.path.normpath(os.path.join(folder, value[len(HERE) + 1 :]))
+    return value
 
 
 def _parse(text: str, source: str) -> tuple[Any, dict[Keys, str]]:

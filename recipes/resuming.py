@@ -6,6 +6,8 @@ from typing import Any
 FREE_KEYS = {
     "name": "",  # a label
     "data.root": "",  # where the data are: the fingerprint checks their names and sizes
+    # Where the lists of names and pairs are: as with data.root.
+    **{f"data.{split}.{key}": "" for split in ("train", "val") for key in ("names", "pairs")},
     "data.cache": "",  # the same pixels, from memory
     "train.workers": "",  # a sample depends only on the seed and its position
     "train.prefetch": "",  # the same batches, earlier on the device

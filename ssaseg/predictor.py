@@ -96,7 +96,7 @@ class Predictor:
         self.path = Path(path)
         self.classes: tuple[str, ...] = tuple(found["classes"])
         # RGB, uint8 (K, 3): `palette[labels]` is a picture.
-        self.palette: Labels = np.array(found.get("palette") or default_palette(len(self.classes)), np.uint8)
+        self.palette: Labels = np.array(found.get("palette") or default_palette(self.classes), np.uint8)
         # Keys and values of a recipe's section `test`.
         self.protocol: dict[str, Any] = rules.model_dump(mode="json")
 

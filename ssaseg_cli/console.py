@@ -3,41 +3,102 @@
 import json
 import math
 import os
+import re
+import shutil
 import sys
+import textwrap
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ssaseg.cli.errors import CommandError
 from ssaseg.cli.printing import echo
 from ssaseg.files.text import printable
 
-if TYPE_CHECKING:
-    from rich.console import Console
+
+def terminal_width() -> int | None:
+    """Columns of the terminal that stdout is, or that COLUMNS in the environment says; None: a file or a pipe."""
+    known = os.environ.get("COLUMNS", "").isdecimal()
+    return shutil.get_terminal_size().columns if known or sys.stdout.isatty() else None
 
 
-def make_console() -> "Console":
-    """A rich console. To a file or a pipe it writes plain lines, 160 characters wide, so that table rows stay whole."""
-    from rich.console import Console
+def fit_lines(text: str, width: int | None) -> str:
+    """Breaks lines of more than `width` columns at spaces. The rest of a line stands below its last column, that of a
+    command after a backslash. None: nothing is broken.
+    """
+    if width is None:
+        return text
+    return "".join(f"{part}\n" for line in text.splitlines() for part in _fit_line(line, max(width, 40)))
 
-    console = Console(highlight=False, soft_wrap=True)
-    return console if console.is_terminal else Console(highlight=False, soft_wrap=True, width=160)
+
+def _fit_line(line: str, width: int) -> list[str]:
+    if len(line) <= width:
+        return [line]
+    indent = len(line) - len(line.lstrip())
+    columns = [found.end() for found in re.finditer(r"(?<=\S) {2,}", line)]
+    if len(columns) >= 3:  # two lists side by side
+        return [*_fit_line(line[: columns[1]].rstrip(), width), *_fit_line(" " * indent + line[columns[1] :], width)]
+    command = line.startswith("ssaseg ", indent)
+    if columns and columns[-1] > 0.6 * width:  # too little is left for the last column: it stands below the others
+        return [line[: columns[-1]].rstrip(), *_fit_line(" " * (indent + 4) + line[columns[-1] :], width)]
+    hang = columns[-1] if columns else indent + 2 + 2 * command
+    whole = {"break_long_words": False, "break_on_hyphens": False}
+    parts = textwrap.wrap(line, width - 2 * command, subsequent_indent=" " * hang, **whole)  # type: ignore[arg-type]
+    return [f"{part} \\" for part in parts[:-1]] + parts[-1:] if command else parts
 
 
 def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]], title: str | None = None) -> None:
-    """Print a table on stdout: the first column holds names (left-aligned), the others numbers (right-aligned)."""
+    """Print a table on stdout: the first column holds names (left-aligned), the others numbers (right-aligned).
+
+    Nothing is cut. Where the terminal is too narrow, headers are broken at spaces, then the columns are divided into
+    several tables with the same names.
+    """
     from rich import box
+    from rich.cells import cell_len
+    from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(title=title and Text(printable(title)), title_justify="left", box=box.SIMPLE_HEAD)
-    for index, column in enumerate(columns):
-        table.add_column(Text(printable(column)), justify="left" if index == 0 else "right")
-    for row in rows:
-        table.add_row(*(Text(printable(cell)) for cell in row))  # as Text: "[void]" in a class name is not markup
-    make_console().print(table)
+    heads = [printable(column) for column in columns]
+    cells = [[printable(cell) for cell in row] for row in rows]
+    widest = [max((cell_len(row[at]) for row in cells), default=0) for at in range(len(heads))]
+    width = terminal_width() or sys.maxsize
+    roomy = sum(max(size, cell_len(head)) + 3 for head, size in zip(heads, widest, strict=True)) + 1 <= width
+    if not roomy:
+        heads = [_broken_head(head, size) for head, size in zip(heads, widest, strict=True)]
+    sizes = [max(size, *map(cell_len, head.split("\n"))) for head, size in zip(heads, widest, strict=True)]
+    if title:
+        echo(title)
+    for block in [range(len(heads))] if roomy else _blocks(sizes, width):
+        table = Table(box=box.SIMPLE_HEAD)
+        if not roomy:
+            table.padding, table.pad_edge, table.show_edge = (0, 1, 0, 0), False, False
+        for at in block:
+            table.add_column(Text(heads[at]), justify="right" if at else "left", overflow="fold")
+        for row in cells:
+            table.add_row(*(Text(row[at]) for at in block))  # as Text: "[void]" in a class name is not markup
+        needed = sum(sizes[at] + 3 for at in block) + 1
+        Console(highlight=False, width=min(width, max(needed, 160))).print(table)
+        if block[-1] < len(heads) - 1:
+            echo()
+
+
+def _broken_head(head: str, size: int) -> str:
+    """A header on several lines, as narrow as its longest word, or as the cells below it."""
+    return "\n".join(textwrap.wrap(head, max(size, *map(len, head.split(" "))), break_on_hyphens=False)) or head
+
+
+def _blocks(sizes: Sequence[int], width: int) -> Iterator[list[int]]:
+    """Columns in groups that fit into a width, each with the first column at its start."""
+    block = [0]
+    for at in range(1, len(sizes)):
+        if len(block) > 1 and sum(sizes[each] + 2 for each in (*block, at)) - 2 > width:
+            yield block
+            block = [0]
+        block.append(at)
+    yield block
 
 
 def json_target(json_out: str | None) -> str | None:

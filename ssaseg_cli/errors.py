@@ -1,12 +1,15 @@
 """How a command ends: what it returns or raises becomes an exit code. An error is printed in at most three lines."""
 
 import contextlib
+import difflib
 import errno
 import os
+import re
+import shlex
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NoReturn
 
 import click
@@ -38,6 +41,7 @@ class CommandGroup(click.Group):
 
     def main(self, *args: Any, **extra: Any) -> NoReturn:
         extra["standalone_mode"] = False
+        words = (args[0] if args else extra.get("args")) or sys.argv[1:]
         codes: list[int] = []
         try:
             try:
@@ -50,7 +54,7 @@ class CommandGroup(click.Group):
                     raise
                 # Before the ranks have connected, each rank has the same error: only the first of a machine prints it.
                 with muted(os.environ.get("LOCAL_RANK", "0") != "0"):
-                    code = print_error(error)
+                    code = print_error(with_hint(error, words))
         except KeyboardInterrupt:  # a second Ctrl-C, while the first one was reported
             code = 130
         ranks = sys.modules.get("ssaseg.cli.ranks.ranks")  # None unless the command uses ranks: it imports torch
@@ -67,6 +71,62 @@ def muted(quiet: bool) -> Iterator[None]:
         return
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stderr(nowhere):
         yield
+
+
+# What other programs call our commands.
+ELSEWHERE = {
+    **dict.fromkeys(("test", "val", "validate", "evaluate", "score"), "eval"),
+    **dict.fromkeys(("infer", "inference", "segment", "label", "run"), "predict"),
+    **dict.fromkeys(("benchmark", "bench", "flops"), "profile"),
+}
+
+
+def with_hint(error: Exception, words: Sequence[str]) -> Exception:
+    """The error of a command line, with what was probably meant: a command, a key of the recipe, an example. `words`:
+    the command line.
+    """
+    context = error.ctx if isinstance(error, click.UsageError) else None
+    if context is None or not isinstance(error, click.UsageError):
+        return error
+    if isinstance(error, click.MissingParameter):
+        example = re.search(r"Example:\s+(.+)", context.command.help or "")
+        return click.UsageError(f"{error.format_message()}\nfor example: {example[1]}", context) if example else error
+    if isinstance(error, click.NoSuchOption):
+        return _with_key(error, context, words)
+    if isinstance(context.command, click.Group) and (found := re.match("No such command '(.*)'", error.message)):
+        return click.UsageError(f"No such command '{found[1]}'; {_likely_command(found[1], context)}", context)
+    return error
+
+
+def _likely_command(name: str, context: click.Context) -> str:
+    group = context.command
+    assert isinstance(group, click.Group)
+    own = group.list_commands(context)
+    below: dict[str, str] = {}  # the commands of groups in this group
+    for each in own:
+        inner = group.get_command(context, each)
+        below |= {key: f"{each} {key}" for key in (inner.commands if isinstance(inner, click.Group) else ())}
+    meant = ELSEWHERE.get(name) or next(iter(difflib.get_close_matches(name, [*own, *below], n=1)), None)
+    if meant is None or (meant not in own and meant not in below):
+        return f"expected one of: {', '.join(own)}"
+    return f"did you mean `{context.command_path} {below.get(meant, meant)}`?"
+
+
+def _with_key(error: click.NoSuchOption, context: click.Context, words: Sequence[str]) -> Exception:
+    """For an option that is a key of a recipe, such as `--lr`, an error that says how keys are written."""
+    if all(parameter.name != "overrides" for parameter in context.command.params):
+        return error
+    from ssaseg.recipes.messages import likely_keys
+
+    section, _, name = error.option_name.lstrip("-").replace("-", "_").rpartition(".")
+    if not (keys := likely_keys(name, section)):
+        return error
+    at = next((at for at, word in enumerate(words) if word.partition("=")[0] == error.option_name), len(words))
+    rest = words[at].partition("=")[2] if "=" in "".join(words[at : at + 1]) else "".join(words[at + 1 : at + 2])
+    value = "VALUE" if not rest or rest.startswith("--") else rest
+    written = " or ".join(f"{key}={shlex.quote(value)}" for key in keys)
+    what = f"No such option '{error.option_name}'; keys of the recipe have no dashes: {written}"
+    return click.UsageError(what, context)
 
 
 def print_error(error: Exception) -> int:

@@ -4,6 +4,7 @@ from importlib import import_module
 
 import click
 
+from ssaseg.cli.console import fit_lines
 from ssaseg.cli.errors import CommandGroup
 
 # Name -> the module and the function that declare the command. These modules import nothing that is slow to import.
@@ -11,19 +12,40 @@ COMMANDS = {
     "train": ("ssaseg.cli.training.command", "train"),
     "eval": ("ssaseg.cli.evaluation.command", "evaluate"),
     "predict": ("ssaseg.cli.prediction.command", "predict"),
+    "serve": ("ssaseg.cli.serving.command", "serve"),
+    "video": ("ssaseg.cli.video.command", "video"),
     "explain": ("ssaseg.cli.explanation.command", "explain"),
     "profile": ("ssaseg.cli.profiling.command", "profile"),
     "quantize": ("ssaseg.cli.quantization.command", "quantize"),
     "convert": ("ssaseg.cli.weights.command", "convert"),
     "weights": ("ssaseg.cli.weights.fetch_commands", "weights"),
     "compare": ("ssaseg.cli.comparison.command", "compare"),
+    "doctor": ("ssaseg.cli.diagnosis.command", "doctor"),
     "data": ("ssaseg.cli.data.commands", "data"),
     "recipes": ("ssaseg.cli.recipes", "recipes"),
 }
 
 
+class Formatter(click.HelpFormatter):
+    """Breaks the lines of examples and lists too, where the terminal is narrower than they are."""
+
+    def write_text(self, text: str) -> None:
+        """Writes a text of several paragraphs."""
+        before = len(self.buffer)
+        super().write_text(text)
+        self.buffer[before:] = [fit_lines("".join(self.buffer[before:]), self.width)]
+
+
+class Context(click.Context):
+    """What all commands are called with."""
+
+    formatter_class = Formatter
+
+
 class Commands(CommandGroup):
     """The group of all `COMMANDS`; imports a command when it is needed."""
+
+    context_class = Context
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         """All names, in the order in which the help lists them."""
@@ -35,6 +57,9 @@ class Commands(CommandGroup):
             return None
         module, function = COMMANDS[cmd_name]
         command: click.Command = getattr(import_module(module), function)
+        for each in (command, *getattr(command, "commands", {}).values()):
+            each.context_class = Context
+            each.short_help = " ".join((each.help or "").partition("\n\n")[0].split())  # in full: click's is cut
         return command
 
 

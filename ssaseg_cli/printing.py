@@ -1,6 +1,7 @@
 """The only way to print: text of class names, files and recipes cannot change a terminal, and never fails to print."""
 
 import contextlib
+import os
 import sys
 from collections.abc import Callable, Iterator
 from io import TextIOWrapper
@@ -24,7 +25,8 @@ def echo(text: str = "", *, err: bool = False, nl: bool = True, label: str = "",
     for write in COPIES:
         write(plain + "\n" * nl)
     if label:
-        clean = f"{click.style(label, fg=colour)} {clean}"
+        plain_label = colour is None or os.environ.get("NO_COLOR")  # https://no-color.org
+        clean = f"{label if plain_label else click.style(label, fg=colour)} {clean}"
     bars = sys.modules.get("tqdm") if err else None  # None: there is no bar
     if bars is None:
         click.echo(clean, err=err, nl=nl)

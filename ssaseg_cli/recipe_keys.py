@@ -5,17 +5,18 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from ssaseg.cli.help_tables import TABLES
-from ssaseg.cli.recipe_page import ONE_OF, Key, KeyGroup
+from ssaseg.cli.recipe_page import ONE_OF, OWN_NAME, Key, KeyGroup
+from ssaseg.cli.weights.known import KNOWN
 from ssaseg.datasets import list_datasets
 from ssaseg.datasets.conventions import CONVENTIONS
+from ssaseg.datasets.labels import list_label_spaces
+from ssaseg.datasets.published import LAYOUTS
 from ssaseg.files.writing import write_atomic
-from ssaseg.models import CLASSIFIERS, list_models
+from ssaseg.models import CLASSIFIERS, list_mask_models, list_models
 from ssaseg.recipes import Recipe
 from ssaseg.recipes.resuming import FREE_KEYS
 
 JsonSchema = Mapping[str, Any]
-
-OWN_NAME = "NAME"  # stands for keys that the user chooses, such as those of optim.rules
 
 
 def collect() -> dict[str, Any]:
@@ -23,7 +24,8 @@ def collect() -> dict[str, Any]:
 
     keys: `read_schema`. free_keys: what a resumed run may change. classifiers: for each the note, the losses by name,
     each with its default weight and meaning, and the options by name, each with its default and meaning. conventions:
-    for each of annotation tools, its name and what it is.
+    for each of annotation tools, its name and what it is. datasets, label_spaces, networks, masks, weights: names of
+    published data sets, of their classes, of networks, mask methods and published weights.
     """
     classifiers = {
         name: {
@@ -34,8 +36,17 @@ def collect() -> dict[str, Any]:
         for name, kind in CLASSIFIERS.items()
     }
     conventions = {each.kind: each.what for each in CONVENTIONS}
-    free = sorted(FREE_KEYS)
-    return {"classifiers": classifiers, "conventions": conventions, "free_keys": free, "keys": read_schema()}
+    return {
+        "classifiers": classifiers,
+        "conventions": conventions,
+        "datasets": list(LAYOUTS),
+        "label_spaces": list_label_spaces(),
+        "networks": list_models(),
+        "masks": list_mask_models(),
+        "weights": list(KNOWN),
+        "free_keys": sorted(FREE_KEYS),
+        "keys": read_schema(),
+    }
 
 
 def write() -> None:

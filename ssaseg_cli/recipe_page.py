@@ -15,6 +15,7 @@ WIDTH = 110  # characters of a line
 WHOLE: Any = {"break_on_hyphens": False, "break_long_words": False}
 
 ONE_OF = "one of "
+OWN_NAME = "NAME"  # stands for keys that the user chooses, such as those of optim.rules
 
 HEADER = """# The keys of a recipe
 
@@ -47,7 +48,8 @@ changes, nothing of the extended recipe's `data` section is kept except mean, st
 
 **How they are read.** By the rules of YAML 1.2: `1e-3` is a number; `off` and `no` are text. Nothing is converted
 silently: `batch: "16"` is an error. An unknown key is also an error; the message suggests the nearest known key.
-Paths are relative to the current directory; paths in `extends` are relative to the recipe's folder.
+Paths are relative to the current directory; paths in `extends` are relative to the recipe's folder, and so are
+paths in a file that start with `${recipe_dir}/`: they stay right where the recipe is moved with its data.
 
 **What a resumed run may change.** `ssaseg train --resume` accepts new values for the following keys. It refuses
 any other change, because the result would change:

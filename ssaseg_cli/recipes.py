@@ -5,6 +5,8 @@ from pathlib import Path
 
 import click
 
+from ssaseg.cli.completion import complete_sections, names_of
+from ssaseg.cli.console import fit_lines, terminal_width
 from ssaseg.cli.errors import CommandError
 from ssaseg.cli.printing import echo
 
@@ -36,11 +38,12 @@ def list_command() -> None:
             echo()
         for name in group:
             first_line = recipe_text(recipe_file(name)).partition("\n")[0]
-            echo(f"{name:{max(map(len, group))}}  {first_line.lstrip('# ')}")
+            line = f"{name:{max(map(len, group))}}  {first_line.lstrip('# ')}"
+            echo(fit_lines(line, terminal_width()).rstrip())
 
 
 @recipes.command()
-@click.argument("name")
+@click.argument("name", shell_complete=names_of("recipes", files=True))
 def show(name: str) -> None:
     """Print the text of a recipe.
 
@@ -56,7 +59,7 @@ def show(name: str) -> None:
 
 
 @recipes.command()
-@click.argument("name")
+@click.argument("name", shell_complete=names_of("recipes", files=True))
 @click.argument("destination", type=click.Path(path_type=Path), required=False)
 def copy(name: str, destination: Path | None) -> None:
     """Copy a recipe, for you to change.
@@ -92,7 +95,7 @@ def copy(name: str, destination: Path | None) -> None:
 
 
 @recipes.command()
-@click.argument("section", required=False)
+@click.argument("section", required=False, shell_complete=complete_sections)
 def keys(section: str | None) -> None:
     """Print all keys that a recipe may have.
 
@@ -106,4 +109,4 @@ def keys(section: str | None) -> None:
     """
     from ssaseg.cli.recipe_page import recipe_page, section_page
 
-    echo(section_page(section) if section else recipe_page(), nl=False)
+    echo(fit_lines(section_page(section) if section else recipe_page(), terminal_width()), nl=False)

@@ -15,7 +15,16 @@ from ssaseg.cli.data.reading import read_through, small_images
 from ssaseg.cli.errors import CommandError
 from ssaseg.cli.printing import echo
 from ssaseg.datasets import IGNORED, DataError, Dataset, build_dataset
-from ssaseg.datasets.check import Findings, Problem, compare_images, compare_masks, require_same_classes
+from ssaseg.datasets.check import (
+    DRAWN,
+    Findings,
+    Problem,
+    compare_images,
+    compare_masks,
+    is_published,
+    require_same_classes,
+)
+from ssaseg.datasets.checking.images import in_no_list
 from ssaseg.datasets.pairs import first_names
 from ssaseg.datasets.published import LAYOUTS
 from ssaseg.datasets.survey import COMMON_FOLDERS
@@ -80,6 +89,8 @@ def check_splits(names: Sequence[str], target: Target) -> tuple[list[dict[str, A
         if len(datasets) > 1:
             found[-1].problems += compare_images(first, last, content=True)
             found[-1].problems += _other_classes(first, last)
+            if not is_published(first):
+                found[0].problems += in_no_list(datasets)
         if target.test is not None and names[-1] == "val":
             found[-1].problems += small_images(last, found[-1], target.test)
     return [report_of(name, opened[name], findings) for name, findings in zip(names, found, strict=True)], found
@@ -99,7 +110,8 @@ def open_target(target: str, overrides: Sequence[str]) -> Target:
             )
         return _of_layout(folder) or _of_folder(folder)
     if folder.suffix not in (".yaml", ".yml") and target not in list_recipes() and len(folder.parts) > 1:
-        raise CommandError(f"{target}: no such folder\nexpected a recipe's name, a .yaml file or a folder of data")
+        what = "a file that is no recipe" if folder.exists() else "no such folder"
+        raise CommandError(f"{target}: {what}\nexpected a recipe's name, a .yaml file or a folder of data")
     return _of_recipe(load_recipe(target, overrides), target)
 
 
@@ -197,7 +209,8 @@ def check_split(split: str, dataset: Dataset | Findings, target: Target) -> Find
         echo(f"note, {split} split: {note}", err=True)
     findings = read_through(dataset, f"checked {split}")
     expected = target.counts.get(split)
-    if expected is not None and len(dataset) != expected:
+    drawn = any(problem.kind == DRAWN for problem in findings.problems)
+    if expected is not None and len(dataset) != expected and not drawn:
         text = f"{_count(len(dataset), 'pair')}; the published {split} split has {expected}"
         findings.problems.append(Problem("warning", text, "number of pairs"))
     return findings

@@ -1,11 +1,13 @@
 """The commands of `ssaseg data`: for each a signature, a docstring with an example, and one call."""
 
+import shlex
 from pathlib import Path
 
 import click
 
+from ssaseg.cli.completion import complete_overrides, names_of
 from ssaseg.cli.help_tables import help_tables
-from ssaseg.cli.options import CLASSIFIERS, json_option
+from ssaseg.cli.options import CLASSIFIERS, device_option, json_option, network_file, refuse_options
 from ssaseg.cli.printing import echo
 
 
@@ -61,6 +63,7 @@ def export(out: Path, count: int, split: str, size: tuple[int, int], seed: int, 
     images = export_scenes(out, count, split=split, height=size[0], width=size[1], seed=seed, layout=layout)
     labels = out / EXPORTS[layout].masks[split]
     echo(f"wrote {len(images)} scenes to {images[0].parent} and their labels to {labels}")
+    echo(f"look at them with: ssaseg data check {shlex.quote(str(out))}")
 
 
 class _WithKinds(click.Command):
@@ -72,7 +75,7 @@ class _WithKinds(click.Command):
 
 
 @data.command(cls=_WithKinds)
-@click.argument("kind")
+@click.argument("kind", shell_complete=names_of("conventions", "datasets"))
 @click.option(
     "--source",
     required=True,
@@ -127,8 +130,8 @@ def prepare(
 
 
 @data.command()
-@click.argument("target", metavar="RECIPE|ROOT")
-@click.argument("overrides", metavar="[KEY=VALUE]...", nargs=-1)
+@click.argument("target", metavar="RECIPE|ROOT", shell_complete=names_of("recipes", files=True))
+@click.argument("overrides", metavar="[KEY=VALUE]...", nargs=-1, shell_complete=complete_overrides)
 @click.option("--split", type=click.Choice(["train", "val"]), help="Check only this split.  [default: both]")
 @json_option
 def check(target: str, overrides: tuple[str, ...], split: str | None, json_out: str | None) -> int:
@@ -145,6 +148,7 @@ def check(target: str, overrides: tuple[str, ...], split: str | None, json_out: 
       ssaseg data check ade20k-seaformer_b-ssa data.root=/data/ADEChallengeData2016 --split val
       ssaseg data check photos --json report.json
     """
+    refuse_options(overrides)
     from ssaseg.cli.data.check import run_check
 
     return run_check(target=target, overrides=overrides, split=split, json_out=json_out)
@@ -158,7 +162,12 @@ def check(target: str, overrides: tuple[str, ...], split: str | None, json_out: 
     type=click.Path(path_type=Path),
     help="Recipe to write.  [default: name of DIR, in the current folder]",
 )
-@click.option("--model", metavar="NAME", help="Network to train.  [default: one that fits this machine]")
+@click.option(
+    "--model",
+    metavar="NAME",
+    shell_complete=names_of("networks"),
+    help="Network to train.  [default: one that fits this machine]",
+)
 @click.option("--classifier", type=CLASSIFIERS, default="ssa", show_default=True)
 @click.option("--images", metavar="FOLDER", help="Folder of the images, below DIR.  [default: chosen by the names]")
 @click.option(
@@ -187,3 +196,94 @@ def init(
     from ssaseg.cli.data.init import run_init
 
     return run_init(root=root, out=out, model=model, classifier=classifier, images=images, masks=masks)
+
+
+@data.command()
+@click.argument("checkpoint", type=network_file)
+@click.argument("recipe", required=False)
+@click.option("--root", type=click.Path(path_type=Path), help="Folder of the data, in place of data.root.")
+@click.option("--split", type=click.Choice(["train", "val"]), default="val", show_default=True)
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    default=Path("suspects"),
+    show_default=True,
+    help="Folder of the results; it must have no earlier results.",
+)
+@click.option(
+    "--count", type=click.IntRange(min=1), metavar="N", default=20, show_default=True, help="Images in the picture."
+)
+@json_option
+@device_option
+def suspects(
+    checkpoint: Path,
+    recipe: str | None,
+    root: Path | None,
+    split: str,
+    out: Path,
+    count: int,
+    json_out: str | None,
+    device: str,
+) -> int:
+    """Rank images whose labels a network contradicts with confidence: their labels may be wrong.
+
+    Writes OUT/suspects.csv with all images, the most suspicious first: the class of the label, the predicted class, and
+    for the first N the box of the largest such region; and OUT/suspects.jpg with these N images. Contradictions that
+    the network makes often, such as sidewalk for road, count little. RECIPE: of the data.  [default: the checkpoint's]
+
+    \b
+    Example:
+      ssaseg data suspects best.safetensors --split train --out suspects
+      ssaseg data suspects best.safetensors camvid-seaformer_s-ssa --root data/camvid
+    """
+    from ssaseg.cli.curation.suspects import run_suspects
+
+    return run_suspects(
+        checkpoint=checkpoint,
+        data=recipe,
+        root=root,
+        split=split,
+        out=out,
+        count=count,
+        json_out=json_out,
+        device=device,
+    )
+
+
+@data.command()
+@click.argument("checkpoint", type=network_file)
+@click.argument("images", metavar="INPUT...", nargs=-1, required=True)
+@click.option("--count", type=click.IntRange(min=1), metavar="N", required=True, help="How many images to choose.")
+@click.option("--labelled", metavar="RECIPE", help="Recipe whose training images have labels already.")
+@click.option("--out", type=click.Path(path_type=Path), metavar="FILE", help="List to write.  [default: print it]")
+@json_option
+@device_option
+def pick(
+    checkpoint: Path,
+    images: tuple[str, ...],
+    count: int,
+    labelled: str | None,
+    out: Path | None,
+    json_out: str | None,
+    device: str,
+) -> int:
+    """Choose which unlabelled images to label next.
+
+    INPUT: images, folders or patterns, as for `ssaseg predict`. The images of which the network is most unsure are
+    chosen, but not such that resemble images chosen before, or those of --labelled. The first are the most useful.
+
+    \b
+    Example:
+      ssaseg data pick best.safetensors photos --count 100 --labelled my.yaml --out label_these.txt
+    """
+    from ssaseg.cli.curation.pick import run_pick
+
+    return run_pick(
+        checkpoint=checkpoint,
+        images=images,
+        count=count,
+        out=out,
+        labelled=labelled,
+        json_out=json_out,
+        device=device,
+    )

@@ -16,7 +16,7 @@ from ssaseg.cli.errors import CommandError
 from ssaseg.cli.printing import echo
 from ssaseg.cli.signals import Interrupted, StopSignal
 from ssaseg.datasets import DataError, Dataset, build_dataset
-from ssaseg.datasets.base import IGNORED, Problem
+from ssaseg.datasets.base import IGNORED, Problem, grouped
 from ssaseg.datasets.check import Findings, is_published, look_through
 from ssaseg.datasets.checking.images import Images
 from ssaseg.datasets.checking.splits import too_small
@@ -68,7 +68,8 @@ def look_at(
     tool's convention is found that `ssaseg data prepare` converts: then it names the command.
     """
     if not root.is_dir():
-        raise CommandError(f"{root}: no such folder\nexpected the folder that holds images and masks")
+        what = "a file" if root.exists() else "no such folder"
+        raise CommandError(f"{root}: {what}\nexpected the folder that holds images and masks")
     require_prepared(root)
     tree, given = tree or Tree(root), images is not None or masks is not None
     others = found is None  # else the caller has looked for other labels
@@ -217,9 +218,9 @@ def _on_one_line(problem: Problem) -> str:
 def notes_on_images(findings: Findings) -> list[str]:
     """Doubts about the images, and what was left out, each on one line."""
     problems = [*findings.headers.problems(findings.headers.fitting)]
-    for kind in ("other types", "mask of several pages"):
-        problems += [problem for problem in findings.problems if problem.kind == kind][:2]
-    notes = list(dict.fromkeys(map(_on_one_line, problems)))  # both splits may have one folder
+    problems += [each for each in findings.problems if each.kind in ("other types", "mask of several pages")]
+    # Both splits may have one folder.
+    notes = list(dict.fromkeys(text.replace("\n", "; ") for _, text in grouped(problems)))
     if levels := findings.headers.fitting:
         largest = f"{findings.headers.deep} images have 16 bits, largest value {findings.headers.largest}"
         notes.append(f"{largest}: data.range {list(levels)} becomes 0..255, in all images alike")

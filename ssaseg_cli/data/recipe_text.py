@@ -5,7 +5,7 @@ import os
 import shlex
 import textwrap
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -13,13 +13,13 @@ from ssaseg.cli.data.bands import Bands
 from ssaseg.cli.data.machine import Fit, fit_machine
 from ssaseg.cli.weights.fetching import find
 from ssaseg.cli.weights.known import KNOWN, starts_of
-from ssaseg.datasets import Dataset, default_palette
+from ssaseg.datasets import IGNORED, Dataset, default_palette
 from ssaseg.datasets.check import Findings
 from ssaseg.datasets.classnames import Labels
 from ssaseg.datasets.conventions.coco import FoundCoco
 from ssaseg.datasets.pairs import IMAGE_SUFFIXES
 from ssaseg.datasets.survey import Found
-from ssaseg.recipes import RecipeError, recipe_file
+from ssaseg.recipes import HERE, RecipeError, recipe_file
 
 
 @dataclass
@@ -48,7 +48,7 @@ def recipe_text(
     """A recipe with comments. `counts`: number of pairs by split; `lists`: files of names or pairs, or empty; `model`:
     None: one that fits the machine.
     """
-    scale, crop, test = sizes(own.findings.sizes)
+    scale, crop = sizes(own.findings.sizes)
     fit = fit_machine(model, classifier, counts["train"], crop)
     model, batch, steps = fit.model, fit.batch, fit.steps
     family = model.partition("_")[0]
@@ -62,7 +62,7 @@ def recipe_text(
         f"  pretrained: {_start(model)}",
         "",
         "data:",
-        f"  root: {_quote(os.path.abspath(own.root))} # folder of the data; data.root=DIR in a command replaces it",
+        f"  root: {_root(own.root, out)}; data.root=DIR in a command replaces it",
         *([f"  dataset: {own.published}"] if own.published else (*_folders(own, lists), *_values(own), *_classes(own))),
         "",
         "augment:",
@@ -70,7 +70,7 @@ def recipe_text(
         f"  crop: {crop} # [height, width]",
         "",
         "test:",
-        f"  scale: {'null # the images are not resized' if test is None else test}",
+        f"  scale: {scale} # images are fitted into it, so that larger photos have the size of training",
         "",
         "optim:",
         *([] if base else ["  lr: 2.5e-4"]),
@@ -85,6 +85,14 @@ def recipe_text(
         f"  save_every: {min(steps // 10, 1000)}",
     ]
     return "\n".join(text) + "\n"
+
+
+def _root(root: Path, out: Path) -> str:
+    """The folder of the data: below the recipe as seen from it, so that both can be moved together; else in full."""
+    full, below = os.path.abspath(root), os.path.relpath(os.path.abspath(root), os.path.abspath(out.parent))
+    if Path(below).parts[:1] == ("..",):
+        return f"{_quote(full)} # folder of the data"
+    return f"{_quote(HERE if below == '.' else f'{HERE}/{below}')} # folder of the data, from that of this file"
 
 
 def _start(model: str) -> str:
@@ -124,12 +132,12 @@ def _header(own: OwnData, out: Path, counts: dict[str, int], fit: Fit, classifie
 
 def _folders(own: OwnData, lists: dict[str, Path]) -> Iterator[str]:
     if own.coco:
-        yield from _coco(own.coco, own.root, lists)
+        yield from _coco(own.coco, lists)
         return
     for split in ("train", "val"):
         listed = None
-        if lists:  # relative to the root
-            listed = os.path.relpath(os.path.realpath(lists[split]), os.path.realpath(own.root))
+        if lists:
+            listed = f"{HERE}/{lists[split].name}"
         elif own.found.lists:
             listed = own.found.lists[split]
         if own.found.pairs:
@@ -145,12 +153,12 @@ def _folders(own: OwnData, lists: dict[str, Path]) -> Iterator[str]:
     yield f"  mask_suffix: {_quote(own.found.mask_suffix)}"
 
 
-def _coco(coco: FoundCoco, root: Path, lists: dict[str, Path]) -> Iterator[str]:
+def _coco(coco: FoundCoco, lists: dict[str, Path]) -> Iterator[str]:
     yield "  dataset: coco_json"
     for split in ("train", "val"):
         place = coco.splits.get(split) or coco.splits["all"]
         files = f"images: {_quote(place.images)}, annotations: [{', '.join(map(_quote, place.annotations))}]"
-        names = os.path.relpath(os.path.realpath(lists[split]), os.path.realpath(root)) if lists else None
+        names = f"{HERE}/{lists[split].name}" if lists else None
         yield f"  {split}: {{{files}{f', names: {_quote(names)}' if names else ''}}}"
     if coco.background:
         yield f"  background: {_quote(coco.background)} # class of pixels in no region; null: they are ignored"
@@ -171,17 +179,38 @@ def _classes(own: OwnData) -> Iterator[str]:
     for raw, name in zip(labels.raw_ids, labels.classes, strict=True):
         share = findings.pixels[raw] / total
         yield f"    - {_quote(name)} # id {raw}: {share:.2%} of the pixels, in {findings.masks[raw]} masks"
-    if labels.palette and tuple(labels.palette) != default_palette(len(labels.palette)):
+    if labels.palette and tuple(labels.palette) != default_palette(labels.classes):
         yield "  palette:"
         yield from (f"    - {list(colour)}" for colour in labels.palette)
     if labels.reduce_zero_label:
         yield "  reduce_zero_label: true"
     if labels.raw_to_train:
-        yield f"  raw_to_train: {{{', '.join(f'{raw}: {train}' for raw, train in labels.raw_to_train.items())}}}"
+        yield f"  raw_to_train: {_mapping(labels.raw_to_train)}"
+    if not own.coco:
+        yield from _merging(labels)
 
 
-def sizes(found: Counter[tuple[int, int]]) -> tuple[list[int], list[int], list[int] | None]:
-    """`augment.scale` (width, height), `augment.crop` (height, width) and `test.scale` for images of these sizes.
+def _merging(labels: Labels) -> Iterator[str]:
+    """A comment on how to merge classes."""
+    if labels.raw_to_train:
+        how = "give their ids one number in raw_to_train"
+    elif len(labels.classes) > 20:
+        how = "write raw_to_train: {id: class, …}, with one number for their ids"
+    else:
+        ids = {raw: train for train, raw in enumerate(labels.raw_ids)}
+        ids = {0: IGNORED, **ids} if labels.reduce_zero_label else ids
+        in_place = " in place of reduce_zero_label" if labels.reduce_zero_label else ""
+        how = f"write raw_to_train: {_mapping(ids)}{in_place}, with one number for their ids"
+    text = f"To merge classes, {how}, and list the new classes in that order (docs/data.md)"
+    yield from textwrap.wrap(text, 112, initial_indent="  # ", subsequent_indent="  #   ")
+
+
+def _mapping(ids: Mapping[int, int]) -> str:
+    return f"{{{', '.join(f'{raw}: {train}' for raw, train in ids.items())}}}"
+
+
+def sizes(found: Counter[tuple[int, int]]) -> tuple[list[int], list[int]]:
+    """`augment.scale` and `test.scale` (width, height), and `augment.crop` (height, width), for images of these sizes.
 
     If all images have the same size, they keep it, up to a short side of 512. If not, they are fitted to their median
     short side, up to 512.
@@ -193,9 +222,9 @@ def sizes(found: Counter[tuple[int, int]]) -> tuple[list[int], list[int], list[i
         factor = short / min(height, width)
         scale = [max(round(width * factor), 32), max(round(height * factor), 32)]
         crop = [max(min(side, 512) // 32 * 32, 32) for side in reversed(scale)]
-        return scale, crop, None if factor == 1 else scale
+        return scale, crop
     side = max(short // 32 * 32, 32)
-    return [4 * short, short], [side, side], [4 * short, short]
+    return [4 * short, short], [side, side]
 
 
 def _is_shipped(name: str) -> bool:

@@ -189,7 +189,7 @@ def _framed(panel: Panel) -> np.ndarray:
     """The panel under its caption, with four white pixels to the right and below."""
     head = np.full((LINE, panel.image.shape[1], 3), PAPER, np.uint8)
     text = printable(panel.caption)  # before it is measured: of two lines there is no length
-    while len(text) > 1 and _font().getlength(text) > WIDTH - 4:  # the end of a path is more important than its start
+    while len(text) > 1 and font().getlength(text) > WIDTH - 4:  # the end of a path is more important than its start
         text = "…" + text.lstrip("…")[1:]
     framed = np.concatenate([_written(head, [(2, 1, text)]), panel.image])
     return np.pad(framed, ((0, 4), (0, 4), (0, 0)), constant_values=PAPER)
@@ -199,7 +199,7 @@ def _legend(entries: Legend, width: int) -> np.ndarray:
     """Patches of colour with names, in as many columns as fit."""
     names = [printable(name) for name, _ in entries]
     names = [name if len(name) <= CUT_OFF else name[: CUT_OFF - 1] + "…" for name in names]
-    column = int(max(_font().getlength(name) for name in names)) + 2 * LINE + 4
+    column = int(max(font().getlength(name) for name in names)) + 2 * LINE + 4
     columns = max(width // column, 1)
     rows = -(-len(entries) // columns)
     image = np.full((rows * LINE + 8, width, 3), PAPER, np.uint8)
@@ -217,7 +217,7 @@ def _bar(scale: Scale, width: int) -> np.ndarray:
     """The scale's colours between its two numbers, and what they are."""
     image = np.full((LINE + 8, width, 3), PAPER, np.uint8)
     low, high = f"{scale.low:g}", f"{scale.high:g}"
-    start = int(_font().getlength(low)) + 10
+    start = int(font().getlength(low)) + 10
     image[6 : LINE + 2, start : start + BAR + 2] = INK
     image[7 : LINE + 1, start + 1 : start + BAR + 1] = _colours(scale.colours)
     return _written(image, [(4, 5, low), (start + BAR + 8, 5, f"{high}   {scale.caption}")])
@@ -239,13 +239,14 @@ def _written(image: np.ndarray, texts: Iterable[tuple[int, int, str]]) -> np.nda
     picture = Image.fromarray(image)
     draw = ImageDraw.Draw(picture)
     for x, y, text in texts:
-        draw.text((x, y), printable(text), fill=INK, font=_font())
+        draw.text((x, y), printable(text), fill=INK, font=font())
     return np.asarray(picture)
 
 
 @cache
-def _font() -> Any:
+def font(size: int = TEXT) -> Any:
+    """Pillow's font with letters of this size [pixels]."""
     import matplotlib
     from PIL import ImageFont
 
-    return ImageFont.truetype(Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf"), TEXT)
+    return ImageFont.truetype(Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf"), size)

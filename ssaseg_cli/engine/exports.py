@@ -5,7 +5,6 @@ deleted. An export's name has a sum of the weights and of the versions of what m
 """
 
 import hashlib
-import os
 from collections.abc import Mapping
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -18,6 +17,7 @@ from ssaseg.cli.errors import CommandError
 from ssaseg.cli.printing import echo
 from ssaseg.cli.weights import openvino_files
 from ssaseg.cli.weights.export import NEEDED, Form, make_export, require_packages
+from ssaseg.files.machine import cache_folder
 from ssaseg.files.writing import write_atomic
 from ssaseg.models import Segmenter
 from ssaseg.models.masks.base import MASKS
@@ -45,13 +45,14 @@ def choose_backend(model: Segmenter, device: torch.device, pixels: int, precisio
         chosen = "onnxruntime"
     else:
         return "torch"
-    return chosen if pixels >= LONG or export_path(model).exists() else "torch"
+    return chosen if pixels >= LONG or _is_exported(model) else "torch"
 
 
-def cache_folder() -> Path:
-    """Where what can be made again is kept."""
-    given = os.environ.get("SSASEG_CACHE")
-    return Path(given) if given else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ssaseg"
+def _is_exported(model: Segmenter) -> bool:
+    try:
+        return export_path(model).exists()
+    except OSError:  # no home folder: said where an export is to be made
+        return False
 
 
 def export_path(model: Segmenter) -> Path:

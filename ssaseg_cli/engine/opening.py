@@ -15,9 +15,11 @@ from ssaseg.cli.engine.exports import cached_export, choose_backend
 from ssaseg.cli.engine.graphs import KINDS, RUN_WITH, Graph, GraphEngine, graph_engine, read_graph
 from ssaseg.cli.engine.stated import stated_metadata
 from ssaseg.cli.errors import CommandError
+from ssaseg.cli.options import run_checkpoint
 from ssaseg.cli.printing import echo
 from ssaseg.cli.scoring.engines import PRECISIONS, Engine, TorchEngine
 from ssaseg.cli.weights import openvino_files
+from ssaseg.cli.weights.classes import warn_of_untrained
 from ssaseg.cli.weights.export import require_packages
 from ssaseg.cli.weights.foreign import OURS, read_weights
 from ssaseg.cli.weights.opening import Given, open_official
@@ -44,19 +46,22 @@ class Opened(NamedTuple):
 
 
 def open_file(path: Path, classes: str | None = None, protocol: str | None = None) -> Opened:
-    """Reads a checkpoint of ours, official weights, a folder of transformers, or a graph: .onnx, .pt2, .xml.
+    """Reads a checkpoint of ours, that of a run folder, official weights, a folder of transformers, or a graph: .onnx,
+    .pt2, .xml.
 
     classes, protocol: what the file does not say itself, see `stated_metadata`. Official weights are matched as by
     `ssaseg convert`, in memory; a line on stderr says what matched. Raises CommandError and CheckpointError for a file
-    that cannot be read, that holds no whole network, or that says itself what is given; OSError.
+    that cannot be read, that holds no whole network, or that says itself what is given; OSError. Classes that were
+    never trained are reported on stderr.
     """
-    stated = stated_metadata(classes, protocol)
+    stated, path = stated_metadata(classes, protocol), run_checkpoint(path)
     suffix = path.suffix.lower()
     if suffix in KINDS and not path.is_dir():
         return _open_graph(path, KINDS[suffix], stated)
     if suffix == ".safetensors" and not path.is_dir() and read_outline(path)[1].get("format", "").startswith(OURS):
         _require_unstated(path, stated)
         model, metadata = load_model(path)
+        warn_of_untrained(path, metadata)
         return Opened(path, "torch", model, metadata)
     return _open_official(path, stated)
 
@@ -108,6 +113,7 @@ def _open_graph(path: Path, kind: str, stated: Mapping[str, Any]) -> Opened:
     names = len(metadata["classes"])
     if graph.classes not in (None, names):
         raise CommandError(f"{path}: gives logits of {graph.classes} classes, but {names} have names\ngive all of them")
+    warn_of_untrained(path, metadata)
     return Opened(path, kind, None, metadata, graph)
 
 

@@ -6,9 +6,11 @@ from typing import Any
 
 import click
 
-from ssaseg.cli.options import CLASSIFIERS, backend_option, device_option, existing_file, json_option, precision_option
+from ssaseg.cli.completion import names_of
+from ssaseg.cli.options import CLASSIFIERS, backend_option, device_option, json_option, precision_option
 
 SIZE = (512, 512)  # of --scatter [pixels]
+IMAGE = click.Path(exists=True, dir_okay=False, path_type=Path)
 MOST = 4096  # images of a batch, threads
 FEWEST_CLASSES, MOST_CLASSES = 2, 255
 
@@ -40,7 +42,7 @@ def _refuse(kind: str, given: Mapping[str, Any]) -> None:
 
 
 @click.command()
-@click.argument("targets", metavar="[NAME|FILE]", nargs=-1)
+@click.argument("targets", metavar="[NAME|FILE]", nargs=-1, shell_complete=names_of("networks", "masks", files=True))
 @click.option("--paper-table", is_flag=True, help="Measure the paper's networks, beside its figures.")
 @click.option(
     "--scatter", is_flag=True, help="Draw latency against mIoU of run folders, checkpoints and reports of eval."
@@ -59,7 +61,10 @@ def _refuse(kind: str, given: Mapping[str, Any]) -> None:
     help="Number of classes, with NAME.  [default: 150]  Or names, for a FILE that has none, as in predict.",
 )
 @click.option(
-    "--protocol", metavar="RECIPE", help="For a FILE that does not say them: sizes, mean and std of a recipe."
+    "--protocol",
+    metavar="RECIPE",
+    shell_complete=names_of("recipes", files=True),
+    help="For a FILE that does not say them: sizes, mean and std of a recipe.",
 )
 @click.option(
     "--size",
@@ -68,7 +73,7 @@ def _refuse(kind: str, given: Mapping[str, Any]) -> None:
     metavar="H W",
     help="Height and width of the input [pixels].  [default: 512 512]",
 )
-@click.option("--image", type=existing_file, help="Image to measure on, prepared by the protocol of FILE.")
+@click.option("--image", type=IMAGE, help="Image to measure on, prepared by the protocol of FILE.")
 @precision_option("auto is float32")
 @backend_option
 @click.option("--roofline", is_flag=True, help="Beside the times, the least that this machine allows.")

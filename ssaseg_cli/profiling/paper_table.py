@@ -5,6 +5,7 @@ classes at 512×512. Figures of the general models with SSA are those of the aut
 Swin-B the paper's. Without SSA, only some GMACs are known here.
 """
 
+import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -21,6 +22,7 @@ from ssaseg.cli.profiling.profile import conditions
 from ssaseg.cli.profiling.targets import CLASSES
 from ssaseg.cli.scoring.engines import TorchEngine
 from ssaseg.models import build_model
+from ssaseg.recipes import list_recipes, recipe_file, recipe_text
 
 SIZE = (512, 512)
 
@@ -48,6 +50,9 @@ PAPER: dict[str, dict[str, Published]] = {
     "cgrseg_b": {"linear": Published(19.1, 7.7, 36.0), "ssa": Published(19.3, 7.6, 36.0)},
     "cgrseg_l": {"linear": Published(35.7, 14.9, 43.3), "ssa": Published(35.8, 14.8, 42.6)},
 }
+
+MIOU = re.compile(r"published: mIoU ([0-9.]+) %")  # in the header of a recipe
+DATA_SETS = {"ade20k": "ADE20K", "coco_stuff10k": "COCO-Stuff-10K", "pascal_context_59": "PASCAL-Context"}
 
 # Parameters that the official models have but never use. The paper counts them.
 NEVER_USED = {"afformer_b": 66_048}
@@ -112,11 +117,19 @@ def describe(name: str, classifier: str, counts: dict[str, Any]) -> dict[str, An
         "never_used": NEVER_USED.get(name, 0),
         "gmacs": counts["gmacs"],
         "paper": paper._asdict(),
+        "published_mIoU": {dataset: published_miou(dataset, name, classifier) for dataset in DATA_SETS},
         "deviation_percent": {
             "parameters": _deviation(parameters, paper.parameters),
             "gmacs": _deviation(counts["gmacs"][MODULES_ONLY], paper.gmacs),
         },
     }
+
+
+def published_miou(dataset: str, model: str, classifier: str) -> float | None:
+    """The published score [%] that the header of the shipped recipe states; None where there is none."""
+    name = f"{dataset}-{model}-{classifier}"
+    found = MIOU.search(recipe_text(recipe_file(name))) if name in list_recipes() else None
+    return float(found[1]) if found else None
 
 
 def _deviation(ours: float, theirs: float | None) -> float | None:
@@ -135,6 +148,7 @@ def print_paper_table(report: dict[str, Any]) -> None:
         "network p50 [ms]",
         "and labels",
         "paper",
+        *(f"mIoU [%] {name}" for name in DATA_SETS.values()),
     )
     print_table(columns, [_cells(row) for row in report["rows"]], _title(report))
     echo(
@@ -151,6 +165,10 @@ def print_paper_table(report: dict[str, Any]) -> None:
     echo(
         f"latency: of the exact networks, nothing folded; {measured}; {report['runs']} timed passes each, in turn; the "
         "paper's latency: on its authors' GPU"
+    )
+    echo(
+        "mIoU: published, not measured here: validation split, single scale; `ssaseg recipes show` prints the source; "
+        "-: not published or not known here"
     )
     if report["masks"]:
         print_masks(report["masks"], report["rows"], _title(report))
@@ -174,11 +192,12 @@ def _cells(row: dict[str, Any]) -> Sequence[str]:
         f"{network:.1f}",
         f"{network + labels:.1f}",
         _figure(paper["latency"]),
+        *(_figure(score, 2) for score in row["published_mIoU"].values()),
     )
 
 
-def _figure(value: float | None) -> str:
-    return "-" if value is None else f"{value:.1f}"
+def _figure(value: float | None, digits: int = 1) -> str:
+    return "-" if value is None else f"{value:.{digits}f}"
 
 
 def _percent(value: float | None) -> str:

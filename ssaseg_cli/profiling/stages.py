@@ -53,7 +53,7 @@ class Pass:
     def __init__(self, engine: Engine, metadata: Mapping[str, Any], picture: Picture) -> None:
         self.engine, self.metadata, self.picture = engine, metadata, picture
         self.inference = Inference(engine, picture.protocol, metadata["mean"], metadata["std"])
-        palette = metadata.get("palette") or default_palette(len(metadata["classes"]))
+        palette = metadata.get("palette") or default_palette(metadata["classes"])
         self.style = style_of(metadata["classes"], palette)
         self.steps = network_steps(engine)
 

@@ -4,13 +4,19 @@ from pathlib import Path
 
 import click
 
+from ssaseg.cli.completion import names_of
 from ssaseg.cli.options import existing_file, json_option
 
 
 @click.command()
 @click.argument("checkpoint", type=existing_file)
 @click.argument("out", type=click.Path(path_type=Path))
-@click.option("--data", metavar="RECIPE", help="Recipe with the data.  [default: the checkpoint's]")
+@click.option(
+    "--data",
+    metavar="RECIPE",
+    shell_complete=names_of("recipes", files=True),
+    help="Recipe with the data.  [default: the checkpoint's]",
+)
 @click.option("--root", type=click.Path(path_type=Path), help="Folder of the data, in place of data.root.")
 @click.option(
     "--images", type=click.IntRange(min=1), default=32, show_default=True, help="Training images to calibrate on."

@@ -1,11 +1,14 @@
 """`ssaseg train`: its arguments and help. PyTorch is imported inside the function, so that `--help` is fast."""
 
+import shlex
 from pathlib import Path
 from typing import Any
 
 import click
 
-from ssaseg.cli.options import device_option, gpus_option
+from ssaseg.cli.completion import complete_overrides, names_of
+from ssaseg.cli.errors import CommandError
+from ssaseg.cli.options import device_option, gpus_option, refuse_options
 from ssaseg.cli.printing import echo
 from ssaseg.cli.ranks.launcher import needs_ranks, run_launch
 
@@ -17,9 +20,17 @@ def _facts(name: str, classifier: str) -> Any:
     return facts(name, classifier)
 
 
+def _run_folder(recipe: str) -> Path | None:
+    """The folder, where the folder of a run is given in the place of a recipe."""
+    from ssaseg.recipes import recipe_file
+
+    file = recipe_file(recipe)
+    return file.parent if file.name == "config.yaml" and file.parent == Path(recipe).expanduser() else None
+
+
 @click.command()
-@click.argument("recipe")
-@click.argument("overrides", metavar="[KEY=VALUE]...", nargs=-1)
+@click.argument("recipe", shell_complete=names_of("recipes", files=True))
+@click.argument("overrides", metavar="[KEY=VALUE]...", nargs=-1, shell_complete=complete_overrides)
 @click.option("--out", type=click.Path(file_okay=False, path_type=Path), help="Run folder.  [default: runs/RECIPE]")
 @click.option("--resume", is_flag=True, help="Continue the run in its folder, exactly where it stopped.")
 @device_option
@@ -61,19 +72,31 @@ def train(
 ) -> int:
     """Train the network of a recipe.
 
-    RECIPE is the name of a recipe of ssaseg (`ssaseg recipes list`) or a YAML file. KEY=VALUE changes one of its keys.
+    RECIPE is the name of a recipe of ssaseg (`ssaseg recipes list`) or a YAML file, or with --resume the folder of a
+    run. KEY=VALUE changes one of its keys.
 
     \b
     Example:
       ssaseg train demo
       ssaseg train my.yaml optim.lr=1e-4 train.micro_batch=8 --out runs/small-lr
-      ssaseg train my.yaml --out runs/small-lr --resume
+      ssaseg train runs/small-lr --resume
     """
-    from ssaseg.recipes import dump_recipe, load_recipe
+    refuse_options(overrides)
+    from ssaseg.recipes import load_recipe
 
+    if (folder := _run_folder(recipe)) is not None:
+        if not (resume or print_config or dry_run):
+            given = shlex.quote(recipe)
+            raise CommandError(
+                f"{recipe}: the folder of a run\nto continue it: ssaseg train {given} --resume\n"
+                f"to start another run with its recipe: ssaseg train {given}/config.yaml --out FOLDER"
+            )
+        out = out or folder
     resolved = load_recipe(recipe, overrides, _facts)
     if print_config:
-        echo(dump_recipe(resolved), nl=False)
+        from ssaseg.cli.data.config_text import config_text
+
+        echo(config_text(resolved), nl=False)
         return 0
     if needs_ranks(gpus):
         return run_launch(gpus or 1)

@@ -35,7 +35,8 @@ def environment(job: "Job") -> dict[str, Any]:
     import torch  # here, as `compare` only reads what is written
 
     on_gpu = job.device.type == "cuda"
-    installed = {found.metadata["Name"]: found.version for found in metadata.distributions()}
+    found = (each.metadata for each in metadata.distributions())  # each access reads and parses a file
+    installed = {each["Name"]: each["Version"] for each in found}
     return {
         "command": ["ssaseg", *sys.argv[1:]],  # as it was typed, without the path of the program
         "python": platform.python_version(),

@@ -6,7 +6,7 @@ import shlex
 import sys
 from collections.abc import Iterator, Sequence
 from datetime import datetime, timezone
-from math import inf
+from math import inf, isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -137,6 +137,23 @@ def keep_printed() -> Iterator[PrintedLog]:
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The records of a `metrics.jsonl`. Leaves out lines that are not a record, such as one cut short by a crash."""
     return read_log(path)[0]
+
+
+def hours_of(records: Sequence[dict[str, Any]], batch: int | None) -> float | None:
+    """Time of training and evaluation, from the logged speeds, without starting, saving and lost steps; None: not
+    known. batch: images of a step.
+    """
+    seconds, before = 0.0, 0
+    for record in records:
+        if "loss" in record:
+            speed = record.get("images_per_s")
+            if not speed or not batch:
+                return None
+            seconds += (record["step"] - before) * batch / speed
+            before = record["step"]
+        else:
+            seconds += record.get("eval_seconds") or 0
+    return seconds / 3600 if before and isfinite(seconds) else None
 
 
 def read_log(path: Path) -> tuple[list[dict[str, Any]], int]:

@@ -25,7 +25,7 @@ from ssaseg.cli.training.job import Job, StepRecord
 from ssaseg.cli.training.log import MetricsLog, keep_printed
 from ssaseg.cli.training.nonfinite import stop_before
 from ssaseg.cli.training.optimiser import describe_groups
-from ssaseg.cli.training.pictures import after_evaluation, write_batch
+from ssaseg.cli.training.pictures import after_evaluation, write_batch, write_card
 from ssaseg.cli.training.preflight import describe, deterministic
 from ssaseg.cli.training.saving import complete, save, save_best
 from ssaseg.cli.training.step import set_learning_rate, train_step
@@ -316,6 +316,8 @@ def take_score(job: Job, confusion: Any, statement: str, started: float) -> None
     if miou > progress.best_miou:
         progress.best_miou, progress.stale = miou, 0
         save_best(job)
+        if job.ranks.main:
+            write_card(job, confusion)
     if job.ranks.main:
         after_evaluation(job, confusion)
 

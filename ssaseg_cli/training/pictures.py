@@ -1,8 +1,9 @@
-"""The pictures of a run: an augmented batch, predictions of the same images, curves, and bars per class."""
+"""The pictures of a run: an augmented batch, predictions of the same images, curves, bars per class; and its card."""
 
 import contextlib
 import json
 from collections.abc import Iterator
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,9 +14,10 @@ from ssaseg.cli.drawing import bars, panels
 from ssaseg.cli.drawing.curves import draw_curves
 from ssaseg.cli.drawing.panels import Panel
 from ssaseg.cli.evaluation import confused
+from ssaseg.cli.model_card import Card, card_text
 from ssaseg.cli.printing import echo
-from ssaseg.cli.training.environment import resumptions
-from ssaseg.cli.training.log import read_metrics
+from ssaseg.cli.training.environment import environment, resumptions
+from ssaseg.cli.training.log import hours_of, read_metrics
 from ssaseg.datasets import IGNORED
 from ssaseg.files.writing import write_atomic
 
@@ -94,9 +96,30 @@ def draw_log(folder: Path, title: str = "") -> None:
     draw_curves(read_metrics(folder / "metrics.jsonl"), resumptions(folder), title, folder / "curves.png")
 
 
+def write_card(job: "Job", confusion: "Confusion") -> None:
+    """`best.md`, the card of the weights that were just kept. If it cannot be written, a warning is printed."""
+    with drawing("best.md"):
+        scores = confusion.scores()
+        card = Card(
+            step=job.progress.step,
+            classes=job.val_set.classes,
+            ious=scores["IoU"].tolist(),
+            pixels=confusion.matrix.sum(axis=1).tolist(),
+            means={"mIoU": scores["mIoU"], "aAcc": scores["aAcc"], "mAcc": scores["mAcc"]},
+            interval=confusion.interval(),
+            statement=job.progress.scores["statement"],
+            data=job.fingerprints,
+            environment=environment(job),
+            time=datetime.now(timezone.utc).date().isoformat(),
+            hours=hours_of(read_metrics(job.folder / "metrics.jsonl"), job.recipe.train.batch),
+        )
+        text = card_text(job.recipe, card).encode(errors="replace")
+        write_atomic(job.folder / "best.md", text, sync=False, root=job.folder)
+
+
 @contextlib.contextmanager
 def drawing(what: str) -> Iterator[None]:
-    """Turns any error inside this context into a warning on stderr: a picture does not end the training."""
+    """Turns any error inside this context into a warning on stderr: what is made for people does not end a training."""
     try:
         yield
     except Exception as error:

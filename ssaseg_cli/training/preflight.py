@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from ssaseg.cli.errors import CommandError
+from ssaseg.cli.options import note_checkpoint, run_checkpoint
 from ssaseg.cli.printing import echo
 from ssaseg.cli.training.job import Job
 from ssaseg.cli.training.optimiser import learning_rate
@@ -28,8 +29,10 @@ def find_start(value: str, network: str, dry_run: bool = False, say: bool = True
     downloads. None: a dry run, for which nothing is downloaded. say: whether to print what is done. Raises CommandError
     if there is no such file, it cannot be fetched, or the weights of this name cannot start `network`.
     """
-    path = Path(value)
+    path = run_checkpoint(Path(value))
     if path.is_file() or path.is_dir():
+        if say:
+            note_checkpoint(path, value)
         if value in KNOWN and say:
             echo(f"note: model.pretrained={value}: the file with this name is used, no download", err=True)
         return path

@@ -153,7 +153,7 @@ def refuse_changes(stored: dict[str, Any], given: dict[str, Any], folder: Path) 
             new_run += f"; to train longer, start it with model.pretrained={shlex.quote(str(best))}"
         raise CommandError(
             f"{folder}: the recipe is not the one this run was started with: {shown}{' …' if refused[3:] else ''}\n"
-            f"resume it with: ssaseg train {shlex.quote(str(folder / 'config.yaml'))} --out {own} --resume\n{new_run}"
+            f"resume it with: ssaseg train {own} --resume\n{new_run}"
         )
     if changed:
         notes = [text + (f" ({FREE_KEYS[key]})" if FREE_KEYS[key] else "") for key, text in changed.items()]

@@ -12,6 +12,7 @@ from ssaseg.cli.errors import CommandError
 from ssaseg.cli.printing import echo
 from ssaseg.datasets import stated_classes
 from ssaseg.datasets.labels import label_space, list_label_spaces
+from ssaseg.datasets.pairs import first_names
 from ssaseg.datasets.published import LAYOUTS
 from ssaseg.models import Segmenter
 from ssaseg.models.checkpoint import numbered
@@ -19,7 +20,7 @@ from ssaseg.models.checkpoint import numbered
 SEPARATORS = re.compile("[;,]")  # between the synonyms of one class: "car;auto", "building, edifice"
 
 # Metadata of the training run and of its labels, which are wrong for other classes.
-RUN_METADATA = ("recipe", "step", "scores", "reduce_zero_label")
+RUN_METADATA = ("recipe", "step", "scores", "reduce_zero_label", "untrained")
 
 
 # ---- names -------------------------------------------------------------------------------------------------------
@@ -217,7 +218,31 @@ def follow_names(
     for line in describe_rows(metadata["classes"], requested["classes"], rows):
         echo(line)
     known = any(row is not None for row in rows)
-    return {**{key: value for key, value in metadata.items() if key not in RUN_METADATA}, **requested}, known
+    kept = {key: value for key, value in metadata.items() if key not in RUN_METADATA}
+    before = untrained_rows(metadata)
+    pairs = zip(requested["classes"], rows, strict=True)
+    kept |= untrained([name for name, row in pairs if row is None or row in before])
+    return {**kept, **requested}, known
+
+
+def untrained(names: Sequence[str]) -> dict[str, Any]:
+    """Metadata of a checkpoint with new weights for these classes, which the commands that run it report."""
+    return {"untrained": list(names)} if names else {}
+
+
+def warn_of_untrained(source: Path, metadata: Mapping[str, Any]) -> None:
+    """Prints on stderr which classes of a checkpoint were never trained, if there are any."""
+    rows = untrained_rows(metadata)
+    if rows:
+        names = first_names([metadata["classes"][row] for row in sorted(rows)], 6)
+        what = f"{len(rows)} of {len(metadata['classes'])} classes have random weights, never trained"
+        echo(f"warning: {source}: {what}: {names}\ntrain it first: model.pretrained={source} in a recipe", err=True)
+
+
+def untrained_rows(metadata: Mapping[str, Any]) -> set[int]:
+    """The classes of a checkpoint, by their numbers, whose weights were never trained."""
+    names = set(metadata.get("untrained", ()))
+    return {index for index, name in enumerate(metadata["classes"]) if name in names}
 
 
 def describe_rows(source: Sequence[str], wanted: Sequence[str], rows: Sequence[int | None]) -> list[str]:

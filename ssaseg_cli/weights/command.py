@@ -5,18 +5,32 @@ from typing import Any
 
 import click
 
-from ssaseg.cli.options import CLASSIFIERS
+from ssaseg.cli.completion import names_of
+from ssaseg.cli.options import CLASSIFIERS, network_file
 
 
 @click.command()
-@click.argument("source", type=click.Path(exists=True, path_type=Path))
+@click.argument("source", type=network_file)
 @click.argument("destination", type=click.Path(path_type=Path))
-@click.option("--model", metavar="NAME", help="Network of official weights; checkpoints of ssaseg name it.")
+@click.option(
+    "--model",
+    metavar="NAME",
+    shell_complete=names_of("networks", "masks"),
+    help="Network of official weights; checkpoints of ssaseg name it.",
+)
 @click.option("--classifier", type=CLASSIFIERS, help="Classifier of official weights; checkpoints of ssaseg name it.")
 @click.option(
-    "--dataset", metavar="NAME", help="Data set with the names of the classes.  [default for 150 classes: ade20k]"
+    "--dataset",
+    metavar="NAME",
+    shell_complete=names_of("label_spaces", "recipes"),
+    help="Data set with the names of the classes.  [default for 150 classes: ade20k]",
 )
-@click.option("--classes", metavar="NAME|A,B,...", help="New classes; weights of classes with the same name are kept.")
+@click.option(
+    "--classes",
+    metavar="NAME|A,B,...",
+    shell_complete=names_of("label_spaces", "recipes"),
+    help="New classes; weights of classes with the same name are kept.",
+)
 @click.option("--allow-partial", is_flag=True, help="Accept missing and unexpected keys, and tensors of another shape.")
 @click.option("--deploy", is_flag=True, help="Write a small .safetensors: float16, no training-only weights.")
 @click.option("--output", type=click.Choice(["logits", "logits-full", "labels"]), help="What exported files return.")
@@ -43,9 +57,11 @@ def convert(
     before it is written.
 
     \b
-    --input   normalized  float32 (N,3,H,W), (RGB - mean) / std    --output  logits       (N,K,h,w), the default
-              rgb         uint8 (N,3,H,W)                                    logits-full  (N,K,H,W)
-                                                                             labels       uint8 (N,H,W)
+    --input normalized    float32 (N,3,H,W), (RGB - mean) / std; the default
+            rgb           uint8 (N,3,H,W)
+    --output logits       (N,K,h,w); the default
+             logits-full  (N,K,H,W)
+             labels       uint8 (N,H,W)
 
     \b
     Example:

@@ -163,6 +163,7 @@ def make_export(
     header = {key: metadata[key] for key in ("model", "classifier", "classes", "palette", "mean", "std", "protocol")}
     header |= {"range": metadata.get("range")} | ({} if model.channels == 3 else {"channels": model.channels})
     header |= {"step": metadata.get("step", 0), "recipe": metadata.get("recipe")}
+    header |= {key: metadata[key] for key in ("untrained",) if key in metadata}
     header |= {"format": FORMAT, "input": form.input, "output": form.output, "size": form.size, "smallest": least}
     weights, run = None, None
     with _quiet():

@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from ssaseg.cli.completion import names_of
 from ssaseg.cli.errors import CommandError, print_error
 from ssaseg.cli.options import json_option
 from ssaseg.cli.printing import echo
@@ -27,7 +28,7 @@ def weights() -> None:
 
 
 @weights.command("list")
-@click.argument("network", required=False)
+@click.argument("network", required=False, shell_complete=names_of("networks"))
 @json_option
 def list_command(network: str | None, json_out: str | None) -> None:
     """Print all weights: their names, which networks they start, licences, sizes, and whether they are here.
@@ -90,7 +91,7 @@ def _absent(start: "Start") -> str:
 
 
 @weights.command()
-@click.argument("names", metavar="NAME...", nargs=-1, required=True)
+@click.argument("names", metavar="NAME...", nargs=-1, required=True, shell_complete=names_of("weights"))
 def fetch(names: tuple[str, ...]) -> int:
     """Download weights, unless they are here, and print their paths.
 
@@ -116,7 +117,7 @@ def fetch(names: tuple[str, ...]) -> int:
 
 
 @weights.command()
-@click.argument("name")
+@click.argument("name", shell_complete=names_of("weights"))
 def path(name: str) -> None:
     """Print the path of weights that are here; an error if they are not, or if their content is wrong.
 

@@ -1,5 +1,6 @@
 """The files of `known` weights: in torch's folder, compared with their hash, and downloaded where possible."""
 
+import contextlib
 import difflib
 import os
 import sys
@@ -24,7 +25,10 @@ TIMES, MORE = 8, 2**26
 def folder() -> Path:
     """The folder of the files: that of `torch.hub`, found without the import of torch."""
     home = os.environ.get("TORCH_HOME", os.path.join(os.environ.get("XDG_CACHE_HOME", "~/.cache"), "torch"))
-    return Path(os.path.expanduser(home), "hub", "checkpoints")
+    full = os.path.expanduser(home)
+    if full.startswith("~"):  # neither HOME nor an entry of the user
+        raise CommandError("the home folder is not known\nset HOME, or TORCH_HOME to a folder for weights")
+    return Path(full, "hub", "checkpoints")
 
 
 def find(start: Start) -> Path | None:
@@ -33,8 +37,11 @@ def find(start: Start) -> Path | None:
         packed = files(start.package) or [] if start.package else []
     except PackageNotFoundError:
         packed = []
+    stored: list[Path] = []
+    with contextlib.suppress(CommandError):  # without a home folder: said where a file is to be stored
+        stored = [folder() / name for name in start.files]
     places = [
-        *(folder() / name for name in start.files),
+        *stored,
         *(Path(each.locate()) for each in packed if each.name in start.files),
     ]
     return next((path for path in places if path.is_file()), None)

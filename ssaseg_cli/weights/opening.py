@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ssaseg.cli.errors import CommandError
 from ssaseg.cli.printing import echo
-from ssaseg.cli.weights.classes import own_classes
+from ssaseg.cli.weights.classes import own_classes, untrained
 from ssaseg.cli.weights.foreign import Weights, count_rows
 from ssaseg.cli.weights.matching import (
     best_guess,
@@ -26,6 +26,7 @@ from ssaseg.cli.weights.matching import (
 )
 from ssaseg.cli.weights.pretrained import PRETRAINED_SHARE
 from ssaseg.models import Segmenter, build_model, list_mask_models, list_models
+from ssaseg.models.checkpoint import numbered
 from ssaseg.models.header import DEFAULTS, MOST_CLASSES
 from ssaseg.models.masks.base import MASKS
 
@@ -104,6 +105,8 @@ def _open_whole(source: Path, weights: Weights, name: str, given: Given, report:
             scale = metadata["protocol"]["scale"]
             said = "but these are the classes of a published data set, so as there"
             report(f"  images       {said}: fitted into {scale}")
+    if not found.complete and any(key.startswith("classifier.") and key not in tensors for key in network.class_rows()):
+        metadata = metadata | untrained(metadata.get("classes") or numbered(classes))
     return Loaded(name, network, metadata, {}, found.complete)
 
 
