@@ -79,8 +79,13 @@ def peak_here(work: str, kind: str, channels: str, side: str, classes: str) -> f
     return max(resident("VmHWM") - before, 0.0)
 
 
-def measure(channels: int, sides: tuple[int, ...], classes: int, rounds: int) -> list[dict[str, Any]]:
-    """A row for each kind of work and classifier. At each size, the classifiers take turns."""
+def measure(
+    channels: int, sides: tuple[int, ...], classes: int, rounds: int, smoke: bool = False
+) -> list[dict[str, Any]]:
+    """A row for each kind of work and classifier. At each size, the classifiers take turns.
+
+    smoke: only the first row has processes of its own for its peaks, as PyTorch takes seconds to import.
+    """
     seconds: dict[tuple[str, str, int], list[float]] = defaultdict(list)
     for side in sides:
         given = inputs(channels, side, classes)
@@ -91,7 +96,8 @@ def measure(channels: int, sides: tuple[int, ...], classes: int, rounds: int) ->
                 seconds[work, kind, side].append(spent)
     rows = []
     for work, kind in product(WORKS, KINDS):
-        peaks = [peak(work, kind, *map(str, (channels, side, classes))) for side in sides]
+        take = peak if not (smoke and rows) else peak_here
+        peaks = [take(work, kind, *map(str, (channels, side, classes))) for side in sides]
         positions = [(side // STRIDE) ** 2 for side in sides]
         growth = [
             1024 * (peaks[k + 1] - peaks[k]) / (positions[k + 1] - positions[k]) for k in range(len(positions) - 1)
@@ -124,7 +130,7 @@ def main() -> int:
         widths, sides, classes, rounds = (16,), (64,), 19, 1
     rows, linear = [], True
     for channels in widths:
-        for row in measure(channels, sides, classes, rounds):
+        for row in measure(channels, sides, classes, rounds, options.smoke):
             rows.append(row)
             growth = row["growth [KiB per position]"]
             linear &= options.smoke or growth[-1] <= LIMIT * growth[0]

@@ -1,6 +1,8 @@
 """What must hold before PyTorch is imported by any test."""
 
+import gc
 import os
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -9,6 +11,8 @@ import pytest
 
 import ssaseg  # noqa: F401 (sets GOMP_SPINCOUNT: threads that spin for long make the suite many times slower)
 
+# pytest-xdist gives its processes a terminal of 80 columns; output to a pipe has none.
+os.environ.pop("COLUMNS", None)
 # The cores are for processes, of which `make test` runs one a core: networks and images here are small.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 # One process runs many tests, some of which measure its memory: freed memory goes back to the system.
@@ -19,9 +23,9 @@ FIRST = (
     "test_export.py",
     "test_ranks.py",
     "test_networks.py",
-    "test_never_lost.py",
     "test_fidelity.py",
     "test_train.py",
+    "test_options.py",
 )
 
 
@@ -31,6 +35,17 @@ def pytest_xdist_auto_num_workers() -> int:
     from ssaseg.cli.device import count_cores
 
     return min(count_cores(), 8)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Iterator[None]:
+    """Imports make half a million objects, all of which stay: no collection scans them, then or during the tests."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -58,12 +73,45 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
+@pytest.fixture(scope="module")
+def tiny() -> Iterator[None]:
+    """`build_model` knows the networks of `tests/helpers/networks.py`."""
+    from networks import tiny_networks
+
+    with tiny_networks():
+        yield
+
+
+def _undrawn(*_: Any) -> None:
+    """Stands for what draws a run's pictures after an evaluation."""
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_pictures() -> Iterator[None]:
+    """Runs in this process draw nothing after an evaluation: it takes twenty times as long as a step of theirs."""
+    with pytest.MonkeyPatch.context() as patch:
+        if "torch" in sys.modules:  # as tests of runs import it
+            from ssaseg.cli.training import loop
+
+            patch.setattr(loop, "after_evaluation", _undrawn)
+        yield
+
+
+@pytest.fixture
+def pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs draw their pictures."""
+    from ssaseg.cli.training import loop
+    from ssaseg.cli.training.pictures import after_evaluation
+
+    monkeypatch.setattr(loop, "after_evaluation", after_evaluation)
+
+
 # As small as a run can be, and all that could make two runs differ: dropout, drop path, augmentation.
 TINY_RUN = [
     "data.synthetic.height=64", "data.synthetic.width=64", "data.synthetic.train=8", "data.synthetic.val=2",
     "augment.scale=[64,64]", "augment.crop=[64,64]", "distill.group=2", "train.batch=2", "train.steps=6",
     "train.workers=0", "train.log_every=5", "train.eval_every=100", "train.save_every=100", "optim.warmup=0",
-    "model.drop_path=0.1",
+    "model.name=seaformer_z", "model.drop_path=0.1",
 ]  # fmt: skip
 
 
@@ -71,6 +119,7 @@ TINY_RUN = [
 def make_job() -> Callable[..., Any]:
     """A function (folder, overrides …, stored=state) → a `Job` on the CPU with its log, in this process."""
     import torch
+    from networks import tiny_networks
 
     from ssaseg.cli.ranks.ranks import Ranks
     from ssaseg.cli.training.build import build_job
@@ -79,7 +128,8 @@ def make_job() -> Callable[..., Any]:
 
     def make(out: Path, *overrides: str, stored: dict[str, Any] | None = None) -> Any:
         out.mkdir(parents=True, exist_ok=True)
-        job = build_job(load_recipe("demo", [*TINY_RUN, *overrides]), out, Ranks(torch.device("cpu")), stored)
+        with tiny_networks():
+            job = build_job(load_recipe("demo", [*TINY_RUN, *overrides]), out, Ranks(torch.device("cpu")), stored)
         job.log = MetricsLog(out / "metrics.jsonl", job.progress.step, job.progress.evaluated)
         return job
 

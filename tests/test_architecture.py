@@ -26,15 +26,30 @@ MAY_IMPORT = {
     "recipes": {"yaml", "pydantic", "pydantic_core", "ssaseg.files", "ssaseg.recipes"},
     "": {"torch", "numpy", "PIL", "ssaseg.predictor"}
     | {f"ssaseg.{part}" for part in ("files", "models", "datasets", "recipes", "cli")},
-    "cli": {"torch", "numpy", "cv2", "PIL", "pycocotools", "safetensors", "click", "rich", "tqdm", "matplotlib"}
+    "cli": {
+        "torch",
+        "numpy",
+        "cv2",
+        "PIL",
+        "pycocotools",
+        "safetensors",
+        "click",
+        "rich",
+        "tqdm",
+        "matplotlib",
+        "packaging",
+        "jinja2",
+        "av",
+    }
     | {f"ssaseg.{part}" for part in ("files", "models", "datasets", "recipes", "cli")},
 }
 # From the lowest up: what stands in a room may import the rooms before it, and the room itself. A file that is named
 # here is a room of its own; "" is what else lies directly in the folder.
 ROOMS = {
-    "cli": ["printing", "signals", "errors", "importing", "device", "console", "help_tables", "options", "drawing",
-            "ranks", "scoring", "weights", "engine", "evaluation", "data", "prediction", "quantization", "profiling",
-            "training", "comparison", "explanation", ""],
+    "cli": ["printing", "signals", "errors", "importing", "device", "console", "help_tables", "recipe_page",
+            "completion", "options", "drawing", "ranks", "scoring", "weights", "model_card", "engine", "evaluation",
+            "prediction", "serving", "video", "curation", "data", "quantization", "profiling", "training", "comparison",
+            "explanation", "diagnosis", ""],
     "models": ["rows", "layers", "stem", "classifiers", "decoder", "segmenter", "networks", "masks", "build",
                "official", "header", "checkpoint", ""],
 }  # fmt: skip
@@ -94,7 +109,7 @@ RESERVED: dict[str, set[str]] = {
     "sys.stdout.write": {"console.py"},  # JSON, in which control characters are escaped
     "pickle.load": {"coco.py"},  # from memory that this process has filled
     "open": {"errors.py"},  # /dev/null
-    ".open": {"formats.py", "recipes.py"},  # an image in memory; a new file
+    ".open": {"formats.py", "recipes.py", "streams.py"},  # an image in memory; a new file; videos, by FFmpeg
     ".read_text": {"labels.py"},  # of the package itself
     ".read_bytes": {"rendezvous.py"},  # of the ranks' own folder
 }

@@ -344,8 +344,17 @@ def test_every_recipe_builds() -> None:
 
 @pytest.mark.parametrize("command", ["predict", "eval", "explain"])
 def test_a_folder_in_the_place_of_a_checkpoint(command: str, tmp_path: Path) -> None:
-    result = run(command, str(tmp_path), *(["x", "--out", "y"] if command == "predict" else []))
-    assert result.exit_code == 2
-    fix = f"ssaseg convert {tmp_path} OURS.safetensors" if command == "explain" else "expected a file or a folder"
-    assert fix in result.stderr
-    assert len(result.stderr.splitlines()) <= 3
+    words = [command, str(tmp_path), *(["x", "--out", "y"] if command == "predict" else [])]
+    for file, part in (
+        ("other.pth", "expected a file, a run folder" if command != "explain" else "expected a file or a run folder"),
+        ("config.yaml", "a run folder, but it has no best.safetensors yet"),
+    ):
+        (tmp_path / file).touch()
+        result = run(*words)
+        assert result.exit_code == 2
+        assert part in result.stderr
+        assert ("in it: other.pth" in result.stderr) == (file == "other.pth")
+        assert len(result.stderr.splitlines()) <= 3
+    (tmp_path / "config.json").touch()
+    if command == "explain":
+        assert f"convert it first: ssaseg convert {tmp_path} OURS.safetensors" in run(*words).stderr

@@ -41,7 +41,7 @@ REALLY_RUN = [
     "ssaseg train camvid-seaformer_b-ssa --print-config",
     "ssaseg weights list segnext_t",
     "ssaseg data export scenes --count 8",
-    "ssaseg predict benchmarks/weights/camvid-seaformer_s-ssa.safetensors photos --out labels --save index,overlay",
+    "ssaseg predict benchmarks/weights/camvid-lite0-ssa.safetensors photos --out labels --save index,overlay",
 ]
 
 

@@ -237,7 +237,7 @@ def test_train_looks_at_a_sample_or_at_all(
     assert capsys.readouterr().err == ""
     check_labels({"training": dataset}, "all")
     assert "warning, training split" in capsys.readouterr().err
-    put(dataset.mask_files[5], (0, 9))
+    put(dataset.mask_files[5], (0, 1), size=(40, 49))
     put(dataset.mask_files[4], (0, 9))
     with pytest.raises(CommandError, match=r"4\.png: id 9 in 1000 pixels(.|\n)*the first of several problems"):
         check_labels({"training": dataset}, "all")

@@ -121,7 +121,9 @@ def test_lists_of_pascal_voc_are_used(tmp_path: Path) -> None:
     (lists / "val.txt").write_text("3\n")
     out = tmp_path / "voc.yaml"
     assert call("data", "init", tmp_path, "--out", out).exit_code == 0
-    data = load_recipe(str(out)).data
+    recipe = load_recipe(str(out))
+    assert recipe.test.scale == recipe.augment.scale, "also photos of another size then have that of training"
+    data = recipe.data
     assert data.train is not None
     assert data.train.names == "ImageSets/Segmentation/train.txt"
     assert not list(tmp_path.glob("voc.*.txt"))
@@ -151,11 +153,11 @@ def test_splits_are_the_same_each_time_and_never_empty() -> None:
 @pytest.mark.parametrize(
     ("found", "expected"),
     [
-        ({(360, 480): 9}, ([480, 360], [352, 480], None)),
-        ({(1000, 2000): 9}, ([1024, 512], [512, 512], [1024, 512])),
-        ({(300, 400): 3, (256, 400): 4, (200, 300): 1}, ([1024, 256], [256, 256], [1024, 256])),
-        ({(1, 1): 1}, ([32, 32], [32, 32], [32, 32])),
-        ({(10_000, 10_000): 1, (1, 1): 1}, ([2048, 512], [512, 512], [2048, 512])),
+        ({(360, 480): 9}, ([480, 360], [352, 480])),
+        ({(1000, 2000): 9}, ([1024, 512], [512, 512])),
+        ({(300, 400): 3, (256, 400): 4, (200, 300): 1}, ([1024, 256], [256, 256])),
+        ({(1, 1): 1}, ([32, 32], [32, 32])),
+        ({(10_000, 10_000): 1, (1, 1): 1}, ([2048, 512], [512, 512])),
     ],
 )
 def test_sizes_follow_the_images(found: dict[tuple[int, int], int], expected: tuple[Any, ...]) -> None:
@@ -403,3 +405,4 @@ def test_files_of_other_types_are_counted_once(tmp_path: Path, scenes: bool) -> 
     count, raw = ("4 .heic", "2 .cr2") if scenes else ("2 .heic", "1 .cr2")
     assert result.stdout.count("other types") == 1
     assert f"{6 if scenes else 3} files of other types are left out: {count}, {raw} in " in result.stdout
+    assert ": 1.heic, 2.HEIC, 3.cr2" in result.stdout

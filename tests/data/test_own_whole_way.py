@@ -175,7 +175,13 @@ def pairs(root: Path) -> None:
 
 def require_step(recipe: Path) -> None:
     """The first step of training with the recipe that `init` wrote, small."""
-    small = ["model.name=seaformer_t", "augment.scale=[64, 48]", "augment.crop=[32, 32]", "train.batch=2"]
+    small = [
+        "model.name=seaformer_t",
+        "model.pretrained=null",
+        "augment.scale=[64, 48]",
+        "augment.crop=[32, 32]",
+        "train.batch=2",
+    ]
     words = [*small, "train.workers=0", "train.amp=off", "test.scale=[64, 48]"]
     result = call("train", recipe, *words, "--dry-run", "--device", "cpu", "--out", recipe.parent / "run")
     assert result.exit_code == 0, result.output

@@ -34,7 +34,9 @@ def hold_run(out: Path, held: Path) -> None:
 
 
 def command(words: list[str], *changes: Change) -> None:
-    """`ssaseg` with these words, after the changes: what a process is forked for."""
+    """`ssaseg` with these words, after the changes: what a process is forked for. Only `as_it_is` draws pictures."""
+    if as_it_is not in changes:
+        loop.after_evaluation = lambda *_: None
     for change in changes:
         change()
     cli(words)
@@ -53,10 +55,6 @@ def before_each_step(action: Callable[[int], None]) -> None:
 
 def as_it_is() -> None:
     pass
-
-
-def without_pictures() -> None:
-    loop.after_evaluation = lambda *_: None
 
 
 def slow_steps(seconds: float) -> None:

@@ -1,5 +1,6 @@
 """Functions in processes of their own that need no seconds to import PyTorch: forked from one that has it."""
 
+import gc
 import multiprocessing
 import os
 import signal
@@ -18,7 +19,7 @@ from ssaseg.cli.scoring import evaluate
 from ssaseg.cli.training import build, loop
 from ssaseg.datasets import loader
 
-PATIENCE = 120  # seconds, for what never comes
+PATIENCE = 600  # seconds, for what never comes: a busy machine may take long
 
 # Also what optimisers and pictures import when they are first used. Nothing of it starts a thread.
 CONTEXT = multiprocessing.get_context("forkserver")
@@ -40,8 +41,10 @@ class Descriptor:
 
 
 def begin(function: Callable[..., object], given: tuple[Any, ...], env: dict[str, str], out: list[Descriptor]) -> None:
+    gc.freeze()  # a collection would write to all objects that were there, and so copy their memory
     multiprocessing.current_process().daemon = False  # it may have workers
     os.setsid()
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # tests that run in the background have it ignored
     for number, descriptor in enumerate(out, start=1):
         os.dup2(descriptor.number, number)
         os.close(descriptor.number)

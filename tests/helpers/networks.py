@@ -57,6 +57,19 @@ TINY: dict[str, tuple[Any, Any]] = {
             fuse=(24,),
         ),
     ),
+    # For runs: the drop path of a single block would be 0.
+    "seaformer_z": (
+        seaformer,
+        seaformer.Variant(
+            stem=8,
+            mobile=tuple(((3, 1, width, 2),) for width in (8, 16, 24, 32, 40)),
+            depths=(2,),
+            key_dims=(8,),
+            heads=2,
+            mlp_ratios=(2,),
+            fuse=(24,),
+        ),
+    ),
     # Without attention, which takes most of the time to trace.
     "seaformer_y": (
         seaformer,

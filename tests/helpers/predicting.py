@@ -12,6 +12,7 @@ import torch
 from ssaseg.models import build_model, save_model
 
 CLASSES = ["road", "car", "tree", "sky", "void"]
+DESCRIPTIONS = ("classes.json", "rle.images.json", "shares.csv")
 PALETTE = [[128, 64, 128], [0, 0, 142], [107, 142, 35], [70, 130, 180], [1, 2, 3]]
 
 
@@ -41,9 +42,9 @@ def write(path: Path, image: np.ndarray | None = None) -> Path:
 
 
 def files(folder: Path) -> list[str]:
-    """All files below a folder, except those that hold what the results were made of."""
+    """All files below a folder, except those that describe its results."""
     found = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
-    return sorted(name for name in found if not name.startswith(".predict"))
+    return sorted(name for name in found if not name.startswith(".predict") and name not in DESCRIPTIONS)
 
 
 def labelled_images(path: Path) -> set[str]:
@@ -55,10 +56,12 @@ def labelled_images(path: Path) -> set[str]:
 OTHER_COMMAND = """
 import sys
 from pathlib import Path
-from ssaseg.cli.prediction.journal import Journal, rle_result
+from ssaseg.cli.prediction.journal import Journal, objects_result
+from ssaseg.cli.prediction.objects import to_line
 with Journal(Path(sys.argv[1])) as journal:
-    lines = [b'{"image": "other.png", "category_id": 0}', b'{"image": "other.png", "category_id": 3}']
-    journal.add([rle_result("other.png", "0" * 32, lines)], lines)
+    entry = {"image": "other.png", "image_id": 5, "category": "x", "segmentation": {"size": [1, 1], "counts": ""}}
+    lines = [to_line({**entry, "category_id": number}) for number in (0, 3)]
+    journal.add([objects_result("rle", "other.png", "0" * 32, lines)], {"rle": lines})
     journal.file.write(b'{"results": [["rle.json/half.png", ')
     journal.file.flush()
     print("ready", flush=True)

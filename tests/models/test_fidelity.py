@@ -102,7 +102,7 @@ def test_logits(model: Segmenter, key: str) -> None:
     assert excess(model, key) < 1
 
 
-@pytest.mark.parametrize("size", [128, 256])
+@pytest.mark.parametrize("size", [128, pytest.param(256, marks=pytest.mark.slow)])
 def test_losses_and_gradients(model: Segmenter, size: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every loss to 1e-4 relative, every gradient norm to 1e-3."""
     figures = FIGURES[model.name][model.classifier_name]["train"][str(size)]

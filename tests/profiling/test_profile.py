@@ -166,7 +166,7 @@ def test_paper_table(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Mon
         assert row["gmacs"][EVERY_OPERATION] > 0.9 * row["paper"]["gmacs"]
     papertable.print_paper_table(report)
     table = capsys.readouterr().out
-    for cell in ("3.004 (+0.1 %)", "8.734 (-0.8 %)", "14.899 (-0.0 %)", "66,048", "43.3"):
+    for cell in ("3.004 (+0.1 %)", "8.734 (-0.8 %)", "14.899 (-0.0 %)", "66,048", "43.3", "39.94", "48.57", "42.46"):
         assert cell in table
 
 
@@ -182,7 +182,9 @@ def test_paper_table_says_what_is_not_known(capsys: pytest.CaptureFixture[str]) 
     out = capsys.readouterr().out
     cells = next(line for line in out.splitlines() if "ocrnet_hr48 linear" in line).split()
     assert "71.660" in cells
-    assert cells.count("-") == 2  # parameters and latency
+    assert cells.count("-") == 5  # parameters, latency and scores
+    assert papertable.published_miou("ade20k", "upernet_vit_adapter_l", "ssa") == 55.39
+    assert papertable.published_miou("ade20k", "upernet_swin_b", "ssa") is None
     assert "8.7 M parameters are a misprint" in out
 
 

@@ -3,6 +3,7 @@
 import itertools
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -185,9 +186,9 @@ def train_words(out: Path, *words: str) -> list[str]:
     return ["train", "demo", *KEYS, "--device", "cpu", "--out", str(out), *words]
 
 
-def train(monkeypatch: pytest.MonkeyPatch, out: Path, *words: str, change: Change = changes.without_pictures) -> int:
+def train(monkeypatch: pytest.MonkeyPatch, out: Path, *words: str, change: Change | None = None) -> int:
     """Exit code of `ssaseg train` on two ranks, after the change."""
-    return in_ranks(monkeypatch, 2, changes.command, train_words(out, *words), change)
+    return in_ranks(monkeypatch, 2, changes.command, train_words(out, *words), *([change] if change else []))
 
 
 def same_state(first: Path, second: Path) -> None:
@@ -279,17 +280,16 @@ def test_a_run_of_two_ranks_has_one_log_and_one_state(undisturbed: Path) -> None
 
 
 def test_a_killed_rank_ends_the_job_with_three_lines(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    undisturbed: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    began, before = time.monotonic(), set(psutil.Process().children())
-    command = [*DYING, *train_words(tmp_path / "run", "train.workers=0")]
-    monkeypatch.setattr(launch, "own_command", lambda: command)
+    """After a run that has started what processes are forked from."""
+    before = set(psutil.Process().children(recursive=True))
     with pytest.raises(
         CommandError, match=r"rank 1 by SIGKILL, of 2 ranks(.|\n)*--resume continues from the last saved state"
     ):
-        launch.run_launch(2)
-    assert time.monotonic() - began < 60
-    assert set(psutil.Process().children()) <= before
+        train(monkeypatch, tmp_path / "run", "train.workers=0", change=changes.rank_1_killed_in_step_4)
+    left = set(psutil.Process().children(recursive=True)) - before
+    assert psutil.wait_procs(left, timeout=10)[1] == []
     told = capfd.readouterr().err
     assert "Traceback" not in told
     assert "error" not in told
@@ -355,16 +355,21 @@ def test_eval_on_three_ranks_is_eval_on_one(
     recipe = tmp_path / "seven.yaml"
     recipe.write_text((undisturbed / "config.yaml").read_text().replace("val: 3", "val: 7"))
     checkpoint, reports = undisturbed / "best.safetensors", {}
+    pictures: dict[int, list[str]] = {}
     for count in (1, 3):
         file = tmp_path / f"{count}.json"
-        command = ["eval", str(checkpoint), "--data", str(recipe), "--json", str(file), "--device", "cpu", "--boundary"]
+        command = ["eval", str(checkpoint), "--data", str(recipe), "--json", str(file), "--device", "cpu"]
+        page = tmp_path / str(count)
         if count == 1:
-            assert run_eval([checkpoint], Request(data=str(recipe), boundary=True), str(file), "cpu") == 0
+            assert run_eval([checkpoint], Request(data=str(recipe), report=page), str(file), "cpu") == 0
         else:
             capfd.readouterr()
-            assert in_ranks(monkeypatch, count, changes.command, command) == 0
+            assert in_ranks(monkeypatch, count, changes.command, [*command, "--report", str(page)]) == 0
             assert capfd.readouterr().out.count("mIoU 95 % interval") == 1
         reports[count] = json.loads(file.read_text())
-        del reports[count]["images_per_s"]
+        del reports[count]["images_per_s"], reports[count]["time"]
+        pictures[count] = re.findall(r'src="(data:[^"]+)"', (page / "report.html").read_text())
     assert reports[3]["images"] == 7
     assert reports[3] == reports[1]
+    assert len(pictures[1]) == 4 * 7
+    assert pictures[3] == pictures[1]

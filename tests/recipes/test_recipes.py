@@ -295,7 +295,7 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     assert "`extends: _camvid`" in refusal("_camvid")
     assert "demo.yaml: no such file" in refusal(str(tmp_path / "demo.yaml"))
     (tmp_path / "folder.yaml").mkdir()
-    assert "directory" in refusal(str(tmp_path / "folder.yaml")).lower()
+    assert "folder.yaml: a folder, expected a recipe" in refusal(str(tmp_path / "folder.yaml"))
     (tmp_path / "latin.yaml").write_bytes("model: é".encode("latin-1"))
     assert "not UTF-8" in refusal(str(tmp_path / "latin.yaml"))
 

@@ -14,6 +14,8 @@ from networks import tiny_networks
 from PIL import Image
 from tiffs import tiff
 
+from ssaseg.cli.training import loop
+from ssaseg.cli.training.pictures import write_predictions
 from ssaseg.datasets.bands.reading import read_bands
 from ssaseg.models import load_model
 from ssaseg.models.header import DEFAULTS
@@ -62,7 +64,9 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("bands")
     recipe = write_data(folder / "data")
     (folder / "four.yaml").write_text(yaml.safe_dump(recipe))
-    result = call("train", folder / "four.yaml", "--out", folder / "run", "--device", "cpu")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "after_evaluation", lambda job, _: write_predictions(job))
+        result = call("train", folder / "four.yaml", "--out", folder / "run", "--device", "cpu")
     assert result.exit_code == 0, result.output
     return folder
 

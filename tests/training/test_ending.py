@@ -33,12 +33,6 @@ MakeJob = Callable[..., Job]
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-@pytest.fixture(autouse=True)
-def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
-    """They take longer than the steps."""
-    monkeypatch.setattr(train, "after_evaluation", lambda *_: None)
-
-
 def run(job: Job) -> int:
     return train.train(job, Window(job, bar=False))
 

@@ -27,7 +27,7 @@ CPU = Ranks(torch.device("cpu"))
 EMA = "optim.ema=0.9"
 MakeJob = Callable[..., Job]
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "tiny")
 
 
 class _Explode(torch.autograd.Function):

@@ -14,7 +14,6 @@ from parts import Unchanged
 from ssaseg.cli.errors import CommandError
 from ssaseg.cli.main import cli
 from ssaseg.cli.ranks.ranks import Ranks
-from ssaseg.cli.training import loop
 from ssaseg.cli.training.memory import explain, fit_micro_batch, fits, micro_batch_sizes
 from ssaseg.models import CLASSIFIERS, Segmenter
 from ssaseg.recipes import load_recipe
@@ -161,7 +160,6 @@ def test_a_run_that_finds_its_micro_batch_and_one_that_is_told(
         return real(self, images, labels, totals)
 
     monkeypatch.setattr(Segmenter, "forward", forward)
-    monkeypatch.setattr(loop, "after_evaluation", lambda *_: None)
     scenes = "data.synthetic={height: 64, width: 64, train: 8, val: 1, seed: 0}"
     words = ["train", "demo", scenes, "augment.scale=[64,64]", "augment.crop=[64,64]", "distill.group=2",
              "train.batch=8", "train.steps=4", "train.workers=0", "--device", "cpu",

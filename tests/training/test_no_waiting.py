@@ -88,14 +88,14 @@ LOSSES = ("loss.class_weights={car: 3, sky: 0.5}", "loss.label_smoothing=0.1", "
 @pytest.mark.parametrize(
     ("network", "classifier", "words"),
     [
-        *((name, "ssa", ()) for name in ("afformer_t", "cgrseg_t", "seaformer_t", "segnext_t")),
-        ("cgrseg_t", "linear", ()),  # its decoder works for the classifier
-        ("seaformer_t", "ssa", LOSSES),
-        ("seaformer_t", "linear", LOSSES),
-        ("seaformer_t", "cac", LOSSES),
-        ("seaformer_t", "protoseg", ()),
-        ("seaformer_t", "gmmseg", ("model.options={memory: 30}",)),
-        ("seaformer_t", "dnc", ("model.options={memory: 30, samples: 10}",)),
+        *((name, "ssa", ()) for name in ("afformer_x", "cgrseg_x", "seaformer_x", "segnext_x")),
+        ("cgrseg_x", "linear", ()),  # its decoder works for the classifier
+        ("seaformer_x", "ssa", LOSSES),
+        ("seaformer_x", "linear", LOSSES),
+        ("seaformer_x", "cac", LOSSES),
+        ("seaformer_x", "protoseg", ()),
+        ("seaformer_x", "gmmseg", ("model.options={memory: 30}",)),
+        ("seaformer_x", "dnc", ("model.options={memory: 30, samples: 10}",)),
     ],
 )
 def test_no_family_reads_anything(

@@ -20,11 +20,12 @@ from ssaseg.cli.evaluation import confused
 from ssaseg.cli.main import cli
 from ssaseg.cli.scoring import inference
 from ssaseg.cli.scoring.metrics import Confusion
-from ssaseg.cli.training import pictures
+from ssaseg.cli.training import pictures as of_run
 from ssaseg.cli.training.log import MetricsLog, read_metrics
 from ssaseg.datasets.labels import label_space
 from ssaseg.datasets.synthetic import SyntheticScenes
 from ssaseg.models import build_model
+from ssaseg.models.checkpoint import read_header
 from ssaseg.recipes import load_recipe
 
 TINY = [
@@ -37,7 +38,7 @@ TINY = [
 # ---- a run -------------------------------------------------------------------------------------------------------
 
 
-def test_a_run_draws_everything(tmp_path: Path) -> None:
+def test_a_run_draws_everything(tmp_path: Path, pictures: None) -> None:
     out = tmp_path / "run"
     track = ["--track", "tensorboard"] if find_spec("tensorboard") else []
     result = CliRunner().invoke(cli, ["train", "demo", *TINY, "--device", "cpu", "--out", str(out), *track])
@@ -59,6 +60,11 @@ def test_a_run_draws_everything(tmp_path: Path) -> None:
     assert content["step"] == 4
     assert {"true", "predicted", "share", "pixels"} == content["pairs"][0].keys()
     assert first.shape == last.shape
+    best = read_header(out / "best.safetensors")[0]
+    card = (out / "best.md").read_text()
+    assert f"mIoU {best['scores']['mIoU']:.2f} % (95 % interval over images: " in card
+    assert f"the weights of step {best['step']} of 4, " in card
+    assert card.count("\n| train | 8 | `") == card.count("\n| val | 3 | `") == 1
     result = CliRunner().invoke(cli, ["eval", str(out / "last.safetensors"), "--device", "cpu"])
     assert confused.most_confused(content["pairs"], 5) in result.stdout.splitlines()
 
@@ -79,7 +85,7 @@ def make_job(folder: Path, classifier: str, images: int = 2) -> Any:
 
 def test_a_plain_classifier_has_one_prediction(tmp_path: Path) -> None:
     job = make_job(tmp_path, "linear")
-    pictures.write_predictions(job)
+    of_run.write_predictions(job)
     assert job.model.training, "the mode is as before"
     picture = cv2.imread(str(tmp_path / "predictions.png"))
     assert picture.shape[1] == 3 * (WIDTH + 4)
@@ -91,8 +97,8 @@ def test_pictures_change_nothing_that_training_draws_from(tmp_path: Path) -> Non
     job = make_job(tmp_path, "ssa", images=1)
     weights = {key: value.clone() for key, value in job.model.state_dict().items()}
     before = torch.random.get_rng_state()
-    pictures.write_batch(job)
-    pictures.write_predictions(job)
+    of_run.write_batch(job)
+    of_run.write_predictions(job)
     assert torch.equal(torch.random.get_rng_state(), before)
     assert all(torch.equal(value, weights[key]) for key, value in job.model.state_dict().items())
 
@@ -111,17 +117,17 @@ def test_no_training_ends_for_a_picture(
     monkeypatch.setattr(bars, "draw_ious", broken)
     monkeypatch.setattr(curves, "save_figure", lambda *_: None)
     monkeypatch.setattr(bars, "save_figure", lambda *_: None)
-    pictures.after_evaluation(job, confusion)
+    of_run.after_evaluation(job, confusion)
     assert capsys.readouterr().err.splitlines() == [
         "most confused: none, no pixel is wrong",
         "warning: iou.png could not be written (ValueError: no such font)",
     ]
     assert (tmp_path / "predictions.png").exists()
     monkeypatch.setattr(inference, "predict_labels", broken)
-    pictures.after_evaluation(job, confusion)
+    of_run.after_evaluation(job, confusion)
     assert "warning: predictions could not be written" in capsys.readouterr().err
     assert job.model.training, "as before"
-    with pytest.raises(KeyboardInterrupt), pictures.drawing("x"):
+    with pytest.raises(KeyboardInterrupt), of_run.drawing("x"):
         raise KeyboardInterrupt
 
 
@@ -204,7 +210,7 @@ def test_curves_of_few_and_of_many_records(figures: list[Figure], tmp_path: Path
     write_records(tmp_path, count, grad_norm=2.0)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        pictures.draw_log(tmp_path, "title")
+        of_run.draw_log(tmp_path, "title")
     losses, score = figures[0].axes[0], figures[0].axes[1]
     if count == 0:
         assert words(figures[0]).count("nothing logged") == 5
@@ -222,7 +228,7 @@ def test_losses_that_are_negative_or_not_finite(figures: list[Figure], tmp_path:
     write_records(tmp_path, 3, main_ce=float("nan"), response=-1.0, loss=float("inf"), lr=None)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        pictures.draw_log(tmp_path)
+        of_run.draw_log(tmp_path)
     losses, norm = figures[0].axes[0], next(axes for axes in figures[0].axes if "norm" in axes.get_title())
     assert (losses.get_yscale(), norm.get_yscale()) == ("linear", "log")
 

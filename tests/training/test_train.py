@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from changes import Change, as_it_is, command, killed_in_step, slow_steps, without_pictures
+from changes import Change, as_it_is, command, killed_in_step, slow_steps
 from click.testing import CliRunner, Result
 from forked import Forked
 from safetensors.torch import load_file
@@ -30,10 +30,10 @@ def run(*arguments: str) -> Result:
     return CliRunner().invoke(cli, ["train", "demo", *TINY, "--device", "cpu", *arguments])
 
 
-def start(out: Path, *arguments: str, change: Change = without_pictures) -> Forked:
+def start(out: Path, *arguments: str, change: Change | None = None) -> Forked:
     """`ssaseg train` in a process of its own, after the change."""
     words = ["train", "demo", *TINY, "--device", "cpu", "--out", str(out), *arguments]
-    return Forked(command, words, change, errors=out.with_suffix(".errors"))
+    return Forked(command, words, *([change] if change else []), errors=out.with_suffix(".errors"))
 
 
 def assert_same_weights(first: Path, second: Path) -> None:
@@ -54,7 +54,7 @@ def test_run_folder(undisturbed: Path) -> None:
     files = {path.name for path in undisturbed.iterdir()}
     assert files == {
         "config.yaml", "metrics.jsonl", "curves.png", "batch.png", "predictions.png", "last.safetensors",
-        "best.safetensors", "train.log", "state-4.pt", "state-6.pt", "env.json", "iou.png", "confused.png",
+        "best.safetensors", "best.md", "train.log", "state-4.pt", "state-6.pt", "env.json", "iou.png", "confused.png",
         "confused.json", "predictions",
     }  # fmt: skip
     records = [json.loads(line) for line in (undisturbed / "metrics.jsonl").read_text().splitlines()]

@@ -64,8 +64,17 @@ def official_file(name: str, classifier: str) -> dict[str, Tensor]:
     return state
 
 
-@pytest.mark.parametrize("classifier", ["linear", "ssa"])
-@pytest.mark.parametrize("name", ["afformer_base", "cgrseg_b", "seaformer_base", "segnext_tiny"])
+@pytest.mark.parametrize(
+    ("name", "classifier"),
+    [
+        *((name, "ssa") for name in ("afformer_base", "cgrseg_b", "seaformer_base", "segnext_tiny")),
+        ("seaformer_base", "linear"),
+        *(
+            pytest.param(name, "linear", marks=pytest.mark.slow)
+            for name in ("afformer_base", "cgrseg_b", "segnext_tiny")
+        ),
+    ],
+)
 def test_official_file_there_and_back(tmp_path: Path, name: str, classifier: str) -> None:
     """Network and classifier are recognised; all that ours holds comes back bit for bit, the rest is named."""
     state = official_file(name, classifier)

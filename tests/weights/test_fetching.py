@@ -267,7 +267,7 @@ def test_training_fetches_its_start_once(
 ) -> None:
     state = torch.load(io.BytesIO(content), weights_only=True)
     key = "smb1.stem_block.0.c.weight"
-    job = make_job(tmp_path / "run", f"model.pretrained={NAME}")
+    job = make_job(tmp_path / "run", f"model.name={NAME}", f"model.pretrained={NAME}")
     assert torch.equal(job.model.state_dict()["backbone.stem.conv.weight"], state[key])
     assert "fetching seaformer_t" in capsys.readouterr().err
     assert find_start(NAME, NAME) is not None
@@ -330,10 +330,10 @@ def test_wrong_content_without_a_hash(
     cache.mkdir(parents=True)
     (cache / start.file).write_bytes(b"photo")
     with pytest.raises(CommandError, match=rf"{start.file}: is not a PyTorch checkpoint, or is truncated"):
-        make_job(tmp_path / "run", f"model.pretrained={NAME}")
+        make_job(tmp_path / "run", f"model.name={NAME}", f"model.pretrained={NAME}")
     torch.save({f"backbone.layer{k}.weight": torch.ones(2) for k in range(9)}, cache / start.file)
     with pytest.raises(CommandError, match=rf"{start.file}: only 0 of"):
-        make_job(tmp_path / "run2", f"model.pretrained={NAME}")
+        make_job(tmp_path / "run2", f"model.name={NAME}", f"model.pretrained={NAME}")
     assert (cache / start.file).exists()
 
 

@@ -303,7 +303,7 @@ def test_a_folder_with_a_part_missing(tmp_path: Path) -> None:
     with pytest.raises(CommandError, match=r"model\.pretrained=.*without config\.json"):
         load_pretrained(network("segformer_b0"), folder)
     output = convert(folder, tmp_path / "x.safetensors").output
-    assert "a folder without config.json\nexpected" in output
+    assert "a folder of transformers" in output
     (folder / "config.json").write_text('{"model_type": "segformer", [')
     assert "config.json: cannot be read" in convert(folder, tmp_path / "x.safetensors").output
     (tmp_path / "config.json").rename(folder / "config.json")

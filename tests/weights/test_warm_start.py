@@ -1,15 +1,19 @@
 """Starting from a whole segmentation checkpoint: the classifier's rows follow the names of the classes."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
 import torch
+from networks import tiny_networks
 from torch import Tensor
 
+from ssaseg.cli.engine.opening import open_file
+from ssaseg.cli.weights.convert import run_convert
 from ssaseg.cli.weights.pretrained import load_pretrained
 from ssaseg.datasets.labels import label_space
 from ssaseg.models import Segmenter, build_model, save_model
+from ssaseg.models.checkpoint import read_header
 from ssaseg.models.official import official_keys
 
 ROAD = ("sky", "road", "car", "tree")
@@ -132,3 +136,45 @@ def test_half_precision_becomes_the_models(tmp_path: Path) -> None:
     weight = start.classifier.conv_seg.weight
     assert weight.dtype == torch.float32
     assert torch.equal(weight, source.classifier.conv_seg.weight[[3, 0]].float())
+
+
+# ---- classes that were never trained -----------------------------------------------------------------------------
+@pytest.fixture
+def tiny() -> Iterator[None]:
+    with tiny_networks():
+        yield
+
+
+@pytest.mark.usefixtures("tiny")
+def test_classes_that_were_never_trained_are_reported_until_they_are(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    torch.manual_seed(0)
+    path, other, small = (tmp_path / f"{name}.safetensors" for name in ("first", "other", "small"))
+    save_model(path, build_model("seaformer_y", 2, "linear"), {"classes": ["sky", "road"]})
+    open_file(path)
+    assert "never trained" not in capsys.readouterr().err
+    run_convert(path, other, classes="road,pole,car")
+    assert read_header(other)[0]["untrained"] == ["pole", "car"]
+    run_convert(other, small, deploy=True)
+    for file in (other, small):
+        open_file(file)
+        said = f"warning: {file}: 2 of 3 classes have random weights, never trained: pole, car\n"
+        assert said in capsys.readouterr().err
+    run_convert(other, path, classes="sign,car,road")  # car moves with its random row
+    assert read_header(path)[0]["untrained"] == ["sign", "car"]
+    run_convert(path, other, classes="road,ROAD2")
+    assert read_header(other)[0]["untrained"] == ["ROAD2"]
+
+
+@pytest.mark.usefixtures("tiny")
+def test_a_classifier_that_did_not_match_is_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = build_model("seaformer_y", 2, "linear")
+    state = {key: model.state_dict()[ours] for ours, key in official_keys(model).items()}
+    kept = {key: value for key, value in state.items() if not key.endswith("conv_seg.bias")}
+    for name, tensors in (("whole", state), ("partial", kept)):
+        torch.save({"state_dict": tensors, "meta": {"CLASSES": ("sky", "road")}}, tmp_path / f"{name}.pth")
+        destination = tmp_path / f"{name}.safetensors"
+        run_convert(tmp_path / f"{name}.pth", destination, "seaformer_y", "linear", allow_partial=True)
+    assert "untrained" not in read_header(tmp_path / "whole.safetensors")[0]
+    assert read_header(tmp_path / "partial.safetensors")[0]["untrained"] == ["sky", "road"]
