@@ -1,11 +1,12 @@
 """`ssaseg serve`: its arguments and help. PyTorch is imported inside the function, so that `--help` is quick."""
 
 from pathlib import Path
+from typing import Any
 
 import click
 
 from ssaseg.cli.importing import quick_imports
-from ssaseg.cli.options import device_option, network_file, opening_options
+from ssaseg.cli.options import device_option, network_file, opening_options, protocol_changes, protocol_options
 
 MOST = 2**28  # pixels that the decoder takes: `ssaseg.datasets.decoding.MAX_PIXELS`
 
@@ -46,6 +47,7 @@ MOST = 2**28  # pixels that the decoder takes: `ssaseg.datasets.decoding.MAX_PIX
     metavar="SECONDS",
     help="Most for sending an image, and for waiting.",
 )
+@protocol_options
 @opening_options
 @device_option
 def serve(
@@ -61,12 +63,14 @@ def serve(
     classes: str | None,
     protocol: str | None,
     device: str,
+    **changes: Any,
 ) -> int:
     """Show a checkpoint, or compare two, on a local web page; and label images over HTTP.
 
     Prints the address of the page, with a secret token; without it, nobody gets an answer. Drop an image on the page.
     Programs send images to /v1/predict and get a label PNG, or JSON with the share of each class. Images are not
-    kept. Ctrl-C ends the server. Needs the extra `serve`: pip install 'ssaseg[serve]'
+    kept. Images much larger than those in training get worse labels, which an answer says; --size 512 resizes them.
+    Ctrl-C ends the server. Needs the extra `serve`: pip install 'ssaseg[serve]'
 
     \b
     Example:
@@ -74,6 +78,7 @@ def serve(
       ssaseg serve linear.safetensors ssa.safetensors --port 8000
       curl --data-binary @photo.jpg "http://127.0.0.1:8000/v1/predict?token=TOKEN"
     """
+    changes = protocol_changes(changes)
     with quick_imports():
         from ssaseg.cli.serving.app import Limits
         from ssaseg.cli.serving.serve import run_serve
@@ -87,4 +92,5 @@ def serve(
         device=device,
         classes=classes,
         protocol=protocol,
+        changes=changes,
     )

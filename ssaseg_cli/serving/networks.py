@@ -6,9 +6,10 @@ Axes: H×W pixels of an image, h×w pixels of its view on the page, K classes.
 import gzip
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import cv2
@@ -20,6 +21,7 @@ from ssaseg.cli.prediction.kinds import Style, encode_indices, style_of
 from ssaseg.cli.prediction.labelling import free_gpu
 from ssaseg.cli.prediction.skipping import lacks_memory, skip_reason
 from ssaseg.cli.scoring.inference import Inference, Prediction, state_views
+from ssaseg.cli.scoring.trained_size import LARGER, times_larger, trained_scale
 from ssaseg.datasets import default_palette
 from ssaseg.datasets.bands.reading import read_bands, shown
 from ssaseg.datasets.base import Levels
@@ -50,16 +52,20 @@ class Network:
     style: Style
     levels: Levels | None  # of 16-bit images, see `read_bands`
     what: str  # network and classifier, for people
+    trained: tuple[int, int] | None = None  # see `trained_scale`
 
     @classmethod
-    def of(cls, opened: Opened, device: torch.device, name: str) -> "Network":
-        """An opened file on a device."""
+    def of(
+        cls, opened: Opened, device: torch.device, name: str, changes: Mapping[str, Any] = MappingProxyType({})
+    ) -> "Network":
+        """An opened file on a device; changes: keys of its test protocol to change."""
         found = opened.metadata
-        rules = parse_protocol(found["protocol"], f"{opened.path}: protocol")
+        rules = parse_protocol(found["protocol"] | dict(changes), f"{opened.path}: protocol")
         inference = Inference(make_engine(opened, device), rules, found["mean"], found["std"])
         style = style_of(found["classes"], found.get("palette") or default_palette(found["classes"]))
         levels = tuple(found["range"]) if found.get("range") else None
-        return cls(name, inference, style, levels, f"{found['model']}, {found['classifier']}")
+        what = f"{found['model']}, {found['classifier']}"
+        return cls(name, inference, style, levels, what, trained_scale(found))
 
     @property
     def adapts(self) -> bool:
@@ -82,6 +88,16 @@ class Network:
                 for index, name in enumerate(self.style.classes)
             ],
         }
+
+    def note(self, size: tuple[int, int]) -> str | None:
+        """What a client should know of an image of (height, width): that it is much larger than those in training."""
+        if self.trained is None or (times := times_larger(size, self.trained, self.inference.protocol)) <= LARGER:
+            return None
+        width, height = self.trained
+        return (
+            f"{times:.1f} times as large as in training ({width}x{height}): labels get worse; "
+            f"start the server with --scale {width} {height}"
+        )
 
     def label(
         self, data: bytes, max_pixels: int, coarse: bool = False, confidence: bool = False
@@ -129,6 +145,7 @@ def as_json(network: Network, data: bytes, max_pixels: int, kind: str) -> bytes:
         "height": labels.shape[0],
         "labels": kind,
         "seconds": round(time.perf_counter() - started, 3),
+        "note": network.note(labels.shape),
         "classes": [
             {"id": index, "name": printable(name), "pixels": pixels, "share": pixels / labels.size}
             for index, (name, pixels) in enumerate(zip(network.style.classes, counts, strict=True))
@@ -173,6 +190,7 @@ def as_view(network: Network, data: bytes, max_pixels: int, kind: str) -> bytes:
         "view": {"width": size[1], "height": size[0]},
         "shares": shares,
         "seconds": round(time.perf_counter() - started, 3),
+        "note": network.note(made.labels.shape),
         "parts": [[name, len(part)] for name, part in parts.items()],
     }
     text = json.dumps(header).encode()

@@ -93,7 +93,8 @@ async function label(image) {
     chosen = place = null;
     const { width, height } = found[0];
     const seconds = found.map((each) => unit(each.seconds.toFixed(2), "s")).join(" and ");
-    byId("status").textContent = `${name}: ${width}\u00a0×\u00a0${height} pixels, ${seconds}`;
+    const notes = [...new Set(found.map((each) => each.note).filter(Boolean))].join("; ");
+    byId("status").textContent = `${name}: ${width}\u00a0×\u00a0${height} pixels, ${seconds}${notes && `; ${notes}`}`;
     byId("result").hidden = false;
     document.body.classList.add("filled");
     build(name);

@@ -2,9 +2,10 @@
 
 import secrets
 import webbrowser
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 from ssaseg.cli.engine.opening import device_for, open_file
 from ssaseg.cli.errors import CommandError
@@ -28,19 +29,20 @@ def run_serve(
     device: str,
     classes: str | None,
     protocol: str | None,
+    changes: Mapping[str, Any],
 ) -> int:
     """Serves one file or two until Ctrl-C or SIGTERM; returns 130 or 143.
 
     host, port: where to listen; port 0: one that is free. open_page: whether to open the page in a browser. device,
-    classes, protocol: as `device_for` and `open_file` take them. Prints the address as the only line on stdout. A
-    second signal ends the process. Raises CommandError for a missing package, an address that cannot be used, and what
-    opening a file raises.
+    classes, protocol: as `device_for` and `open_file` take them. changes: keys of the test protocol to change. Prints
+    the address as the only line on stdout. A second signal ends the process. Raises CommandError for a missing package,
+    an address that cannot be used, and what opening a file raises.
     """
     require_uvicorn()
     with bound_socket(host, port) as bound:  # now, rather than after the files are read
         opened = [open_file(path, classes, protocol) for path in files]
         devices = [device_for(each, device) for each in opened]
-        networks = [Network.of(*each) for each in zip(opened, devices, names_of(files), strict=True)]
+        networks = [Network.of(*each, changes) for each in zip(opened, devices, names_of(files), strict=True)]
         token = secrets.token_urlsafe(24)
         app = App(networks, token, limits, hosts=[host])
         where = "localhost" if host in ("0.0.0.0", "::") else f"[{host}]" if ":" in host else host

@@ -447,3 +447,21 @@ def test_failures_of_the_network(engine: Strongest, capsys: Any, error: Any, las
     health = ask(app, "/healthz")
     assert health.status == (503 if lasting else 200)
     assert app.taken == 0
+
+
+# ---- sizes -------------------------------------------------------------------------------------------------------
+
+
+def test_images_that_are_too_large_for_the_network_are_noted(tmp_path: Path) -> None:
+    recipe = {"augment": {"scale": [48, 32]}}
+    opened = open_file(save_checkpoint(tmp_path / "x.safetensors", "linear", header={"recipe": recipe}))
+    plain, fitted = Network.of(opened, CPU, "x"), Network.of(opened, CPU, "x", {"scale": [48, 32]})
+    assert plain.note((32, 48)) is None
+    assert plain.note((80, 120)) is None
+    assert "3.0 times as large as in training (48x32)" in (plain.note((96, 144)) or "")
+    assert fitted.note((96, 144)) is None
+    assert fitted.inference.protocol.scale == (48, 32)
+    data = png((90, 120, 30), (96, 144))
+    answer = json.loads(networks.as_json(plain, data, 10**6, "adapted"))
+    assert answer["note"] == plain.note((96, 144))
+    assert json.loads(networks.as_json(fitted, data, 10**6, "adapted"))["note"] is None
