@@ -12,7 +12,7 @@ import numpy as np
 from ssaseg.cli.console import json_target, progress_bar, write_json
 from ssaseg.cli.curation.choosing import Description, choose, describe
 from ssaseg.cli.curation.suspects import look
-from ssaseg.cli.engine.opening import device_for, make_engine, open_file
+from ssaseg.cli.engine.opening import device_for, make_engine, open_file, own_inference
 from ssaseg.cli.errors import CommandError
 from ssaseg.cli.evaluation.report import open_dataset, recipe_of, require_channels
 from ssaseg.cli.prediction.skipping import skip_reason
@@ -23,7 +23,6 @@ from ssaseg.cli.signals import StopSignal
 from ssaseg.datasets.bands.reading import read_bands
 from ssaseg.files.text import printable
 from ssaseg.files.writing import write_atomic
-from ssaseg.recipes import parse_protocol
 
 
 def run_pick(
@@ -56,8 +55,7 @@ def run_pick(
         recipe = recipe_of(checkpoint, metadata, labelled)
         require_channels(checkpoint, metadata, recipe)
         known = open_dataset(recipe, "train", None)
-    protocol = parse_protocol(metadata["protocol"], f"{checkpoint}: protocol")
-    inference = Inference(make_engine(opened, device_for(opened, device)), protocol, metadata["mean"], metadata["std"])
+    inference = own_inference(opened, make_engine(opened, device_for(opened, device)))
     channels, levels = metadata.get("channels", 3), metadata["range"] and tuple(metadata["range"])
     before: list[Description] = []
     found: dict[str, Description] = {}

@@ -16,7 +16,7 @@ from ssaseg.cli.console import json_target, print_table, progress_bar, write_jso
 from ssaseg.cli.curation.contradictions import Suspect, Suspicion, contradictions, largest_region
 from ssaseg.cli.drawing import panels
 from ssaseg.cli.drawing.panels import Panel
-from ssaseg.cli.engine.opening import device_for, make_engine, open_file
+from ssaseg.cli.engine.opening import device_for, make_engine, open_file, own_inference
 from ssaseg.cli.errors import CommandError
 from ssaseg.cli.evaluation.report import (
     open_dataset,
@@ -32,7 +32,6 @@ from ssaseg.datasets import Dataset
 from ssaseg.datasets.bands.reading import shown
 from ssaseg.files.text import printable
 from ssaseg.files.writing import write_atomic
-from ssaseg.recipes import parse_protocol
 
 LISTED = 10  # images in the printed table
 BOX = (230, 50, 50)  # RGB
@@ -61,9 +60,7 @@ def run_suspects(
     require_channels(checkpoint, metadata, recipe)
     dataset = open_dataset(recipe, split, root)
     require_data_classes(checkpoint, metadata["classes"], recipe.name, dataset.classes)
-    protocol = parse_protocol(metadata["protocol"], f"{checkpoint}: protocol")
-    engine = make_engine(opened, device_for(opened, device))
-    inference = Inference(engine, protocol, metadata["mean"], metadata["std"])
+    inference = own_inference(opened, make_engine(opened, device_for(opened, device)))
     suspicion = Suspicion(len(dataset.classes))
     with StopSignal() as stop, progress_bar(len(dataset), "looked at") as advance:
         for index in range(len(dataset)):

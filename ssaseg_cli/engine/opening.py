@@ -6,6 +6,7 @@ checkpoint can run in another runtime too: it is exported once, see `exports`.
 
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -18,6 +19,7 @@ from ssaseg.cli.errors import CommandError
 from ssaseg.cli.options import run_checkpoint
 from ssaseg.cli.printing import echo
 from ssaseg.cli.scoring.engines import PRECISIONS, Engine, TorchEngine
+from ssaseg.cli.scoring.inference import Inference
 from ssaseg.cli.weights import openvino_files
 from ssaseg.cli.weights.classes import warn_of_untrained
 from ssaseg.cli.weights.export import require_packages
@@ -28,6 +30,7 @@ from ssaseg.models import Segmenter, load_model
 from ssaseg.models.checkpoint import complete_metadata, read_outline
 from ssaseg.models.fast import has_bfloat16
 from ssaseg.models.header import DEFAULTS, CheckpointError
+from ssaseg.recipes import parse_protocol
 
 STATED = {"classes": "--classes", "protocol": "--protocol"}  # what a file must say, or the user
 
@@ -173,6 +176,13 @@ def make_engine(
         return TorchEngine.of(opened.model, device, PRECISIONS[precision], exact)
     graph, _ = read_graph(path, "onnx")
     return _graph_engine(Opened(opened.path, "onnx", None, opened.metadata, graph), device, precision, chosen, False)
+
+
+def own_inference(opened: Opened, engine: Engine, changes: Mapping[str, Any] = MappingProxyType({})) -> Inference:
+    """Labels images with the file's own test protocol, mean and std; changes: keys of the protocol to change."""
+    metadata = opened.metadata
+    protocol = parse_protocol(metadata["protocol"] | dict(changes), f"{opened.path}: protocol")
+    return Inference(engine, protocol, metadata["mean"], metadata["std"])
 
 
 def _graph_engine(opened: Opened, device: torch.device, precision: str, backend: str, exact: bool) -> GraphEngine:

@@ -16,7 +16,7 @@ import cv2
 import numpy as np
 import torch
 
-from ssaseg.cli.engine.opening import Opened, make_engine
+from ssaseg.cli.engine.opening import Opened, make_engine, own_inference
 from ssaseg.cli.prediction.kinds import Style, encode_indices, style_of
 from ssaseg.cli.prediction.labelling import free_gpu
 from ssaseg.cli.prediction.skipping import lacks_memory, skip_reason
@@ -27,7 +27,6 @@ from ssaseg.datasets.bands.reading import read_bands, shown
 from ssaseg.datasets.base import Levels
 from ssaseg.datasets.decoding.formats import format_of
 from ssaseg.files.text import printable
-from ssaseg.recipes import parse_protocol
 
 NAME = Path("image")  # of what is sent, in messages
 VIEW = 1600  # longest side of what the page gets [pixels]
@@ -60,8 +59,7 @@ class Network:
     ) -> "Network":
         """An opened file on a device; changes: keys of its test protocol to change."""
         found = opened.metadata
-        rules = parse_protocol(found["protocol"] | dict(changes), f"{opened.path}: protocol")
-        inference = Inference(make_engine(opened, device), rules, found["mean"], found["std"])
+        inference = own_inference(opened, make_engine(opened, device), changes)
         style = style_of(found["classes"], found.get("palette") or default_palette(found["classes"]))
         levels = tuple(found["range"]) if found.get("range") else None
         what = f"{found['model']}, {found['classifier']}"

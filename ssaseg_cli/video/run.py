@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ssaseg.cli.console import progress_bar
 from ssaseg.cli.drawing.panels import overlay
-from ssaseg.cli.engine.opening import device_for, make_engine, open_file
+from ssaseg.cli.engine.opening import device_for, make_engine, open_file, own_inference
 from ssaseg.cli.errors import CommandError
 from ssaseg.cli.printing import echo
 from ssaseg.cli.scoring.inference import Inference
@@ -26,7 +26,6 @@ from ssaseg.cli.weights.export import require_packages
 from ssaseg.datasets import default_palette
 from ssaseg.files.text import printable
 from ssaseg.models.labelling import label_map
-from ssaseg.recipes import parse_protocol
 
 MANY = 10**6  # frames of a video of unknown length, for the choice of a back end
 
@@ -51,7 +50,8 @@ class Seen(NamedTuple):
 
     frame: Frame
     logits: Tensor | None
-    labels: np.ndarray | None  # uint8 (H,W), without smoothing
+    middle: tuple[int, ...] = ()  # size of the network's input
+    labels: np.ndarray | None = None  # uint8 (H,W), without smoothing
 
 
 def run_video(checkpoint: Path, source: str, out: Path, request: Request, device: str) -> int:
@@ -71,11 +71,10 @@ def run_video(checkpoint: Path, source: str, out: Path, request: Request, device
         metadata = opened.metadata
         if metadata.get("channels", 3) != 3:
             raise CommandError(f"{checkpoint}: for images of {metadata['channels']} channels; videos have 3")
-        protocol = parse_protocol(metadata["protocol"], f"{checkpoint}: protocol")
         frames = min(reader.expected or MANY, request.limit or MANY)
         pixels = -(-frames // request.every) * reader.video.height * reader.video.width
         engine = make_engine(opened, device_for(opened, device), request.precision, request.backend, pixels=pixels)
-        inference = Inference(engine, protocol, metadata["mean"], metadata["std"])
+        inference = own_inference(opened, engine)
         if inference.views > 1:
             raise CommandError(
                 f"{checkpoint}: its protocol averages {inference.views} views of each image; a video takes one\n"
@@ -154,13 +153,15 @@ class Work:
             yield piece
 
     def look(self, piece: Frame | Sound) -> Seen | Sound:
-        """The logits of a frame, and its labels unless they are smoothed later. Sound passes through."""
-        if isinstance(piece, Sound) or piece.number % self.request.every:
-            return piece if isinstance(piece, Sound) else Seen(piece, None, None)
+        """The logits of a frame, and its labels without smoothing. Sound passes through."""
+        if isinstance(piece, Sound):
+            return piece
+        if piece.number % self.request.every:
+            return Seen(piece, None)
         name = f"frame {piece.number}"
         (pixels,) = (torch.from_numpy(each) for each in self.inference.inputs(piece.image, name))
-        logits = self.inference.apart().logits(pixels, name)
-        return Seen(piece, logits, self._labels(logits, pixels.shape[:2], piece.image.shape[:2]))
+        logits, middle = self.inference.apart().logits(pixels, name), pixels.shape[:2]
+        return Seen(piece, logits, middle, self._labels(logits, middle, piece.image.shape[:2]))
 
     @staticmethod
     def _labels(logits: Tensor, middle: Sequence[int], size: Sequence[int]) -> np.ndarray:
@@ -175,8 +176,7 @@ class Work:
             self.raw.add(image, seen.labels)
             if self.smoother is not None:
                 smooth = self.smoother(seen.logits, image)
-                middle = self.inference.inputs(image, "frame")[0].shape[:2]
-                self.labels = self._labels(smooth, middle, image.shape[:2])
+                self.labels = self._labels(smooth, seen.middle, image.shape[:2])
                 self.smoothed.add(image, self.labels)
         assert self.labels is not None
         labels = self.labels
