@@ -17,9 +17,9 @@ from ssaseg.cli.evaluation.predictions import (
     require_same_names,
 )
 from ssaseg.cli.evaluation.protocols import Scored, protocol_scores
-from ssaseg.cli.evaluation.report import open_dataset, require_labels
+from ssaseg.cli.evaluation.report import open_dataset, print_interval, require_labels
 from ssaseg.cli.printing import echo
-from ssaseg.cli.scoring.metrics import Interval, middle, percent, resampled_miou
+from ssaseg.cli.scoring.metrics import middle, percent, resampled_miou
 from ssaseg.datasets import Dataset
 from ssaseg.files.text import printable
 from ssaseg.recipes import Recipe, load_recipe
@@ -115,10 +115,7 @@ def print_folder(report: Mapping[str, Any]) -> None:
     print_table(("protocol", "mIoU [%]", "mAcc [%]", "aAcc [%]", "mean of"), rows, "the same labels, by protocol")
     for each in report["protocols"]:
         echo(f"{each['name']}: {each['what']}")
-    if report["mIoU_interval"] is not None:
-        interval = Interval(**report["mIoU_interval"])
-        how = f"ssaseg's; percentile bootstrap over {report['images']} images, {interval.resamples} resamples"
-        echo(f"mIoU {interval.level:g} % interval {interval.low:.2f} to {interval.high:.2f} % ({how})")
+    print_interval(report, "ssaseg's; ")
     echo(most_confused(report["confused"], 5))
     of = "all" if report["images"] == report["of_images"] else f"the first {report['images']} of"
     data = f"{of} {report['of_images']} images of the {report['split']} split of recipe {printable(report['recipe'])}"

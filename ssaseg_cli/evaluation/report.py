@@ -362,12 +362,18 @@ def print_report(report: Mapping[str, Any]) -> None:
     print_table(("class", *shown.values(), ""), rows, title)
     means = "   ".join(f"{key} {cell(report[key])} %" for key in MEANS if key in report)
     echo(f"{means}   (always the most common class: mIoU {cell(report['majority_miou'])} %)")
-    if report["mIoU_interval"] is not None:
-        interval = Interval(**report["mIoU_interval"])
-        how = f"percentile bootstrap over {report['images']} images, {interval.resamples} resamples"
-        echo(f"mIoU {interval.level:g} % interval {interval.low:.2f} to {interval.high:.2f} % ({how})")
+    print_interval(report)
     echo(most_confused(report["confused"], 5))
     if "calibration" in report:
         print_calibration(report["calibration"])
     echo(f"{report['images_per_s']:.1f} images/s, including reading and scoring")
     echo(f"protocol: {report['statement']}")
+
+
+def print_interval(report: Mapping[str, Any], whose: str = "") -> None:
+    """The interval of the mIoU on stdout, if it is known; whose: what the line says before how it was computed."""
+    if report["mIoU_interval"] is None:
+        return
+    interval = Interval(**report["mIoU_interval"])
+    how = f"{whose}percentile bootstrap over {report['images']} images, {interval.resamples} resamples"
+    echo(f"mIoU {interval.level:g} % interval {interval.low:.2f} to {interval.high:.2f} % ({how})")
