@@ -189,6 +189,9 @@ class Data(Section):
         if self.dataset == "synthetic" and self.synthetic is None:
             fix = "for example data.synthetic: {height: 160, width: 160, train: 512, val: 64, seed: 0}"
             raise wrong("data.synthetic", None, "the scenes' size and number, since dataset is synthetic", fix)
+        if self.dataset == "synthetic" and self.root != type(self).model_fields["root"].default:
+            fix = "remove the key; for your own images: `ssaseg data init FOLDER` writes a recipe"
+            raise wrong("data.root", self.root, "no folder, since dataset is synthetic: these scenes are drawn", fix)
         return self
 
     @model_validator(mode="after")

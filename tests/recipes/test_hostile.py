@@ -73,7 +73,7 @@ def test_texts_that_are_no_recipe(tmp_path: Path, text: str, part: str) -> None:
     assert part in refusal(path)
     if "name" not in text:
         with pytest.raises(RecipeError):
-            load_recipe("demo", [f"data.root={text}"])
+            load_recipe("camvid-seaformer_b-ssa", [f"data.root={text}"])
 
 
 def test_what_is_not_a_file(tmp_path: Path) -> None:

@@ -311,6 +311,12 @@ def test_synthetic_scenes_bring_their_own_classes() -> None:
     assert "the data set does not use it" in refusal("demo", "data.classes=[a,b]")
 
 
+def test_a_folder_for_drawn_scenes_is_refused() -> None:
+    message = refusal("demo", "data.root=photos")
+    assert "data.root: expected no folder, since dataset is synthetic" in message
+    assert "got 'photos'" in message
+
+
 def test_every_key_says_what_it_means() -> None:
     recipe = load_recipe("demo")
     kinds: list[type[BaseModel]] = [Recipe, Synthetic, Folders, Rule]
