@@ -4,6 +4,9 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple
 
+import torch
+from torch.overrides import TorchFunctionMode
+
 from ssaseg.models.classifiers.base import Classifier, Loss, LossOptions, Option
 from ssaseg.models.classifiers.cac import CACClassifier
 from ssaseg.models.classifiers.dnc import DNCClassifier
@@ -162,6 +165,29 @@ def build_model(
     )
     model.channels, model.stems = channels, widen(model.backbone, channels)
     return model
+
+
+def build_outline(name: str, num_classes: int, classifier: str = "ssa", **given: Any) -> Segmenter:
+    """`build_model` with keys and shapes alone, on the meta device: no memory for weights, and little time.
+
+    Raises the same errors.
+    """
+    with torch.device("meta"), _NoValues():
+        return build_model(name, num_classes, classifier, **given)
+
+
+class _NoValues(TorchFunctionMode):
+    """Leaves out all that changes a tensor in place, such as initial values.
+
+    The first random draw or arithmetic on the meta device loads PyTorch's compiler, which takes seconds.
+    """
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        name = getattr(function, "__name__", "")
+        if name.endswith("_") and not name.endswith("__") and name != "requires_grad_":
+            return args[0] if args else kwargs["tensor"]
+        return function(*args, **kwargs)
 
 
 def classifier_of(name: str, classifier: str) -> type[Classifier]:

@@ -3,7 +3,7 @@
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from ssaseg.files.reading import open_file
 from ssaseg.files.structured import parse_json
 from ssaseg.files.text import KEPT, printable
 from ssaseg.files.writing import write_atomic
-from ssaseg.models.build import build_model
+from ssaseg.models.build import build_model, build_outline
 from ssaseg.models.header import DEFAULTS, FORMAT, CheckpointError, described, parse_header
 from ssaseg.models.segmenter import Segmenter, is_below
 
@@ -173,10 +173,11 @@ def load_model(path: str | os.PathLike[str]) -> tuple[Segmenter, dict[str, Any]]
     names = metadata["model"], len(metadata["classes"]), metadata["classifier"]
     options, channels = metadata.get("options"), metadata.get("channels", 3)
     # Options decide about sizes: a network without memory is compared with the file first.
-    for device in ("meta", "cpu") if options else ("cpu",):
+    builds: tuple[Callable[..., Segmenter], ...] = (build_outline, build_model) if options else (build_model,)
+    for build in builds:
         try:
-            with torch.device(device):
-                model = build_model(*names, options=options, memory=False, channels=channels)
+            with torch.device("cpu"):
+                model = build(*names, options=options, memory=False, channels=channels)
         except ValueError as error:
             raise CheckpointError(f"{path}: {printable(str(error), KEPT)}") from None
         if "deploy" in metadata:

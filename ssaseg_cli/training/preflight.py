@@ -15,7 +15,8 @@ from ssaseg.cli.training.job import Job
 from ssaseg.cli.training.optimiser import learning_rate
 from ssaseg.cli.weights import fetching
 from ssaseg.cli.weights.known import KNOWN, starts_of
-from ssaseg.models import CLASSIFIERS, Segmenter, build_model
+from ssaseg.models import CLASSIFIERS, Segmenter
+from ssaseg.models.build import build_outline
 from ssaseg.recipes import Recipe
 
 FEW = 2  # classes: with so few, SSA's authors see little gain
@@ -64,8 +65,7 @@ def require_memory(recipe: Recipe, classes: int, device: torch.device) -> None:
     if kind not in CLASSIFIERS or not CLASSIFIERS[kind].MEMORY:
         return
     try:
-        with torch.device("meta"):
-            head = build_model(name, classes, kind, options=options, memory=False).classifier
+        head = build_outline(name, classes, kind, options=options, memory=False).classifier
     except ValueError:
         return  # `build_network` prints it
     needed = head.bank_bytes(head.channels, classes, **options)

@@ -8,17 +8,14 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import cache
 from pathlib import Path
-from typing import Any
 
-import torch
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
 from ssaseg.cli.errors import CommandError
 from ssaseg.cli.weights.foreign import Weights
 from ssaseg.files.text import KEPT, printable
-from ssaseg.models import Segmenter, build_model, list_mask_models, list_models
-from ssaseg.models.build import family_of
+from ssaseg.models import Segmenter, list_mask_models, list_models
+from ssaseg.models.build import build_outline, family_of
 from ssaseg.models.masks.base import MASKS
 from ssaseg.models.official import (
     COUNTERS,
@@ -293,24 +290,9 @@ def outline(name: str) -> Segmenter:
     Raises CommandError for a mask method whose packages are not installed.
     """
     try:
-        with torch.device("meta"), _NoValues():
-            return build_model(name, 2, MASKS if name in list_mask_models() else "linear")
+        return build_outline(name, 2, MASKS if name in list_mask_models() else "linear")
     except ValueError as error:
         raise CommandError(str(error)) from None
-
-
-class _NoValues(TorchFunctionMode):
-    """Leaves out all that changes a tensor in place, such as initial values.
-
-    The first random draw or arithmetic on the meta device loads PyTorch's compiler, which takes seconds.
-    """
-
-    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        name = getattr(function, "__name__", "")
-        if name.endswith("_") and not name.endswith("__"):
-            return args[0] if args else kwargs["tensor"]
-        return function(*args, **kwargs)
 
 
 def explain_mismatch(source: Path, weights: Weights, network: Segmenter, found: Match) -> str:

@@ -115,8 +115,9 @@ def test_official_weights_in_memory(official: Path, tmp_path: Path, capsys: Any)
     assert opened.model is not None
     assert ours.model is not None
     assert not opened.model.training
+    state = opened.model.state_dict()
     for key, value in ours.model.state_dict().items():
-        assert torch.equal(opened.model.state_dict()[key], value)
+        assert torch.equal(state[key], value)
     named = open_file(official, "a,b,c,d,e", recipe(tmp_path / "my.yaml"))
     assert (named.metadata["classes"], named.metadata["mean"]) == ([*"abcde"], [1, 2, 3])
     assert "5 classes, --classes names 2" in refusal(official, "a,b")

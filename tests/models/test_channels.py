@@ -72,8 +72,9 @@ def test_three_channels_are_built_bit_for_bit_as_ever() -> None:
     torch.manual_seed(3)
     given = build_model(NAME, 3, "ssa", channels=3)
     assert torch.equal(torch.get_rng_state(), after)
-    assert all(torch.equal(value, given.state_dict()[key]) for key, value in plain.state_dict().items())
-    assert plain.state_dict()[f"{plain.stems[0]}.weight"].shape[1] == 3
+    state = given.state_dict()
+    assert all(torch.equal(value, state[key]) for key, value in plain.state_dict().items())
+    assert state[f"{plain.stems[0]}.weight"].shape[1] == 3
 
 
 @pytest.mark.slow

@@ -38,7 +38,7 @@ def is_light(name: str, classifier: str) -> bool:
 HEAVY = pytest.mark.skip(reason="takes seconds and gigabytes: `make parity`")
 TRIED = [pytest.param(*each, id="-".join(each), marks=[] if ALL or is_light(*each) else HEAVY) for each in KNOWN]
 # Of FCN, the losses alone: at 128×128 pixels they take a twentieth of the logits at 512×512.
-REDUCED = [("fcn_r101", "linear"), ("fcn_r101", "cac")]
+REDUCED = [("fcn_r101", "linear")]
 WITH_LOSSES = [
     pytest.param(*each.values, id=each.id) if each.values in REDUCED else each
     for each in TRIED
@@ -68,8 +68,8 @@ def cost(request: pytest.FixtureRequest) -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def golden() -> Any:
-    """Networks with the figures' weights, one at a time: the largest takes 1.5 GB."""
-    return functools.lru_cache(maxsize=1)(filled)
+    """Networks with the figures' weights; of all of them one at a time, since the largest takes 1.5 GB."""
+    return functools.lru_cache(maxsize=1 if ALL else None)(filled)
 
 
 @pytest.mark.parametrize(("name", "classifier"), TRIED)

@@ -19,6 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from ssaseg.cli.profiling import paper_table
 from ssaseg.cli.profiling.counting import EVERY_OPERATION, MODULES_ONLY, count_modules
 from ssaseg.models import Segmenter, build_model, list_models, load_model, save_model
+from ssaseg.models.build import build_outline
 from ssaseg.models.networks.efficientformer import RelativeBias
 
 LIGHT = [name for name in list_models() if name.startswith(("afformer", "cgrseg", "seaformer", "segnext"))]
@@ -95,7 +96,7 @@ class Counts(NamedTuple):
 def counts(name: str, classifier: str) -> Counts:
     """Of a network without memory."""
     with torch.device("meta"):
-        model, image = build_model(name, 150, classifier).eval().requires_grad_(False), torch.empty(1, 3, 512, 512)
+        model, image = build_outline(name, 150, classifier).eval().requires_grad_(False), torch.empty(1, 3, 512, 512)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch, "autocast", lambda *given, **options: contextlib.nullcontext())  # knows no meta device
         with FlopCounterMode(display=False) as operations, Elementwise() as elementwise:

@@ -18,6 +18,7 @@ from ssaseg.cli.profiling.counting import EVERY_OPERATION, MODULES_ONLY, count_m
 from ssaseg.cli.profiling.memory import LiveTensors
 from ssaseg.cli.profiling.profile import run_profile
 from ssaseg.models import Segmenter, build_model, save_model
+from ssaseg.models.build import build_outline
 from ssaseg.models.classifiers.linear import LinearClassifier
 from ssaseg.models.masks import peers
 from ssaseg.models.networks import vit_adapter
@@ -115,7 +116,7 @@ def test_modules_are_counted_by_mmcvs_rules() -> None:
 def test_a_projection_inside_the_official_attention_is_not_counted() -> None:
     """SegFormer-B0 with the plain classifier: mmcv 1.7.2's own number for mmsegmentation 0.30."""
     with torch.device("meta"):
-        model = build_model("segformer_b0", 150, "linear").eval()
+        model = build_outline("segformer_b0", 150, "linear").eval()
         model.classifier.forward = nn.Sequential(model.classifier.conv_seg)  # type: ignore[method-assign]
         assert count_modules(model, torch.empty(1, 3, 512, 512)) == 6_986_989_568
 

@@ -16,7 +16,8 @@ from places import TESTS
 from ssaseg.cli.training.optimiser import param_groups
 from ssaseg.datasets.labels import label_space
 from ssaseg.datasets.published import LAYOUTS
-from ssaseg.models import Segmenter, build_model, facts
+from ssaseg.models import Segmenter, facts
+from ssaseg.models.build import build_outline
 from ssaseg.models.official import official_keys
 from ssaseg.recipes import Recipe, list_recipes, load_recipe, recipe_file
 
@@ -179,8 +180,7 @@ SMALL = ("fcn_r101", "ocrnet_hr18", "segformer_b0", "upernet_swin_t", "upernet_v
 def built(name: str) -> tuple[Recipe, Segmenter]:
     """A recipe on ADE20K and its network, without memory for the weights."""
     recipe = load_recipe(name)
-    with torch.device("meta"):
-        return recipe, build_model(recipe.model.name, 150, recipe.model.classifier)
+    return recipe, build_outline(recipe.model.name, 150, recipe.model.classifier)
 
 
 def factors(network: str, key: str, parameter: torch.Tensor) -> tuple[float, float]:

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 import yaml
 from click.testing import CliRunner
 from places import TESTS
@@ -25,7 +24,8 @@ from ssaseg.cli.main import cli
 from ssaseg.cli.training.optimiser import param_groups
 from ssaseg.datasets.labels import label_space
 from ssaseg.datasets.published import LAYOUTS
-from ssaseg.models import Segmenter, build_model
+from ssaseg.models import Segmenter
+from ssaseg.models.build import build_outline
 from ssaseg.models.layers import DropPath
 from ssaseg.models.official import official_keys
 from ssaseg.recipes import Recipe, list_recipes, load_recipe, recipe_file
@@ -135,14 +135,13 @@ def built(name: str) -> tuple[Recipe, Segmenter]:
     """A recipe and its network, without memory for the weights."""
     recipe = load_recipe(name)
     classes = label_space(LAYOUTS[recipe.data.dataset].labels).classes
-    with torch.device("meta"):
-        model = build_model(
-            recipe.model.name,
-            len(classes),
-            recipe.model.classifier,
-            drop_path=recipe.model.drop_path,
-            dropout=recipe.model.dropout,
-        )
+    model = build_outline(
+        recipe.model.name,
+        len(classes),
+        recipe.model.classifier,
+        drop_path=recipe.model.drop_path,
+        dropout=recipe.model.dropout,
+    )
     assert all(parameter.is_meta for parameter in model.parameters())
     return recipe, model
 

@@ -50,8 +50,9 @@ def test_state_moves_and_resumes_bit_for_bit(tmp_path: Path, make_job: MakeJob) 
     again = make_job(tmp_path / "again", *WORDS, "optim.ema=0.9", stored=load_state(tmp_path / "run"))
     for _ in range(2):
         step(again)
+    found = again.model.state_dict()
     for key, value in job.model.state_dict().items():
-        assert torch.equal(value, again.model.state_dict()[key]), key
+        assert torch.equal(value, found[key]), key
     assert all(torch.equal(a, b) for a, b in zip(job.average.values, again.average.values, strict=True))
 
 
@@ -70,8 +71,9 @@ def test_rivals_resume_bit_for_bit_and_are_held_back(
     step(job)
     again = make_job(tmp_path / "again", *words, stored=load_state(tmp_path / "run"))
     step(again)
+    found = again.model.state_dict()
     for key, value in job.model.state_dict().items():
-        assert torch.equal(value, again.model.state_dict()[key]), key
+        assert torch.equal(value, found[key]), key
     classifier, real = type(job.model.classifier), type(job.model.classifier).training_step
 
     def spoilt(self: Any, *arguments: Any) -> Any:

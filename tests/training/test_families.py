@@ -91,7 +91,8 @@ def test_norms_of_several_gpus(name: str, monkeypatch: pytest.MonkeyPatch) -> No
     for network in (model, other):
         losses = network(*batch())
         sum(losses.values()).backward()
-    assert all(torch.equal(value, other.state_dict()[key]) for key, value in model.state_dict().items())
+    state = other.state_dict()
+    assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
     for key, parameter in model.named_parameters():
         assert torch.equal(parameter.grad, other.get_parameter(key).grad), key
 

@@ -170,7 +170,8 @@ def test_files_of_older_versions(tmp_path: Path) -> None:
     assert "transformers stretches" in output
     loaded, metadata = load_model(tmp_path / "back.safetensors")
     assert (metadata["protocol"]["scale"], metadata["reduce_zero_label"]) == ([640, 640], True)
-    assert all(torch.equal(value, loaded.state_dict()[key]) for key, value in model.state_dict().items())
+    state = loaded.state_dict()
+    assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
 
 
 def test_published_classes_bring_their_colours_and_protocol(tmp_path: Path) -> None:
@@ -201,9 +202,9 @@ def test_a_folder_to_start_from(tmp_path: Path, name: str) -> None:
     new = "rows new     all 2: the file has another kind of classifier"
     assert (new in str(found), "rows kept    1: car" in str(found)) == (name != source.name, name == source.name)
     assert "label 0 is class 0" in str(found)
-    state, pretrained = start.state_dict(), source.state_dict()
+    state, pretrained, rows = start.state_dict(), source.state_dict(), start.class_rows()
     for key in state:
-        if key.startswith("backbone.") or (name == source.name and key not in start.class_rows()):
+        if key.startswith("backbone.") or (name == source.name and key not in rows):
             assert torch.equal(state[key], pretrained[key]), key
     same = name == source.name
     assert torch.equal(state["classifier.conv_seg.bias"][0], pretrained["classifier.conv_seg.bias"][2]) == same
@@ -390,5 +391,6 @@ def test_transformers_loads_and_saves(tmp_path: Path, name: str, monkeypatch: py
     peer.save_pretrained(tmp_path / "saved")
     done(tmp_path / "saved", tmp_path / "back.safetensors")
     loaded, metadata = load_model(tmp_path / "back.safetensors")
-    assert all(torch.equal(value, loaded.state_dict()[key]) for key, value in model.state_dict().items())
+    state = loaded.state_dict()
+    assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
     assert metadata["classes"][149] == "thing 149"

@@ -30,22 +30,24 @@ def checkpoint(folder: Path, model: Segmenter, names: Sequence[str] | None, offi
         path = folder / "ours.safetensors"
         save_model(path, model, {} if names is None else {"classes": list(names)})
         return path
-    state = {key: model.state_dict()[ours] for ours, key in official_keys(model).items()}
+    own = model.state_dict()
+    state = {key: own[ours] for ours, key in official_keys(model).items()}
     meta = {} if names is None else {"CLASSES": tuple(names)}
     torch.save({"state_dict": state, "meta": meta}, folder / "official.pth")
     return folder / "official.pth"
 
 
 def rows_of(model: Segmenter) -> dict[str, Tensor]:
-    return {key: value.clone() for key, value in model.state_dict().items() if key in model.class_rows()}
+    state = model.state_dict()
+    return {key: state[key].clone() for key in model.class_rows()}
 
 
 def assert_rows(model: Segmenter, source: Segmenter, before: dict[str, Tensor], rows: Sequence[int | None]) -> None:
     """Row k is the source's row rows[k], or as it was; everything that has no class rows is the source's."""
     assert len(before) == (3 if model.classifier_name == "ssa" else 2)
-    state = source.state_dict()
+    state, of_classes = source.state_dict(), model.class_rows()
     for key, value in model.state_dict().items():
-        if key not in model.class_rows():
+        if key not in of_classes:
             assert torch.equal(value, state[key]), key
             continue
         for k, row in enumerate(rows):
@@ -170,7 +172,8 @@ def test_classes_that_were_never_trained_are_reported_until_they_are(
 @pytest.mark.usefixtures("tiny")
 def test_a_classifier_that_did_not_match_is_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = build_model("seaformer_y", 2, "linear")
-    state = {key: model.state_dict()[ours] for ours, key in official_keys(model).items()}
+    own = model.state_dict()
+    state = {key: own[ours] for ours, key in official_keys(model).items()}
     kept = {key: value for key, value in state.items() if not key.endswith("conv_seg.bias")}
     for name, tensors in (("whole", state), ("partial", kept)):
         torch.save({"state_dict": tensors, "meta": {"CLASSES": ("sky", "road")}}, tmp_path / f"{name}.pth")

@@ -171,7 +171,8 @@ def test_both_commands_say_what_was_taken(tmp_path: Path) -> None:
     start = build_model("seaformer_t", 4, "linear")
     assert said in str(load_pretrained(start, tmp_path / "a.pth"))
     for found in (load_model(tmp_path / "a.safetensors")[0], start):
-        assert all(torch.equal(found.state_dict()[key], value) for key, value in own.items())
+        taken = found.state_dict()
+        assert all(torch.equal(taken[key], value) for key, value in own.items())
 
 
 @pytest.mark.parametrize(
