@@ -20,12 +20,18 @@ os.environ.setdefault("SSASEG_ALLOCATOR", "system")
 
 # Files whose tests take longest, a process each: those that begin last should be short.
 FIRST = (
-    "test_export.py",
-    "test_ranks.py",
     "test_networks.py",
-    "test_fidelity.py",
     "test_train.py",
+    "test_export.py",
+    "test_fidelity.py",
+    "test_ranks.py",
+    "test_general.py",
+    "test_pretrained_files.py",
+    "test_convert_families.py",
     "test_options.py",
+    "test_warm_start.py",
+    "test_convert.py",
+    "test_huggingface.py",
 )
 
 
