@@ -4,6 +4,7 @@ import codecs
 import errno
 import os
 import stat
+import zlib
 from typing import BinaryIO
 
 LARGEST = 2**30  # bytes of a file, unless a caller expects larger ones
@@ -50,6 +51,15 @@ def read_file(path: str | os.PathLike[str], limit: int = LARGEST) -> bytes:
             if len(content) > limit:
                 raise too_large(path, limit)
     return content
+
+
+def content_sum(path: str | os.PathLike[str]) -> tuple[int, int]:
+    """Size [bytes] and CRC-32 of a file of any size, read piece by piece. Raises OSError as `open_file` does."""
+    size = code = 0
+    with open_file(path) as file:
+        while piece := file.read(2**20):
+            size, code = size + len(piece), zlib.crc32(piece, code)
+    return size, code
 
 
 def read_text(path: str | os.PathLike[str], limit: int = LARGEST_TEXT) -> str:

@@ -136,15 +136,15 @@ def write_json(json_out: str | None, report: Mapping[str, Any]) -> None:
 
 
 @contextmanager
-def progress_bar(total: int, verb: str) -> Iterator[Callable[[int], object]]:
-    """Yields a function to call with the number of images just done.
+def progress_bar(total: int | None, verb: str, what: str = "images") -> Iterator[Callable[[int], object]]:
+    """Yields a function to call with the number of images, or of `what`, just done. total: None: nobody knows it.
 
     It updates a bar on a terminal. Without a terminal it prints a line, at most every ten seconds.
     """
     if sys.stderr.isatty():
         from tqdm import tqdm
 
-        with tqdm(total=total, desc=verb, unit="img", file=sys.stderr) as bar:
+        with tqdm(total=total, desc=verb, unit="img" if what == "images" else what, file=sys.stderr) as bar:
             yield bar.update
         return
     finished, printed = 0, time.perf_counter()
@@ -154,7 +154,7 @@ def progress_bar(total: int, verb: str) -> Iterator[Callable[[int], object]]:
         finished += done
         if time.perf_counter() - printed >= 10:
             printed = time.perf_counter()
-            echo(f"{verb} {finished}/{total} images", err=True)
+            echo(f"{verb} {finished}{'' if total is None else f'/{total}'} {what}", err=True)
 
     yield advance
 

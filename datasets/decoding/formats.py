@@ -3,6 +3,7 @@
 import codecs
 import errno
 import io
+import mmap
 import warnings
 from pathlib import Path
 
@@ -212,10 +213,10 @@ def _without_profile(data: bytes) -> bytes:
     return b"".join([*kept, data[start:]]) if kept else data
 
 
-def require_end(path: Path, data: bytes) -> None:
+def require_end(path: Path, data: bytes | mmap.mmap) -> None:
     """Raise DataError for a JPEG or PNG file that is cut off: OpenCV 4 only warns and fills the missing part grey."""
     if data[:2] == b"\xff\xd8":
-        complete = data.endswith(b"\xff\xd9") or data.find(b"\xff\xd9", _jpeg_scan(data)) >= 0
+        complete = data[-2:] == b"\xff\xd9" or data.find(b"\xff\xd9", _jpeg_scan(data)) >= 0
     elif data[:4] == b"\x89PNG":
         complete = data.rfind(b"IEND") >= 0
     else:
@@ -224,7 +225,7 @@ def require_end(path: Path, data: bytes) -> None:
         raise unreadable(path, "image", f"its end is missing after {len(data)} bytes")
 
 
-def _jpeg_scan(data: bytes) -> int:
+def _jpeg_scan(data: bytes | mmap.mmap) -> int:
     """Offset of the first scan: an end marker before it belongs to the thumbnail in the EXIF segment."""
     at = 2
     while at + 4 <= len(data) and data[at] == 0xFF and data[at + 1] != 0xDA:

@@ -5,6 +5,7 @@ Letters: H, W height and width [pixels].
 
 from __future__ import annotations
 
+import mmap
 from functools import lru_cache
 from pathlib import Path
 
@@ -152,12 +153,19 @@ def header_size(file: Path | bytes) -> tuple[int, int] | None:
         return None
 
 
-def shown_size(path: Path) -> tuple[int, int] | None:
-    """Height and width [pixels] of an image as it is read, from the beginning of its file; None: not known."""
+def shown_size(file: Path | bytes) -> tuple[int, int] | None:
+    """Height and width [pixels] of an image as it is read, from the beginning of its file, at best the first `HEADER`
+    bytes; None: not known.
+    """
     try:
-        with open_file(path) as file:
-            data = file.read(HEADER)
-        if format_of(data) == "TIFF" and (header := tiff_header(read_file(path))) is not None:  # often at the end
+        if isinstance(file, bytes):
+            data = file
+            mapped = tiff_header(file) if format_of(data) == "TIFF" else None
+        else:
+            with open_file(file) as opened:
+                data = opened.read(HEADER)
+            mapped = mapped_header(file) if format_of(data) == "TIFF" else None  # it is often at the end
+        if (header := mapped) is not None:
             size = header.height, header.width
             return None if 0 in size else size if header.orientation < 5 else size[::-1]
         with open_image(data) as image:
@@ -167,6 +175,14 @@ def shown_size(path: Path) -> tuple[int, int] | None:
         raise
     except Exception:  # see `read_mask`
         return None
+
+
+def mapped_header(path: Path) -> TiffHeader | None:
+    """The header of a TIFF file, which is often at its end: only the parts that hold it are read. None as
+    `tiff_header`. Raises OSError where the file cannot be read, ValueError where it is empty.
+    """
+    with open_file(path) as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        return tiff_header(content)
 
 
 def image_facts(data: bytes) -> ImageFacts | None:

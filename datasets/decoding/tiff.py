@@ -7,6 +7,7 @@ sections 2 and 8; the layout of BigTIFF is that of libtiff.
 
 from __future__ import annotations
 
+import mmap
 import struct
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -71,7 +72,7 @@ class TiffHeader:
         return f"a TIFF of {bands} of {self.kind}{self.bits}{apart}, {method} compression"
 
 
-def tiff_header(data: bytes) -> TiffHeader | None:
+def tiff_header(data: bytes | mmap.mmap) -> TiffHeader | None:
     """The header of a TIFF file; None for other files, and where it is damaged."""
     try:
         order, big, first = _start(data)
@@ -132,7 +133,7 @@ def _put(data: bytearray, header: TiffHeader, tag: int, name: int, values: tuple
     data[at : at + len(entry)] = entry
 
 
-def _start(data: bytes) -> tuple[str, bool, int]:
+def _start(data: bytes | mmap.mmap) -> tuple[str, bool, int]:
     """Order of bytes, whether it is a BigTIFF, and the offset of the first directory."""
     order = {b"II": "<", b"MM": ">"}.get(data[:2])
     if order is None:
@@ -145,7 +146,9 @@ def _start(data: bytes) -> tuple[str, bool, int]:
     raise ValueError("not a TIFF")
 
 
-def _directory(data: bytes, order: str, big: bool, at: int) -> tuple[dict[int, tuple[int, ...]], dict[int, int], int]:
+def _directory(
+    data: bytes | mmap.mmap, order: str, big: bool, at: int
+) -> tuple[dict[int, tuple[int, ...]], dict[int, int], int]:
     """Values of the tags in `DEFAULTS`, offsets of all entries, and the offset of the next directory (0: none)."""
     (count,) = struct.unpack_from(f"{order}{'Q' if big else 'H'}", data, at)
     if not 1 <= count <= MOST_ENTRIES:
@@ -167,7 +170,7 @@ def _directory(data: bytes, order: str, big: bool, at: int) -> tuple[dict[int, t
     return tags, entries, following
 
 
-def _others(data: bytes, order: str, big: bool, first: int, following: int) -> Iterator[int]:
+def _others(data: bytes | mmap.mmap, order: str, big: bool, first: int, following: int) -> Iterator[int]:
     """The kind (`SUBFILE`) of each directory after the first. Ends at a damaged one, and at a circle."""
     seen = {first}
     while following and following not in seen and len(seen) < MOST_PAGES:
