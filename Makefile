@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 RUN := runs/demo
 
-.PHONY: setup demo test parity fuzz lint types docs tables site clean
+.PHONY: setup demo test parity cluster fuzz lint types docs tables site clean
 
 setup: $(VENV)/.installed
 
@@ -35,6 +35,11 @@ parity: setup
 	SSASEG_PARITY=1 $(BIN)/pytest -q -s --durations=0 -k any_size tests/weights/test_export.py
 	SSASEG_PARITY=1 $(BIN)/pytest -q -s --durations=0 -k learnt tests/training/test_families.py
 	SSASEG_PARITY=1 $(BIN)/pytest -q --durations=0 -m slow
+
+# `predict --engine ray` on two local actors. Installs the extra `ray`, 500 MB, which the other tests do without.
+cluster: setup
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[ray]"
+	$(BIN)/pytest -q --durations=0 tests/prediction/test_ray.py
 
 # Random files and command lines against what reads them, SECONDS of each kind. The tests have a short run of it.
 SECONDS ?= 60

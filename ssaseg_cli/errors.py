@@ -32,6 +32,15 @@ class CommandError(Exception):
         self.exit_code = exit_code
 
 
+own_errors = False  # whether this process, though it is a rank, works by itself and prints its errors
+
+
+def report_own_errors() -> None:
+    """From now on this process prints its errors whatever its rank: torchrun has started it, but it works alone."""
+    global own_errors
+    own_errors = True
+
+
 # Errors that the user can fix. Recognised by name: to import them would import torch and pydantic for every command.
 USER_ERRORS = {"RecipeError", "DataError", "CheckpointError", "WorkerError"}
 
@@ -53,7 +62,7 @@ class CommandGroup(click.Group):
                 if os.environ.get("SSASEG_DEBUG") == "1":
                     raise
                 # Before the ranks have connected, each rank has the same error: only the first of a machine prints it.
-                with muted(os.environ.get("LOCAL_RANK", "0") != "0"):
+                with muted(os.environ.get("LOCAL_RANK", "0") != "0" and not own_errors):
                     code = print_error(with_hint(error, words))
         except KeyboardInterrupt:  # a second Ctrl-C, while the first one was reported
             code = 130

@@ -19,6 +19,7 @@ COMMANDS = {
     "quantize": ("ssaseg.cli.quantization.command", "quantize"),
     "convert": ("ssaseg.cli.weights.command", "convert"),
     "weights": ("ssaseg.cli.weights.fetch_commands", "weights"),
+    "merge": ("ssaseg.cli.merging.command", "merge"),
     "compare": ("ssaseg.cli.comparison.command", "compare"),
     "doctor": ("ssaseg.cli.diagnosis.command", "doctor"),
     "data": ("ssaseg.cli.data.commands", "data"),

@@ -40,16 +40,18 @@ MAY_IMPORT = {
         "packaging",
         "jinja2",
         "av",
+        "fsspec",
+        "rasterio",
     }
     | {f"ssaseg.{part}" for part in ("files", "models", "datasets", "recipes", "cli")},
 }
 # From the lowest up: what stands in a room may import the rooms before it, and the room itself. A file that is named
 # here is a room of its own; "" is what else lies directly in the folder.
 ROOMS = {
-    "cli": ["printing", "signals", "errors", "importing", "device", "console", "help_tables", "recipe_page",
-            "completion", "options", "drawing", "ranks", "scoring", "weights", "model_card", "engine", "evaluation",
-            "prediction", "serving", "video", "curation", "data", "quantization", "profiling", "training", "comparison",
-            "explanation", "diagnosis", ""],
+    "cli": ["printing", "signals", "errors", "sharding", "importing", "device", "cluster", "console", "help_tables",
+            "recipe_page", "completion", "options", "drawing", "ranks", "scoring", "weights", "model_card", "engine",
+            "evaluation", "places", "results", "tiling", "prediction", "merging", "serving", "video", "curation",
+            "data", "quantization", "profiling", "training", "comparison", "explanation", "diagnosis", ""],
     "models": ["rows", "layers", "stem", "classifiers", "decoder", "segmenter", "networks", "masks", "build",
                "official", "header", "checkpoint", ""],
 }  # fmt: skip
@@ -109,7 +111,8 @@ RESERVED: dict[str, set[str]] = {
     "sys.stdout.write": {"console.py"},  # JSON, in which control characters are escaped
     "pickle.load": {"coco.py"},  # from memory that this process has filled
     "open": {"errors.py"},  # /dev/null
-    ".open": {"formats.py", "recipes.py", "streams.py"},  # an image in memory; a new file; videos, by FFmpeg
+    # An image in memory; a new file; videos, by FFmpeg; objects at addresses; tars; GDAL.
+    ".open": {"formats.py", "recipes.py", "streams.py", "objects.py", "archives.py", "library.py"},
     ".read_text": {"labels.py"},  # of the package itself
     ".read_bytes": {"rendezvous.py"},  # of the ranks' own folder
 }

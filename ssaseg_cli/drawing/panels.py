@@ -8,6 +8,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import cv2
 import numpy as np
 
 from ssaseg.datasets import IGNORED
@@ -55,14 +56,15 @@ class Scale(NamedTuple):
 
 
 def overlay(image: np.ndarray, labels: np.ndarray, palette: Sequence[Sequence[int]]) -> np.ndarray:
-    """Half image, half class colours; ignored pixels (255) stay unchanged. BGR uint8 (H,W,3), (H,W) → BGR uint8."""
-    colours = np.zeros((256, 3), np.uint8)
-    colours[: len(palette)] = np.asarray(palette, np.uint8)[:, ::-1]
-    mixed = np.take(colours, labels, axis=0).astype(np.uint16)  # three times as fast as indexing
-    mixed += image
-    mixed += 1
-    mixed >>= 1
-    return np.where((labels == IGNORED)[..., None], image, mixed.astype(np.uint8))
+    """Half image, half class colours, rounded up; ignored pixels (255) stay unchanged. BGR uint8 (H,W,3), (H,W) → BGR
+    uint8.
+    """
+    colours = np.zeros((256, 1, 3), np.uint8)
+    colours[: len(palette), 0] = np.asarray(palette, np.uint8)[:, ::-1]
+    flat = cv2.applyColorMap(labels, colours)  # much faster than indexing
+    # (a + b + 1) >> 1 without numbers above 255.
+    mixed: np.ndarray = (flat | image) - ((flat ^ image) >> 1)
+    return cv2.copyTo(image, (labels == IGNORED).view(np.uint8), mixed)
 
 
 def coloured(image: np.ndarray, labels: np.ndarray, palette: Sequence[Sequence[int]]) -> np.ndarray:

@@ -4,6 +4,7 @@ A checkpoint of ours or of others becomes a network in PyTorch; a graph, such as
 checkpoint can run in another runtime too: it is exported once, see `exports`.
 """
 
+import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -25,6 +26,7 @@ from ssaseg.cli.weights.classes import warn_of_untrained
 from ssaseg.cli.weights.export import require_packages
 from ssaseg.cli.weights.foreign import OURS, read_weights
 from ssaseg.cli.weights.opening import Given, open_official
+from ssaseg.files.download import hash_file
 from ssaseg.files.text import describe
 from ssaseg.models import Segmenter, load_model
 from ssaseg.models.checkpoint import complete_metadata, read_outline
@@ -127,6 +129,14 @@ def _require_unstated(path: Path, stated: Mapping[str, Any]) -> None:
 
 
 # ---- engines -----------------------------------------------------------------------------------------------------
+
+
+def checkpoint_sum(path: Path) -> str:
+    """SHA-256 of a file, or of the sums of the files in a folder. Raises OSError."""
+    if not path.is_dir():
+        return hash_file(path)
+    sums = [hash_file(file) for file in sorted(path.iterdir()) if file.is_file()]
+    return hashlib.sha256("".join(sums).encode()).hexdigest()
 
 
 def device_for(opened: Opened, name: str) -> torch.device:

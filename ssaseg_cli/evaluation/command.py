@@ -1,5 +1,6 @@
 """`ssaseg eval`: its arguments and help. PyTorch is imported inside the function, so that `--help` is quick."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +21,12 @@ from ssaseg.cli.options import (
     protocol_options,
 )
 from ssaseg.cli.ranks.launcher import needs_ranks, run_launch
+from ssaseg.cli.sharding import Shard, chosen_shard, shard_option
 
 # Options that change what a network computes, or how.
 OF_NETWORKS = (
     *("device", "gpus", "scale", "size", "ratios", "flip", "slide", "whole", "boundary", "calibration", "report"),
-    *("precision", "backend", "classes", "protocol", "exact"),
+    *("precision", "backend", "classes", "protocol", "exact", "shard", "out"),
 )
 
 
@@ -40,6 +42,10 @@ def _require_fitting(context: click.Context) -> None:
         raise click.UsageError("--exact computes in float32; leave out --precision", context)
     if got["report"] is not None and len(got["files"]) > 1:
         raise click.UsageError("--report is of one FILE; run the command once for each", context)
+    if got["out"] is not None and (unused := given(context, "report", "json_out")):
+        raise click.UsageError(f"{unused[0]}: not with --out; `ssaseg merge` writes the scores of all shards", context)
+    if got["shard"] is not None and got["shard"].total > 1 and got["out"] is None:
+        raise click.UsageError("--shard: give --out DIR too, for what the shard counts", context)
 
 
 @click.command("eval")
@@ -76,6 +82,13 @@ def _require_fitting(context: click.Context) -> None:
 @opening_options
 @prediction_options
 @click.option("--exact", is_flag=True, help="The network as it was trained, not folded: its own bits; slower.")
+@shard_option
+@click.option(
+    "--out",
+    type=click.Path(file_okay=False, path_type=Path),
+    metavar="DIR",
+    help="Write the counts of the shard below DIR, for `ssaseg merge`; no scores.",
+)
 def evaluate(
     files: tuple[Path, ...],
     predictions: Path | None,
@@ -97,6 +110,8 @@ def evaluate(
     suffix: str,
     mask_ids: bool,
     allow_void: bool,
+    shard: Shard | None,
+    out: Path | None,
     **changes: Any,
 ) -> int:
     """Score files on labelled images.
@@ -111,6 +126,9 @@ def evaluate(
 
     DIR/report.html is one file, which needs no network: scores with intervals, confusion matrix, boundary IoU, coarse
     labels against adapted ones, calibration, the best and the worst images. DIR/report.json has its figures.
+
+    --shard I/N --out DIR counts the images of one shard of N; `ssaseg merge DIR` then prints the scores of all, equal
+    to the last digit. See docs/shards.md.
 
     --predictions scores label PNGs that any tool wrote, one for each image, under the protocols of several tools side
     by side, see docs/compare.md. Of the other options it takes --data, which is needed, --root, --split, --limit,
@@ -143,4 +161,9 @@ def evaluate(
 
     how = (boundary, precision, exact, backend, classes, protocol, calibration, report)
     request = Request(data, root, split, limit, changes, *how)
+    if out is not None:
+        from ssaseg.cli.evaluation.shard import run_shard
+
+        request = replace(request, shard=chosen_shard(shard, alone=False))
+        return run_shard(files, request, out, device)
     return run_eval(files=files, request=request, json_out=json_out, device=device)

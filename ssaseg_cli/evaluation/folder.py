@@ -17,7 +17,8 @@ from ssaseg.cli.evaluation.predictions import (
     require_same_names,
 )
 from ssaseg.cli.evaluation.protocols import Scored, protocol_scores
-from ssaseg.cli.evaluation.report import open_dataset, print_interval, require_labels
+from ssaseg.cli.evaluation.report import open_dataset, require_labels
+from ssaseg.cli.evaluation.tables import print_interval
 from ssaseg.cli.printing import echo
 from ssaseg.cli.scoring.metrics import middle, percent, resampled_miou
 from ssaseg.datasets import Dataset

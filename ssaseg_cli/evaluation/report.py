@@ -12,29 +12,28 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from ssaseg.cli.console import json_target, print_table, progress_bar, write_json
+from ssaseg.cli.console import json_target, progress_bar, write_json
 from ssaseg.cli.engine.graphs import KINDS
 from ssaseg.cli.engine.opening import Opened, device_for, make_engine, open_file
 from ssaseg.cli.errors import CommandError
-from ssaseg.cli.evaluation.confused import confused_pairs, most_confused
+from ssaseg.cli.evaluation.confused import confused_pairs
 from ssaseg.cli.evaluation.page import PAGE, extend, make_folder, write_report
 from ssaseg.cli.evaluation.several import (
-    MEANS,
     differences,
     note_what_differs,
-    print_several,
     require_one_set_of_classes,
-    state_calibration,
 )
+from ssaseg.cli.evaluation.tables import print_any
 from ssaseg.cli.printing import echo
 from ssaseg.cli.ranks.ranks import Ranks, connect
 from ssaseg.cli.scoring import calibration
 from ssaseg.cli.scoring.attention import warn_of_attention
 from ssaseg.cli.scoring.boundary import STATEMENT, Boundaries
-from ssaseg.cli.scoring.evaluate import WORKERS, Tally, count_predictions, state_protocol
+from ssaseg.cli.scoring.evaluate import WORKERS, Sums, Tally, count_predictions, state_protocol
 from ssaseg.cli.scoring.inference import Inference
-from ssaseg.cli.scoring.metrics import Confusion, Interval, nan_mean
+from ssaseg.cli.scoring.metrics import Confusion, nan_mean
 from ssaseg.cli.scoring.trained_size import warn_of_size
+from ssaseg.cli.sharding import WHOLE, Shard
 from ssaseg.cli.signals import Interrupted, StopSignal
 from ssaseg.datasets import DataError, Dataset, build_dataset
 from ssaseg.files.text import printable
@@ -52,7 +51,7 @@ class Request:
     precision: "auto" is float32. backend: what runs checkpoints; "auto" is PyTorch, as in the evaluations during
     training. exact: the network as it was trained, not folded. classes, protocol: what the files do not say themselves.
     calibration: also compute the calibration error. report: a new folder for the page of one file's scores, which has
-    the boundary IoU and the calibration error, too.
+    the boundary IoU and the calibration error, too. shard: count its images only, see `counts.py`.
     """
 
     data: str | None = None
@@ -68,6 +67,7 @@ class Request:
     protocol: str | None = None
     calibration: bool = False
     report: Path | None = None
+    shard: Shard = WHOLE
 
 
 # ---- the command -------------------------------------------------------------------------------------------------
@@ -93,7 +93,7 @@ def run_eval(files: Sequence[Path], request: Request, json_out: str | None, devi
             if request.report is not None:
                 write_report(request.report, report, counted.tallies[0], counted.dataset)
         if ranks.main and json_out != "-":
-            (print_report if len(files) == 1 else print_several)(report)
+            print_any(report)
             if request.report is not None:
                 echo(f"wrote {printable(str(request.report / PAGE))}")
     return 0
@@ -107,23 +107,39 @@ class Counted(NamedTuple):
     recipe: Recipe
     dataset: Dataset
     images: int  # the first ones of the data set
-    images_per_s: float
+    numbers: Sequence[int]  # of those that were counted: all, or a shard of them
+    seconds: float
     precision: str
+
+    def heads(self, request: Request) -> list[dict[str, Any]]:
+        """Of each file: what its report says besides its scores."""
+        shared = {
+            "recipe": self.recipe.name,
+            "split": request.split,
+            "images": self.images,
+            "of_images": len(self.dataset),
+            "images_per_s": len(self.numbers) / max(self.seconds, 1e-9),
+            "precision": self.precision,
+        }
+        return [_head(opened, tally, shared) for opened, tally in zip(self.opened, self.tallies, strict=True)]
 
 
 def _score(ranks: Ranks, files: Sequence[Path], request: Request) -> tuple[dict[str, Any], Counted]:
     """The report of `run_eval`: of one file, or of several with their differences; what was counted."""
     counted = count_files(ranks, open_files(files, request), request)
-    opened, tallies, recipe, dataset, images, speed, precision = counted
-    shared = {"recipe": recipe.name, "split": request.split, "images": images, "of_images": len(dataset)}
-    reports = [
-        _report(*each, shared | {"images_per_s": speed, "precision": precision}, dataset.classes)
-        for each in zip(opened, tallies, strict=True)
-    ]
+    dataset, tallies = counted.dataset, counted.tallies
+    report = report_of(counted.heads(request), tallies, dataset.classes)
     if request.report is not None:
-        extend(reports[0], tallies[0], dataset)
-    whole = reports[0] if len(reports) == 1 else {"models": reports, "differences": differences(files, tallies)}
-    return whole, counted
+        extend(report, tallies[0], dataset)
+    return report, counted
+
+
+def report_of(heads: Sequence[Mapping[str, Any]], sums: Sequence[Sums], classes: Sequence[str]) -> dict[str, Any]:
+    """The report of one file, or of several with their differences; heads: what it says besides the scores."""
+    reports = [_report(head, each, classes) for head, each in zip(heads, sums, strict=True)]
+    if len(reports) == 1:
+        return reports[0]
+    return {"models": reports, "differences": differences([head["checkpoint"] for head in heads], sums)}
 
 
 def open_files(files: Sequence[Path], request: Request) -> list[Opened]:
@@ -135,6 +151,15 @@ def open_files(files: Sequence[Path], request: Request) -> list[Opened]:
 
 def count_files(ranks: Ranks, opened: list[Opened], request: Request) -> Counted:
     """Counts the predictions of files of the same classes; errors as `run_eval`."""
+    counted = count_images(ranks, prepare(ranks, opened, request))
+    # Reading the matrix waits for the device.
+    images = f"{request.split} split of recipe {counted.recipe.name} ({counted.images} images)"
+    require_labels(counted.tallies[0].confusion.matrix, images)
+    return counted
+
+
+def prepare(ranks: Ranks, opened: list[Opened], request: Request) -> Counted:
+    """What `count_images` takes of files of the same classes; errors as `run_eval`."""
     source = next((each for each in opened if each.metadata["recipe"] is not None), opened[0])
     recipe = recipe_of(source.path, source.metadata, request.data)
     protocol = protocol_of(opened[0], recipe, request)
@@ -156,22 +181,27 @@ def count_files(ranks: Ranks, opened: list[Opened], request: Request) -> Counted
             warn_of_attention(each.metadata["model"], tally.inference, dataset.image_files, LARGE_INPUTS)
             warn_of_size(each.metadata, protocol, dataset.image_files)
     count = len(dataset) if request.limit is None else min(request.limit, len(dataset))
+    shard = request.shard
+    numbers = [number for number in range(count) if shard.total == 1 or shard.has(dataset.name(number))]
+    return Counted(opened, tallies, recipe, dataset, count, numbers, 0.0, precision)
+
+
+def count_images(ranks: Ranks, counted: Counted) -> Counted:
+    """Counts the images that are to be counted; errors as `run_eval`."""
     started = time.perf_counter()
-    _count(tallies, dataset, ranks, count)
-    # Reading the matrix waits for the device.
-    require_labels(tallies[0].confusion.matrix, f"{request.split} split of recipe {recipe.name} ({count} images)")
-    speed = count / (time.perf_counter() - started)
-    return Counted(opened, tallies, recipe, dataset, count, speed, precision)
+    if counted.numbers:
+        _count(counted.tallies, counted.dataset, ranks, counted.numbers)
+        _ = counted.tallies[0].confusion.matrix  # waits for the device
+    return counted._replace(seconds=time.perf_counter() - started)
 
 
-def _report(opened: Opened, tally: Tally, shared: Mapping[str, Any], classes: Sequence[str]) -> dict[str, Any]:
-    """The report of one file."""
+def _head(opened: Opened, tally: Tally, shared: Mapping[str, Any]) -> dict[str, Any]:
+    """What the report of one file says besides its scores."""
     metadata, inference = opened.metadata, tally.inference
-    engine, protocol, matrix = inference.engine, inference.protocol, tally.confusion.matrix
+    engine, protocol = inference.engine, inference.protocol
     views = (shared["split"], shared["images"], shared["of_images"], engine.gives_scores)
     statement = state_protocol(protocol, *views) + (f"; {STATEMENT}" if tally.boundaries is not None else "")
     statement += f"; {calibration.STATEMENT}" if tally.calibration is not None else ""
-    sure = {} if tally.calibration is None else {"calibration": tally.calibration.figures(classes)}
     return {
         "checkpoint": str(opened.path),
         # Official weights that `convert` has converted have step 0 and no recipe: their number of steps is unknown.
@@ -182,7 +212,16 @@ def _report(opened: Opened, tally: Tally, shared: Mapping[str, Any], classes: Se
         "engine": engine.what,
         "protocol": protocol.model_dump(mode="json"),
         "statement": f"{statement}; computed by {engine.what}",
-        **_figures(tally.confusion, classes, tally.boundaries),
+    }
+
+
+def _report(head: Mapping[str, Any], sums: Sums, classes: Sequence[str]) -> dict[str, Any]:
+    """The report of one file."""
+    sure = {} if sums.calibration is None else {"calibration": sums.calibration.figures(classes)}
+    matrix = sums.confusion.matrix
+    return {
+        **head,
+        **_figures(sums.confusion, classes, sums.boundaries),
         **sure,
         "confused": confused_pairs(matrix, classes),
         "confusion": matrix.tolist(),
@@ -202,13 +241,13 @@ def protocol_of(opened: Opened, recipe: Recipe, request: Request) -> Test:
     return parse_protocol(own.model_dump() | dict(request.changes), "protocol") if request.changes else own
 
 
-def _count(tallies: Sequence[Tally], dataset: Dataset, ranks: Ranks, count: int) -> None:
-    """`count_predictions` on `count` images, with progress on stderr.
+def _count(tallies: Sequence[Tally], dataset: Dataset, ranks: Ranks, numbers: Sequence[int]) -> None:
+    """`count_predictions` on the images with these numbers, with progress on stderr.
 
     Ctrl-C and SIGTERM take effect between two images: while an image is being received from a worker, the worker would
     report a broken connection.
     """
-    done = 0
+    done, count = 0, len(numbers)
     bar = progress_bar(count, "evaluated") if ranks.main else nullcontext(lambda images: None)
     with StopSignal() as stop:
         try:
@@ -220,7 +259,7 @@ def _count(tallies: Sequence[Tally], dataset: Dataset, ranks: Ranks, count: int)
                     done += images
                     advance(images)
 
-                count_predictions(tallies, dataset, WORKERS, count, progress, stop, ranks)
+                count_predictions(tallies, dataset, WORKERS, None, progress, stop, ranks, numbers)
         except (Interrupted, KeyboardInterrupt, RuntimeError):  # RuntimeError: a worker was still starting
             if not stop.requested:
                 raise
@@ -334,46 +373,3 @@ def _remark(labelled: int, iou: float) -> str:
     if labelled:
         return ""
     return "no ground truth" if np.isnan(iou) else "predicted but absent"
-
-
-def print_calibration(found: Mapping[str, Any]) -> None:
-    """Prints the calibration error and the reliability of each bin."""
-    rows = [
-        (f"{each['from']:.1f} to {each['to']:.1f}", *(f"{each[key]:.2f}" for key in ("confidence", "accuracy")), share)
-        for each in found["bins"]
-        if each["pixels"]
-        for share in (f"{100 * each['pixels'] / found['pixels']:.2f}",)
-    ]
-    print_table(("confidence [%]", "mean [%]", "right [%]", "pixels [%]"), rows)
-    echo(state_calibration(found))
-
-
-def print_report(report: Mapping[str, Any]) -> None:
-    """Prints the table per class, the means, the interval of the mIoU, the speed and the protocol on stdout."""
-
-    def cell(value: float | None) -> str:
-        return "–" if value is None else f"{value:.2f}"
-
-    shown = {"IoU": "IoU [%]", "BoundaryIoU": "boundary [%]", "Acc": "Acc [%]", "Dice": "Dice [%]"}
-    shown = {key: head for key, head in shown.items() if key in report["classes"][0]} | {"pixel_share": "pixels [%]"}
-    rows = [(row["name"], *(cell(row[key]) for key in shown), row["remark"]) for row in report["classes"]]
-    step = "" if report["step"] is None else f", step {report['step']}"
-    title = f"{report['checkpoint']}: {report['model']} {report['classifier']}{step}"
-    print_table(("class", *shown.values(), ""), rows, title)
-    means = "   ".join(f"{key} {cell(report[key])} %" for key in MEANS if key in report)
-    echo(f"{means}   (always the most common class: mIoU {cell(report['majority_miou'])} %)")
-    print_interval(report)
-    echo(most_confused(report["confused"], 5))
-    if "calibration" in report:
-        print_calibration(report["calibration"])
-    echo(f"{report['images_per_s']:.1f} images/s, including reading and scoring")
-    echo(f"protocol: {report['statement']}")
-
-
-def print_interval(report: Mapping[str, Any], whose: str = "") -> None:
-    """The interval of the mIoU on stdout, if it is known; whose: what the line says before how it was computed."""
-    if report["mIoU_interval"] is None:
-        return
-    interval = Interval(**report["mIoU_interval"])
-    how = f"{whose}percentile bootstrap over {report['images']} images, {interval.resamples} resamples"
-    echo(f"mIoU {interval.level:g} % interval {interval.low:.2f} to {interval.high:.2f} % ({how})")

@@ -8,7 +8,7 @@ from ssaseg.cli.console import print_table
 from ssaseg.cli.engine.opening import Opened
 from ssaseg.cli.errors import CommandError
 from ssaseg.cli.printing import echo
-from ssaseg.cli.scoring.evaluate import Tally
+from ssaseg.cli.scoring.evaluate import Sums
 from ssaseg.cli.scoring.inference import state_views
 from ssaseg.cli.scoring.metrics import Interval, difference_interval
 from ssaseg.files.text import printable
@@ -55,7 +55,7 @@ def note_what_differs(opened: Sequence[Opened], protocols: bool) -> None:
             echo(f"{name}: its range of 16-bit images is another; used for all: data.range of the recipe", err=True)
 
 
-def differences(files: Sequence[Path], tallies: Sequence[Tally]) -> list[dict[str, Any]]:
+def differences(files: Sequence[Path | str], tallies: Sequence[Sums]) -> list[dict[str, Any]]:
     """For each file but the first: how its score [points] and its labels [%] differ from those of the first."""
     first, *others = tallies
     base = first.confusion.scores()["mIoU"]

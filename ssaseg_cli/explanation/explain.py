@@ -15,7 +15,7 @@ from ssaseg.cli.explanation.figures import figures
 from ssaseg.cli.explanation.pictures import Artist
 from ssaseg.cli.explanation.probing import Probe, open_probe
 from ssaseg.cli.explanation.sums import Sums, edge_distance
-from ssaseg.cli.prediction.predict import make_folders
+from ssaseg.cli.prediction.preparing import make_folders
 from ssaseg.cli.prediction.skipping import Skips, skip_reason
 from ssaseg.cli.prediction.sources import EXPLANATIONS, find_sources
 from ssaseg.cli.printing import echo

@@ -1,9 +1,9 @@
 """Remembers below OUT what each result was made of, and lets several commands write to one OUT.
 
 Each command appends to a journal of its own, `.predict-TOKEN.jsonl`, one line an image. At its end it adds the journal
-to `.predict.jsonl`, the record of all results, and to the files of all images in `COMMON`. If it was killed, the next
-command does that. The locked file `.predict-TOKEN.lock` says that a command still runs: the system unlocks it when the
-process ends.
+to `.predict.jsonl`, the record of all results, to `manifest.jsonl`, and to the files of all images in `COMMON`. If it
+was killed, the next command does that. The journals of shards, see `shards.py`, are added by `ssaseg merge`. The locked
+file `.predict-TOKEN.lock` says that a command still runs: the system unlocks it when the process ends.
 """
 
 import hashlib
@@ -15,14 +15,19 @@ import stat
 import time
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
+from itertools import chain
 from pathlib import Path
 from types import TracebackType
-from typing import BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 from ssaseg.cli.errors import CommandError
-from ssaseg.cli.prediction.kinds import KINDS
-from ssaseg.cli.prediction.objects import (
+from ssaseg.cli.prediction.rle import is_rle, list_images
+from ssaseg.cli.prediction.sources import Source, key_of
+from ssaseg.cli.printing import echo
+from ssaseg.cli.results.kinds import KINDS
+from ssaseg.cli.results.manifest import Entry, parse_entry, read_manifest, write_manifest
+from ssaseg.cli.results.objects import (
     Fits,
     from_line,
     naming,
@@ -32,12 +37,10 @@ from ssaseg.cli.prediction.objects import (
     to_line,
     write_objects,
 )
-from ssaseg.cli.prediction.rle import is_rle, list_images
-from ssaseg.cli.prediction.shares import is_shares, write_table
-from ssaseg.cli.printing import echo
-from ssaseg.files.reading import open_file, read_file
+from ssaseg.cli.results.shares import is_shares, write_table
+from ssaseg.files.reading import content_sum, open_file
 from ssaseg.files.text import printable
-from ssaseg.files.writing import NO_LINK, TEMPORARY, FolderInUse, FolderLock
+from ssaseg.files.writing import NO_LINK, TEMPORARY, FolderInUse, FolderLock, write_atomic
 
 RECORD, COMMON_LOCK = ".predict.jsonl", ".predict.lock"
 OF_A_COMMAND = re.compile(r"\.predict-[0-9a-f]{16}\.(jsonl|lock)")
@@ -69,16 +72,6 @@ class Result(NamedTuple):
     sum: int  # CRC-32 of its content
 
 
-def checkpoint_sum(path: Path) -> str:
-    """SHA-256 of a file, or of the files in a folder. Raises OSError."""
-    digest = hashlib.sha256()
-    for each in sorted(file for file in path.iterdir() if file.is_file()) if path.is_dir() else [path]:
-        with open_file(each) as file:
-            while block := file.read(2**20):
-                digest.update(block)
-    return digest.hexdigest()
-
-
 def made_of(checkpoint: str, image: Path) -> str:
     """Digest of all that decides a result: the checkpoint's sum; the image's path, size and time. Raises OSError."""
     facts = image.stat()
@@ -97,17 +90,24 @@ def objects_result(kind: str, name: str, origin: str, lines: Sequence[bytes]) ->
     return Result(f"{COMMON[kind].file}/{name}", origin, len(content), 0, zlib.crc32(content))
 
 
+def require_folder(folder: Path) -> None:
+    """Raises CommandError for a link in the place of a folder of results: somebody else may have made it."""
+    if folder.is_symlink():
+        reason = "a link, but results are written to folders in --out"
+        raise CommandError(f"{printable(str(folder))}: {reason}\nremove the link, or choose another --out")
+
+
 # ---- the record of all results -----------------------------------------------------------------------------------
 class Existing:
-    """The results in `out` that are in the record and unchanged, as far as they are among `keys`.
+    """The results in `out` that are in the record and unchanged, as far as they are among `keys` (None: all).
 
-    `kinds`: of the results; files of `COMMON` are read only for these. Raises OSError if a file cannot be read,
-    CommandError as `read_objects` does.
+    `kinds`: of the results; files of `COMMON` are read only for these. journal: whose results are there too. Raises
+    OSError if a file cannot be read, CommandError as `read_objects` does.
     """
 
-    def __init__(self, out: Path, keys: set[str], kinds: Sequence[str]) -> None:
+    def __init__(self, out: Path, keys: set[str] | None, kinds: Sequence[str], journal: BinaryIO | None = None) -> None:
         self.out = out
-        self.record = {result.key: result for result in read_record(out) if result.key in keys}
+        self.record = {result.key: result for result in read_record(out) if keys is None or result.key in keys}
         self.objects: dict[str, tuple[int, int]] = {}  # size and CRC-32 of an image's objects, joined by line feeds
         for common in (COMMON[kind] for kind in kinds if kind in COMMON):
             for entry, line in read_objects(out / common.file, common.fits):
@@ -116,6 +116,17 @@ class Existing:
                     size, code = self.objects.get(key, (-1, 0))
                     code = zlib.crc32(line if size < 0 else b"\n" + line, code)
                     self.objects[key] = (size + 1 + len(line), code)
+        for _ in read_manifest(out):  # raises, if it is another's
+            pass
+        for image in [] if journal is None else read_journal(journal):  # what is not in the common files yet
+            self.record.update({result.key: result for result in image.results if keys is None or result.key in keys})
+            for kind, (name, lines) in image.objects.items():
+                content = b"\n".join(lines)
+                self.objects[f"{COMMON[kind].file}/{name}"] = len(content), zlib.crc32(content)
+
+    def mentions(self, key: str, origin: str) -> bool:
+        """Whether the record has this entry, made of this; for entries that are no files."""
+        return key in self.record and self.record[key].made_of == origin
 
     def has(self, key: str, origin: str) -> bool:
         """Whether this result exists, was made of this, and has not changed since."""
@@ -123,14 +134,14 @@ class Existing:
         if result is None or result.made_of != origin:
             return False
         if key.startswith(tuple(f"{common.file}/" for common in COMMON.values())):
-            return self.objects.get(key) == (result.size, result.sum)
+            return self.objects.get(key, (0, 0)) == (result.size, result.sum)
         path = self.out / key
         try:
             facts = path.lstat()
             if not stat.S_ISREG(facts.st_mode) or facts.st_size != result.size:
                 return False
             # A copy of the folder has the same content at another time.
-            return facts.st_mtime_ns == result.time or zlib.crc32(read_file(path, result.size)) == result.sum
+            return facts.st_mtime_ns == result.time or content_sum(path) == (result.size, result.sum)
         except OSError:
             return False
 
@@ -155,12 +166,24 @@ def parse_result(value: object) -> Result | None:
 
 
 # ---- journals ----------------------------------------------------------------------------------------------------
+class Line(NamedTuple):
+    """A line of a journal: one image."""
+
+    entry: Entry
+    results: list[Result]
+    objects: dict[str, tuple[str, list[bytes]]]  # by kind: the image's name and objects for a file of `COMMON`
+    content: bytes
+
+
 class Journal:
     """The journal of this command. At its start it adds what killed commands have left, at its end its own results.
 
     After an error the results are added too. After a second Ctrl-C they stay in the journal, for the next command.
     Raises OSError for files that cannot be written, CommandError for an `rle.json` or `shares.json` that is not ours.
     """
+
+    earlier: BinaryIO | None = None  # of an earlier command, whose results are not in the common files yet
+    tiled = False  # whether results are those of --tile
 
     def __init__(self, out: Path) -> None:
         self.out = out
@@ -180,13 +203,48 @@ class Journal:
             )
         return self
 
-    def add(self, results: Sequence[Result], objects: Mapping[str, Sequence[bytes]]) -> None:
-        """Appends the results of one image, and its objects for files of `COMMON`: they outlive this process now."""
+    def begin(self, found: Sequence[Source], left: Sequence[Source]) -> None:
+        """Says which images there are, and which of them this command is to label."""
+
+    def add(
+        self, entry: Entry, results: Sequence[Result] = (), objects: Mapping[str, Sequence[bytes]] | None = None
+    ) -> None:
+        """Appends one image: its entry, results, and objects for files of `COMMON`. They outlive this process now."""
         with naming(self.out):
-            head = json.dumps(results).encode()
-            rest = [f', "{kind}": ['.encode() + b", ".join(lines) + b"]" for kind, lines in objects.items()]
-            self.file.write(b'{"results": ' + head + b"".join(rest) + b"}\n")
+            self.check()
+            head = to_line({**entry.json(), "results": results})
+            rest = [f', "{kind}": ['.encode() + b", ".join(lines) + b"]" for kind, lines in (objects or {}).items()]
+            self.file.write(head[:-1] + b"".join(rest) + b"}\n")
             self.file.flush()
+
+    def look(self, keys: set[str] | None, kinds: Sequence[str]) -> None:
+        """Reads which results exist, see `Existing`."""
+        self.existing = Existing(self.out, keys, kinds, self.earlier)
+
+    def key_of(self, kind: str, source: Source) -> str:
+        """See `sources.key_of`."""
+        return key_of(kind, source, self.tiled)
+
+    def is_done(self, source: Source, kinds: Sequence[str], origin: str) -> bool:
+        """Whether all these results of an image exist, made of this. After `look`."""
+        return all(self.existing.has(self.key_of(kind, source), origin) for kind in kinds)
+
+    def output_of(self, kind: str, source: Source) -> str:
+        """The file below `out` with a result of one image."""
+        return COMMON[kind].file if kind in COMMON else self.key_of(kind, source)
+
+    def write(self, kind: str, source: Source, content: bytes, origin: str) -> Result:
+        """Writes the file with a result of one image. Raises OSError, CommandError."""
+        key, root = self.key_of(kind, source), self.out / kind
+        path = self.out / key
+        self.check()
+        require_folder(root)
+        write_atomic(path, content, sync=False, root=root)
+        return file_result(key, origin, path, content)
+
+    def write_objects(self, kind: str, source: Source, lines: Sequence[bytes], origin: str) -> Result:
+        """The result that `add` writes of the objects of one image for a file of `COMMON`."""
+        return objects_result(kind, source.relative, origin, lines)
 
     def check(self) -> None:
         """Raises OSError if `out` was deleted, moved or made anew."""
@@ -249,8 +307,7 @@ def take_over(out: Path) -> None:
     try:
         left = [path for path in dead if os.path.lexists(path)]
         left.sort(key=lambda path: path.lstat().st_mtime_ns, reverse=True)  # of two results with one name, the newer
-        with ExitStack() as stack:
-            add_to_common(out, [stack.enter_context(open_file(path)) for path in left])
+        add_to_common(out, left)
         for path in left:
             path.unlink()
         # Temporary files of a command that still runs must stay; without locks nobody knows whether one runs.
@@ -261,21 +318,25 @@ def take_over(out: Path) -> None:
             lock.release()
 
 
-def add_to_common(out: Path, journals: Sequence[BinaryIO]) -> None:
+def add_to_common(out: Path, journals: Sequence[BinaryIO | Path]) -> None:
     """Adds journals to the files of all images and the record; of two results with one key the first. In `exclusive`.
 
     If it is interrupted, to do it again gives the same files.
     """
     results: dict[str, Result] = {}
-    for journal in journals:
-        for new, _ in read_journal(journal):
-            for result in new:
-                results.setdefault(result.key, result)
+    entries: dict[str, Entry] = {}
+    for line in chain.from_iterable(map(read_journal, journals)):
+        entries.setdefault(line.entry.file, line.entry)
+        for result in line.results:
+            results.setdefault(result.key, result)
     for kind, common in COMMON.items():
         if any(key.startswith(f"{common.file}/") for key in results):
-            images = (found[kind] for journal in journals for _, found in read_journal(journal) if kind in found)
+            lines = chain.from_iterable(map(read_journal, journals))
+            images = (line.objects[kind] for line in lines if kind in line.objects)
             write_objects(out / common.file, images, common.fits)
             common.derive(out / common.file)
+    if entries:
+        write_manifest(out, entries.values())
     if results:
         with replacing(out / RECORD) as file:
             for result in results.values():
@@ -285,24 +346,28 @@ def add_to_common(out: Path, journals: Sequence[BinaryIO]) -> None:
                     file.write(json.dumps(result).encode() + b"\n")
 
 
-def read_journal(file: BinaryIO) -> Iterator[tuple[list[Result], dict[str, tuple[str, list[bytes]]]]]:
-    """For each image: its results, and by kind its name and objects for a file of `COMMON`.
-
-    Lines that are damaged, or that a killed command has not finished, are left out.
-    """
+def read_journal(file: BinaryIO | Path) -> Iterator[Line]:
+    """The lines of a journal. Those that are damaged, or that a killed command has not finished, are left out."""
+    if isinstance(file, Path):  # open only as long as it is read: there may be thousands
+        with open_file(file) as opened:
+            yield from read_journal(opened)
+        return
     file.seek(0)
-    for line in read_lines(file):
-        match from_line(line) if line.endswith(b"\n") else None:
-            case {"results": [*values], **rest}:
-                results = [result for result in map(parse_result, values) if result is not None]
-                found: dict[str, tuple[str, list[bytes]]] = {}
-                for kind, common in COMMON.items():
-                    objects = rest.get(kind)
-                    if isinstance(objects, list) and objects and all(map(common.fits, objects)):
-                        name, *others = (entry["image"] for entry in objects)
-                        if all(other == name for other in others):
-                            found[kind] = name, [to_line(entry) for entry in objects]
-                yield results, found
+    for content in read_lines(file):
+        value: Any = from_line(content) if content.endswith(b"\n") else None
+        entry = parse_entry(value)
+        if entry is not None and isinstance(value.get("results"), list):
+            results = [result for result in map(parse_result, value["results"]) if result is not None]
+            found: dict[str, tuple[str, list[bytes]]] = {}
+            for kind, common in COMMON.items():
+                objects = value.get(kind)
+                if objects == []:  # the line says only by its entry which image has none
+                    found[kind] = entry.file, []
+                elif isinstance(objects, list) and all(map(common.fits, objects)):
+                    name, *others = (each["image"] for each in objects)
+                    if all(other == name for other in others):
+                        found[kind] = name, [to_line(each) for each in objects]
+            yield Line(entry, results, found, content)
 
 
 def delete_results_in_work(out: Path) -> None:

@@ -7,10 +7,12 @@ gathers batches. The number of images in work at the same time is limited.
 Axes: K classes, H×W pixels of an image.
 """
 
-from collections.abc import Callable, Generator, Iterator, Sequence
+import time
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import closing, nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import tee
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,28 +21,30 @@ import torch
 
 from ssaseg.cli.console import progress_bar
 from ssaseg.cli.device import count_cores
-from ssaseg.cli.errors import CommandError
 from ssaseg.cli.prediction.batches import count_batch, gathered
 from ssaseg.cli.prediction.ids import Ids
-from ssaseg.cli.prediction.journal import Journal, Result, file_result, made_of, objects_result
-from ssaseg.cli.prediction.kinds import KINDS, Style, is_needed
-from ssaseg.cli.prediction.objects import LONGEST_LINE
+from ssaseg.cli.prediction.inputs import Stream, first_of, origin_of
+from ssaseg.cli.prediction.journal import Journal, Result
 from ssaseg.cli.prediction.precision import FEWEST, TRIED, choose
 from ssaseg.cli.prediction.rle import rle_lines
-from ssaseg.cli.prediction.shares import share_lines
+from ssaseg.cli.prediction.selection import Selection
 from ssaseg.cli.prediction.skipping import Skip, Skips, lacks_memory, skip_reason
 from ssaseg.cli.prediction.sources import Source
-from ssaseg.cli.prediction.timings import Timings
+from ssaseg.cli.prediction.stores import Store
 from ssaseg.cli.printing import echo
+from ssaseg.cli.results.kinds import KINDS, Style, is_needed
+from ssaseg.cli.results.manifest import Entry
+from ssaseg.cli.results.objects import LONGEST_LINE
+from ssaseg.cli.results.shares import share_lines
 from ssaseg.cli.scoring.engines import Engine
 from ssaseg.cli.scoring.inference import Inference, Prediction
 from ssaseg.cli.scoring.lanes import Room, count_lanes, in_order, shared_cores
+from ssaseg.cli.scoring.timings import Timings
 from ssaseg.cli.signals import StopSignal
 from ssaseg.datasets.bands.reading import read_bands, shown
 from ssaseg.datasets.base import Levels
 from ssaseg.datasets.decoding.images import shown_size
 from ssaseg.files.text import printable
-from ssaseg.files.writing import write_atomic
 
 # Number of threads that read; as many write. Each holds an image in memory, so the number is limited.
 THREADS = max(2, min(8, count_cores() // 2))
@@ -52,6 +56,7 @@ class Decoded(NamedTuple):
     image: np.ndarray
     inputs: list[np.ndarray]
     origin: str  # see `made_of`
+    seconds: float  # of work on it so far
 
 
 class Labelled(NamedTuple):
@@ -61,11 +66,13 @@ class Labelled(NamedTuple):
     image: np.ndarray  # BGR uint8 (H,W,3)
     prediction: Prediction
     origin: str
+    seconds: float  # of work on it so far
 
 
 class Written(NamedTuple):
-    """The results of one image, and by kind its objects for files of all images."""
+    """What the journal gets of one image: its entry, its results, and by kind its objects for files of all images."""
 
+    entry: Entry
     results: list[Result]
     objects: dict[str, list[bytes]]
 
@@ -75,33 +82,37 @@ class Labeller:
     """Reads, labels and writes images; holds what is the same for all of them."""
 
     inference: Inference
-    out: Path
+    out: Path | str  # where the journal writes
     save: Sequence[str]
     style: Style
-    journal: Journal
+    journal: Journal | Store
     code: str  # the checkpoint's sum
     max_pixels: int
     times: Timings
     levels: Levels | None = None  # of 16-bit images, see `read_image`
     exact: bool = False
     ids: Ids = field(default_factory=Ids)
+    selection: Selection = field(default_factory=Selection)  # counts in the thread that takes the results
     skips: Skips = field(default_factory=Skips)  # filled by the thread that takes the results
 
     def read(self, source: Source) -> Decoded | Skip:
         """The image and the network's inputs, or the reason to skip the image."""
+        started = time.perf_counter()
         try:
             with self.times.stage("reading"):
-                origin = made_of(self.code, source.path)  # before it is read: if it changes now, it is labelled again
-                image = read_bands(source.path, self.inference.engine.channels, self.max_pixels, self.levels)
-                return Decoded(image, self.inference.inputs(image, str(source.path)), origin)
+                origin = origin_of(self.code, source)  # before it is read: if it changes now, it is labelled again
+                channels = self.inference.engine.channels
+                image = read_bands(source.path, channels, self.max_pixels, self.levels, source.read())
+                inputs = self.inference.inputs(image, source.file)
+                return Decoded(image, inputs, origin, time.perf_counter() - started)
         except Exception as error:
-            return skip_reason(error, source.path)
+            return skip_reason(error, source.file)
 
     def plan(self, sources: Sequence[Source]) -> tuple[int, int]:
         """How many images to label side by side, see `count_lanes`, and how many in one pass, see `count_batch`."""
         if self.exact or not sources:  # other threads and other batches round otherwise
             return 1, 1
-        size = shown_size(sources[0].path)
+        size = shown_size(sources[0].header())
         pixels = 0 if size is None else self.inference.input_pixels(size)
         if self.inference.device.type == "cpu":
             return count_lanes(len(sources), pixels), 1
@@ -128,34 +139,36 @@ class Labeller:
         except FloatingPointError:
             raise
         except Exception as error:
-            skip_reason(error, sources[0].path)  # raises what does not concern these images alone
+            skip_reason(error, sources[0].file)  # raises what does not concern these images alone
             return self
         if line:
             echo(line, err=True)
         return self.with_engine(engine)
 
     def predict(
-        self, sources: Sequence[Source], lanes: int, batch: int, stop: StopSignal
+        self, sources: Sequence[Source] | Stream, lanes: int, batch: int, stop: StopSignal
     ) -> Generator[Labelled, None, None]:
         """Results of the images, until a request to stop. Images that are skipped are added to `skips`.
 
         lanes: 1: threads read ahead, and all cores label one image, or a GPU `batch` images; more: as many threads read
         and label.
         """
+        total = None if isinstance(sources, Stream) else len(sources)
+        ahead, behind = tee(sources)  # those of a stream come once
         with (
-            progress_bar(len(sources), "labelled") as advance,
+            progress_bar(total, "labelled") as advance,
             nullcontext() if lanes == 1 else shared_cores(lanes) as first,
             closing(
-                in_order(self.read, sources, max(THREADS, batch), stop)
+                in_order(self.read, ahead, max(THREADS, batch), stop)
                 if lanes == 1
-                else in_order(partial(self.read_and_infer, Room(lanes)), until(sources, stop), lanes, stop, first)
+                else in_order(partial(self.read_and_infer, Room(lanes)), until(ahead, stop), lanes, stop, first)
             ) as made,
         ):
-            pairs = ((_input_sizes(got), (source, got)) for source, got in zip(sources, made, strict=False))
+            pairs = ((_input_sizes(got), (source, got)) for source, got in zip(behind, made, strict=False))
             for group in gathered(pairs, batch):
-                for labelled in self.infer_all(group):
+                for (source, _), labelled in zip(group, self.infer_all(group), strict=True):
                     if isinstance(labelled, Skip):
-                        self.skips.add(labelled)
+                        self.skip(source, labelled)
                     else:
                         yield labelled
                     advance(1)
@@ -186,7 +199,7 @@ class Labeller:
         except FloatingPointError:  # of the network, not of this image
             raise
         except Exception as error:
-            reason = skip_reason(error, source.path)
+            reason = skip_reason(error, source.file)
             if not lacks_memory(error):
                 return reason
         free_gpu(self.inference.device)  # after the error, whose frames hold tensors, is gone
@@ -196,43 +209,54 @@ class Labeller:
         wanted = (is_needed(field, self.save) for field in ("coarse", "probabilities", "confidence"))
         inputs = [[torch.from_numpy(each) for each in decoded.inputs] for _, decoded in images]
         sizes = [decoded.image.shape[:2] for _, decoded in images]
-        names = [str(source.path) for source, _ in images]
+        names = [source.file for source, _ in images]
+        started = time.perf_counter()
         with self.times.stage("labels"):
             made = self.inference.apart().predict_batch(inputs, sizes, names, *wanted)
+        each = (time.perf_counter() - started) / len(images)
         return [
-            Labelled(source, shown(decoded.image), prediction, decoded.origin)
+            Labelled(source, shown(decoded.image), prediction, decoded.origin, decoded.seconds + each)
             for (source, decoded), prediction in zip(images, made, strict=True)
         ]
 
     def write(self, done: Labelled) -> Written | Skip:
         """Writes the files of one image; or the reason why they cannot be written, for this image alone."""
-        written = Written([], {})
+        started, drawn = time.perf_counter(), self.selection.drawn(done.prediction)
+        height, width = done.image.shape[:2]
+        if not self.selection.holds(done.prediction.labels):
+            entry = Entry(done.source.relative, (), (width, height), done.seconds, None)
+            return Written(entry, [self.selection.left_out(done.source, done.origin)], {})
+        outputs = [self.journal.output_of(kind, done.source) for kind in self.save]
+        results: list[Result] = []
+        objects: dict[str, list[bytes]] = {}
         for kind in self.save:
-            key = key_of(kind, done.source)
-            path = self.out / key
             try:
                 encode = KINDS[kind].encode
                 if encode is None:
-                    lines = written.objects[kind] = self.objects(kind, done)
+                    # Shares are those of all classes.
+                    labels = done.prediction.labels if kind == "shares" else drawn.labels
+                    lines = objects[kind] = self.objects(kind, done.source, labels)
                     if sum(map(len, lines)) > LONGEST_LINE // 2:
-                        return Skip(printable(str(done.source.path)), "its run lengths are too long for rle.json")
-                    written.results.append(objects_result(kind, done.source.relative, done.origin, lines))
+                        return Skip(printable(done.source.file), "its run lengths are too long for rle.json")
+                    results.append(self.journal.write_objects(kind, done.source, lines, done.origin))
                     continue
                 with self.times.stage("encoding"):
-                    content = encode(done.image, done.prediction, self.style)
+                    content = encode(done.image, drawn, self.style)
                 with self.times.stage("writing"):
-                    self.journal.check()
-                    root = self.out / kind
-                    require_folder(root)
-                    write_atomic(path, content, sync=False, root=root)
-                    written.results.append(file_result(key, done.origin, path, content))
+                    results.append(self.journal.write(kind, done.source, content, done.origin))
             except Exception as error:
-                return skip_reason(error, done.source.path, writing=True)
-        return written
+                return skip_reason(error, done.source.file, writing=True)
+        seconds = done.seconds + time.perf_counter() - started
+        return Written(Entry(done.source.relative, outputs, (width, height), seconds, None), results, objects)
 
-    def objects(self, kind: str, done: Labelled) -> list[bytes]:
-        """The objects of one image for a file of all images."""
-        given = done.source.relative, done.prediction.labels, self.style.classes
+    def skip(self, source: Source, skip: Skip) -> None:
+        """Notes that an image is skipped, for the end of the run and in the journal; by the main thread alone."""
+        self.skips.add(skip)
+        self.journal.add(Entry(source.relative, (), None, 0.0, skip.reason))
+
+    def objects(self, kind: str, source: Source, labels: np.ndarray) -> list[bytes]:
+        """The objects of one image, with labels (H,W), for a file of all images."""
+        given = source.relative, labels, self.style.classes
         with self.times.stage("encoding"):
             return rle_lines(*given, self.ids) if kind == "rle" else share_lines(*given)
 
@@ -248,7 +272,7 @@ def free_gpu(device: torch.device) -> None:
         torch.cuda.empty_cache()
 
 
-def until(sources: Sequence[Source], stop: StopSignal) -> Iterator[Source]:
+def until(sources: Iterable[Source], stop: StopSignal) -> Iterator[Source]:
     """The sources, up to a request to stop."""
     for source in sources:
         if stop.requested:
@@ -256,37 +280,33 @@ def until(sources: Sequence[Source], stop: StopSignal) -> Iterator[Source]:
         yield source
 
 
-def label_all(labeller: Labeller, sources: Sequence[Source], stop: StopSignal) -> int:
+def label_all(
+    labeller: Labeller, sources: Sequence[Source] | Stream, stop: StopSignal, whole: Sequence[Source] | None = None
+) -> int:
     """Labels all sources; reading, labelling and writing overlap. Returns the number of images done.
+
+    whole: the images of all shards, and those that were done before; the arithmetic depends on them, not on `sources`.
 
     At the end, also after an error, it is printed what was skipped.
     """
     done = 0
-    lanes, batch = labeller.plan(sources)
+    lanes, batch = labeller.plan(first_of(sources) if whole is None else whole)
     labeller = labeller.with_engine(labeller.times.engine(labeller.inference.engine))
+
+    def write(labelled: Labelled) -> tuple[Source, Written | Skip]:
+        return labelled.source, labeller.write(labelled)
+
     with (
         labeller.skips,
         closing(labeller.predict(sources, lanes, batch, stop)) as ready,
-        closing(in_order(labeller.write, ready, THREADS, stop)) as all_written,
+        closing(in_order(write, ready, THREADS, stop)) as all_written,
     ):
-        for written in all_written:
+        for source, written in all_written:
             if isinstance(written, Skip):
-                labeller.skips.add(written)
+                labeller.skip(source, written)
             else:
                 with labeller.times.stage("writing"):
-                    labeller.journal.add(written.results, written.objects)
+                    labeller.journal.add(*written)
+                labeller.selection.count(written.results)
                 done += 1
     return done
-
-
-def key_of(kind: str, source: Source) -> str:
-    """The file of one result below OUT; of objects in a file of all images, that file and the image's name in it."""
-    suffix = KINDS[kind].suffix
-    return f"{kind}{suffix}/{source.relative}" if KINDS[kind].encode is None else f"{kind}/{source.name}{suffix}"
-
-
-def require_folder(folder: Path) -> None:
-    """Raises CommandError for a link in the place of a folder of results: somebody else may have made it."""
-    if folder.is_symlink():
-        reason = "a link, but results are written to folders in --out"
-        raise CommandError(f"{printable(str(folder))}: {reason}\nremove the link, or choose another --out")

@@ -1,135 +1,143 @@
 """Labels images from files, folders and glob patterns: the command, around `labelling.py`."""
 
-import os
+import shlex
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
 from functools import partial, wraps
 from pathlib import Path
-from typing import Any, ParamSpec
+from typing import NamedTuple, ParamSpec
 
-import torch
-
-from ssaseg.cli.engine.opening import Opened, device_for, make_engine, open_file, require_precision
-from ssaseg.cli.errors import CommandError
-from ssaseg.cli.prediction.classes import CLASSES, read_classes, write_classes
-from ssaseg.cli.prediction.ids import Ids, categories_of, ids_of
-from ssaseg.cli.prediction.journal import COMMON, Existing, Journal, checkpoint_sum, made_of
-from ssaseg.cli.prediction.kinds import KINDS, is_needed, style_of
-from ssaseg.cli.prediction.labelling import Labeller, key_of, label_all, require_folder
-from ssaseg.cli.prediction.sources import LeftOut, Source, find_sources
-from ssaseg.cli.prediction.timings import Timings
+from ssaseg.cli.engine.opening import make_engine
+from ssaseg.cli.prediction.inputs import Stream, first_of
+from ssaseg.cli.prediction.journal import COMMON, Journal
+from ssaseg.cli.prediction.labelling import Labeller, label_all
+from ssaseg.cli.prediction.large import label_large, require_tileable, state_large
+from ssaseg.cli.prediction.preparing import (
+    Setup,
+    left_to_do,
+    look_at_inputs,
+    pixels_of,
+    prepare,
+    shown_place,
+    target_of,
+    warn_of_sizes,
+)
+from ssaseg.cli.prediction.ray_engine import Opening, label_on_ray
+from ssaseg.cli.prediction.request import Request, require_together
+from ssaseg.cli.prediction.selection import Selection, parse_choice
+from ssaseg.cli.prediction.sources import Source
+from ssaseg.cli.prediction.stores import Store
 from ssaseg.cli.printing import echo
-from ssaseg.cli.scoring.attention import LOOKED_AT, warn_of_attention
+from ssaseg.cli.ranks.ranks import under_torchrun
+from ssaseg.cli.results.classes import CLASSES
 from ssaseg.cli.scoring.inference import Inference, state_views
 from ssaseg.cli.scoring.lanes import leave_if_busy
 from ssaseg.cli.scoring.limit import memory_limit
-from ssaseg.cli.scoring.trained_size import warn_of_size
+from ssaseg.cli.scoring.timings import Timings
 from ssaseg.cli.signals import StopSignal
-from ssaseg.datasets import default_palette
-from ssaseg.datasets.decoding.images import shown_size
-from ssaseg.datasets.transforms import input_sizes
-from ssaseg.files.listing import FileList
 from ssaseg.files.text import printable
-from ssaseg.files.writing import make_temporary
-from ssaseg.models.masks.base import MaskSegmenter
-from ssaseg.recipes import Test, parse_protocol
 
-WINDOWS = "smaller inputs (--scale) or sliding windows (--slide 1024 768) need less; labels then differ"
 P = ParamSpec("P")
 
 
-@dataclass(frozen=True)
-class Request:
-    """What is to be labelled, and how; see the help of the command.
+class Done(NamedTuple):
+    """What was done: how many images; what computed, in words; whether the network gives scores, see `state_views`."""
 
-    save: kinds of results, see `KINDS`. skip_existing: skip images whose results of all these kinds exist, made from
-    the same image by the same checkpoint. max_pixels: of an image; larger ones are skipped. exact: the arithmetic of
-    training's evaluation, bit for bit. precision: float32, bf16, fp16, or auto, see `precision.choose`. changes: keys
-    of the test protocol to change. timings: print where the time went. backend, classes, recipe: as `make_engine` and
-    `open_file` take them. legend: whether overlays have one. keep_suffix: see `find_sources`. annotations: a
-    COCO-format file with the ids for `rle.json`.
-    """
-
-    checkpoint: Path
-    inputs: Sequence[str]
-    out: Path
-    save: Sequence[str]
-    skip_existing: bool
-    device: str
-    max_pixels: int = 100_000_000
-    exact: bool = False
-    precision: str = "auto"
-    changes: Mapping[str, Any] = field(default_factory=dict)
-    timings: bool = False
-    backend: str = "auto"
-    classes: str | None = None
-    recipe: str | None = None
-    legend: bool = True
-    keep_suffix: bool = False
-    annotations: Path | None = None
+    images: int
+    what: str
+    scores: bool
 
 
 def label_images(request: Request) -> int:
-    """Labels every image of the request. Returns 0, or 1 if an image was skipped.
+    """Labels every image of the request, or of its shard. Returns 0, or 1 if an image was skipped.
 
     Inputs are looked at before the network is read. After Ctrl-C or SIGTERM, images in work are written; returns 130 or
     143; a second signal ends the process. Raises CommandError for inputs without images, results that would overwrite
     each other, an `out` that cannot be written, `coarse` with a classifier that does not adapt, and a precision in
     which the device does not compute; OSError if results cannot be written.
     """
-    out, save = request.out, request.save
-    found, images = look_at_inputs(request)
-    opened, code = open_unchanged(request.checkpoint, request.classes, request.recipe)
-    chosen = device_for(opened, request.device)
-    metadata = opened.metadata
-    protocol = parse_protocol(metadata["protocol"] | dict(request.changes), f"{request.checkpoint}: protocol")
-    exact = request.exact or isinstance(opened.model, MaskSegmenter)
-    backend = require_possible(opened, chosen, save, exact, request.precision, request.backend)
-    ids = Ids()
-    if request.annotations is not None:
-        ids = Ids(images, categories_of(request.annotations, metadata["classes"]))
-    times = Timings(chosen, request.timings)
-    make_folders(out, [kind for kind in save if KINDS[kind].encode is not None])
-    palette = metadata["palette"] or default_palette(metadata["classes"])
-    style = style_of(metadata["classes"], palette, request.legend)
-    write_classes(out, metadata, palette, request.checkpoint, code)
-    code += what_else(request, metadata, protocol)
+    out, shard = request.out, request.shard
+    require_together(request)
+    require_tileable(request.tiles, request.save)
+    choice = parse_choice(request.where, request.only)
+    whole, images = look_at_inputs(request)
+    found = whole if isinstance(whole, Stream) else [source for source in whole if shard.has(source.relative)]
+    setup = prepare(request, choice, images)
+    times = Timings(setup.device, request.timings)
     stop = StopSignal(hasty=True)
+    target = target_of(request, setup, stop)
     try:
-        with Journal(out) as journal:
-            sources = left_to_do(found, out, save, code, request.skip_existing)
+        with target as journal:
+            sources = left_to_do(found, journal, request, setup)
+            journal.begin(first_of(found), first_of(sources))
             started = time.perf_counter()
             with stop:
-                pixels = pixels_of(sources, protocol)
-                make = partial(make_engine, opened, chosen, backend=backend, exact=exact, pixels=pixels)
-                engine = make("float32" if request.precision == "auto" else request.precision)
-                inference = Inference(engine, protocol, metadata["mean"], metadata["std"])
-                some = [source.path for source in sources[:: max(len(sources) // LOOKED_AT, 1)]]
-                warn_of_attention(metadata["model"], inference, some, WINDOWS)
-                warn_of_size(metadata, protocol, FileList(source.file for source in sources))
-                levels = metadata["range"] and tuple(metadata["range"])
-                labeller = Labeller(
-                    inference, out, save, style, journal, code, request.max_pixels, times, levels, exact, ids
-                )
-                with memory_limit() if chosen.type == "cpu" else nullcontext():  # CUDA reserves addresses of its own
-                    if request.precision == "auto" and not exact:
-                        labeller = labeller.faster(make, sources)
-                    done = label_all(labeller, sources, stop)
+                done = label(request, setup, journal, whole, sources, times, stop)
     except (KeyboardInterrupt, SystemExit):
         leave_if_busy(stop)
         raise
     if stop.requested:
-        echo(f"stopped: {done} of {len(sources)} images are done; --skip-existing labels the rest", err=True)
+        echo(f"stopped: {done.images} of {len(sources)} images are done; --resume labels the rest", err=True)
         return stop.exit_code
     seconds = time.perf_counter() - started
-    print_end(request, len(found), len(sources), done, seconds)
-    echo(f"computed by {labeller.inference.engine.what}")
+    print_end(request, len(found), len(sources), done.images, seconds, setup.selection)
+    if isinstance(found, Stream) and found.others.first:
+        echo(f"{found.others}")
+    if shard.total > 1 and isinstance(out, Path):
+        echo(f"this was shard {shard}; after all of them: ssaseg merge {shlex.quote(printable(str(out)))}")
+    echo(f"computed by {done.what}")
     whose = "protocol of the checkpoint, changed" if request.changes else "protocol of the checkpoint"
-    echo(f"{whose}: {state_views(protocol, engine.gives_scores)}")
-    times.show(done, seconds)
-    return int(done < len(sources))
+    tiles, protocol = request.tiles, setup.protocol
+    how = state_views(protocol, done.scores) if tiles is None else state_large(protocol, tiles, done.scores)
+    echo(f"{whose}: {how}")
+    times.show(done.images, seconds)
+    if shard.total > 1 and under_torchrun():
+        return 0  # otherwise it ends the other shards; `merge` returns 1
+    return int(done.images < len(sources))
+
+
+def label(
+    request: Request,
+    setup: Setup,
+    journal: Journal | Store,
+    whole: Sequence[Source] | Stream,
+    sources: Sequence[Source] | Stream,
+    times: Timings,
+    stop: StopSignal,
+) -> Done:
+    """Labels `sources`. whole: all images of the request, which decide how it is computed."""
+    opened, metadata, exact = setup.opened, setup.opened.metadata, setup.exact
+    local = request.engine is None
+    backend = setup.backend if local or opened.model is None else "torch"  # with Ray, this process computes nothing
+    pixels = pixels_of(first_of(whole), setup.protocol) if sources else 0
+    make = partial(make_engine, opened, setup.device, backend=backend, exact=exact, pixels=pixels)
+    engine = make(request.precision if local and request.precision != "auto" else "float32")
+    inference = Inference(engine, setup.protocol, metadata["mean"], metadata["std"])
+    if request.tiles is None:
+        warn_of_sizes(metadata, inference, sources)
+    levels = metadata["range"] and tuple(metadata["range"])
+    limits = request.max_pixels, times, levels, exact, setup.ids, setup.selection
+    labeller = Labeller(inference, request.out, request.save, setup.style, journal, setup.code, *limits)
+    if request.engine is not None:
+        opening = opening_of(request, setup.backend, pixels)
+        done, what = label_on_ray(labeller, opened, opening, request.engine, first_of(sources), first_of(whole), stop)
+        return Done(done, what, engine.gives_scores)
+    with memory_limit() if setup.device.type == "cpu" else nullcontext():  # CUDA reserves addresses of its own
+        if request.tiles is not None:
+            done = label_large(labeller, request.tiles, metadata, first_of(sources), stop)
+        else:
+            if request.precision == "auto" and not exact and request.shard.total == 1:  # shards would differ
+                labeller = labeller.faster(make, first_of(sources))
+            done = label_all(labeller, sources, stop, first_of(whole))
+    return Done(done, labeller.inference.engine.what, engine.gives_scores)
+
+
+def opening_of(request: Request, backend: str, pixels: int) -> Opening:
+    """What actors open. They compute in float32 where one process would try what is faster: labels would differ."""
+    precision = "float32" if request.precision == "auto" else request.precision
+    how = request.classes, request.recipe, request.device, backend, precision, pixels
+    return Opening(request.checkpoint, *how, request.actors)
 
 
 def taking(make: Callable[P, Request]) -> Callable[P, int]:
@@ -145,111 +153,15 @@ def taking(make: Callable[P, Request]) -> Callable[P, int]:
 run_predict = taking(Request)
 
 
-def look_at_inputs(request: Request) -> tuple[list[Source], Mapping[str, int] | None]:
-    """The images to label, and their ids if a COCO-format file has them. Files that are left out are reported.
-
-    Raises CommandError for inputs without images, and for images without an id; as `read_classes` and `find_sources`.
-    """
-    others = LeftOut()
-    found = find_sources(request.inputs, request.out, others, request.keep_suffix)
-    if others.first:
-        echo(f"{others}; give a file by its name to label it", err=True)
-    read_classes(request.out)
-    return found, None if request.annotations is None else ids_of(request.annotations, found)
-
-
-def what_else(request: Request, metadata: Mapping[str, Any], protocol: Test) -> str:
-    """What decides results besides checkpoint and image; empty for the options' defaults."""
-    text = ""
-    if request.changes or request.classes or request.recipe:
-        text += str((protocol, metadata["mean"], metadata["std"], metadata["classes"]))
-    if not request.legend:
-        text += "no legend"
-    return text if request.annotations is None else text + checkpoint_sum(request.annotations)
-
-
-def print_end(request: Request, found: int, sources: int, done: int, seconds: float) -> None:
+def print_end(request: Request, found: int, sources: int, done: int, seconds: float, selection: Selection) -> None:
     """Prints how many of the images are labelled, how many are not, and where the results are."""
     counts = f"labelled {done} of {found} images in {seconds:.1f} s ({done / max(seconds, 1e-9):.1f} images/s)"
-    existed = f"; {found - sources} were there already" if found > sources else ""
+    there = found - sources - selection.earlier
+    existed = f"; {there} were there already" if there else ""
     left_out = sources - done
     why = f"; {left_out} skipped, for the reasons above" if left_out else ""
-    echo(f"{counts}{existed}{why}")
-    files = [COMMON[kind].file if kind in COMMON else f"{kind}/" for kind in request.save]
-    echo(f"results are in {printable(str(request.out))}: {', '.join([*files, CLASSES])}")
-
-
-def open_unchanged(path: Path, classes: str | None, recipe: str | None) -> tuple[Opened, str]:
-    """A file that holds a network, and its sum. Raises CommandError if it was replaced in the meantime."""
-    before = path.stat()
-    opened = open_file(path, classes, recipe)
-    code = checkpoint_sum(path)
-    if not os.path.samestat(before, after := path.stat()) or before.st_mtime_ns != after.st_mtime_ns:
-        raise CommandError(f"{path}: was replaced while it was read\nrun the command again")
-    return opened, code
-
-
-def require_possible(
-    opened: Opened, device: torch.device, save: Sequence[str], exact: bool, precision: str, backend: str
-) -> str:
-    """The back end: PyTorch where the results need it. Raises CommandError for options that cannot be fulfilled."""
-    if is_needed("coarse", save):
-        if opened.model is None or backend not in ("auto", "torch"):
-            why = "only checkpoints in PyTorch give labels from before SSA adapts them"
-            raise CommandError(f"{opened.path}: {why}\nremove coarse from --save, or leave out --backend")
-        if not opened.model.classifier.has_coarse:
-            why = f"classifier {opened.metadata['classifier']} does not adapt labels, so there is no coarse result"
-            raise CommandError(f"{opened.path}: {why}\nremove coarse from --save")
-        backend = "torch"
-    if exact and precision not in ("auto", "float32"):
-        raise CommandError(f"--precision {precision}: --exact and mask methods compute in float32\nleave it out")
-    if precision != "auto" and opened.model is not None and backend in ("auto", "torch"):
-        require_precision(precision, device)
-    return backend
-
-
-def pixels_of(sources: Sequence[Source], protocol: Test) -> int:
-    """About how many pixels the network gets in the whole run: all images are taken to be as large as the first."""
-    size = shown_size(sources[0].path) if sources else None
-    if size is None:
-        return 0
-    ratios = input_sizes(size, protocol.scale, protocol.multiple, protocol.ratios)
-    return len(sources) * sum(height * width for height, width in ratios) * (2 if protocol.flip else 1)
-
-
-def left_to_do(found: Sequence[Source], out: Path, save: Sequence[str], code: str, skip_existing: bool) -> list[Source]:
-    """The images whose results do not all exist, or were made of something else; all images without skip_existing."""
-    keys = {source: [key_of(kind, source) for kind in save] for source in found} if skip_existing else {}
-    # Read in any case: a record or rle.json that cannot be read is an error now, not after hours.
-    existing = Existing(out, {key for each in keys.values() for key in each}, save)
-    if not skip_existing:
-        return list(found)
-
-    def is_done(source: Source) -> bool:
-        try:
-            origin = made_of(code, source.path)
-        except OSError:  # reported when the image is read
-            return False
-        return all(existing.has(key, origin) for key in keys[source])
-
-    left = [source for source in found if not is_done(source)]
-    again = sum(all(os.path.isfile(out / key) for key in keys[source]) for source in left)
-    if again:
-        reason = "not known to be made from these images by this checkpoint"
-        echo(f"existing results of {again} images are made again: {reason}", err=True)
-    return left
-
-
-def make_folders(out: Path, names: Sequence[str]) -> None:
-    """Makes `out` and folders in it, before any work is done. Raises CommandError if they cannot be written to."""
-    for folder in [out, *(out / name for name in names)]:
-        if folder != out:
-            require_folder(folder)
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            probe, descriptor = make_temporary(folder)
-            os.close(descriptor)
-            probe.unlink()
-        except OSError as error:
-            where = f"{printable(str(folder))}: results cannot be written here ({error.strerror})"
-            raise CommandError(f"{where}\nchoose another --out") from None
+    echo(f"{counts}{existed}{selection.state()}{why}")
+    kinds = [kind for kind in request.save if kind not in COMMON or request.shard.total == 1]  # others: after a merge
+    files = [COMMON[kind].file if kind in COMMON else f"{kind}/" for kind in kinds]
+    names = ": " + ", ".join([*files, CLASSES]) if isinstance(request.out, Path) else ""
+    echo(f"results are in {shown_place(request.out)}{names}")

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ssaseg.cli.prediction.objects import read_objects, replacing, to_line
+from ssaseg.cli.results.objects import read_objects, replacing, to_line
 
 if TYPE_CHECKING:
     from ssaseg.cli.prediction.ids import Ids
@@ -20,7 +20,7 @@ IMAGES = "rle.images.json"
 
 
 def rle_lines(name: str, labels: np.ndarray, classes: Sequence[str], ids: "Ids") -> list[bytes]:
-    """COCO run lengths of labels (H,W): one JSON object for each class in them.
+    """COCO run lengths of labels (H,W): one JSON object for each class in them. Other labels, such as 255, have none.
 
     Keys: image_id and category_id, see `Ids`; segmentation {size [H,W], counts}; score, always 1, as each pixel has one
     class; image (path below its INPUT), category (the class), area [pixels]. There is no `bbox`: `loadRes` would take
@@ -30,7 +30,8 @@ def rle_lines(name: str, labels: np.ndarray, classes: Sequence[str], ids: "Ids")
 
     by_column = np.asfortranarray(labels)  # the order of COCO's run lengths
     lines = []
-    for index in np.flatnonzero(np.bincount(labels.reshape(-1))).tolist():  # unique would sort the pixels
+    pixels = np.bincount(labels.reshape(-1))[: len(classes)]  # unique would sort the pixels
+    for index in np.flatnonzero(pixels).tolist():
         category = ids.category(index)
         if category is None:
             continue

@@ -27,7 +27,7 @@ NO_MEMORY = re.compile(
     "|integer overflow|too large"
 )
 
-AGAIN = "run the command again with --skip-existing"
+AGAIN = "run the command again with --resume"
 EXAMPLES = 3  # files that are named for one reason
 MOST_REASONS = 100
 NUMBER = re.compile(r"\d+")
@@ -73,8 +73,8 @@ class Skips:
             echo(f"skipped{f' {count} images' if count > 1 else ''}: {names}: {reason}", err=True)
 
 
-def skip_reason(error: Exception, path: Path, writing: bool = False, again: str = AGAIN) -> Skip:
-    """The image `path` that an error has met, and the reason in one line.
+def skip_reason(error: Exception, path: Path | str, writing: bool = False, again: str = AGAIN) -> Skip:
+    """The image `path` that an error has met, and the reason in one line. As text, a path is shown as it is.
 
     `writing`: the error has come up while results were written. `again`: the fix of an error that would meet the other
     images too, which is raised. An error of an unknown kind, as decoders raise for damaged files, is given with its
@@ -86,7 +86,7 @@ def skip_reason(error: Exception, path: Path, writing: bool = False, again: str 
             raise error
         return Skip(printable(str(error.filename)) if writing else shown, printable(error.strerror or str(error)))
     # In the text of an error a line feed in the file's name would end the first line.
-    text = str(error).replace(str(path), shown)
+    text = str(error).replace(str(path), shown).replace(str(Path(path)), shown)
     if isinstance(error, DataError):
         return Skip(shown, printable("; ".join(text.splitlines()[:3])).removeprefix(f"{shown}: "))
     if isinstance(error, FloatingPointError | CommandError):

@@ -3,15 +3,17 @@
 import glob
 import os
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 from ssaseg.cli.errors import CommandError
-from ssaseg.cli.prediction.kinds import KINDS
+from ssaseg.cli.places.objects import Content
+from ssaseg.cli.results.kinds import KINDS
 from ssaseg.datasets.checking.images import count_suffixes
+from ssaseg.datasets.decoding.images import HEADER
 from ssaseg.datasets.pairs import IMAGE_SUFFIXES
 from ssaseg.files.listing import real_path, walk_below
 from ssaseg.files.text import printable
@@ -27,11 +29,23 @@ class Source(NamedTuple):
     file: str
     relative: str  # path below the INPUT that it was found in
     name: str  # name of its results: path below their folder; without suffix, unless it is kept
+    content: Content | None = None  # of what is not a local file; `file` is then its address without secrets
 
     @property
     def path(self) -> Path:
         """The file. Made when it is needed: for many files, objects of pathlib take most of the time of listing."""
         return Path(self.file)
+
+    def read(self) -> bytes | None:
+        """The content of what is not a local file; None for a file. Raises as `Content.read`."""
+        return None if self.content is None else self.content.read()
+
+    def header(self) -> Path | bytes:
+        """What `shown_size` reads the size from."""
+        return self.path if self.content is None else self.content.start(HEADER)
+
+
+Image: TypeAlias = tuple[str, str, Content | None]  # the first two fields of a `Source`, and the last
 
 
 @dataclass
@@ -64,32 +78,50 @@ def find_sources(
     results would have the same name, and a pattern by which a result would lie outside its folder; OSError for a folder
     that cannot be read.
     """
-    results = tuple(os.path.join(os.path.realpath(out / folder), "") for folder in RESULTS)
-    whole = (os.path.join(os.path.realpath(out), ""),)
-    real: dict[str, str] = {}
-    found: dict[str, tuple[str, str]] = {}
+    found: dict[str, Image] = {}
+    search = Search(out, others)
     for given in inputs:
+        for path, relative in search.images(given):
+            found.setdefault(os.path.abspath(path), (path, relative, None))
+    return name_results(found.values(), keep_suffix)
+
+
+class Search:
+    """Looks for local images. out, others: as of `find_sources`; None: results are written elsewhere."""
+
+    def __init__(self, out: Path | None, others: LeftOut | None = None) -> None:
+        self.out, self.others = out, others
+        folders = [] if out is None else [*(out / folder for folder in RESULTS)]
+        self.results = tuple(os.path.join(os.path.realpath(folder), "") for folder in folders)
+        self.whole = () if out is None else (os.path.join(os.path.realpath(out), ""),)
+        self.real: dict[str, str] = {}
+
+    def images(self, given: str) -> list[tuple[str, str]]:
+        """(file, path below the input) of the images of one file, folder or pattern. Raises as `find_sources`."""
         files = _expand(given)
         named = not os.path.isdir(given) and os.path.lexists(given)
-        candidates = [each for each in files if named or _is_image(each[0])]
-        others_here = [path for path, _ in files if not _is_image(path)] if len(candidates) < len(files) else []
-        rest = [path for path in others_here if not _is_within(path, whole, real)]
-        if others is not None:
-            others.add(rest)
-        images = [each for each in candidates if not _is_within(each[0], results, real)]
+        candidates = [each for each in files if named or is_image(each[0])]
+        others_here = [path for path, _ in files if not is_image(path)] if len(candidates) < len(files) else []
+        rest = [path for path in others_here if not _is_within(path, self.whole, self.real)]
+        if self.others is not None:
+            self.others.add(rest)
+        images = [each for each in candidates if not _is_within(each[0], self.results, self.real)]
         shown = printable(given)
         if candidates and not images:
-            only = f"its only images are results in --out {printable(str(out))}, which are skipped"
+            only = f"its only images are results in --out {printable(str(self.out))}, which are skipped"
             raise CommandError(f"{shown}: {only}\nchange --out")
         if not images:
-            suffixes = " ".join(suffix.lstrip(".") for suffix in IMAGE_SUFFIXES)
-            left_out = LeftOut()
-            left_out.add(rest)
-            also = f"; {left_out}" if rest else ""
-            raise CommandError(f"{shown}: no image found{also}\nlooked for {_where(given)}; types: {suffixes}")
-        for path, relative in images:
-            found.setdefault(os.path.abspath(path), (path, relative))
-    return _name(list(found.values()), keep_suffix)
+            raise no_image(shown, _where(given), rest)
+        return images
+
+
+def no_image(shown: str, where: str, rest: Sequence[str]) -> CommandError:
+    """The error for an input without images. rest: its other files."""
+    suffixes = " ".join(suffix.lstrip(".") for suffix in IMAGE_SUFFIXES)
+    left_out = LeftOut()
+    left_out.add(rest)
+    also = f"; {left_out}" if rest else ""
+    return CommandError(f"{shown}: no image found{also}\nlooked for {where}; types: {suffixes}")
 
 
 def _is_within(path: str, folders: tuple[str, ...], real: dict[str, str]) -> bool:
@@ -167,18 +199,18 @@ def _suffix(path: str) -> str:
     return name[dot:] if 0 < dot < len(name) - 1 else ""
 
 
-def _is_image(path: str) -> bool:
+def is_image(path: str) -> bool:
     return _suffix(path).lower() in IMAGE_SUFFIXES
 
 
-def _name(found: Sequence[tuple[str, str]], keep_suffix: bool) -> list[Source]:
+def name_results(found: Iterable[Image], keep_suffix: bool) -> list[Source]:
     """The sources with names for their results. Raises CommandError if two names are equal.
 
     A name depends on the relative path alone: what else is in a folder, now or in a later run, changes no name.
     """
     sources: dict[str, Source] = {}
-    for path, relative in found:
-        source = Source(path, relative, relative if keep_suffix else relative.removesuffix(_suffix(relative)))
+    for path, relative, content in found:
+        source = Source(path, relative, relative if keep_suffix else relative.removesuffix(_suffix(relative)), content)
         other = sources.setdefault(source.name, source)
         if other is source:
             continue
@@ -188,3 +220,11 @@ def _name(found: Sequence[tuple[str, str]], keep_suffix: bool) -> list[Source]:
             fix = "`predict --keep-suffix` names results by whole file names; or rename one of the two"
         raise CommandError(f"{both}: their results would have the same name, {printable(source.name)}\n{fix}")
     return list(sources.values())
+
+
+def key_of(kind: str, source: Source, tiled: bool = False) -> str:
+    """The file of one result below OUT; of objects in a file of all images, that file and the image's name in it.
+    tiled: with --tile.
+    """
+    suffix = (KINDS[kind].tiled if tiled else None) or KINDS[kind].suffix
+    return f"{kind}{suffix}/{source.relative}" if KINDS[kind].encode is None else f"{kind}/{source.name}{suffix}"

@@ -13,10 +13,10 @@ from typing import Any
 
 import torch
 
-from ssaseg.cli.prediction.kinds import encode_indices, style_of
 from ssaseg.cli.profiling.latency import now, rounds
 from ssaseg.cli.profiling.memory import Peaks
 from ssaseg.cli.profiling.scene import Picture
+from ssaseg.cli.results.kinds import encode_indices, style_of
 from ssaseg.cli.scoring.engines import Engine, TorchEngine
 from ssaseg.cli.scoring.inference import Inference
 from ssaseg.datasets import default_palette

@@ -30,7 +30,7 @@ def describe_attention(name: str, pixels: int) -> str | None:
     return f"{name} {work}{memory}; an input has {pixels / 1e6:.1f} million pixels"
 
 
-def warn_of_attention(name: str, inference: Inference, files: Sequence[Path], fix: str) -> None:
+def warn_of_attention(name: str, inference: Inference, files: Sequence[Path | bytes], fix: str) -> None:
     """Prints `describe_attention` for the largest network input of some of the images, and the fix, on stderr.
 
     name: of the network. files: the images; their headers are read, and those that cannot be read are left out. fix:

@@ -9,9 +9,10 @@ Axes: K classes, H×W pixels of an image, h×w pixels of a network's input.
 
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -49,16 +50,50 @@ class Counts(NamedTuple):
 
 
 @dataclass
-class Tally:
-    """A network, and what is counted of its predictions."""
+class Sums:
+    """What is counted of a network's predictions, and makes its scores."""
 
-    inference: Inference
     confusion: Confusion
     boundaries: Boundaries | None = None
     equal: Tensor | int = 0  # pixels whose label is that of the first network, of all `pixels`
     pixels: int = 0
-    coarse: Confusion | None = None  # of the labels before adaptation
     calibration: Calibration | None = None
+
+    def snapshot(self) -> dict[str, Any]:
+        """What `merged` needs, on the CPU: numbers and arrays."""
+        counts, rows = self.confusion.snapshot()
+        kept = {"boundary": self.boundaries, "calibration": self.calibration}
+        return {
+            "counts": counts,
+            "rows": rows,
+            "equal": int(self.equal),
+            "pixels": self.pixels,
+            **{key: None if each is None else each.counts.cpu() for key, each in kept.items()},
+        }
+
+    @classmethod
+    def merged(cls, snapshots: Sequence[Mapping[str, Any]], places: Sequence[Sequence[int]], classes: int) -> "Sums":
+        """The sums of snapshots of `classes` classes, each of the images whose numbers are in `places`. They are whole
+        numbers, so that they do not depend on how the images were divided.
+        """
+        both = [(torch.as_tensor(each["counts"]), np.asarray(each["rows"])) for each in snapshots]
+        found = cls(Confusion(classes), equal=sum(each["equal"] for each in snapshots))
+        found.confusion.merge(both, places)
+        found.pixels = sum(each["pixels"] for each in snapshots)
+        found.boundaries = Boundaries(classes) if snapshots[0]["boundary"] is not None else None
+        found.calibration = Calibration(classes) if snapshots[0]["calibration"] is not None else None
+        for key, kept in (("boundary", found.boundaries), ("calibration", found.calibration)):
+            if kept is not None:
+                kept.counts = torch.stack([each[key] for each in snapshots]).sum(dim=0)
+        return found
+
+
+@dataclass
+class Tally(Sums):
+    """A network, and what is counted of its predictions."""
+
+    inference: Inference = field(kw_only=True)
+    coarse: Confusion | None = None  # of the labels before adaptation
     gallery: Gallery | None = None
 
     @classmethod
@@ -71,9 +106,9 @@ class Tally:
         engine = inference.engine
         classes, device = engine.num_classes, inference.device
         return cls(
-            inference,
             Confusion(classes, device),
             Boundaries(classes, device) if boundary else None,
+            inference=inference,
             coarse=Confusion(classes, device) if report and engine.has_coarse else None,
             calibration=Calibration(classes, device) if calibration else None,
             gallery=Gallery() if report else None,
@@ -171,8 +206,10 @@ def count_predictions(
     progress: Callable[[int], object] | None = None,
     stop: StopSignal | None = None,
     ranks: Ranks | None = None,
+    chosen: Sequence[int] | None = None,
 ) -> None:
-    """Counts the predictions of several networks on the first `limit` images (None: all) of `dataset`.
+    """Counts the predictions of several networks on the first `limit` images (None: all) of `dataset`, or on those
+    with the numbers `chosen`.
 
     Each image is read once; the networks, which have one protocol, label it in turn. `workers`: processes that decode
     and resize images ahead; 0: this process does. `progress` is called with 1 after each image. Raises what the data
@@ -188,7 +225,7 @@ def count_predictions(
     ranks = ranks or Ranks(first.device)
     count = len(dataset) if limit is None else min(limit, len(dataset))
     # Each image belongs to one rank. If all ranks had the same number of images, some would have to be counted twice.
-    indices = range(ranks.rank, count, ranks.size)
+    indices = (range(count) if chosen is None else chosen)[ranks.rank :: ranks.size]
     test = first.protocol
     loader: Any = eval_loader(dataset, test.scale, test.multiple, workers, test.ratios, indices)
     items = read(loader, stop)

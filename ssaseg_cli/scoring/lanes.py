@@ -105,8 +105,10 @@ def in_order(
     threads: int,
     stop: StopSignal | None = None,
     first: Callable[[], None] | None = None,
+    ahead: int | None = None,
 ) -> Generator[Made, None, None]:
-    """`function` of each item, in the items' order. `threads` threads compute at most `threads` items ahead.
+    """`function` of each item, in the items' order. `threads` threads compute at most `ahead` items ahead; by default
+    as many as there are threads. One thread computes the items in their order too.
 
     An exception of `function` is raised when its item is due. To stop early, close the generator: it waits for the
     items that are being computed, except after a second signal to `stop`. first: called once in each thread.
@@ -116,7 +118,7 @@ def in_order(
     try:
         for item in items:
             pending.append(pool.submit(function, item))
-            if len(pending) > threads:
+            if len(pending) > (threads if ahead is None else ahead):
                 yield pending.popleft().result()
         while pending:
             yield pending.popleft().result()

@@ -148,18 +148,23 @@ class Confusion:
         """What `merge` needs: the counts and the rows, on the CPU."""
         return self._counts.cpu(), self.rows
 
-    def merge(self, snapshots: "Sequence[tuple[torch.Tensor, np.ndarray]]") -> None:
-        """Replaces the counts by the sum of R snapshots; snapshot r has counted images r, r+R, …
+    def merge(
+        self, snapshots: "Sequence[tuple[torch.Tensor, np.ndarray]]", places: Sequence[Sequence[int]] | None = None
+    ) -> None:
+        """Replaces the counts by the sum of R snapshots. places: numbers of the images that each has counted; without
+        them, snapshot r has counted images r, r+R, …
 
         The images are then in the same order as in a single count, since the interval depends on their order. No image
         may be added afterwards.
         """
         import torch
 
+        total = sum(len(rows) for _, rows in snapshots)
+        places = places or [range(first, total, len(snapshots)) for first in range(len(snapshots))]
         self._counts = torch.stack([counts for counts, _ in snapshots]).sum(dim=0)
-        rows = np.empty((sum(len(each) for _, each in snapshots), 2, self.num_classes), np.int32)
-        for first, (_, each) in enumerate(snapshots):
-            rows[first :: len(snapshots)] = each
+        rows = np.empty((total, 2, self.num_classes), np.int32)
+        for place, (_, each) in zip(places, snapshots, strict=True):
+            rows[np.asarray(place, np.intp)] = each
         self._images, self._blocks = len(rows), [torch.from_numpy(rows)]
 
     @property

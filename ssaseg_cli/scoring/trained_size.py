@@ -40,7 +40,7 @@ def times_larger(size: tuple[int, int], trained: tuple[int, int], protocol: Test
     return min(height, width) / min(rescale_size((size[1], size[0]), trained))
 
 
-def warn_of_size(metadata: Mapping[str, Any], protocol: Test, files: Sequence[Path]) -> None:
+def warn_of_size(metadata: Mapping[str, Any], protocol: Test, files: Sequence[Path | bytes]) -> None:
     """Prints on stderr how many images are more than `LARGER` times as large as in training, and the fix.
 
     metadata: of the file with the network. protocol: that of this run. files: the images; the headers of some are read,

@@ -17,9 +17,9 @@ import numpy as np
 import torch
 
 from ssaseg.cli.engine.opening import Opened, make_engine, own_inference
-from ssaseg.cli.prediction.kinds import Style, encode_indices, style_of
 from ssaseg.cli.prediction.labelling import free_gpu
 from ssaseg.cli.prediction.skipping import lacks_memory, skip_reason
+from ssaseg.cli.results.kinds import Style, encode_indices, style_of
 from ssaseg.cli.scoring.inference import Inference, Prediction, state_views
 from ssaseg.cli.scoring.trained_size import LARGER, times_larger, trained_scale
 from ssaseg.datasets import default_palette

@@ -18,10 +18,11 @@ from predicting import CLASSES, PALETTE, files, labelled_images, picture, save_c
 from pycocotools import mask as coco
 
 from ssaseg.cli.errors import CommandError
-from ssaseg.cli.prediction import objects, predict
-from ssaseg.cli.prediction.objects import write_objects
+from ssaseg.cli.prediction import predict
 from ssaseg.cli.prediction.predict import run_predict
 from ssaseg.cli.prediction.sources import find_sources
+from ssaseg.cli.results import objects
+from ssaseg.cli.results.objects import write_objects
 from ssaseg.cli.scoring.inference import predict_labels
 from ssaseg.cli.scoring.lanes import in_order
 from ssaseg.models import load_model
@@ -245,7 +246,7 @@ def test_a_stopped_run_finishes_what_it_has_begun(
     assert files(out) == [*(f"index/{index}.png" for index in range(5)), "rle.json"]
     assert labelled_images(out / "rle.json") == {f"{index}.png" for index in range(5)}
     told = capsys.readouterr()
-    assert told.err == "stopped: 5 of 8 images are done; --skip-existing labels the rest\n"
+    assert told.err == "stopped: 5 of 8 images are done; --resume labels the rest\n"
     assert told.out == ""
     monkeypatch.undo()
     assert run_predict(checkpoint, inputs, out, ("index", "rle"), True, "cpu") == 0
@@ -356,6 +357,16 @@ def test_in_order_works_ahead_but_not_far(threads: int) -> None:
     with pytest.raises(OSError, match="nine"):
         list(results)
     assert len(started) <= 10 + threads
+
+
+def test_one_thread_works_in_order_and_as_far_ahead_as_is_asked() -> None:
+    started: list[int] = []
+    results = in_order(started.append, range(100), 1, ahead=5)
+    next(results)
+    time.sleep(0.05)
+    assert started == [*range(6)]
+    results.close()
+    assert len(started) <= 6
 
 
 @pytest.mark.slow

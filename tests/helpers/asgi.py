@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ssaseg.cli.prediction.kinds import style_of
+from ssaseg.cli.results.kinds import style_of
 from ssaseg.cli.scoring.engines import Logits
 from ssaseg.cli.scoring.inference import Inference
 from ssaseg.cli.serving.networks import Network

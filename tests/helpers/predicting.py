@@ -12,7 +12,7 @@ import torch
 from ssaseg.models import build_model, save_model
 
 CLASSES = ["road", "car", "tree", "sky", "void"]
-DESCRIPTIONS = ("classes.json", "rle.images.json", "shares.csv")
+DESCRIPTIONS = ("classes.json", "manifest.jsonl", "rle.images.json", "shares.csv")
 PALETTE = [[128, 64, 128], [0, 0, 142], [107, 142, 35], [70, 130, 180], [1, 2, 3]]
 
 
@@ -57,11 +57,13 @@ OTHER_COMMAND = """
 import sys
 from pathlib import Path
 from ssaseg.cli.prediction.journal import Journal, objects_result
-from ssaseg.cli.prediction.objects import to_line
+from ssaseg.cli.results.manifest import Entry
+from ssaseg.cli.results.objects import to_line
 with Journal(Path(sys.argv[1])) as journal:
     entry = {"image": "other.png", "image_id": 5, "category": "x", "segmentation": {"size": [1, 1], "counts": ""}}
     lines = [to_line({**entry, "category_id": number}) for number in (0, 3)]
-    journal.add([objects_result("rle", "other.png", "0" * 32, lines)], {"rle": lines})
+    entry = Entry("other.png", ["rle.json"], (1, 1), 0.0, None)
+    journal.add(entry, [objects_result("rle", "other.png", "0" * 32, lines)], {"rle": lines})
     journal.file.write(b'{"results": [["rle.json/half.png", ')
     journal.file.flush()
     print("ready", flush=True)

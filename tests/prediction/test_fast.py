@@ -15,12 +15,12 @@ from torch import Tensor
 
 from ssaseg.cli.engine import opening
 from ssaseg.cli.errors import CommandError
-from ssaseg.cli.prediction import batches, labelling, predict
+from ssaseg.cli.prediction import batches, labelling, predict, preparing
 from ssaseg.cli.prediction.batches import count_batch, gathered
 from ssaseg.cli.prediction.precision import choose
-from ssaseg.cli.prediction.timings import STAGES, Timings
 from ssaseg.cli.scoring.engines import TorchEngine
 from ssaseg.cli.scoring.inference import Inference
+from ssaseg.cli.scoring.timings import STAGES, Timings
 from ssaseg.datasets.decoding import read_mask
 from ssaseg.models import load_model
 from ssaseg.recipes import parse_protocol
@@ -244,7 +244,7 @@ def test_windows_in_place_of_the_protocol(tmp_path: Path, monkeypatch: pytest.Mo
     windows = save_checkpoint(tmp_path / "windows.safetensors", protocol=inside)
     write(tmp_path / "in/a.png")
     said = []
-    monkeypatch.setattr(predict, "warn_of_attention", lambda name, inference, files, fix: said.append((name, files)))
+    monkeypatch.setattr(preparing, "warn_of_attention", lambda name, inference, files, fix: said.append((name, files)))
     words = ("predict", plain, tmp_path / "in", "--skip-existing", "--out", tmp_path / "out")
     call(*words)
     whole = read_mask(tmp_path / "out/index/a.png").ids

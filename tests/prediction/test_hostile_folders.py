@@ -19,10 +19,11 @@ from predicting import files, picture, save_checkpoint, write
 
 from ssaseg.cli.errors import CommandError
 from ssaseg.cli.main import cli
-from ssaseg.cli.prediction import labelling, objects, predict
+from ssaseg.cli.prediction import labelling, predict
 from ssaseg.cli.prediction.predict import run_predict
 from ssaseg.cli.prediction.skipping import MOST_REASONS, Skip, Skips, skip_reason
 from ssaseg.cli.prediction.sources import LeftOut, find_sources
+from ssaseg.cli.results import objects
 from ssaseg.datasets import DataError
 from ssaseg.files.listing import MOST_WAYS, walk
 
@@ -327,7 +328,7 @@ def test_errors_that_would_meet_every_image(monkeypatch: pytest.MonkeyPatch) -> 
     for number in (28, 5, 30):
         with pytest.raises(OSError, match="x"):
             skip_reason(OSError(number, "x", "out/a.png"), path, writing=True)
-    with pytest.raises(CommandError, match="--skip-existing"):
+    with pytest.raises(CommandError, match="--resume"):
         skip_reason(RuntimeError("CUDA error: an illegal memory access"), path)
     monkeypatch.setenv("SSASEG_DEBUG", "1")
     with pytest.raises(ZeroDivisionError):

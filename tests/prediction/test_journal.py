@@ -11,7 +11,7 @@ import pytest
 from predicting import files, labelled_images, picture, save_checkpoint, start_other, write
 
 from ssaseg.cli.errors import CommandError
-from ssaseg.cli.prediction import journal, predict
+from ssaseg.cli.prediction import journal, preparing
 from ssaseg.cli.prediction.journal import RECORD, Existing, Journal, Result, exclusive, read_record
 from ssaseg.cli.prediction.predict import run_predict
 from ssaseg.files import writing
@@ -72,7 +72,7 @@ def test_a_checkpoint_that_is_replaced_while_it_is_read(
         (tmp_path / "new").replace(path)
         return "0"
 
-    monkeypatch.setattr(predict, "checkpoint_sum", replaced)
+    monkeypatch.setattr(preparing, "checkpoint_sum", replaced)
     with pytest.raises(CommandError, match="replaced while it was read"):
         label(model, tmp_path / "in", tmp_path / "out")
 
@@ -163,7 +163,7 @@ def test_two_commands_at_once(checkpoint: Path, tmp_path: Path) -> None:
     assert other.returncode == 0
     assert labelled_images(out / "rle.json") == {"mine.png", "other.png"}
     assert {result.key for result in read_record(out)} == {"rle.json/mine.png", "rle.json/other.png"}
-    assert sorted(os.listdir(out)) == [RECORD, "classes.json", "rle.images.json", "rle.json"]
+    assert sorted(os.listdir(out)) == [RECORD, "classes.json", "manifest.jsonl", "rle.images.json", "rle.json"]
 
 
 def test_a_killed_command_loses_nothing(checkpoint: Path, tmp_path: Path) -> None:
@@ -180,7 +180,7 @@ def test_a_killed_command_loses_nothing(checkpoint: Path, tmp_path: Path) -> Non
     assert label(checkpoint, tmp_path / "in", out, "rle") == 0
     entries = json.loads((out / "rle.json").read_text())
     assert [entry["category_id"] for entry in entries if entry["image"] == "other.png"] == [0, 3]
-    assert sorted(os.listdir(out)) == [RECORD, "classes.json", "index", "rle.images.json", "rle.json"]
+    assert sorted(os.listdir(out)) == [RECORD, "classes.json", "index", "manifest.jsonl", "rle.images.json", "rle.json"]
     assert not left.exists()
 
 

@@ -19,11 +19,12 @@ from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 
 from ssaseg.cli.drawing.legend import SHARE, entries, with_legend
+from ssaseg.cli.drawing.panels import overlay
 from ssaseg.cli.evaluation.command import evaluate
 from ssaseg.cli.options import protocol_changes
 from ssaseg.cli.prediction.command import predict
 from ssaseg.cli.prediction.ids import Ids
-from ssaseg.cli.prediction.shares import share_lines, unique
+from ssaseg.cli.results.shares import share_lines, unique
 from ssaseg.cli.scoring.inference import predict_labels
 from ssaseg.cli.scoring.trained_size import times_larger, trained_scale, warn_of_size
 from ssaseg.models import load_model
@@ -42,6 +43,19 @@ def networks() -> Iterator[None]:
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_checkpoint(tmp_path_factory.mktemp("model") / "tiny.safetensors", "linear", network="seaformer_y")
+
+
+def test_overlays_are_halves_rounded_up() -> None:
+    generator = np.random.default_rng(0)
+    image = generator.integers(0, 256, (64, 65, 3), dtype=np.uint8)
+    labels = generator.choice([0, 1, 2, 200, 255], (64, 65)).astype(np.uint8)
+    palette = [(255, 0, 1), (254, 3, 128), (7, 8, 9)]
+    colours = np.zeros((256, 3), int)
+    colours[:3] = palette
+    expected = (image.astype(int) + colours[labels][..., ::-1] + 1) // 2
+    np.testing.assert_array_equal(
+        overlay(image, labels, palette), np.where((labels == 255)[..., None], image, expected)
+    )
 
 
 # ---- COCO results ------------------------------------------------------------------------------------------------

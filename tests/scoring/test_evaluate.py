@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from ssaseg.cli.errors import CommandError
 from ssaseg.cli.evaluation import report as evaluate
+from ssaseg.cli.evaluation.tables import print_any
 from ssaseg.cli.main import cli
 from ssaseg.cli.profiling.memory import LiveTensors
 from ssaseg.cli.scoring.evaluate import evaluate_model
@@ -278,7 +279,7 @@ def test_options_change_the_protocol_and_the_report_says_so(
     )
     assert "sliding windows of 48x48 every 32x32 pixels" in slid["statement"]
     capsys.readouterr()
-    evaluate.print_report(several)
+    print_any(several)
     told = capsys.readouterr().out
     for said in ("mIoU 95 % interval", "1000 resamples", "fwIoU", "mBoundaryIoU", "boundary [%]"):
         assert said in told, said
@@ -391,7 +392,7 @@ def test_a_checkpoint_without_recipe_needs_data(tmp_path: Path, capsys: pytest.C
     report = json.loads(capsys.readouterr().out)
     assert (report["recipe"], report["protocol"]["scale"]) == ("mine", [128, 64])
     assert report["step"] is None
-    evaluate.print_report(report)
+    print_any(report)
     assert ", step" not in capsys.readouterr().out
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from ssaseg.cli.prediction.objects import read_objects, replacing, to_line
+from ssaseg.cli.results.objects import read_objects, replacing, to_line
 from ssaseg.files.text import printable
 
 DIGITS = 6  # behind the point
@@ -24,10 +24,14 @@ def share_lines(name: str, labels: np.ndarray, classes: Sequence[str]) -> list[b
     Keys: image (path below its INPUT), width and height [pixels], shares {class: share}.
     """
     pixels = np.bincount(labels.reshape(-1), minlength=len(classes))
-    shares = {
-        name: round(count / labels.size, DIGITS) for name, count in zip(unique(classes), pixels.tolist(), strict=True)
-    }
-    return [to_line({"image": name, "width": labels.shape[1], "height": labels.shape[0], "shares": shares})]
+    return [share_line(name, pixels, labels.shape, classes)]
+
+
+def share_line(name: str, pixels: np.ndarray, size: Sequence[int], classes: Sequence[str]) -> bytes:
+    """The same of the number of pixels of each class in an image of `size` (height, width)."""
+    total = max(int(pixels.sum()), 1)
+    shares = {name: round(count / total, DIGITS) for name, count in zip(unique(classes), pixels.tolist(), strict=True)}
+    return to_line({"image": name, "width": size[1], "height": size[0], "shares": shares})
 
 
 def unique(classes: Sequence[str]) -> list[str]:

@@ -5,6 +5,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any, BinaryIO
 
 from ssaseg.cli.errors import CommandError
@@ -67,23 +68,48 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
             raise
 
 
-def write_objects(path: Path, new: Iterable[tuple[str, Sequence[bytes]]], fits: Fits) -> None:
-    """Makes the file anew: a JSON list, one object a line. First the images of `new`, (name, objects), of two images
-    with the same name the first; then the other images of the old file. Raises as `read_objects`, and OSError.
+def write_sorted(
+    path: Path,
+    new: Iterable[tuple[str, Sequence[bytes]]],
+    old: Iterable[tuple[str, Sequence[bytes]]],
+    frame: tuple[bytes, bytes, bytes],
+) -> None:
+    """Makes a file anew from the lines of images, (name, lines), sorted by name: the same images make the same file,
+    in whatever order and by however many commands they were labelled. Of two images with one name the first of `new`.
+
+    frame: what stands before the first line, between two lines, and after the last one. Lines wait in a file without a
+    name, and only their places in memory. Raises OSError.
     """
+    first, between, last = frame
     done: set[str] = set()
-    with replacing(path) as file:
-        separator = b"[\n"
-        for name, lines in new:
-            if name not in done:
+    places: list[tuple[str, int, int]] = []  # name, offset, bytes
+    with replacing(path) as file, TemporaryFile(dir=path.parent) as heap:
+        for entries, replaced in ((new, False), (old, True)):
+            before = frozenset(done) if replaced else done
+            for name, lines in entries:
+                if name in before:
+                    continue
                 done.add(name)
-                file.write(separator + b",\n".join(lines))
-                separator = b",\n"
-        for entry, line in read_objects(path, fits):
-            if entry["image"] not in done:
-                file.write(separator + line)
-                separator = b",\n"
-        file.write(b"\n]\n")
+                if lines:
+                    content = between.join(lines)
+                    places.append((name, heap.tell(), len(content)))
+                    heap.write(content)
+        places.sort()
+        separator = first
+        for _, offset, size in places:
+            heap.seek(offset)
+            file.write(separator + heap.read(size))
+            separator = between
+        file.write(last if places else first + last.lstrip())
+
+
+def write_objects(path: Path, new: Iterable[tuple[str, Sequence[bytes]]], fits: Fits) -> None:
+    """Makes the file anew: a JSON list, one object a line, sorted by image. It has the images of `new`, (name,
+    objects), of two images with the same name the first, and the other images of the old file. Raises as
+    `read_objects`, and OSError.
+    """
+    old = ((entry["image"], [line]) for entry, line in read_objects(path, fits))
+    write_sorted(path, new, old, (b"[\n", b",\n", b"\n]\n"))
 
 
 def read_objects(path: Path, fits: Fits) -> Iterator[tuple[dict[str, Any], bytes]]:

@@ -43,6 +43,7 @@ class Kind(NamedTuple):
     # Makes the file's content from the image BGR uint8 (H,W,3), the model's prediction, and the style.
     encode: "Callable[[np.ndarray, Prediction, Style], bytes] | None"
     needs: str = "labels"  # the field of `Prediction` that it is made from
+    tiled: str | None = None  # the suffix with --tile; None: it cannot be made row by row
 
 
 def encode_indices(labels: "np.ndarray | None", style: Style) -> bytes:
@@ -105,16 +106,24 @@ def encode_confidence(image: "np.ndarray", prediction: "Prediction", style: Styl
     return buffer.getvalue()
 
 
+def encode_polygons(image: "np.ndarray", prediction: "Prediction", style: Style) -> bytes:
+    """Polygons are made with --tile alone, see `ssaseg.cli.tiling.polygons`: `require_possible` refuses them before."""
+    raise NotImplementedError
+
+
 # Key: name of the folder below OUT; of "rle" and "shares", of the single files OUT/rle.json and OUT/shares.json.
 KINDS: Mapping[str, Kind] = {
-    "index": Kind(".png", lambda image, prediction, style: encode_indices(prediction.labels, style)),
-    "color": Kind(".png", encode_colours),
-    "overlay": Kind(".jpg", encode_overlay),
+    "index": Kind(".png", lambda image, prediction, style: encode_indices(prediction.labels, style), tiled=".tif"),
+    "color": Kind(".png", encode_colours, tiled=".tif"),
+    "overlay": Kind(".jpg", encode_overlay, tiled=".tif"),
     "probs": Kind(".npz", encode_probabilities, needs="probabilities"),
-    "confidence": Kind(".png", encode_confidence, needs="confidence"),
+    "confidence": Kind(".png", encode_confidence, needs="confidence", tiled=".tif"),
     "rle": Kind(".json", None),
-    "shares": Kind(".json", None),
-    "coarse": Kind(".png", lambda image, prediction, style: encode_indices(prediction.coarse, style), needs="coarse"),
+    "shares": Kind(".json", None, tiled=".json"),
+    "coarse": Kind(
+        ".png", lambda image, prediction, style: encode_indices(prediction.coarse, style), needs="coarse", tiled=".tif"
+    ),
+    "polygons": Kind(".geojson", encode_polygons, tiled=".geojson"),
 }
 
 

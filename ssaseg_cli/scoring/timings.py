@@ -1,9 +1,9 @@
-"""Where the time of a run goes: `predict --timings`."""
+"""Where the time of a run goes: `predict --timings`, and `video --timings`."""
 
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -21,6 +21,13 @@ STAGES = {
     "encoding": "PNG and the other results",
     "writing": "files and records",
 }
+VIDEO_STAGES = {
+    "decoding": "frames from the video",
+    "network": STAGES["network"],
+    "labels": STAGES["labels"],
+    "drawing": "smoothing, flicker, colours",
+    "encoding": "frames into the video",
+}
 COMPUTING = ("network", "labels")  # where PyTorch's threads work
 
 
@@ -32,8 +39,8 @@ class Timings:
     the calling thread waits for them.
     """
 
-    def __init__(self, device: torch.device, on: bool) -> None:
-        self.on, self.gpu = on, device.type == "cuda"
+    def __init__(self, device: torch.device, on: bool, stages: Mapping[str, str] = STAGES) -> None:
+        self.on, self.gpu, self.stages = on, device.type == "cuda", stages
         self.seconds: dict[str, float] = defaultdict(float)
         self._lock = threading.Lock()
         self._inner = threading.local()  # seconds of stages inside the present one
@@ -67,7 +74,7 @@ class Timings:
         cores = count_cores()
         total = cores * seconds
         rest = max(total - sum(self.seconds.values()), 0.0)
-        rows = [(name, STAGES[name], self.seconds[name]) for name in STAGES]
+        rows = [(name, what, self.seconds[name]) for name, what in self.stages.items()]
         rows.append(("waiting", "idle cores, start and end of the run, other programs", rest))
         print_table(
             ("stage", "", "ms an image", f"% of {cores} cores" if cores > 1 else "%"),
