@@ -31,6 +31,7 @@ from ssaseg.cli.options import backend_option, device_option, network_file, prec
 @click.option("--motion", is_flag=True, help="With --smooth: the past moves along with the image.")
 @click.option("--limit", type=click.IntRange(min=1), metavar="N", help="Only the first N frames.")
 @click.option("--input-format", metavar="NAME", help="FFmpeg's name of a camera's interface, such as v4l2.")
+@click.option("--timings", is_flag=True, help="Print where the time went.")
 @precision_option("auto is float32")
 @backend_option
 @device_option
@@ -45,6 +46,7 @@ def video(
     motion: bool,
     limit: int | None,
     input_format: str | None,
+    timings: bool,
     precision: str,
     backend: str,
     device: str,
@@ -71,5 +73,5 @@ def video(
         from ssaseg.cli.video.run import Request, run_video
 
     chosen = "float32" if precision == "auto" else precision
-    request = Request(save, every, side_by_side, smooth, motion, limit, chosen, backend, input_format)
+    request = Request(save, every, side_by_side, smooth, motion, limit, chosen, backend, input_format, timings)
     return run_video(checkpoint, source, out, request, device)

@@ -77,9 +77,9 @@ class Flicker:
         """The next frame, BGR uint8 (H,W,3), and its labels (H,W)."""
         blurred = cv2.blur(image, (3, 3))  # noise of the camera and of the codec is no change
         if self.image is not None and self.labels is not None and self.image.shape == blurred.shape:
-            same = (cv2.absdiff(blurred, self.image) <= STILL).all(axis=2)
-            self.still += int(same.sum())
-            self.changed += int((same & (labels != self.labels)).sum())
+            same = cv2.inRange(cv2.absdiff(blurred, self.image), (0, 0, 0), (STILL, STILL, STILL))
+            self.still += cv2.countNonZero(same)
+            self.changed += cv2.countNonZero(cv2.bitwise_and(same, cv2.compare(labels, self.labels, cv2.CMP_NE)))
         self.image, self.labels = blurred, labels
 
     @property

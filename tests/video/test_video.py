@@ -1,10 +1,13 @@
 """`ssaseg video`: order, times, sound, damage, smoothing, and wrong input."""
 
+import re
+import threading
 from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
+import cv2
 import numpy as np
 import pytest
 import torch
@@ -15,6 +18,8 @@ from predicting import picture
 
 from ssaseg.cli.engine.opening import make_engine, open_file
 from ssaseg.cli.scoring.inference import Inference
+from ssaseg.cli.scoring.lanes import THREAD_NAME
+from ssaseg.cli.scoring.timings import VIDEO_STAGES
 from ssaseg.cli.video.smoothing import Flicker, Smoother
 from ssaseg.cli.video.streams import Frame, Reader, Writer
 from ssaseg.recipes import parse_protocol
@@ -130,11 +135,99 @@ def test_what_is_whole_of_a_damaged_file_is_kept(place: Path, tmp_path: Path) ->
     kept = len(content(tmp_path / "out.mkv")[0])
     assert 5 < kept < 40
     assert f"{kept} frames" in result.output
+    assert result.exit_code == 1
+    assert f"cut.mkv: damaged (it ends after {kept / 25:.1f} of 1.6 s): {kept} frames" in result.output
     noisy = bytearray(whole)
     noisy[len(whole) // 2 : len(whole) // 2 + 400] = b"\xa5" * 400
     (tmp_path / "noisy.mkv").write_bytes(bytes(noisy))
     call("video", place / "net.safetensors", tmp_path / "noisy.mkv", "--out", tmp_path / "o.mkv", "--backend", "torch")
     assert len(content(tmp_path / "o.mkv")[0]) > 10
+
+
+def test_an_mp4_file_that_is_cut_off_keeps_its_beginning(place: Path, tmp_path: Path) -> None:
+    """Where the index is at the beginning; where it is at the end, nothing can be read."""
+    data = write_video(tmp_path / "in.mp4", frames=40).read_bytes()
+    begin = data.index(b"moov") - 4
+    (tmp_path / "lost.mp4").write_bytes(data[:begin])
+    assert "lacks the index at its end" in run(place, tmp_path / "lost.mp4", "--out", tmp_path / "x.mkv", code=2)
+    with (
+        av.open(str(tmp_path / "in.mp4")) as source,
+        av.open(str(tmp_path / "first.mp4"), "w", options={"movflags": "faststart"}) as target,
+    ):
+        stream = target.add_stream_from_template(source.streams.video[0])
+        for packet in source.demux(video=0):
+            if packet.dts is not None:
+                packet.stream = stream
+                target.mux(packet)
+    data = (tmp_path / "first.mp4").read_bytes()
+    assert data.index(b"moov") < data.index(b"mdat")
+    (tmp_path / "cut.mp4").write_bytes(data[: (data.index(b"mdat") + len(data)) // 2])
+    printed = run(place, tmp_path / "cut.mp4", "--out", tmp_path / "out.mkv", "--save", "labels", code=1)
+    kept = len(content(tmp_path / "out.mkv")[0])
+    assert 5 < kept < 40
+    assert f"{kept} frames could be decoded and are kept" in printed
+
+
+def test_one_frame_of_odd_sides(place: Path, tmp_path: Path) -> None:
+    """Colours are stored for two by two pixels: the last row and column are repeated. Labels keep their size."""
+    with av.open(str(tmp_path / "in.mkv"), "w") as container:
+        stream = container.add_stream("ffv1", rate=25)
+        stream.height, stream.width, stream.pix_fmt = 33, 47, "bgr0"
+        container.mux(stream.encode(av.VideoFrame.from_ndarray(picture(33, 47), format="bgr24")))
+        container.mux(stream.encode())
+    run(place, tmp_path / "in.mkv", "--out", tmp_path / "out.mp4")
+    run(place, tmp_path / "in.mkv", "--out", tmp_path / "out.mkv", "--save", "labels")
+    (colours,), (labels,) = (content(tmp_path / name)[0] for name in ("out.mp4", "out.mkv"))
+    assert colours.shape == (34, 48, 3)
+    assert np.abs(colours[32].astype(int) - colours[33]).mean() < 3
+    assert labels.shape == (33, 47)
+
+
+# ---- the threads -------------------------------------------------------------------------------------------------
+def test_few_frames_are_in_work_at_a_time(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    long, ahead, written = write_video(tmp_path / "in.mp4", frames=60), [], 0
+    readers: list[Reader] = []
+    opened, added = Reader.__init__, Writer.add
+
+    def open_reader(self: Reader, *given: Any) -> None:
+        opened(self, *given)
+        readers.append(self)
+
+    def add(self: Writer, *given: Any) -> int:
+        nonlocal written
+        ahead.append(readers[0].frames - written)
+        written += 1
+        return added(self, *given)
+
+    monkeypatch.setattr(Reader, "__init__", open_reader)
+    monkeypatch.setattr(Writer, "add", add)
+    monkeypatch.setattr("ssaseg.cli.video.run.count_lanes", lambda *_: 2)
+    run(place, long, "--out", tmp_path / "out.mp4")
+    assert written == 60
+    assert 1 < max(ahead) <= 4 + 1 + 2 * 2 + 1 + 4, "decoded, in lanes, drawn and encoded, and one on the way to each"
+
+
+@pytest.mark.parametrize("place_of_error", ["ssaseg.cli.video.run.overlay", "ssaseg.cli.video.streams.Writer.add"])
+def test_an_error_of_any_thread_ends_the_command(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place_of_error: str
+) -> None:
+    def fail(*_: Any) -> Any:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(place_of_error, fail)
+    assert "No space left on device" in run(place, place / "in.mp4", "--out", tmp_path / "out.mp4", code=2)
+    assert list(tmp_path.iterdir()) == []
+    left = [thread for thread in threading.enumerate() if thread.name.startswith(THREAD_NAME)]
+    for thread in left:
+        thread.join(20)
+    assert not [thread for thread in left if thread.is_alive()]
+
+
+def test_timings_of_the_stages(place: Path, tmp_path: Path) -> None:
+    printed = run(place, place / "in.mp4", "--out", tmp_path / "out.mp4", "--timings")
+    rows = re.findall(r"^ *(\w+) {2,}.* ([\d.]+) +[\d.]+ *$", printed, re.MULTILINE)
+    assert [name for name, _ in rows] == [*VIDEO_STAGES, "waiting"]
+    assert all(float(spent) > 0 for name, spent in rows if name != "waiting")
 
 
 def test_smoothing_is_the_exponential_average() -> None:
@@ -222,20 +315,29 @@ def test_turned_videos_are_read_upright(tmp_path: Path) -> None:
 def bad_inputs(folder: Path) -> dict[str, Any]:
     (folder / "text.mp4").write_text("no video")
     (folder / "empty.mp4").touch()
+    for kind in ("jpg", "png"):
+        (folder / f"{kind}.mp4").write_bytes(cv2.imencode(f".{kind}", picture())[1].tobytes())
     (folder / "list.m3u8").write_text("#EXTM3U\n#EXTINF:1,\n/etc/passwd\n")
     (folder / "concat.mp4").write_text("ffconcat version 1.0\nfile in.mp4\n")
-    with av.open(str(folder / "sound.mp4"), "w") as container:
-        tone = container.add_stream("aac", rate=8000)
-        piece = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), format="fltp", layout="mono")
-        piece.sample_rate = 8000
-        container.mux(tone.encode(piece))
-        container.mux(tone.encode())
+    for name in ("frameless.mkv", "sound.mp4"):
+        with av.open(str(folder / name), "w") as container:
+            if name == "frameless.mkv":
+                stream = container.add_stream("mpeg4", rate=25)
+                stream.height, stream.width, stream.pix_fmt = H, W, "yuv420p"
+            tone = container.add_stream("aac", rate=8000)
+            piece = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), format="fltp", layout="mono")
+            piece.sample_rate = 8000
+            container.mux(tone.encode(piece))
+            container.mux(tone.encode())
     return {
         "text.mp4": "cannot be read as a video",
         "empty.mp4": "cannot be read as a video",
         "list.m3u8": "cannot be read as a video",
         "concat.mp4": "cannot be read as a video",
         "sound.mp4": "there is no video in it",
+        "jpg.mp4": "an image, not a video",
+        "png.mp4": "an image, not a video",
+        "frameless.mkv": "no frame could be decoded",
         "nothing.mp4": "does not exist",
         ".": "is a folder",
     }
