@@ -47,7 +47,7 @@ def run_suspects(
     json_out: str | None,
     device: str,
 ) -> int:
-    """Ranks the images of a split. Writes OUT/suspects.csv and OUT/suspects.jpg with the first `count` images.
+    """Ranks the images of a split. Writes OUT/suspects.csv and OUT/suspects.png with the first `count` images.
 
     Returns 0, or 130 or 143 after Ctrl-C or SIGTERM, when only the images so far are ranked. Raises CommandError where
     classes or channels differ, no pixel is labelled, or OUT has results already; and what loading either raises.
@@ -82,7 +82,7 @@ def run_suspects(
     out.mkdir(parents=True, exist_ok=True)
     write_atomic(out / "suspects.csv", as_csv(rows + rest), root=out)
     if picture is not None:
-        write_atomic(out / "suspects.jpg", picture, root=out)
+        write_atomic(out / "suspects.png", picture, root=out)
     write_json(target, report)
     if target != "-":
         print_ranking(rows, images, out)
@@ -145,7 +145,7 @@ def describe(
     if not lines:
         return rows, None
     legend = panels.legend_of(maps, dataset.classes, dataset.palette)
-    return rows, panels.encode(panels.grid(lines, legend), ".jpg")
+    return rows, panels.encode(panels.grid(lines, legend), ".png")
 
 
 def as_csv(rows: Sequence[Mapping[str, Any]]) -> bytes:
@@ -169,4 +169,4 @@ def print_ranking(rows: Sequence[Mapping[str, Any]], images: int, out: Path) -> 
     ]
     print_table(("image", "score", "label", "predicted", "share [%]"), shown_rows)
     echo("a high score is a reason to look at a label, not a proof: the network may be wrong")
-    echo(f"wrote {printable(str(out))}: suspects.csv (all {images} images), suspects.jpg (the first {len(rows)})")
+    echo(f"wrote {printable(str(out))}: suspects.csv (all {images} images), suspects.png (the first {len(rows)})")

@@ -228,7 +228,7 @@ def suspects(
     """Rank images whose labels a network contradicts with confidence: their labels may be wrong.
 
     Writes OUT/suspects.csv with all images, the most suspicious first: the class of the label, the predicted class, and
-    for the first N the box of the largest such region; and OUT/suspects.jpg with these N images. Contradictions that
+    for the first N the box of the largest such region; and OUT/suspects.png with these N images. Contradictions that
     the network makes often, such as sidewalk for road, count little. RECIPE: of the data.  [default: the checkpoint's]
 
     \b

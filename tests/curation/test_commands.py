@@ -58,7 +58,7 @@ def test_suspects_are_ranked_and_drawn(place: Path, tmp_path: Path) -> None:
     assert 0 < pixels <= width * height
     assert x + width <= 72
     assert y + height <= 64
-    sheet = cv2.imread(str(out / "suspects.jpg"))
+    sheet = cv2.imread(str(out / "suspects.png"))
     assert sheet.shape[1] == 3 * 324
     report = json.loads((tmp_path / "r.json").read_text())
     assert [row["image"] for row in report["suspects"]] == [row["image"] for row in rows]
