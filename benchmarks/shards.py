@@ -1,7 +1,7 @@
 """`ssaseg predict --shard`: images a second of 1, 2 and 4 shards against the plain command, and resident memory.
 
     python benchmarks/shards.py [--images 400]            # writes benchmarks/results/shards.json
-    python benchmarks/shards.py --memory [--count 20000]  # writes results/shards_memory.json and .png
+    python benchmarks/shards.py --memory [--count 20000]  # writes results/shards_memory.json
     python benchmarks/shards.py --smoke                   # small and quick, writes nothing
 
 Speed: built-in scenes of 480×360, SeaFormer-S with SSA with the weights of benchmarks/weights, `--save index`. The
@@ -173,7 +173,6 @@ def memory(folder: Path, count: int) -> dict[str, Any]:
     for shard in ("0/2", "1/2"):
         sides[f"shard {shard}"] = resident([*words, str(folder / "out"), "--shard", shard])
     merged = resident(["merge", str(folder / "out")])
-    draw(sides)
     return {
         "sides": {
             name: {
@@ -194,21 +193,6 @@ def resident(words: list[str]) -> list[int]:
     told, _ = run(words, {**os.environ, "OMP_NUM_THREADS": "1", "SSASEG_ALLOCATOR": "system"}, MEASURED).communicate()
     (line,) = (line for line in told.splitlines() if line.startswith("KIB "))
     return [int(value) for value in line.split()[1:]]
-
-
-def draw(sides: dict[str, list[int]]) -> None:
-    """The resident sets over images, as a picture beside the results."""
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(7, 3.5), layout="constrained")
-    for name, kib in sides.items():
-        axes.plot(range(len(kib)), [value / 1024 for value in kib], label=name, linewidth=1)
-    axes.set(xlabel="images labelled", ylabel="resident set [MiB]", ylim=(0, None))
-    axes.legend()
-    figure.savefig(RESULTS / "shards_memory.png", dpi=120)
 
 
 if __name__ == "__main__":
