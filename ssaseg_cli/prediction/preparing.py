@@ -212,13 +212,10 @@ def left_to_do(
     def is_done(source: Source) -> bool:
         try:
             origin = origin_of(setup.code, source)
-        except (OSError, DataError):  # reported when the image is read
-            return False
-        if isinstance(journal, Journal) and selection.left_out_earlier(journal.existing, source, origin):
-            return True
-        try:
+            if isinstance(journal, Journal) and selection.left_out_earlier(journal.existing, source, origin):
+                return True
             return journal.is_done(source, save, origin)
-        except (OSError, DataError):
+        except (OSError, DataError):  # reported when the image is read
             return False
 
     if isinstance(found, Stream):
