@@ -69,7 +69,7 @@ def local_path(text: str) -> str:
 
 
 def without_secrets(address: str) -> str:
-    """An address without user, password, query and fragment, safe to print."""
+    """An address without user, password, query and fragment, safe to print; a path as it is, safe to print too."""
     return printable("::".join(map(_bare, address.split("::"))))
 
 

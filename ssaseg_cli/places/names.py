@@ -7,7 +7,6 @@ from urllib.parse import unquote, urlsplit
 
 from ssaseg.cli.places.addresses import WEB, is_address, without_secrets
 from ssaseg.datasets.base import DataError
-from ssaseg.files.text import printable
 
 TARS = (".tar", ".tar.gz", ".tgz")
 BRACES = re.compile(r"\{([^{}]*)\}")
@@ -60,7 +59,7 @@ def expand_braces(pattern: str) -> Iterator[str]:
     else:
         first, last = int(numbers[1]), int(numbers[2])
         if abs(last - first) >= MOST:
-            shown = without_secrets(pattern) if is_address(pattern) else printable(pattern)
+            shown = without_secrets(pattern)
             raise DataError(f"{shown}: {found[0]} stands for more than {MOST:,} names\nexpected fewer")
         step = 1 if last >= first else -1
         names = [f"{number:0{len(numbers[1])}d}" for number in range(first, last + step, step)]

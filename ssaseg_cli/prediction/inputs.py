@@ -197,7 +197,7 @@ def _of_list(line: str) -> tuple[str, Image]:
 
 # ---- tars --------------------------------------------------------------------------------------------------------
 def _tar(file: str) -> Tar:
-    return Tar(file, without_secrets(file) if is_address(file) else printable(file))
+    return Tar(file, without_secrets(file))
 
 
 def _tars(given: str) -> list[Tar]:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import NamedTuple, ParamSpec
 
 from ssaseg.cli.engine.opening import make_engine
+from ssaseg.cli.places.addresses import without_secrets
 from ssaseg.cli.prediction.inputs import Stream, first_of
 from ssaseg.cli.prediction.journal import COMMON, Journal
 from ssaseg.cli.prediction.labelling import Labeller, label_all
@@ -19,7 +20,6 @@ from ssaseg.cli.prediction.preparing import (
     look_at_inputs,
     pixels_of,
     prepare,
-    shown_place,
     target_of,
     warn_of_sizes,
 )
@@ -164,4 +164,4 @@ def print_end(request: Request, found: int, sources: int, done: int, seconds: fl
     kinds = [kind for kind in request.save if kind not in COMMON or request.shard.total == 1]  # others: after a merge
     files = [COMMON[kind].file if kind in COMMON else f"{kind}/" for kind in kinds]
     names = ": " + ", ".join([*files, CLASSES]) if isinstance(request.out, Path) else ""
-    echo(f"results are in {shown_place(request.out)}{names}")
+    echo(f"results are in {without_secrets(str(request.out))}{names}")

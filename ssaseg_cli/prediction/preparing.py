@@ -9,7 +9,7 @@ import torch
 
 from ssaseg.cli.engine.opening import Opened, checkpoint_sum, device_for, open_file, require_precision
 from ssaseg.cli.errors import CommandError
-from ssaseg.cli.places.addresses import is_address, without_secrets
+from ssaseg.cli.places.addresses import without_secrets
 from ssaseg.cli.prediction.ids import Ids, categories_of, ids_of
 from ssaseg.cli.prediction.inputs import Stream, find_inputs, headers_of, origin_of
 from ssaseg.cli.prediction.journal import Journal, require_folder
@@ -107,7 +107,7 @@ def look_at_inputs(request: Request) -> tuple[list[Source] | Stream, Mapping[str
 def require_local(request: Request, found: Sequence[Source] | Stream) -> None:
     """Raises CommandError for images or an `out` that are not local files, which actors and tiles need."""
     option = "--tile" if request.engine is None else "--engine ray"
-    away = None if isinstance(request.out, Path) else f"--out {shown_place(request.out)}"
+    away = None if isinstance(request.out, Path) else f"--out {without_secrets(str(request.out))}"
     if isinstance(found, Stream):
         away = "images in a tar"
     else:
@@ -115,11 +115,6 @@ def require_local(request: Request, found: Sequence[Source] | Stream) -> None:
     if away is not None:
         fix = "copy images to a local folder, or one that all nodes share; or leave the option out"
         raise CommandError(f"{option}: works on local files; got {away}\n{fix}")
-
-
-def shown_place(out: Path | str) -> str:
-    """Where results are, safe to print."""
-    return printable(str(out)) if isinstance(out, Path) or not is_address(out) else without_secrets(out)
 
 
 def target_of(request: Request, setup: Setup, stop: StopSignal) -> Journal | Store:

@@ -107,7 +107,7 @@ def encode_confidence(image: "np.ndarray", prediction: "Prediction", style: Styl
 
 
 def encode_polygons(image: "np.ndarray", prediction: "Prediction", style: Style) -> bytes:
-    """Polygons are made with --tile alone, see `ssaseg.cli.tiling.polygons`: `require_possible` refuses them before."""
+    """Polygons are made with --tile alone, see `prediction.large`: `require_tileable` refuses them before."""
     raise NotImplementedError
 
 
