@@ -88,6 +88,18 @@ def tiny() -> Iterator[None]:
         yield
 
 
+@pytest.fixture
+def memory() -> Iterator[Any]:
+    """fsspec's file system in memory, empty."""
+    from fsspec.implementations.memory import MemoryFileSystem
+
+    system = MemoryFileSystem()
+    system.store.clear()
+    system.pseudo_dirs[:] = [""]
+    yield system
+    system.store.clear()
+
+
 def _undrawn(*_: Any) -> None:
     """Stands for what draws a run's pictures after an evaluation."""
 

@@ -4,7 +4,6 @@ import io
 import os
 import sys
 import time
-from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler
 from importlib import import_module
 from pathlib import Path
@@ -22,16 +21,6 @@ from ssaseg.cli.places.addresses import is_address, local_path, within, without_
 from ssaseg.cli.places.lists import read_list
 from ssaseg.cli.places.objects import find_objects, object_at
 from ssaseg.datasets import DataError
-
-
-@pytest.fixture
-def memory() -> Iterator[MemoryFileSystem]:
-    """fsspec's file system in memory, empty."""
-    system = fsspec.filesystem("memory")
-    system.store.clear()
-    system.pseudo_dirs[:] = [""]
-    yield system
-    system.store.clear()
 
 
 def found(address: str) -> dict[str | None, bytes]:

@@ -13,7 +13,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import cv2
-import fsspec
 import pytest
 from calling import call
 from fsspec.implementations.memory import MemoryFileSystem
@@ -38,15 +37,6 @@ pytestmark = pytest.mark.usefixtures("one_thread", "tiny")
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory, tiny: None) -> Path:
     return save_checkpoint(tmp_path_factory.mktemp("model") / "tiny.safetensors", network="seaformer_y")
-
-
-@pytest.fixture
-def memory() -> Iterator[MemoryFileSystem]:
-    system = fsspec.filesystem("memory")
-    system.store.clear()
-    system.pseudo_dirs[:] = [""]
-    yield system
-    system.store.clear()
 
 
 def jpeg(seed: int) -> bytes:

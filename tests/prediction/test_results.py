@@ -2,7 +2,6 @@
 
 import csv
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,6 @@ import numpy as np
 import pytest
 import torch
 from calling import call
-from networks import tiny_networks
 from PIL import Image
 from predicting import CLASSES, PALETTE, picture, save_checkpoint, write
 from pycocotools import mask as coco_mask
@@ -30,18 +28,12 @@ from ssaseg.cli.scoring.trained_size import times_larger, trained_scale, warn_of
 from ssaseg.models import load_model
 from ssaseg.recipes import parse_protocol
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "tiny")
 GIVEN = {"slide": None, "whole": False, "scale": None, "size": None, "ratios": None, "flip": None}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def networks() -> Iterator[None]:
-    with tiny_networks():
-        yield
-
-
 @pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def checkpoint(tmp_path_factory: pytest.TempPathFactory, tiny: None) -> Path:
     return save_checkpoint(tmp_path_factory.mktemp("model") / "tiny.safetensors", "linear", network="seaformer_y")
 
 

@@ -1,13 +1,11 @@
 """`predict --where` and `--only`: which images get results, and which classes are in them."""
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 from calling import call
-from networks import tiny_networks
 from PIL import Image
 from predicting import CLASSES, PALETTE, files, labelled_images, picture, save_checkpoint, write
 
@@ -15,7 +13,7 @@ from ssaseg.cli.errors import CommandError
 from ssaseg.cli.prediction.selection import DEEPEST, parse_choice, parse_condition, selection_of
 from ssaseg.cli.scoring.inference import Prediction
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "tiny")
 SHARES = {"car": 0.25, "person": 0.0, "traffic light": 0.05, "0": 0.7, "and": 0.0}
 
 
@@ -105,14 +103,8 @@ def test_names_that_several_classes_have() -> None:
 
 
 # ---- the command -------------------------------------------------------------------------------------------------
-@pytest.fixture(scope="module", autouse=True)
-def networks() -> Iterator[None]:
-    with tiny_networks():
-        yield
-
-
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def place(tmp_path_factory: pytest.TempPathFactory, tiny: None) -> Path:
     """A folder with a checkpoint, images `in`, and their results without options in `all`."""
     place = tmp_path_factory.mktemp("selection")
     save_checkpoint(place / "tiny.safetensors", "linear", network="seaformer_y")

@@ -3,7 +3,6 @@
 import csv
 import json
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,6 @@ import numpy as np
 import pytest
 import rasterio
 from calling import call
-from networks import tiny_networks
 from PIL import Image
 from predicting import CLASSES, PALETTE, files, picture, save_checkpoint, write
 from rasterio.transform import from_origin
@@ -20,18 +18,12 @@ from ssaseg.cli.results.kinds import KINDS
 from ssaseg.cli.tiling import rasters
 from ssaseg.cli.tiling.library import windows_library
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "tiny")
 PLACE: dict[str, Any] = {"crs": "EPSG:32633", "transform": from_origin(500_000, 5_000_000, 0.5, 0.5)}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def networks() -> Iterator[None]:
-    with tiny_networks():
-        yield
-
-
 @pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def checkpoint(tmp_path_factory: pytest.TempPathFactory, tiny: None) -> Path:
     protocol = {"scale": [512, 256], "multiple": None}
     path = tmp_path_factory.mktemp("model") / "tiny.safetensors"
     contrast = {"std": [2.0, 2.0, 2.0]}  # for labels that are not the same everywhere
