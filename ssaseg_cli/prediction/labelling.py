@@ -13,7 +13,6 @@ from contextlib import closing, nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import tee
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -82,7 +81,6 @@ class Labeller:
     """Reads, labels and writes images; holds what is the same for all of them."""
 
     inference: Inference
-    out: Path | str  # where the journal writes
     save: Sequence[str]
     style: Style
     journal: Journal | Store

@@ -118,7 +118,7 @@ def label(
         warn_of_sizes(metadata, inference, sources)
     levels = metadata["range"] and tuple(metadata["range"])
     limits = request.max_pixels, times, levels, exact, setup.ids, setup.selection
-    labeller = Labeller(inference, request.out, request.save, setup.style, journal, setup.code, *limits)
+    labeller = Labeller(inference, request.save, setup.style, journal, setup.code, *limits)
     if request.engine is not None:
         opening = opening_of(request, setup.backend, pixels)
         done, what = label_on_ray(labeller, opened, opening, request.engine, first_of(sources), first_of(whole), stop)

@@ -77,6 +77,7 @@ class Work:
     """
 
     opening: Opening
+    out: Path
     common: Mapping[str, Any]
     inference: Mapping[str, Any]  # protocol, mean and std
     lock: str
@@ -142,7 +143,7 @@ class Actor:
         try:
             if self.labeller is None:
                 self.labeller = open_labeller(self.work)
-            journal = Collected(self.work.common["out"], self.work.lock)
+            journal = Collected(self.work.out, self.work.lock)
             journal.check()
             labeller = replace(self.labeller, journal=journal, skips=Skips())
             with memory_limit() if labeller.inference.device.type == "cpu" else nullcontext():
@@ -157,7 +158,7 @@ def open_labeller(work: Work) -> ActorLabeller:
     if version("ssaseg") != work.version:
         what = f"{platform.node()} has ssaseg {version('ssaseg')}, the command {work.version}"
         raise CommandError(f"--engine ray: {what}\ninstall the same version on all nodes")
-    journal = Collected(work.common["out"], work.lock)
+    journal = Collected(work.out, work.lock)
     journal.check()
     opening = work.opening
     torch.set_num_threads(work.threads)
@@ -236,8 +237,7 @@ def _work(labeller: Labeller, opening: Opening, share: Share, whole: Sequence[So
     common = {each.name: getattr(labeller, each.name) for each in fields(Labeller) if each.name not in APART}
     inference = {name: getattr(labeller.inference, name) for name in ("protocol", "mean", "std")}
     lock, threads = os.path.abspath(journal.lock.path), max(share.cpus, 1)
-    common["out"] = out.absolute()
-    return Work(opening, common, inference, lock, threads, _absolute(whole[:SOME]), version("ssaseg"))
+    return Work(opening, out.absolute(), common, inference, lock, threads, _absolute(whole[:SOME]), version("ssaseg"))
 
 
 def _absolute(sources: Sequence[Source]) -> list[Source]:
