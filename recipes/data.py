@@ -152,7 +152,8 @@ class Data(Section):
     range: LowHigh | None = Field(
         default=None,
         description="[low, high] of 16-bit images: these values become 0 and 255, those between are mapped linearly; "
-        "null: the upper 8 bits are taken. The same for all images; 8-bit images stay unchanged",
+        "null: the upper 8 bits are taken, of colour TIFFs rounded as OpenCV does. The same for all images; 8-bit "
+        "images stay unchanged",
     )
     mean: Annotated[tuple[float, ...], Strict(False), Field(max_length=MOST_CHANNELS)] = Field(
         default=MEAN, description="[red, green, blue] to subtract from pixel values 0..255; one per channel"

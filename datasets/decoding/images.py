@@ -40,9 +40,9 @@ def read_image(
     """Decode an image file to BGR uint8 (H, W, 3), with its EXIF orientation applied.
 
     A fourth band, such as alpha or infrared, is dropped; grey is repeated in all channels. Of 16 bits, `levels` are
-    mapped to 0..255 and values outside are clipped; without it, the upper 8 bits are taken, and values below 0 are 0.
-    `levels` changes nothing for images of 8 bits. `data`: the file's content, if it is in memory already; `path` is
-    then only its name in messages.
+    mapped to 0..255 and values outside are clipped; without it, the upper 8 bits are taken (OpenCV rounds those of
+    colour TIFFs), and values below 0 are 0. `levels` changes nothing for images of 8 bits. `data`: the file's content,
+    if it is in memory already; `path` is then only its name in messages.
 
     Raises OSError where the file cannot be read or is not a regular file, DataError where it is not an image, is cut
     off, holds samples that are not of 1 to 16 bits or another number of bands than 1 to 4, or has more pixels than

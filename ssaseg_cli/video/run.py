@@ -167,7 +167,7 @@ class Work:
             if writer.without_sound:
                 echo(f"the sound is left out: {writer.without_sound} ({out.suffix}); .mkv takes any", err=True)
             share = stack.enter_context(shared_cores(lanes))
-            advance = stack.enter_context(progress_bar(reader.expected or 0, "frames"))
+            advance = stack.enter_context(progress_bar(reader.expected or None, "labelled", "frames"))
 
             def stage(
                 function: Callable[[Item], Made], items: Iterable[Item], threads: int, ahead: int
