@@ -9,8 +9,9 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from browser import CHROMIUM, look_at
+from browser import look_at
 from calling import call
+from chromium import needs_chromium
 from networks import tiny_networks
 from predicting import picture
 
@@ -68,7 +69,7 @@ def figures(place: Path) -> dict[str, Any]:
     return json.loads((place / "new/report" / DATA).read_text())
 
 
-@pytest.mark.skipif(not CHROMIUM, reason="no Chromium: the page is looked at in a real browser")
+@needs_chromium
 def test_the_page_in_a_browser(place: Path, tmp_path: Path) -> None:
     """At each width, light and dark: nothing runs, nothing is loaded, nothing is cut off, and all can be read."""
     found = look_at(place / "new/report" / PAGE, [400, 800, 1600], tmp_path)

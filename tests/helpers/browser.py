@@ -2,15 +2,12 @@
 
 import json
 import re
-import shutil
 import subprocess
 from html import unescape
 from pathlib import Path
 from typing import Any
 
-CHROMIUM = next(
-    (found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), ""
-)
+from chromium import CHROMIUM
 
 # Loads HTML in a frame and says what is wrong with it. A frame's width is that of the page's window; the page's own
 # policy forbids scripts, so that this one stays outside.
@@ -86,7 +83,7 @@ def look_at(page: Path, widths: list[int], folder: Path) -> dict[str, dict[str, 
     looking = folder / "looking.html"
     looking.write_text(LOOKING.replace("HTML,", f"{html},").replace("WIDTHS)", f"{json.dumps(widths)})"))
     words = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--virtual-time-budget=20000"]
-    command = [CHROMIUM, *words, f"--user-data-dir={folder / 'profile'}", "--dump-dom", looking.as_uri()]
+    command = [str(CHROMIUM), *words, f"--user-data-dir={folder / 'profile'}", "--dump-dom", looking.as_uri()]
     dump = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
     found = re.search('<pre id="found">(.*?)</pre>', dump, flags=re.DOTALL)
     assert found is not None, dump[:500]
