@@ -147,7 +147,7 @@ def measure_memory(weights: Path, video: Path, out: Path, every: int) -> dict[st
     process, at, kib = psutil.Process(), [0], [0.0]
 
     @contextlib.contextmanager
-    def reading(total: int, verb: str) -> Iterator[Callable[[int], object]]:
+    def reading(total: int | None, verb: str, what: str) -> Iterator[Callable[[int], object]]:
         done = 0
 
         def advance(frames: int) -> None:
