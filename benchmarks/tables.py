@@ -83,13 +83,11 @@ def networks_table() -> str:
         )
         rows.append(f"| {' | '.join(cells)} |")
     scores = [
-        f"`{file.stem}` {found[1]} %"
+        f"`{file.stem}` {found[1]} % ({found[2]})"
         for file in sorted((PROJECT / "recipes").glob("camvid-*.yaml"))
-        if (found := re.search(r"Score: +mIoU ([\d.]+) %", file.read_text(encoding="utf-8")))
+        if (found := re.search(r"Score: +mIoU ([\d.]+) %.*, (from \w+);", file.read_text(encoding="utf-8")))
     ]
-    ours = (
-        f"Measured by us, on CamVid's validation frames: {', '.join(scores)}; only `camvid-lite0-ssa` is from ImageNet."
-    )
+    ours = f"Measured by us, on CamVid's validation frames: {', '.join(scores)}."
     return "\n".join([*rows, "", f"CPU: {how}. {ours}"])
 
 
